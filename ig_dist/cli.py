@@ -1,0 +1,152 @@
+"""The command line: ``ig-dist VERB``. Thin: what a verb does is imported when it runs, so that help is quick."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ig_dist.errors import ConfigError
+from ig_dist.terminal import console, run_app
+
+app = typer.Typer(
+    help="Train, sample and score diffusion transformers with Internal Guidance.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Config values to replace.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of `ig-dist train`.")]
+Ema = Annotated[float | None, typer.Option(help="Decay of the average to use; default: the first of ema.decays.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Use the weights themselves instead of an average.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, e.g. configs/digits.yaml.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train a model; run the same command again to resume."""
+    from ig_dist.config import load_config
+
+    loaded = load_config(config, overrides or [])
+
+    from ig_dist.trainer import train as run_training
+
+    run_training(loaded)
+
+
+@app.command()
+def export(run: Run, ema: Ema = None, raw: Raw = False) -> None:
+    """Export the newest checkpoint as safetensors, for sampling and for others to use."""
+    from ig_dist.config import load_run
+    from ig_dist.export import export_run
+
+    console.print(str(export_run(load_run(run), ema=ema, raw=raw)))
+
+
+@app.command()
+def sample(
+    run: Run,
+    overrides: Overrides = None,
+    num: Annotated[int | None, typer.Option(min=1, help="Number of images (sample.num).")] = None,
+    ig_scale: Annotated[float | None, typer.Option(help="Internal Guidance scale; 1: off.")] = None,
+    cfg_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1: off.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Image i depends on (seed, i) only (sample.seed).")] = None,
+    ema: Ema = None,
+    raw: Raw = False,
+) -> None:
+    """Make the images of a plan: one npz and a picture of some of them."""
+    from ig_dist.config import load_run, with_scales, with_values
+    from ig_dist.evaluation.sampling import sample_run
+
+    given = {key: value for key, value in {"num": num, "seed": seed}.items() if value is not None}
+    config = with_values(load_run(run, overrides or []), sample=given)
+    sample_run(with_scales(config, ig_scale=ig_scale, cfg_scale=cfg_scale), ema=ema, raw=raw)
+
+
+@app.command()
+def evaluate(
+    samples: Annotated[str, typer.Argument(metavar="SAMPLES", help="Folder of a plan's samples.")],
+    reference: Annotated[str | None, typer.Option(help="Index of the real images; default: the training data.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score samples; every score comes with its protocol."""
+    from ig_dist.evaluation.sampling import read_samples
+    from ig_dist.evaluation.scores import evaluate_plan
+
+    found = read_samples(samples)
+    local = Path(samples)
+    out = local.parent.parent / "evaluations" / f"{found.plan.digest}.json" if local.is_dir() else None
+    result = evaluate_plan(found.plan, found.info, found.url, reference or found.reference, out)
+    if as_json:
+        return _print_json(result)
+    table = Table("what", "value", show_header=False)
+    for key, value in {**result["scores"], **result["protocol"]}.items():
+        table.add_row(key, f"{value:.4f}" if key in result["scores"] else str(value))
+    console.print(table)
+    if out is not None:
+        console.print(f"written to {out}")
+
+
+@app.command()
+def sweep(
+    run: Run,
+    overrides: Overrides = None,
+    ig_scale: Annotated[str, typer.Option(help="IG scales, comma separated.")] = "1.0,1.2,1.4,1.7,2.0,2.5",
+    cfg_scale: Annotated[str, typer.Option(help="CFG scales, comma separated.")] = "1.0",
+    as_json: AsJson = False,
+) -> None:
+    """Score a grid of guidance scales with common noise: table, sweep.json, plot and picture grid."""
+    from ig_dist.config import load_run
+    from ig_dist.evaluation.sampling import sweep_run
+
+    config = load_run(run, overrides or [])
+    result = sweep_run(config, _numbers("--ig-scale", ig_scale), _numbers("--cfg-scale", cfg_scale))
+    if as_json:
+        return _print_json(result)
+    best = min(row["scores"]["fd_pixel"] for row in result["rows"])
+    table = Table("IG scale", "CFG scale", "fd_pixel")
+    for row in result["rows"]:
+        score = row["scores"]["fd_pixel"]
+        table.add_row(
+            f"{row['ig_scale']:g}", f"{row['cfg_scale']:g}", f"{score:.4f}" + ("  best" if score == best else "")
+        )
+    console.print(table)
+    console.print(f"written: {run}/sweep.json, {run}/sweep.png, {run}/grid.png")
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder for everything that it makes.")] = Path("quickstart"),
+    short: Annotated[bool, typer.Option("--short", help="A fifth of the training, a third of the images.")] = False,
+) -> None:
+    """The whole system on real digits, in about five minutes on two cores."""
+    from ig_dist.quickstart import run_quickstart
+
+    run_quickstart(out, short=short)
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{option} {text!r}: give numbers separated by commas, e.g. 1.0,1.4") from None
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def main() -> None:
+    """Entry point of ``ig-dist``."""
+    run_app(app)
+
+
+if __name__ == "__main__":
+    main()

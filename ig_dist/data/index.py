@@ -1,0 +1,202 @@
+"""The shard index: what the latent shards hold, and where each sample's latent lies.
+
+``index.json`` describes the data set; a side file (safetensors) holds one row per sample, so that a sample is read
+by its byte range, without parsing the tar, from a local file or an object store alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import fsspec
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ig_dist.data.shards import SampleRow
+from ig_dist.errors import ConfigError
+
+FORMAT = "ig-dist-index/1"
+TABLE_NAME = "index.samples.safetensors"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TokenizerInfo(_Record):
+    """Which tokenizer made the latents."""
+
+    name: str
+    sha256: str
+    """Hash of the tokenizer's weights and settings."""
+    image_size: int
+    image_channels: int
+
+
+class LatentInfo(_Record):
+    """Shape and meaning of a stored latent."""
+
+    kind: Literal["sample", "moments"]
+    """sample: (C, H, W); moments: mean and std stacked, (2C, H, W)."""
+    shape: tuple[int, int, int]
+    """Shape of the latent that the model sees, (C, H, W)."""
+    dtype: Literal["float16", "float32"]
+    shift: list[float]
+    """Per channel: the model sees (latent - shift) * scale."""
+    scale: list[float]
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int]:
+        """Shape of the array in the shard."""
+        channels, height, width = self.shape
+        return (2 * channels if self.kind == "moments" else channels, height, width)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the array in the shard."""
+        return int(np.prod(self.stored_shape)) * np.dtype(self.dtype).itemsize
+
+
+class ShardInfo(_Record):
+    """One tar file."""
+
+    name: str
+    bytes: int
+    samples: int = Field(gt=0)
+    sha256: str
+
+
+class Statistics(_Record):
+    """Per-channel statistics of the normalised latents, over the whole data set."""
+
+    mean: list[float]
+    std: list[float]
+
+
+class IndexFile(_Record):
+    """The contents of ``index.json``."""
+
+    format: Literal["ig-dist-index/1"]
+    source: str
+    seed: int
+    """Seed of the shuffle at write time."""
+    tokenizer: TokenizerInfo
+    latent: LatentInfo
+    classes: list[str]
+    statistics: Statistics
+    table_sha256: str
+    shards: list[ShardInfo] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class SampleTable:
+    """One row per sample, in index order: shard by shard, as in the tars."""
+
+    offset: NDArray[np.int64]
+    """Byte offset of the latent's array data in its shard."""
+    label: NDArray[np.int32]
+    crc32: NDArray[np.uint32]
+    """CRC-32 of the array data."""
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[SampleRow]) -> SampleTable:
+        """Columns from the rows of all shards, in index order."""
+        offset, label, crc32 = zip(*rows, strict=True)
+        return cls(np.asarray(offset, np.int64), np.asarray(label, np.int32), np.asarray(crc32, np.uint32))
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """An opened index."""
+
+    folder: str
+    """URL or path of the folder that holds the shards."""
+    info: IndexFile
+    table: SampleTable
+    sha256: str
+    """Hash of ``index.json``, which holds the hashes of everything else."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in all shards."""
+        return len(self.table.label)
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples of each shard."""
+        return [shard.samples for shard in self.info.shards]
+
+
+def write_index(folder: str, info: dict[str, Any], table: SampleTable) -> None:
+    """Write the side file, then ``index.json`` (last: what has no index does not exist)."""
+    fs, path = fsspec.core.url_to_fs(folder)
+    packed = safetensors.numpy.save(vars(table))
+    file = IndexFile(format=FORMAT, table_sha256=hashlib.sha256(packed).hexdigest(), **info)
+    fs.pipe_file(f"{path}/{TABLE_NAME}", packed)
+    temporary = f"{path}/index.json.tmp"
+    fs.pipe_file(temporary, (json.dumps(file.model_dump(), indent=1) + "\n").encode())
+    fs.mv(temporary, f"{path}/index.json")
+
+
+def read_index(url: str) -> ShardIndex:
+    """Open an index by the URL of ``index.json`` or of its folder, and hold it against the shards beside it.
+
+    Raises:
+        ConfigError: no index there, not an index, or shards that are missing or of another size.
+    """
+    folder = str(url).removesuffix("/index.json").rstrip("/")
+    try:
+        fs, path = fsspec.core.url_to_fs(folder)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"data.index {url!r}: {' '.join(str(error).split())}") from None
+    try:
+        raw = fs.cat_file(f"{path}/index.json")
+    except (FileNotFoundError, NotADirectoryError):
+        what = "is a folder without an index.json" if fs.isdir(path) else "does not exist"
+        raise ConfigError(
+            f"data.index: {folder} {what}; write shards there with"
+            " `python data_prep/encode_latents.py --source SRC --dest FOLDER --tokenizer T`"
+        ) from None
+    try:
+        info = IndexFile.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ConfigError(
+            f"{folder}/index.json is not an index of format {FORMAT}: {where}: {first['msg']}; encode again"
+        ) from None
+    table = _read_table(fs, f"{path}/{TABLE_NAME}", info)
+    _check_shards(fs, path, info)
+    return ShardIndex(folder=folder, info=info, table=table, sha256=hashlib.sha256(raw).hexdigest())
+
+
+def _read_table(fs: Any, path: str, info: IndexFile) -> SampleTable:
+    try:
+        packed = fs.cat_file(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing: it belongs to index.json; copy it there or encode again") from None
+    if hashlib.sha256(packed).hexdigest() != info.table_sha256:
+        raise ConfigError(f"{path} does not match index.json (sha256 differs): copy both again or encode again")
+    table = SampleTable(**safetensors.numpy.load(packed))
+    if len(table.label) != sum(shard.samples for shard in info.shards):
+        raise ConfigError(f"{path} holds {len(table.label)} samples, index.json another number: encode again")
+    return table
+
+
+def _check_shards(fs: Any, path: str, info: IndexFile) -> None:
+    found = {PurePosixPath(entry["name"]).name: entry["size"] for entry in fs.ls(path, detail=True)}
+    for shard in info.shards:
+        if shard.name not in found:
+            raise ConfigError(f"{path}: shard {shard.name} of index.json is missing: restore it or encode again")
+        if found[shard.name] != shard.bytes:
+            raise ConfigError(
+                f"{path}/{shard.name} has {found[shard.name]} bytes, index.json says {shard.bytes}:"
+                " the index does not match its shards; copy them again or encode again"
+            )

@@ -1,0 +1,202 @@
+"""Streaming: from shards to the batches of this rank, in the order that ``order.py`` defines.
+
+A window is read with one ranged read per shard piece; samples are views into those bytes until a batch copies them
+into one tensor. Reader threads (reading and CRC release the GIL) run ahead of the training loop; what they run ahead
+is dropped at a stop, and a restart reads at most one window per stream again.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ig_dist.data.index import ShardIndex
+from ig_dist.data.order import SampleOrder, Window
+from ig_dist.data.reader import ShardReader
+from ig_dist.errors import ConfigError, DataError
+
+BATCHES_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's rows of one global batch."""
+
+    latents: Tensor
+    """(R, *stored shape), as stored."""
+    labels: Tensor
+    """(R,) int64."""
+    ids: Tensor
+    """(R,) int64, ids of the samples."""
+    positions: Tensor
+    """(R,) int64, position of each row in the run: the key of all its randomness."""
+    epochs: Tensor
+    """(R,) int64."""
+
+    def split(self, count: int) -> list[Batch]:
+        """``count`` micro-batches: consecutive slices of equal length."""
+        parts = [getattr(self, field.name).chunk(count) for field in fields(self)]
+        return [Batch(*columns) for columns in zip(*parts, strict=True)]
+
+
+@dataclass(frozen=True)
+class _LoadedWindow:
+    window: Window
+    samples: list[NDArray[np.generic]]
+    ids: NDArray[np.int64]
+
+
+class BatchStream:
+    """Iterates over this rank's batches from a given global batch on, for ever.
+
+    Args:
+        index: the opened shard index.
+        order: the order of samples.
+        rank: this process; it owns C / world_size consecutive streams.
+        world_size: number of processes, divides the number of streams.
+        start: first global batch.
+        workers: reader threads; 0 reads in the caller's thread. The batches do not depend on it.
+        on_corrupt: ``fail`` raises DataError at a damaged sample; ``skip`` fills its place with the next good sample
+            of its window and counts it in ``quarantined``.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        order: SampleOrder,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        workers: int = 0,
+        on_corrupt: Literal["fail", "skip"] = "fail",
+    ) -> None:
+        self._index, self._order, self._start = index, order, start
+        self._reader = ShardReader(index, on_corrupt)
+        per_rank = order.streams // world_size
+        self._streams = range(rank * per_rank, (rank + 1) * per_rank)
+        self._workers = workers
+        self._stopped = threading.Event()
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="reader") if workers else None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._read_ahead() if self._pool else self._batches()
+
+    @property
+    def quarantined(self) -> set[int]:
+        """Ids of the damaged samples met so far."""
+        return self._reader.quarantined
+
+    def close(self) -> None:
+        """Stop the reader threads and drop what they had read."""
+        self._stopped.set()
+        if self._pool:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _read_ahead(self) -> Iterator[Batch]:
+        """Assemble batches in a thread of their own; an error there surfaces here."""
+        ready: queue.Queue[Batch | BaseException] = queue.Queue(BATCHES_AHEAD)
+
+        def put(item: Batch | BaseException) -> None:
+            while not self._stopped.is_set():
+                try:
+                    return ready.put(item, timeout=0.2)
+                except queue.Full:
+                    continue
+
+        def assemble() -> None:
+            try:
+                for batch in self._batches():
+                    put(batch)
+                    if self._stopped.is_set():
+                        return
+            except BaseException as error:
+                put(error)
+
+        threading.Thread(target=assemble, name="batches", daemon=True).start()
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def _batches(self) -> Iterator[Batch]:
+        per_stream = self._order.samples_per_stream
+        cursors = [self._samples(stream, self._start * per_stream) for stream in self._streams]
+        rows = len(cursors) * per_stream
+        number = self._start
+        dtype: torch.dtype = getattr(torch, self._index.info.latent.dtype)
+        pin = torch.cuda.is_available()
+        while True:
+            latents = torch.empty((rows, *self._index.info.latent.stored_shape), dtype=dtype, pin_memory=pin)
+            view = latents.numpy()
+            ids = np.empty(rows, dtype=np.int64)
+            epochs = np.empty(rows, dtype=np.int64)
+            for row in range(rows):
+                view[row], ids[row], epochs[row] = next(cursors[row // per_stream])
+            first = number * self._order.global_batch_size + self._streams.start * per_stream
+            yield Batch(
+                latents=latents,
+                labels=torch.from_numpy(self._index.table.label[ids].astype(np.int64)),
+                ids=torch.from_numpy(ids),
+                positions=torch.arange(first, first + rows),
+                epochs=torch.from_numpy(epochs),
+            )
+            number += 1
+
+    def _samples(self, stream: int, number: int) -> Iterator[tuple[NDArray[np.generic], int, int]]:
+        """Latent, id and epoch of each sample of one stream, reading one window ahead."""
+        following = self._fetch(stream, number)
+        while True:
+            loaded = following()
+            following = self._fetch(stream, loaded.window.stop)
+            for k in range(number - loaded.window.first, len(loaded.ids)):
+                yield loaded.samples[k], int(loaded.ids[k]), loaded.window.epoch
+            number = loaded.window.stop
+
+    def _fetch(self, stream: int, number: int) -> Callable[[], _LoadedWindow]:
+        """Begin to read a window; the call of what is returned waits for it (without threads: reads it)."""
+        if self._pool is None:
+            return partial(self._load, stream, number)
+        return self._pool.submit(self._load, stream, number).result
+
+    def _load(self, stream: int, number: int) -> _LoadedWindow:
+        window = self._order.window(stream, number)
+        ids = self._order.ids(window)
+        line = [sample for piece in window.pieces for sample in self._reader.read(*piece)]
+        samples = [line[i] for i in window.permutation]
+        good = [k for k, sample in enumerate(samples) if sample is not None]
+        if len(good) < len(samples):
+            if not good:
+                raise DataError(
+                    f"all {len(samples)} samples of a window are damaged, near sample {ids[0]}:"
+                    " restore the shards (data_prep/encode_latents.py writes them again)"
+                )
+            after = np.searchsorted(good, np.arange(len(samples))) % len(good)
+            ids = ids[np.asarray(good)[after]]
+            samples = [samples[good[k]] for k in after]
+        return _LoadedWindow(window, [s for s in samples if s is not None], ids)
+
+
+def check_window_memory(index: ShardIndex, *, streams: int, window_samples: int, window_bytes: int, nodes: int) -> None:
+    """Raise ConfigError when two windows (in use, read ahead) of every stream of a node exceed the bound."""
+    # tar headers, labels and padding lie between the latents: 2.5 KiB a sample at most
+    per_sample = index.info.latent.stored_bytes + 2560
+    on_node = -(-streams // nodes)
+    need = 2 * on_node * min(window_samples, -(-index.num_samples // streams)) * per_sample
+    if need > window_bytes:
+        fits = max(1, window_bytes // (2 * on_node * per_sample))
+        raise ConfigError(
+            f"data.window_samples {window_samples} needs {need / 2**20:.0f} MiB a node, data.window_bytes allows"
+            f" {window_bytes / 2**20:.0f}: use data.window_samples={fits} or data.window_bytes={need}"
+        )

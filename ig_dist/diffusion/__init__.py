@@ -1,0 +1,1 @@
+"""The mathematics: path, loss, guidance, samplers."""

@@ -1,0 +1,141 @@
+"""Samplers: flat functions that carry a state from noise (t = 1) to data (t = 0).
+
+Each takes a velocity function (x, t) -> velocity, the initial state, and the times to visit as Python floats.
+The state keeps the dtype of `x` (float64 is the published choice); noise is given from outside.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ig_dist.diffusion.path import Path, shift_time
+
+VelocityFn = Callable[[Tensor, float], Tensor]
+NoiseFn = Callable[[int, Tensor], Tensor]
+Solver = Literal["euler", "heun", "euler_maruyama"]
+
+
+def time_grid(steps: int, shift: float = 1.0) -> list[float]:
+    """Return steps + 1 times from 1 to 0, evenly spaced and then shifted (see `path.shift_time`).
+
+    Each unshifted time is the float nearest to its fraction, so an interval end such as 0.7 is met exactly.
+    """
+    _check_steps(steps)
+    return [shift_time((steps - i) / steps, shift) for i in range(steps + 1)]
+
+
+def sde_grid(steps: int, last: float = 0.04) -> list[float]:
+    """Return steps + 1 times: `steps` evenly spaced ones from 1 to `last`, then 0.
+
+    The score blows up at t = 0, so the last step is one long mean step (SiT, arXiv 2401.08740).
+    """
+    _check_steps(steps)
+    if not 0.0 < last < 1.0:
+        raise ValueError(f"last is {last}; the last stochastic time must lie between 0 and 1")
+    times = [1.0 - (1.0 - last) * i / (steps - 1) for i in range(1, steps - 1)]
+    return [1.0, *times, last, 0.0] if steps > 1 else [1.0, 0.0]
+
+
+@torch.no_grad()
+def euler(
+    velocity_fn: VelocityFn,
+    x: Tensor,
+    timesteps: Sequence[float],
+    *,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Integrate dx = v dt by Euler's method, order 1; one evaluation a step.
+
+    Args:
+        velocity_fn: (x, t) -> velocity.
+        x: (B, C, H, W), the state at timesteps[0].
+        timesteps: the times to visit.
+        on_step: called with the index of every finished step.
+
+    Returns:
+        The state at timesteps[-1].
+    """
+    for i, (t, t_next) in enumerate(pairwise(timesteps)):
+        x = (x + (t_next - t) * velocity_fn(x, t)).to(x.dtype)
+        if on_step is not None:
+            on_step(i)
+    return x
+
+
+@torch.no_grad()
+def heun(
+    velocity_fn: VelocityFn,
+    x: Tensor,
+    timesteps: Sequence[float],
+    *,
+    correct_last_step: bool = True,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Integrate dx = v dt by Heun's method, order 2 (Karras et al., arXiv 2206.00364, algorithm 1).
+
+    Two evaluations a step. `correct_last_step=False` makes the last step an Euler step, as the published
+    SiT sampler does. Arguments and result otherwise as for `euler`.
+    """
+    last = len(timesteps) - 2
+    for i, (t, t_next) in enumerate(pairwise(timesteps)):
+        velocity = velocity_fn(x, t)
+        predicted = (x + (t_next - t) * velocity).to(x.dtype)
+        if i < last or correct_last_step:
+            velocity = 0.5 * (velocity + velocity_fn(predicted, t_next))
+            predicted = (x + (t_next - t) * velocity).to(x.dtype)
+        x = predicted
+        if on_step is not None:
+            on_step(i)
+    return x
+
+
+@torch.no_grad()
+def euler_maruyama(
+    velocity_fn: VelocityFn,
+    x: Tensor,
+    timesteps: Sequence[float],
+    path: Path,
+    noise_fn: NoiseFn,
+    *,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Integrate the reverse SDE dx = (v - t s) dt + sqrt(2 t) dw (SiT, arXiv 2401.08740, section 2).
+
+    One evaluation a step; no noise in the last step. s is the score that `path` gives for the velocity.
+
+    Args:
+        velocity_fn: (x, t) -> velocity.
+        x: (B, C, H, W), the state at timesteps[0].
+        timesteps: the times to visit, see `sde_grid`; only the last may be 0.
+        path: the path that the model was trained on.
+        noise_fn: (step index, x) -> standard normal noise of x's shape.
+        on_step: called with the index of every finished step.
+
+    Returns:
+        The state at timesteps[-1].
+    """
+    last = len(timesteps) - 2
+    for i, (t, t_next) in enumerate(pairwise(timesteps)):
+        velocity = velocity_fn(x, t)
+        drift = velocity - t * path.score(velocity, x, t)
+        x_next = x + (t_next - t) * drift
+        if i < last:
+            x_next = x_next + (2.0 * t * (t - t_next)) ** 0.5 * noise_fn(i, x)
+        x = x_next.to(x.dtype)
+        if on_step is not None:
+            on_step(i)
+    return x
+
+
+def evaluations(solver: Solver, steps: int, correct_last_step: bool = True) -> int:
+    """Count the velocity evaluations that a solver spends on `steps` steps."""
+    _check_steps(steps)
+    return 2 * steps - (not correct_last_step) if solver == "heun" else steps
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; a sampler needs at least 1")

@@ -1,0 +1,51 @@
+"""Exponential moving averages, fp32, on the engine's own shards of the weights: no communication."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 2**26  # bounds the temporary to 256 MB
+
+
+class EMA:
+    """One average per decay: average <- average + (1 - decay) (weights - average).
+
+    Args:
+        masters: the weights, this rank's shards; the averages start as copies of them.
+        decays: the decays.
+    """
+
+    def __init__(self, masters: Mapping[str, Tensor], decays: Sequence[float]) -> None:
+        self._masters = dict(masters)
+        self.averages = {decay: {name: w.clone() for name, w in masters.items()} for decay in decays}
+
+    def load(self, decay: float, shards: Mapping[str, Tensor]) -> None:
+        """Replace one average."""
+        for name, tensor in shards.items():
+            self.averages[decay][name].copy_(tensor)
+
+    @torch.no_grad()
+    def update(self, finite: Tensor) -> None:
+        """Move every average towards the weights; not at all when ``finite`` (a device scalar) is 0."""
+        for chunk in _chunks(self._masters):
+            weights = [self._masters[name] for name in chunk]
+            for decay, average in self.averages.items():
+                averages = [average[name] for name in chunk]
+                difference = torch._foreach_sub(weights, averages)
+                torch._foreach_mul_(difference, finite * (1 - decay))
+                torch._foreach_add_(averages, difference)
+
+
+def _chunks(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    chunks: list[list[str]] = []
+    elements = CHUNK_ELEMENTS
+    for name, tensor in tensors.items():
+        if elements + tensor.numel() > CHUNK_ELEMENTS:
+            chunks.append([])
+            elements = 0
+        chunks[-1].append(name)
+        elements += tensor.numel()
+    return chunks

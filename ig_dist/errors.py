@@ -1,0 +1,35 @@
+"""The errors that a user can meet, each with the exit code that a launcher acts on.
+
+Every message is one line that says what is wrong, where, and how to mend it. Anything else that escapes is a
+bug: it keeps its traceback and exits 1.
+"""
+
+
+class IgDistError(Exception):
+    """Base of the errors that end a command with one line instead of a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(IgDistError):
+    """The user's mistake: a key, a value, a path, or a combination. Running again changes nothing."""
+
+    exit_code = 2
+
+
+class NonFiniteError(IgDistError):
+    """Too many steps in a row had a non-finite gradient."""
+
+    exit_code = 3
+
+
+class DataError(IgDistError):
+    """Data or storage is beyond repair."""
+
+    exit_code = 4
+
+
+class Preempted(IgDistError):  # noqa: N818  (not a failure: the run was saved and asks to be started again)
+    """The run was asked to stop, has saved, and goes on when the same command is run again."""
+
+    exit_code = 75

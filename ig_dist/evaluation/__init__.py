@@ -1,0 +1,1 @@
+"""Plans, units, features, scores, pictures."""

@@ -1,0 +1,105 @@
+"""Scores of generated images, each with its protocol."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ig_dist.data.index import ShardIndex, read_index
+from ig_dist.data.reader import ShardReader
+from ig_dist.errors import ConfigError
+from ig_dist.evaluation.features import Extractor, Moments, pixel_extractor, streamed_moments
+from ig_dist.evaluation.generate import read_units
+from ig_dist.evaluation.plan import Plan
+from ig_dist.export import ExportInfo
+from ig_dist.latents.tokenizers import get_tokenizer
+from ig_dist.run_dir import replace_text
+
+BATCH = 512
+
+
+def frechet_distance(first: Moments, second: Moments) -> float:
+    """Squared Frechet distance of two Gaussians: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2).
+
+    The symmetric form has a real, non-negative spectrum, so eigenvalues of symmetric matrices suffice and a singular
+    covariance (a pixel that is always black) does no harm. Dowson and Landau 1982.
+    """
+    values, vectors = np.linalg.eigh(first.covariance)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    cross = np.linalg.eigvalsh(root @ second.covariance @ root).clip(min=0)
+    mean_term = np.square(first.mean - second.mean).sum()
+    return float(mean_term + np.trace(first.covariance) + np.trace(second.covariance) - 2 * np.sqrt(cross).sum())
+
+
+def index_images(index: ShardIndex) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int32]]]:
+    """The images (B, H, W, C) that the stored latents decode to, and their labels, in index order."""
+    info = index.info
+    if info.latent.kind != "sample":
+        raise ConfigError(f"{index.folder} stores posterior moments: a reference needs stored samples or images")
+    tokenizer, reader = get_tokenizer(info.tokenizer.name), ShardReader(index)
+    first = 0
+    for shard, size in enumerate(index.shard_sizes):
+        for start in range(0, size, BATCH):
+            stop = min(start + BATCH, size)
+            stored = np.stack([sample for sample in reader.read(shard, start, stop) if sample is not None])
+            # as stored, the latents are the tokenizer's own: normalisation is for the model
+            images = tokenizer.decode(torch.from_numpy(stored).float())
+            yield images.numpy(), index.table.label[first + start : first + stop]
+        first += size
+
+
+def reference_moments(index: ShardIndex, extractor: Extractor) -> Moments:
+    """Moments of the real images of an index."""
+    return streamed_moments((images for images, _ in index_images(index)), extractor)
+
+
+def evaluate_plan(
+    plan: Plan, info: ExportInfo, url: str, reference_url: str, out: Path | None = None
+) -> dict[str, Any]:
+    """Score the samples of a plan against an index; scores and protocol, also written to ``out``."""
+    extractor = pixel_extractor()
+    index = read_index(reference_url)
+    reference = reference_moments(index, extractor)
+    generated = streamed_moments((images for images, _ in read_units(plan, url)), extractor)
+    if reference.mean.shape != generated.mean.shape:
+        raise ConfigError(
+            f"the images of {reference_url} have {reference.mean.size} values, the samples {generated.mean.size}:"
+            " give the index that the model was trained on (evaluate.reference)"
+        )
+    result = {
+        "scores": {"fd_pixel": frechet_distance(reference, generated)},
+        "protocol": {
+            "num": plan.num,
+            "labels": plan.labels,
+            "seed": plan.seed,
+            "solver": plan.solver,
+            "steps": plan.steps,
+            "evaluations": plan.evaluations,
+            "guidance": [term.model_dump(mode="json") for term in plan.guidance],
+            "precision": plan.precision,
+            "uint8_rule": get_tokenizer(info.tokenizer.name).uint8_rule,
+            "tokenizer": info.tokenizer.name,
+            "tokenizer_sha256": info.tokenizer.sha256,
+            "extractor": extractor.name,
+            "extractor_sha256": extractor.sha256,
+            "reference": index.info.source,
+            "reference_images": reference.count,
+            "reference_sha256": reference.sha256,
+            "ema": info.ema,
+            "step": info.step,
+            "images_seen": info.images_seen,
+            "checkpoint_sha256": info.checkpoint_sha256,
+            "weights_sha256": info.weights_sha256,
+            "plan": plan.digest,
+        },
+    }
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(out, json.dumps(result, indent=1) + "\n")
+    return result

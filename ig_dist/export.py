@@ -1,0 +1,124 @@
+"""Export: the weights that sampling reads, as safetensors with all that is needed to use them."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ig_dist.checkpoint import CheckpointStore
+from ig_dist.config import Config
+from ig_dist.data.index import LatentInfo, TokenizerInfo, read_index
+from ig_dist.errors import ConfigError
+from ig_dist.models.dit import DiT, DiTConfig
+from ig_dist.parallel.dist import Dist
+
+WEIGHTS_NAME = "model.safetensors"
+INFO_NAME = "export.json"
+ALONE = Dist(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
+
+
+class ExportInfo(BaseModel):
+    """What stands beside exported weights."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    format: Literal["ig-dist-export/1"] = "ig-dist-export/1"
+    model: DiTConfig
+    path: Literal["linear", "cosine"]
+    latent: LatentInfo
+    tokenizer: TokenizerInfo
+    classes: list[str]
+    trained_with_null_label: bool
+    ema: float | None
+    """Decay of the exported average; None for the raw weights."""
+    step: int
+    images_seen: int
+    checkpoint_sha256: str
+    weights_sha256: str
+
+
+def export_run(config: Config, *, ema: float | None = None, raw: bool = False) -> Path:
+    """Export the newest whole checkpoint of a run; what is exported already is left as it is.
+
+    Args:
+        config: the run's config.
+        ema: decay of the average to export; None: the first of ``ema.decays``.
+        raw: export the weights themselves instead.
+
+    Returns:
+        The folder that holds ``model.safetensors`` and ``export.json``.
+
+    Raises:
+        ConfigError: the run has no checkpoint, or no such average.
+    """
+    url = config.checkpoint.url or f"{config.run.dir}/checkpoints"
+    checkpoint = CheckpointStore(url).latest(ALONE)
+    if checkpoint is None:
+        raise ConfigError(f"{config.run.dir} has no checkpoint in {url}: train it first with `ig-dist train`")
+    saved = Config.model_validate(checkpoint.meta["config"])
+    if not raw and ema is None and saved.ema.decays:
+        ema = saved.ema.decays[0]
+    if ema is not None and ema not in saved.ema.decays:
+        raise ConfigError(f"--ema {ema}: the run has averages with decay {saved.ema.decays}; choose one, or --raw")
+    name = f"step_{checkpoint.step:010d}_" + ("raw" if ema is None else f"ema_{ema}")
+    folder = Path(config.run.dir) / "export" / name
+    if (folder / INFO_NAME).exists() and read_info(folder).checkpoint_sha256 == checkpoint.sha256:
+        return folder
+
+    weights = {key: checkpoint.read(f"model/{key}") for key in checkpoint.names("model")}
+    if ema is not None:
+        weights |= {key: checkpoint.read(f"ema/{ema}/{key}") for key in checkpoint.names(f"ema/{ema}")}
+    index = read_index(config.data.index)
+    packed = safetensors.torch.save({key: weights[key] for key in sorted(weights)})
+    info = ExportInfo(
+        model=saved.model.to_dit(),
+        path=saved.loss.path,
+        latent=index.info.latent,
+        tokenizer=index.info.tokenizer,
+        classes=index.info.classes,
+        trained_with_null_label=saved.loss.label_drop > 0,
+        ema=ema,
+        step=checkpoint.step,
+        images_seen=checkpoint.meta["images_seen"],
+        checkpoint_sha256=checkpoint.sha256,
+        weights_sha256=hashlib.sha256(packed).hexdigest(),
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
+    (building / WEIGHTS_NAME).write_bytes(packed)
+    (building / INFO_NAME).write_text(info.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    if folder.exists() and read_info(folder).checkpoint_sha256 != info.checkpoint_sha256:
+        shutil.rmtree(folder)
+    try:
+        building.rename(folder)
+    except OSError:  # another worker exported the same bytes first
+        shutil.rmtree(building)
+    return folder
+
+
+def read_info(folder: Path) -> ExportInfo:
+    """Read what stands beside exported weights.
+
+    Raises:
+        ConfigError: no export there.
+    """
+    try:
+        return ExportInfo.model_validate_json((folder / INFO_NAME).read_bytes())
+    except (OSError, ValidationError):
+        raise ConfigError(f"{folder} holds no export: make one with `ig-dist export RUN`") from None
+
+
+def load_export(folder: Path, device: torch.device) -> tuple[DiT, ExportInfo]:
+    """The exported model in eval mode, and what stands beside it."""
+    info = read_info(folder)
+    with torch.device("meta"):
+        model = DiT(info.model)
+    model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS_NAME), assign=True)
+    return model.to(device).eval().requires_grad_(False), info

@@ -1,0 +1,109 @@
+"""What a run reports: ``metrics.jsonl``, TensorBoard and the progress bar, and what throughput means."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ig_dist.run_dir import replace_text
+from ig_dist.terminal import console
+
+# Dense bf16 peaks in TFLOP/s, from the vendors' data sheets, by a part of the device's name.
+PEAK_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0}
+
+
+def model_flops_utilisation(
+    flops_per_image: float,
+    images_per_s: float,
+    world_size: int,
+    device: torch.device,
+    peak_tflops: float | None,
+) -> float | None:
+    """Achieved FLOP/s over the peak of all devices (2 FLOP per MAC); None where the peak is not known."""
+    if peak_tflops is None and device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        peak_tflops = next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    if peak_tflops is None:
+        return None
+    return flops_per_image * images_per_s / (world_size * peak_tflops * 1e12)
+
+
+class RunLog:
+    """Writes the metrics of rank 0. Used as a context; on other ranks build it with ``path=None``: it does nothing.
+
+    Args:
+        path: run directory.
+        start: step that the run goes on from; later lines of an earlier start are cut off.
+        total: steps of the whole run.
+        name: shown beside the bar.
+    """
+
+    def __init__(self, path: Path | None, *, start: int, total: int, name: str) -> None:
+        self._path, self._start, self._total = path, start, total
+        self._progress = Progress(
+            TextColumn(name),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+            disable=path is None or not console.is_terminal,
+        )
+        self._task = self._progress.add_task(name, total=total, completed=start, status="")
+
+    def __enter__(self) -> Self:
+        if self._path is not None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self._file = self._path / "metrics.jsonl"
+            cut_back(self._file, self._start)
+            self._stream = self._file.open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(self._path / "tensorboard"), purge_step=self._start + 1)
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        if self._path is not None:
+            self._stream.close()
+            self._board.close()
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        self._progress.update(self._task, completed=step)
+
+    def write(self, metrics: dict[str, float | int | None]) -> None:
+        """One line of metrics; ``step`` is among them."""
+        if self._path is None:
+            return
+        self._stream.write(json.dumps(metrics) + "\n")
+        self._stream.flush()
+        step = int(metrics["step"] or 0)
+        for key, value in metrics.items():
+            if key != "step" and value is not None:
+                self._board.add_scalar(f"train/{key}", value, step)
+        status = f"loss {metrics['loss']:.4f}  {metrics['images_per_s']:.0f} images/s"
+        self._progress.update(self._task, completed=step, status=status)
+        if not console.is_terminal:
+            console.print(f"step {step}/{self._total}  {status}")
+
+
+def cut_back(file: Path, step: int) -> None:
+    """Drop the lines of ``metrics.jsonl`` after ``step``, and a last line that was cut off."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            break
+    replace_text(file, "".join(kept))

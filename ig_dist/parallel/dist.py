@@ -1,0 +1,136 @@
+"""Processes: who am I, agreement between ranks, and the few collectives outside the engines."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from ig_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Dist:
+    """This process among all processes of the job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    @property
+    def nodes(self) -> int:
+        """Number of machines."""
+        return -(-self.world_size // self.local_world_size)
+
+
+def init_distributed(timeout_s: int) -> Dist:
+    """Join the job described by torchrun's environment variables, or stand alone.
+
+    Collectives go over gloo for CPU tensors and NCCL for GPU tensors, and give up after ``timeout_s`` seconds.
+
+    Raises:
+        ConfigError: incomplete environment, or more processes than GPUs on a machine that has GPUs.
+    """
+    try:
+        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    except ValueError as error:
+        raise ConfigError(f"RANK, WORLD_SIZE, LOCAL_RANK or LOCAL_WORLD_SIZE is not a number: {error}") from None
+    if world_size > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise ConfigError(
+            "WORLD_SIZE is set without RANK, MASTER_ADDR and MASTER_PORT: use launchers/local.py or torchrun"
+        )
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {local_rank} has no GPU, this machine has {torch.cuda.device_count()}:"
+                f" start at most {torch.cuda.device_count()} processes on it"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        torch_dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    return Dist(rank, world_size, local_rank, local_world_size, device)
+
+
+def shut_down() -> None:
+    """Leave the job."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def gather_objects(value: Any, dist: Dist) -> list[Any]:
+    """Every rank's value, in rank order. COLLECTIVE: every rank must call."""
+    if dist.world_size == 1:
+        return [value]
+    values = [None] * dist.world_size
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: Any, dist: Dist) -> Any:
+    """Rank 0's value. COLLECTIVE: every rank must call."""
+    if dist.world_size == 1:
+        return value
+    box = [value]
+    torch_dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def sum_over_ranks(values: Tensor, dist: Dist) -> Tensor:
+    """Elementwise sum, in place, of a tensor of any device. COLLECTIVE: every rank must call."""
+    if dist.world_size > 1:
+        torch_dist.all_reduce(values)
+    return values
+
+
+class StopFlag:
+    """SIGTERM and SIGUSR2 ask the run to stop; all ranks agree on the step at which they do.
+
+    The handler only sets a flag. The agreement is an all-reduce that runs beside the step and is read one step
+    later, so that nobody waits for it. A second SIGTERM ends the process at once.
+    """
+
+    def __init__(self, dist: Dist) -> None:
+        self._dist = dist
+        self._asked = torch.zeros((), dtype=torch.int32)
+        self._pending: tuple[torch_dist.Work, Tensor] | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM and self._asked:
+            os._exit(128 + number)
+        self._asked.fill_(1)
+
+    def agreed(self) -> bool:
+        """Whether all ranks stop now. COLLECTIVE: call once a step on every rank."""
+        if self._dist.world_size == 1:
+            return bool(self._asked)
+        stop = False
+        if self._pending is not None:
+            work, asked = self._pending
+            work.wait()
+            stop = bool(asked)
+        asked = self._asked.clone()
+        work = torch_dist.all_reduce(asked, op=torch_dist.ReduceOp.MAX, async_op=True)
+        assert work is not None
+        self._pending = work, asked
+        return stop

@@ -1,0 +1,97 @@
+"""The run directory: who may use it, and whether it belongs to this config."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ig_dist.config import Config, to_yaml
+from ig_dist.errors import ConfigError
+
+CONFIG_NAME = "config.yaml"
+
+# What may change when a run goes on: it does not enter the weights (beyond the order of float sums).
+FREE_GROUPS = {"log", "checkpoint", "engine", "guidance", "sample", "evaluate"}
+FREE_KEYS = {
+    "run.dir",
+    "data.index",  # its content is compared by hash
+    "data.workers",
+    "data.window_bytes",
+    "data.on_corrupt",
+    "train.accumulation",
+    "train.compile",
+    "train.max_nonfinite_steps",
+    "train.peak_tflops",
+    "train.timeout_s",
+}
+
+
+@contextmanager
+def claim(config: Config) -> Iterator[Path]:
+    """Hold the run directory for this process: check, create, lock and write ``config.yaml``. Rank 0 only.
+
+    Raises:
+        ConfigError: another process holds it, or it belongs to another config.
+    """
+    path = Path(config.run.dir)
+    check_same_run(path, config)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("a+")
+    except OSError as error:
+        raise ConfigError(f"run.dir {path}: {error.strerror}: choose a folder that can be written") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however the process ends
+        except OSError:
+            lock.seek(0)
+            raise ConfigError(
+                f"run.dir {path} is in use by process {lock.read().strip()}: wait for it or stop it"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        replace_text(path / CONFIG_NAME, to_yaml(config))
+        yield path
+
+
+def check_same_run(path: Path, config: Config) -> None:
+    """Raise ConfigError when the directory belongs to a run of another config, naming the keys that differ."""
+    file = path / CONFIG_NAME
+    if not file.exists():
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"run.dir {path} is a file: choose another run.dir")
+        return
+    old = _flatten(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
+    new = _flatten(config.model_dump(mode="json"))
+    free = FREE_KEYS | ({"train.steps", "train.epochs"} if config.optimizer.schedule == "constant" else set())
+    differ = [
+        f"{key} ({old.get(key)} -> {new.get(key)})"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in free and key.split(".")[0] not in FREE_GROUPS
+    ]
+    if differ:
+        raise ConfigError(f"run.dir {path} belongs to another config: {', '.join(differ)}; choose another run.dir")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

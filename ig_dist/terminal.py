@@ -1,0 +1,42 @@
+"""The terminal: one console, and how errors and exit codes reach the user."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from ig_dist.errors import ConfigError, IgDistError
+
+console = Console(soft_wrap=True, highlight=False)
+
+
+def is_main_process() -> bool:
+    """Whether this process is rank 0 (or alone)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run_app(app: typer.Typer | Callable[..., Any]) -> None:
+    """Run a command line: an IgDistError becomes one line on stderr and its exit code, a bug keeps its traceback."""
+    if not isinstance(app, typer.Typer):
+        command, app = app, typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        app.command()(command)
+    try:
+        app()
+    except IgDistError as error:
+        # A configuration error is the same on every rank: the first one says it. Others name their rank.
+        rank = os.environ.get("RANK")
+        if not isinstance(error, ConfigError) or is_main_process():
+            where = f"rank {rank}: " if rank is not None and not isinstance(error, ConfigError) else ""
+            print(
+                f"{'stopped' if error.exit_code == 75 else 'error'}: {where}{error}",
+                file=sys.stderr,
+                flush=True,
+            )
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

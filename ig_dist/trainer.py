@@ -1,0 +1,280 @@
+"""Training: the loop, and what a run goes on from. It knows engines by their protocol only.
+
+Run the same command again to resume: the step of the newest whole checkpoint is all that position, order and
+randomness depend on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ig_dist.checkpoint import Checkpoint, CheckpointStore, Piece
+from ig_dist.config import Config
+from ig_dist.data.index import ShardIndex, read_index
+from ig_dist.data.latents import model_latents
+from ig_dist.data.order import SampleOrder
+from ig_dist.data.stream import Batch, BatchStream, check_window_memory
+from ig_dist.diffusion.loss import ig_loss
+from ig_dist.diffusion.path import Path
+from ig_dist.ema import EMA
+from ig_dist.errors import ConfigError, NonFiniteError, Preempted
+from ig_dist.metrics import RunLog, model_flops_utilisation
+from ig_dist.models.dit import DiT, count_parameters, initialize
+from ig_dist.models.presets import forward_flops
+from ig_dist.optim import learning_rate
+from ig_dist.parallel.dist import Dist, StopFlag, from_main, init_distributed, shut_down, sum_over_ranks
+from ig_dist.parallel.engine import Engine, StepResult, build_engine
+from ig_dist.rng import Purpose, bernoulli, normal, uniform
+from ig_dist.run_dir import claim
+from ig_dist.terminal import console
+
+
+def train(config: Config) -> None:
+    """Train to the configured length, from the newest whole checkpoint on. COLLECTIVE.
+
+    Raises:
+        ConfigError: the config does not fit the data, the run directory or the number of processes.
+        NonFiniteError: too many non-finite steps in a row.
+        DataError: damaged data, or no whole checkpoint.
+        Preempted: asked to stop by a signal, after a save.
+    """
+    dist = init_distributed(config.train.timeout_s)
+    with ExitStack() as cleanup:
+        cleanup.callback(shut_down)
+        index = read_index(config.data.index)
+        config = config.with_data(index.info.latent.shape, len(index.info.classes))
+        order = _build_order(config, index, dist)
+        path = cleanup.enter_context(_claimed_by_main(config, dist))
+        store = CheckpointStore(
+            config.checkpoint.url or f"{config.run.dir}/checkpoints",
+            keep_last=config.checkpoint.keep_last,
+            keep_every=config.checkpoint.keep_every,
+        )
+        checkpoint = store.latest(dist)
+        _check_data_is_the_same(checkpoint, index)
+        start, total = checkpoint.step if checkpoint else 0, config.total_steps(index.num_samples)
+        if dist.is_main:
+            console.print(f"{config.run.dir}: {'resume at' if start else 'start from'} step {start} of {total}")
+        if start >= total:
+            return
+        stop_flag = StopFlag(dist)
+        model = DiT(config.model.to_dit())
+        initialize(model, config.run.seed)
+        if dist.is_main:
+            console.print(f"{count_parameters(model):,} parameters on {dist.world_size} x {dist.device.type}")
+        engine = build_engine(model, config, checkpoint, dist)
+        ema = _build_ema(engine, config, checkpoint)
+        stream = BatchStream(
+            index,
+            order,
+            rank=dist.rank,
+            world_size=dist.world_size,
+            start=start,
+            workers=config.data.workers,
+            on_corrupt=config.data.on_corrupt,
+        )
+        cleanup.callback(stream.close)
+        run_log = cleanup.enter_context(RunLog(path if dist.is_main else None, start=start, total=total, name="train"))
+        meter = _Meter(config, model, dist)
+
+        batches = iter(stream)
+        for step in range(start + 1, total + 1):  # step: batches consumed once this one is
+            with meter.waiting():
+                batch = next(batches)
+            losses, result = _train_step(engine, batch, config, index, learning_rate(step - 1, config.optimizer, total))
+            ema.update(result.finite)
+            meter.count(result)
+            stopping = stop_flag.agreed()
+            last = step == total
+            if last or step % config.log.every_steps == 0:
+                lr = learning_rate(step - 1, config.optimizer, total)
+                run_log.write(
+                    {
+                        "step": step,
+                        **meter.read(losses, result, batch, step, len(stream.quarantined)),
+                        "lr": lr,
+                    }
+                )
+            if last or stopping or step % config.checkpoint.every_steps == 0:
+                store.save(step, *_snapshot(engine, ema, model, config, index, step, dist), dist)
+                meter.pause()
+            run_log.advance(step)
+            if stopping and not last:
+                raise Preempted(f"saved at step {step} of {total}; run the same command again to go on")
+        store.wait()
+
+
+def _train_step(
+    engine: Engine, batch: Batch, config: Config, index: ShardIndex, lr: float
+) -> tuple[Tensor, StepResult]:
+    """One optimizer step; the step's losses (total, final, aux) averaged over this rank's rows, on the device."""
+    accumulation = config.train.accumulation
+    losses = []
+    for i, micro in enumerate(batch.split(accumulation)):
+        with engine.microbatch(last=i == accumulation - 1):
+            loss = _loss(engine, micro, config, index).mean(dim=1)
+            engine.backward(loss[0] / accumulation)
+        losses.append(loss.detach())
+    return torch.stack(losses).mean(dim=0), engine.step(lr)
+
+
+def _loss(engine: Engine, batch: Batch, config: Config, index: ShardIndex) -> Tensor:
+    """Losses (total, final, aux) of a micro-batch, (3, rows). All randomness is keyed by (seed, position)."""
+    device = next(engine.module.parameters()).device
+    seed, info = config.run.seed, index.info
+    positions = batch.positions.to(device, non_blocking=True)
+    stored = batch.latents.to(device, non_blocking=True)
+    latents = model_latents(stored, info.latent, posterior=config.data.posterior, seed=seed, positions=positions)
+    t = uniform(seed, Purpose.TIME, positions).float()
+    noise = normal(seed, Purpose.NOISE, positions, info.latent.shape)
+    dropped = bernoulli(seed, Purpose.LABEL_DROP, positions, config.loss.label_drop)
+    labels = batch.labels.to(device, non_blocking=True).masked_fill(dropped, len(info.classes))
+    x_t, velocity = Path(config.loss.path).interpolate(latents, noise, t)
+    return torch.stack(ig_loss(engine.module(x_t, t, labels), velocity, config.loss.aux_weight))
+
+
+def _build_order(config: Config, index: ShardIndex, dist: Dist) -> SampleOrder:
+    config.check_world_size(dist.world_size)
+    check_window_memory(
+        index,
+        streams=config.data.streams,
+        window_samples=config.data.window_samples,
+        window_bytes=config.data.window_bytes,
+        nodes=dist.nodes,
+    )
+    return SampleOrder(
+        index.shard_sizes,
+        streams=config.data.streams,
+        global_batch_size=config.train.global_batch_size,
+        window_samples=config.data.window_samples,
+        seed=config.run.seed,
+    )
+
+
+@contextmanager
+def _claimed_by_main(config: Config, dist: Dist) -> Iterator[Any]:
+    """Rank 0 holds the run directory; a refusal ends every rank."""
+    with ExitStack() as held:
+        refusal = path = None
+        if dist.is_main:
+            try:
+                path = held.enter_context(claim(config))
+            except ConfigError as error:
+                refusal = str(error)
+        refusal = from_main(refusal, dist)
+        if refusal is not None:
+            raise ConfigError(refusal)
+        yield path
+
+
+def _check_data_is_the_same(checkpoint: Checkpoint | None, index: ShardIndex) -> None:
+    if checkpoint is not None and checkpoint.meta["index_sha256"] != index.sha256:
+        raise ConfigError(
+            f"the index at {index.folder} is not the one that {checkpoint.url} was trained on:"
+            " restore it, or train in another run.dir"
+        )
+
+
+def _build_ema(engine: Engine, config: Config, checkpoint: Checkpoint | None) -> EMA:
+    ema = EMA(engine.masters(), config.ema.decays)
+    if checkpoint is not None:
+        for decay in config.ema.decays:
+            ema.load(decay, engine.shard(lambda name, decay=decay: checkpoint.read(f"ema/{decay}/{name}")))  # type: ignore[misc]
+    return ema
+
+
+def _snapshot(
+    engine: Engine, ema: EMA, model: DiT, config: Config, index: ShardIndex, step: int, dist: Dist
+) -> tuple[dict[str, Piece], dict[str, Any]]:
+    """The pieces that this rank writes, and what stands beside them in the manifest. COLLECTIVE."""
+    averages = {f"ema/{decay}": shards for decay, shards in ema.averages.items()}
+    pieces = engine.canonical({"model": engine.masters(), **averages, **engine.moments()})
+    if dist.is_main:  # buffers are not trained: every rank has them whole
+        for name, buffer in model.named_buffers():
+            pieces[f"model/{name}"] = Piece(tuple(buffer.shape), 0, buffer)
+    meta = {
+        "images_seen": step * config.train.global_batch_size,
+        "optimizer_steps": engine.optimizer_steps(),
+        "config": config.model_dump(mode="json"),
+        "index_sha256": index.sha256,
+    }
+    return pieces, meta
+
+
+class _Meter:
+    """Throughput, waiting and non-finite steps since the last line of metrics."""
+
+    def __init__(self, config: Config, model: DiT, dist: Dist) -> None:
+        self._config, self._dist = config, dist
+        self._train_flops = 3 * forward_flops(model.config)  # backward costs twice the forward
+        self._streak = torch.zeros((), device=dist.device)
+        self._skipped = torch.zeros((), device=dist.device)
+        self.pause()
+
+    def pause(self) -> None:
+        """Begin to count anew: what lies behind (a save, the start) is not throughput."""
+        self._began, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    def count(self, result: StepResult) -> None:
+        """Count a step, on the device."""
+        self._steps += 1
+        self._skipped += 1 - result.finite
+        self._streak = (self._streak + 1) * (1 - result.finite)
+
+    def read(
+        self, losses: Tensor, result: StepResult, batch: Batch, step: int, quarantined: int
+    ) -> dict[str, float | int | None]:
+        """The line of metrics. Waits for the device. COLLECTIVE."""
+        means = sum_over_ranks(losses.double() / self._dist.world_size, self._dist).tolist()
+        seen = sum_over_ranks(torch.tensor([batch_fingerprint(batch), quarantined]), self._dist).tolist()
+        skipped, streak = int(self._skipped), int(self._streak)
+        if streak >= self._config.train.max_nonfinite_steps:
+            raise NonFiniteError(
+                f"the last {streak} steps up to step {step} had a non-finite gradient: lower optimizer.lr or use"
+                " train.precision=fp32; the last checkpoint is from before or equal to it"
+            )
+        batch_size = self._config.train.global_batch_size
+        images_per_s = self._steps * batch_size / (time.perf_counter() - self._began)
+        line = {
+            "images_seen": step * batch_size,
+            "loss": means[0],
+            "loss_final": means[1],
+            "loss_aux": means[2],
+            "grad_norm": float(result.grad_norm),
+            "images_per_s": images_per_s,
+            "mfu": model_flops_utilisation(
+                self._train_flops,
+                images_per_s,
+                self._dist.world_size,
+                self._dist.device,
+                self._config.train.peak_tflops,
+            ),
+            "data_wait_s": self._waited / self._steps,
+            "nonfinite_steps": skipped,
+            "quarantined": seen[1],
+            "batch_fingerprint": seen[0],
+        }
+        self.pause()
+        return line
+
+
+def batch_fingerprint(batch: Batch) -> int:
+    """A number that says which sample stood at which position; the sum over ranks names the global batch.
+
+    Equal lines of two runs prove equal batches, whatever the number of processes.
+    """
+    mixed = (batch.ids * 0x9E3779B1 + batch.positions * 0x85EBCA77) & 0xFFFFFFFF
+    mixed = (mixed ^ (mixed >> 15)) * 0x2C1B3C6D & 0xFFFFFFFF
+    return int((mixed ^ (mixed >> 12)).sum())

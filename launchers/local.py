@@ -1,0 +1,93 @@
+"""Start a job on the processes of this machine.
+
+    python launchers/local.py --processes 2 configs/digits.yaml run.dir=runs/two
+
+One process per GPU, or any number on CPUs (gloo). The first process that fails ends the others; the exit code is
+the job's own (README, "Exit codes").
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from enum import StrEnum
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from ig_dist.terminal import run_app
+
+GRACE_S = 10.0
+
+
+class Job(StrEnum):
+    """The verbs of ig-dist that run on several processes."""
+
+    train = "train"
+
+
+def launch(arguments: Sequence[str], processes: int) -> int:
+    """Run ``ig-dist ARGUMENTS`` in ``processes`` ranks; the exit code of the first rank that failed, else 0."""
+    with socket.socket() as probe:  # a free port for the rendezvous
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
+    children = []
+    for rank in range(processes):
+        environment = {
+            "OMP_NUM_THREADS": threads,  # or every rank would start a thread per core
+            "GLOO_SOCKET_IFNAME": "lo",
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        children.append(subprocess.Popen([sys.executable, "-m", "ig_dist.cli", *arguments], env=environment))
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for child in children:
+            child.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, forward)
+    return _wait(children)
+
+
+def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
+    code = 0
+    while any(child.poll() is None for child in children):
+        failed = [child.returncode for child in children if child.returncode not in (None, 0)]
+        if failed and not code:
+            code = failed[0]
+            # The others may be on their way out with the same error, or saving: give them a moment, then end them.
+            deadline = time.monotonic() + (GRACE_S if code > 0 else 0)
+        if code and time.monotonic() > deadline:
+            for child in children:
+                child.kill()
+        time.sleep(0.05)
+    codes = [child.returncode for child in children if child.returncode]
+    code = code or next(iter(codes), 0)
+    return 128 - code if code < 0 else code
+
+
+def main(
+    target: Annotated[str, typer.Argument(metavar="CONFIG", help="What the job runs on, e.g. a config file.")],
+    rest: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Passed on to the job.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes, one per GPU if there are GPUs.")] = 1,
+    job: Annotated[Job, typer.Option(help="The verb of ig-dist to run.")] = Job.train,
+) -> None:
+    """Start a job on the processes of this machine."""
+    raise typer.Exit(launch([job.value, target, *(rest or [])], processes))
+
+
+if __name__ == "__main__":
+    run_app(main)
