@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ig_dist.diffusion.guidance import GuidanceTerm
+from ig_dist.diffusion.guidance import GuidanceTerm, check_overlap
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiTConfig
 from ig_dist.models.presets import PRESETS
@@ -284,7 +284,7 @@ class Config(_Group):
                 f" use data.streams={math.gcd(batch, streams)}"
                 f" or train.global_batch_size={math.ceil(batch / streams) * streams}"
             )
-        self.guidance_terms()
+        check_overlap(self.guidance_terms())
         if any(term.kind == "ig" and term.scale != 1 for term in self.guidance) and self.model.aux_depth is None:
             raise ValueError("guidance asks for ig, but the model has no auxiliary head: set model.aux_depth")
         return self

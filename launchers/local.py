@@ -33,7 +33,7 @@ class Job(StrEnum):
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
-    """Run ``ig-dist ARGUMENTS`` in ``processes`` ranks; the exit code of the first rank that failed, else 0."""
+    """Run ``ig-dist ARGUMENTS`` in ``processes`` ranks; the exit code that explains a failure, else 0."""
     with socket.socket() as probe:  # a free port for the rendezvous
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -63,19 +63,19 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 
 
 def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
-    code = 0
-    while any(child.poll() is None for child in children):
-        failed = [child.returncode for child in children if child.returncode not in (None, 0)]
-        if failed and not code:
-            code = failed[0]
-            # The others may be on their way out with the same error, or saving: give them a moment, then end them.
-            deadline = time.monotonic() + (GRACE_S if code > 0 else 0)
-        if code and time.monotonic() > deadline:
-            for child in children:
-                child.kill()
+    """Wait for all; after the first failure the others get a moment, then they are killed."""
+    deadline = float("inf")
+    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
+        if deadline == float("inf") and any(child.returncode for child in children):
+            deadline = time.monotonic() + GRACE_S  # they may be saving, or about to report the same error
         time.sleep(0.05)
     codes = [child.returncode for child in children if child.returncode]
-    code = code or next(iter(codes), 0)
+    for child in children:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+    # A rank that was killed explains the others; a code of our own explains the bare 1 of those who lost their peer.
+    code = min(codes, key=lambda code: (code > 0, code == 1), default=0)
     return 128 - code if code < 0 else code
 
 

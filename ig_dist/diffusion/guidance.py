@@ -72,7 +72,7 @@ def guided_velocity(
         ValueError: two terms of a kind overlap, or IG is asked of a model without auxiliary head.
     """
     terms = [term for term in guidance if term.scale != 1.0]
-    _check_overlap(terms)
+    check_overlap(terms)
     if any(term.kind == "ig" for term in terms) and not model.has_aux_head:
         raise ValueError(
             "guidance asks for 'ig' but the model has no auxiliary head; remove the term, or train with model.aux_depth"
@@ -106,7 +106,8 @@ def _scale_at(terms: Sequence[GuidanceTerm], kind: str, t: float) -> float:
     return 1.0
 
 
-def _check_overlap(terms: Sequence[GuidanceTerm]) -> None:
+def check_overlap(terms: Sequence[GuidanceTerm]) -> None:
+    """Raise ValueError when two terms of one kind are on at the same time."""
     for a, b in combinations(terms, 2):
         low, high = max(a.interval[0], b.interval[0]), min(a.interval[1], b.interval[1])
         if a.kind == b.kind and low <= high:

@@ -29,7 +29,9 @@ class DDPEngine:
         self._ddp: DistributedDataParallel | None = None
         if dist.world_size > 1:
             devices = [dist.device.index] if dist.device.type == "cuda" else None
-            self._ddp = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+            self._ddp = DistributedDataParallel(
+                model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
             self.module = self._ddp
         self._optimizer = build_optimizer(list(self._parameters.values()), config)
         if state is not None and state.optimizer_steps:

@@ -1,0 +1,32 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.PHONY: install quickstart test test-full lint help
+
+install: .venv/.installed  ## Make .venv with everything in it
+
+quickstart: .venv/.installed  ## The whole system on real digits, about five minutes on two cores
+	$(BIN)/ig-dist quickstart
+
+test: .venv/.installed  ## All tests but the long forms
+	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/distributed
+	$(BIN)/pytest tests/integration
+	$(BIN)/pytest tests/gpu
+
+test-full: .venv/.installed  ## All tests, long forms too
+	$(BIN)/pytest tests -m 'full or not full'
+
+lint: .venv/.installed  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+help:  ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16

@@ -1,0 +1,76 @@
+"""What the tiers share: encoded digits, a tiny config, and running commands as a user would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TINY: dict[str, Any] = {
+    "model": {"depth": 3, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "aux_depth": 1},
+    "data": {"streams": 8, "window_samples": 32, "workers": 1},
+    "train": {"steps": 50, "global_batch_size": 32, "precision": "fp32"},
+    "optimizer": {"lr": 2e-3, "warmup_steps": 5},
+    "ema": {"decays": [0.99, 0.9]},
+    "checkpoint": {"every_steps": 20, "keep_last": 3},
+    "sample": {"num": 40, "steps": 4, "batch_size": 8, "unit_size": 16},
+    "log": {"every_steps": 1},
+}
+
+
+def run_command(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command in the checkout with this interpreter; ``ig-dist`` and ``python`` mean this one's."""
+    head = {"ig-dist": [sys.executable, "-m", "ig_dist.cli"], "python": [sys.executable]}[command[0]]
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300, **options}
+    return subprocess.run([*head, *map(str, command[1:])], check=False, **options)
+
+
+@pytest.fixture(scope="session")
+def digits_index(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits, encoded."""
+    dest = tmp_path_factory.mktemp("digits")
+    done = run_command(
+        ["python", "data_prep/encode_latents.py", "--source", "digits", "--dest", dest, "--tokenizer", "pixel"]
+    )
+    assert done.returncode == 0, done.stderr
+    return dest
+
+
+@pytest.fixture
+def tiny_config(tmp_path: Path, digits_index: Path) -> Callable[..., Path]:
+    """Writes a tiny config; keyword groups are merged into it."""
+
+    def write(name: str = "tiny", **groups: dict[str, Any]) -> Path:
+        tree: dict[str, Any] = {key: dict(value) for key, value in TINY.items()}
+        tree["data"]["index"] = str(digits_index)
+        tree["run"] = {"dir": str(tmp_path / "runs" / name)}
+        for group, values in groups.items():
+            tree.setdefault(group, {}).update(values)
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(tree))
+        return file
+
+    return write
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The long forms run when the -m expression names them."""
+    if "full" not in (config.option.markexpr or ""):
+        for item in items:
+            if "full" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="a long form: make test-full"))
+
+
+def missing(reason: str) -> None:
+    """Skip because a part of this machine is missing; in CI that is a failure."""
+    if os.environ.get("CI"):
+        pytest.fail(f"CI lacks a part: {reason}")
+    pytest.skip(reason)

@@ -1,0 +1,176 @@
+"""Training on 1, 2 and 4 processes: the same batches, the same losses; killed at any moment, the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from tests.conftest import ROOT, run_command
+
+STEPS = 50
+Write = Callable[..., Path]
+
+
+def local(config: Path, processes: int, *overrides: str) -> list[str]:
+    return ["python", "launchers/local.py", "--processes", str(processes), str(config), *overrides]
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_tensors(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    """Weights, EMAs and moments of the last checkpoint, whoever wrote them."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted((run / "checkpoints" / f"step_{step:010d}").glob("rank_*.safetensors")):
+        tensors.update(safetensors.torch.load_file(file))
+    return tensors
+
+
+def test_world_size_and_accumulation_change_neither_batches_nor_losses(tiny_config: Write, tmp_path: Path) -> None:
+    curves = {}
+    for processes, accumulation in [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1), (4, 2)]:
+        name = f"p{processes}a{accumulation}"
+        config = tiny_config(name, train={"accumulation": accumulation}, data={"workers": processes % 3})
+        done = run_command(local(config, processes))
+        assert done.returncode == 0, done.stderr
+        curves[name] = metrics(tmp_path / "runs" / name)
+    one = curves.pop("p1a1")
+    assert [line["step"] for line in one] == list(range(1, STEPS + 1))
+    assert len({line["batch_fingerprint"] for line in one}) == STEPS
+    for name, curve in curves.items():
+        for mine, theirs in zip(one, curve, strict=True):
+            assert theirs["batch_fingerprint"] == mine["batch_fingerprint"], (name, mine["step"])
+            for key in ("loss", "loss_final", "loss_aux"):
+                assert theirs[key] == pytest.approx(mine[key], rel=1e-5), (name, mine["step"], key)
+    assert one[-1]["loss"] < 0.9 * one[0]["loss"]  # it learns: equal curves are not equal for being flat
+
+
+KILLS = {1: 4, 2: 3, 4: 3}
+
+
+@pytest.mark.parametrize("processes", KILLS)
+def test_sigkill_at_random_moments_leaves_no_trace_in_the_weights(
+    tiny_config: Write, tmp_path: Path, processes: int
+) -> None:
+    settings = {"checkpoint": {"every_steps": 7}}
+    whole, killed = (tiny_config(f"{kind}{processes}", **settings) for kind in ("whole", "killed"))
+    assert run_command(local(whole, processes)).returncode == 0
+    run = tmp_path / "runs" / f"killed{processes}"
+    moments = random.Random(100 + processes)
+    # one kill is before the first checkpoint, the others spread over the run
+    targets = sorted([moments.randrange(1, 7), *moments.sample(range(8, STEPS - 1), KILLS[processes] - 1)])
+    for target in targets:
+        kill_at(local(killed, processes), run, target, extra_s=moments.uniform(0, 0.05))
+    done = run_command(local(killed, processes))
+    assert done.returncode == 0, done.stderr
+
+    expected, found = final_tensors(tmp_path / "runs" / f"whole{processes}"), final_tensors(run)
+    groups = {name.split("/")[0] for name in expected}
+    assert groups == {"model", "ema", "exp_avg", "exp_avg_sq"}
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+    curve = metrics(run)
+    assert [line["step"] for line in curve] == list(range(1, STEPS + 1))  # cut back at every restart
+    for mine, theirs in zip(metrics(tmp_path / "runs" / f"whole{processes}"), curve, strict=True):
+        assert mine["loss"] == theirs["loss"] and mine["batch_fingerprint"] == theirs["batch_fingerprint"]
+
+
+def kill_at(command: list[str], run: Path, step: int, extra_s: float) -> None:
+    """Start the command and SIGKILL launcher and ranks once the run has logged ``step``."""
+    process = subprocess.Popen(
+        [sys.executable, *command[1:]], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while process.poll() is None and last_step(run) < step:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    time.sleep(extra_s)
+    assert process.poll() is None, "the run ended before it was killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def last_step(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(tiny_config: Write, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "term"
+    config = tiny_config("term", train={"steps": 3000}, checkpoint={"every_steps": 5000})
+    process = subprocess.Popen(
+        [sys.executable, *local(config, 2)[1:]], cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    while last_step(run) < 10:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "run the same command again" in errors
+    saved = max(int(p.name[5:]) for p in (run / "checkpoints").iterdir())
+    assert 10 <= saved < 3000 and metrics(run)[-1]["step"] <= saved
+    done = run_command(local(config, 2, f"train.steps={saved + 5}"))
+    assert done.returncode == 0 and f"resume at step {saved}" in done.stdout
+    assert metrics(run)[-1]["step"] == saved + 5
+
+
+def test_one_dead_rank_ends_the_others(tiny_config: Write, tmp_path: Path) -> None:
+    config = tiny_config("dead", train={"steps": 100000})
+    process = subprocess.Popen([sys.executable, *local(config, 2)[1:]], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while last_step(tmp_path / "runs" / "dead") < 5:
+        assert process.poll() is None
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    assert process.wait(timeout=60) == 128 + signal.SIGKILL
+    for child in children:
+        assert not Path(f"/proc/{child}").exists()
+
+
+def test_a_run_directory_in_use_is_refused(tiny_config: Write, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "busy"
+    config = tiny_config("busy", train={"steps": 100000})
+    process = subprocess.Popen([sys.executable, "-m", "ig_dist.cli", "train", str(config)], stdout=subprocess.DEVNULL)
+    try:
+        while last_step(run) < 2:
+            assert process.poll() is None
+            time.sleep(0.01)
+        done = run_command(["ig-dist", "train", config])
+        assert done.returncode == 2 and f"in use by process {process.pid}" in done.stderr
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_non_finite_steps_change_nothing_and_end_the_run_with_exit_code_3(tiny_config: Write, tmp_path: Path) -> None:
+    """A learning rate that blows the weights up: the steps after that are skipped on all ranks alike."""
+    overrides = {"optimizer": {"lr": 1e30, "warmup_steps": 0}, "train": {"max_nonfinite_steps": 5}}
+    config = tiny_config("blown", **overrides, checkpoint={"every_steps": 2, "keep_last": 9})
+    done = run_command(local(config, 2))
+    assert done.returncode == 3, done.stderr
+    assert "non-finite gradient" in done.stderr and "optimizer.lr" in done.stderr and "Traceback" not in done.stderr
+    skipped = [line["step"] for line in metrics(tmp_path / "runs" / "blown") if line["nonfinite_steps"]]
+    first = skipped[0]
+    saves = [
+        step
+        for step in range(2, 40, 2)
+        if step >= first and (tmp_path / f"runs/blown/checkpoints/step_{step:010d}").exists()
+    ]
+    before, after = (final_tensors(tmp_path / "runs" / "blown", step) for step in saves[:2])
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name

@@ -1,0 +1,192 @@
+"""What bad input gets: exit code 2, one line that names the culprit and the remedy, no traceback, nothing written."""
+
+from __future__ import annotations
+
+import runpy
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ig_dist import cli
+from tests.conftest import ROOT, TINY, run_command
+
+GOOD = "CONFIG"  # stands for the path of a good config
+
+
+def call(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code and stderr of a command line, run in this process: a start of Python each would take minutes."""
+    old = sys.argv
+    sys.argv = arguments
+    try:
+        if arguments[0].endswith(".py"):
+            runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
+        else:
+            cli.main()
+    except SystemExit as end:
+        return int(end.code or 0), capsys.readouterr().err
+    finally:
+        sys.argv = old
+    return 0, capsys.readouterr().err
+
+
+# what is wrong: arguments after `ig-dist`, and what the line must say
+CASES: dict[str, tuple[list[str], list[str]]] = {
+    "unknown group": (["train", GOOD, "modle.depth=3"], ["'modle'", "'model'"]),
+    "unknown key": (["train", GOOD, "train.step=3"], ["'train.step'", "'train.steps'"]),
+    "wrong type": (["train", GOOD, "train.steps=many"], ["train.steps", "'many'", "integer"]),
+    "not positive": (["train", GOOD, "train.global_batch_size=0"], ["train.global_batch_size", "greater than 0"]),
+    "not a number": (["train", GOOD, "optimizer.lr=.nan"], ["optimizer.lr"]),
+    "override without value": (["train", GOOD, "train.steps"], ["'train.steps'", "group.key=value"]),
+    "override with bad YAML": (["train", GOOD, "train.steps={"], ["train.steps", "YAML"]),
+    "override into a value": (["train", GOOD, "train.steps.more=1"], ["train.steps", "no key 'more'"]),
+    "steps and epochs": (["train", GOOD, "train.epochs=2"], ["train.steps", "train.epochs", "exactly one"]),
+    "batch and streams": (["train", GOOD, "data.streams=5"], ["data.streams 5", "use", "train.global_batch_size=35"]),
+    "accumulation": (["train", GOOD, "train.accumulation=5"], ["train.accumulation 5", "use train.accumulation=1"]),
+    "no config file": (["train", "nowhere.yaml"], ["nowhere.yaml", "configs/digits.yaml"]),
+    "config is no mapping": (["train", "LIST"], ["must hold a mapping"]),
+    "config is no YAML": (["train", "BROKEN"], ["not valid YAML"]),
+    "no index": (["train", GOOD, "data.index=null"], ["data.index"]),
+    "empty index": (["train", GOOD, "data.index=''"], ["data.index is empty", "encode_latents.py"]),
+    "missing data": (["train", GOOD, "data.index=nowhere"], ["nowhere does not exist", "encode_latents.py"]),
+    "empty data folder": (["train", GOOD, "data.index=EMPTY"], ["without an index.json", "encode_latents.py"]),
+    "unknown protocol": (["train", GOOD, "data.index=s4://bucket/x"], ["s4://bucket/x"]),
+    "index of another kind": (["train", GOOD, "data.index=OTHER"], ["is not an index of format"]),
+    "shard is missing": (["train", GOOD, "data.index=MISSING"], ["shard-000003.tar", "missing"]),
+    "shard of another size": (["train", GOOD, "data.index=SHORT"], ["shard-000003.tar", "does not match its shards"]),
+    "unknown preset": (["train", GOOD, "model.preset=SiT-XL2"], ["'SiT-XL2'", "SiT-XL/2"]),
+    "aux_depth out of range": (["train", GOOD, "model.aux_depth=3"], ["aux_depth 3", "1..2"]),
+    "heads do not divide": (["train", GOOD, "model.num_heads=5"], ["num_heads 5", "32"]),
+    "patch does not divide": (["train", GOOD, "model.patch_size=3"], ["patch_size 3", "8"]),
+    "other classes than the data": (["train", GOOD, "model.num_classes=7"], ["model.num_classes is 7", "has 10"]),
+    "window memory": (["train", GOOD, "data.window_bytes=1000"], ["data.window_samples", "data.window_bytes="]),
+    "more streams than samples": (
+        ["train", GOOD, "data.streams=4096", "train.global_batch_size=4096"],
+        ["data.streams 4096", "at most 1797"],
+    ),
+    "guidance without a head": (
+        ["train", GOOD, "model.aux_depth=null", "guidance=[{kind: ig, scale: 2}]"],
+        ["ig", "auxiliary head", "model.aux_depth"],
+    ),
+    "guidance interval": (
+        ["train", GOOD, "guidance=[{kind: ig, scale: 2, interval: [0.9, 0.1]}]"],
+        ["interval", "low <= high"],
+    ),
+    "two terms at one time": (
+        ["train", GOOD, "guidance=[{kind: cfg, scale: 2}, {kind: cfg, scale: 3}]"],
+        ["two 'cfg'", "disjoint"],
+    ),
+    "equal EMA decays": (["train", GOOD, "ema.decays=[0.9, 0.9]"], ["0.9", "differ"]),
+    "run.dir is a file": (["train", GOOD, "run.dir=CONFIG"], ["is a file", "run.dir"]),
+    "export of no run": (["export", "nowhere"], ["nowhere", "config.yaml"]),
+    "sample of no run": (["sample", "nowhere"], ["nowhere", "config.yaml"]),
+    "sweep of no run": (["sweep", "nowhere"], ["nowhere", "config.yaml"]),
+    "evaluate of no samples": (["evaluate", "nowhere"], ["nowhere", "ig-dist sample"]),
+}
+
+
+@pytest.fixture
+def places(tmp_path: Path, digits_index: Path, tiny_config: Callable[..., Path]) -> dict[str, str]:
+    """Good and bad files that the cases name."""
+    paths = {name: tmp_path / name.lower() for name in ("EMPTY", "OTHER", "MISSING", "SHORT", "LIST", "BROKEN")}
+    paths["EMPTY"].mkdir()
+    for name in ("OTHER", "MISSING", "SHORT"):
+        shutil.copytree(digits_index, paths[name])
+    (paths["OTHER"] / "index.json").write_text('{"format": "mds"}')
+    (paths["MISSING"] / "shard-000003.tar").unlink()
+    (paths["SHORT"] / "shard-000003.tar").write_bytes(b"short")
+    paths["LIST"].write_text("- 1\n")
+    paths["BROKEN"].write_text("{: ]")
+    return {GOOD: str(tiny_config()), **{name: str(path) for name, path in paths.items()}}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_line_that_names_culprit_and_remedy(
+    case: str,
+    places: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments, words = CASES[case]
+    for name, path in places.items():
+        arguments = [argument.replace(name, path) if argument != name else path for argument in arguments]
+    monkeypatch.chdir(ROOT)
+    before = snapshot(tmp_path)
+    code, errors = call(["ig-dist", *arguments], capsys)
+    assert code == 2, errors
+    assert errors.count("\n") == 1 and errors.startswith("error: "), errors
+    for word in words:
+        assert word in errors, errors
+    assert snapshot(tmp_path) == before  # nothing written
+
+
+def snapshot(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--source", "cats"], ["'cats'", "digits"]),
+        (["--source", "digits", "--tokenizer", "pixle"], ["'pixle'", "'pixel'"]),
+        (["--source", "digits", "--dest", "DONE", "--seed", "5"], ["other settings", "--dest"]),
+    ],
+)
+def test_encoding(
+    arguments: list[str], words: list[str], tmp_path: Path, digits_index: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dest = [] if "--dest" in arguments else ["--dest", str(tmp_path / "out")]
+    arguments = [str(digits_index) if argument == "DONE" else argument for argument in arguments]
+    code, errors = call(["data_prep/encode_latents.py", *arguments, *dest], capsys)
+    assert code == 2 and errors.count("\n") == 1, errors
+    assert all(word in errors for word in words), errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_directory_of_another_config_names_the_keys(
+    tiny_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(tiny_config(train={"steps": 2}))
+    assert call(["ig-dist", "train", config], capsys)[0] == 0
+    before = snapshot(tmp_path)
+    code, errors = call(["ig-dist", "train", config, "optimizer.lr=0.5", "run.seed=3", "log.every_steps=7"], capsys)
+    assert code == 2 and errors.count("\n") == 1
+    assert "optimizer.lr (0.002 -> 0.5), run.seed (0 -> 3)" in errors and "log.every" not in errors
+    assert snapshot(tmp_path) == before
+
+
+def test_an_index_that_changed_since_the_run_began_is_refused(
+    tiny_config: Callable[..., Path], tmp_path: Path, digits_index: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(digits_index, copy)
+    config = str(tiny_config(train={"steps": 2}, data={"index": str(copy)}))
+    assert call(["ig-dist", "train", config], capsys)[0] == 0
+    (copy / "index.json").write_text((copy / "index.json").read_text().replace("digits", "others"))
+    code, errors = call(["ig-dist", "train", config, "train.steps=4"], capsys)
+    assert code == 2 and "is not the one" in errors
+
+
+def test_a_world_size_that_does_not_divide_is_said_once(tmp_path: Path, digits_index: Path) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump({**TINY, "data": {"index": str(digits_index), "streams": 8}}))
+    done = run_command(["python", "launchers/local.py", "--processes", "3", config, f"run.dir={tmp_path / 'run'}"])
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and "use 1, 2, 4, 8 processes" in errors[0]
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_damage_that_restarting_cannot_mend_is_exit_code_4(
+    tiny_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(tiny_config(train={"steps": 4}))
+    assert call(["ig-dist", "train", config], capsys)[0] == 0
+    for file in (tmp_path / "runs/tiny/checkpoints").rglob("*.safetensors"):
+        file.write_bytes(b"gone")
+    code, errors = call(["ig-dist", "train", config, "train.steps=8"], capsys)
+    assert code == 4 and "none of the 1 checkpoints" in errors

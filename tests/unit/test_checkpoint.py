@@ -1,0 +1,153 @@
+"""Checkpoints: whole or not there, the one before when damaged, and never code."""
+
+import json
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from ig_dist.checkpoint import Checkpoint, CheckpointStore, Piece
+from ig_dist.errors import DataError
+from ig_dist.export import ALONE
+
+TENSORS = {
+    "model/a": torch.arange(12.0).view(3, 4),
+    "ema/0.9/a": torch.ones(3, 4),
+    "model/scalar": torch.tensor(3.5),
+}
+
+
+def save(store: CheckpointStore, step: int) -> None:
+    pieces = {name: Piece(tuple(t.shape), 0, t + step) for name, t in TENSORS.items()}
+    store.save(step, pieces, {"optimizer_steps": step, "images_seen": 8 * step}, ALONE)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(str(tmp_path / "checkpoints"), keep_last=3)
+
+
+def folder(tmp_path: Path, step: int) -> Path:
+    return tmp_path / "checkpoints" / f"step_{step:010d}"
+
+
+def test_what_is_saved_is_read(store: CheckpointStore) -> None:
+    save(store, 7)
+    checkpoint = store.latest(ALONE)
+    assert checkpoint is not None and checkpoint.step == 7 and checkpoint.optimizer_steps == 7
+    for name, tensor in TENSORS.items():
+        assert torch.equal(checkpoint.read(name), tensor + 7)
+    assert checkpoint.names("model") == ["a", "scalar"] and checkpoint.names("ema/0.9") == ["a"]
+    with pytest.raises(DataError, match="no tensor 'exp_avg/a'"):
+        checkpoint.read("exp_avg/a")
+
+
+def test_a_tensor_in_pieces_of_several_files_is_read_whole(tmp_path: Path) -> None:
+    whole = torch.arange(10.0).view(5, 2)
+    for number, (start, stop) in enumerate([(0, 3), (3, 10)]):
+        data = safetensors.torch.save({"model/w": whole.view(-1)[start:stop].clone()})
+        (tmp_path / f"rank_{number:05d}.safetensors").write_bytes(data)
+    manifest = {
+        "files": [{"name": f"rank_{n:05d}.safetensors"} for n in range(2)],
+        "tensors": {"model/w": {"shape": [5, 2], "dtype": "float32", "pieces": [[0, 0, 3], [1, 3, 10]]}},
+    }
+    assert torch.equal(Checkpoint(str(tmp_path), manifest).read("model/w"), whole)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[random.Random(0).randrange(len(data) // 2, len(data))] ^= 1
+    file.write_bytes(data)
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+@pytest.mark.parametrize("harm", [truncate, flip_a_bit, empty, remove])
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "manifest.json"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    store: CheckpointStore, tmp_path: Path, harm: object, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(store, 1)
+    save(store, 2)
+    harm(folder(tmp_path, 2) / name)  # type: ignore[operator]
+    checkpoint = store.latest(ALONE)
+    assert checkpoint is not None and checkpoint.step == 1
+    if not (name == "manifest.json" and harm is remove):  # what has no manifest was never there
+        assert "step_0000000002 is damaged" in caplog.text
+
+
+def test_an_edited_manifest_is_damage(store: CheckpointStore, tmp_path: Path) -> None:
+    save(store, 1)
+    save(store, 2)
+    file = folder(tmp_path, 2) / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["meta"]["images_seen"] += 1
+    file.write_text(json.dumps(manifest))
+    checkpoint = store.latest(ALONE)
+    assert checkpoint is not None and checkpoint.step == 1
+
+
+def test_none_whole_is_said(store: CheckpointStore, tmp_path: Path) -> None:
+    assert store.latest(ALONE) is None
+    save(store, 1)
+    truncate(folder(tmp_path, 1) / "rank_00000.safetensors")
+    with pytest.raises(DataError, match="none of the 1 checkpoints .* is whole"):
+        store.latest(ALONE)
+
+
+def test_a_save_that_was_cut_off_is_not_there_and_is_written_over(store: CheckpointStore, tmp_path: Path) -> None:
+    save(store, 1)
+    folder(tmp_path, 2).mkdir()
+    (folder(tmp_path, 2) / "rank_00000.safetensors").write_bytes(b"half a fi")
+    (folder(tmp_path, 2) / "rank_00007.safetensors").write_bytes(b"of a run with more ranks")
+    assert store.steps() == [1]
+    save(store, 2)
+    checkpoint = store.latest(ALONE)
+    assert checkpoint is not None and checkpoint.step == 2
+    assert not (folder(tmp_path, 2) / "rank_00007.safetensors").exists()
+
+
+def test_retention_keeps_the_last_and_every_mth(tmp_path: Path) -> None:
+    store = CheckpointStore(str(tmp_path / "checkpoints"), keep_last=2, keep_every=30)
+    folder(tmp_path, 5).mkdir(parents=True)  # left by a save that was cut off long ago
+    for step in range(10, 80, 10):
+        save(store, step)
+    assert store.steps() == [30, 60, 70]
+    assert not folder(tmp_path, 5).exists()
+
+
+class Hostile:
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.proof,)
+
+
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "manifest.json", ".metadata", "data.pt"])
+def test_a_hostile_pickle_is_never_executed(store: CheckpointStore, tmp_path: Path, name: str) -> None:
+    proof = tmp_path / "executed"
+    save(store, 1)
+    save(store, 2)
+    hostile = folder(tmp_path, 2) / name
+    hostile.write_bytes(pickle.dumps(Hostile(proof)))
+    checkpoint = store.latest(ALONE)
+    assert checkpoint is not None
+    for tensor in TENSORS:
+        checkpoint.read(tensor)
+    assert not proof.exists()
+    pickle.loads(hostile.read_bytes())  # the pickle does work: the test could have failed
+    assert proof.exists()

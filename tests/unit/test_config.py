@@ -1,0 +1,110 @@
+"""Config: precedence, resolution, and messages that name the culprit and the remedy."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ig_dist.config import Config, load_config, load_run, to_yaml, with_scales
+from ig_dist.errors import ConfigError, IgDistError
+
+MINIMAL: dict[str, Any] = {
+    "model": {"preset": "SiT-B/2", "aux_depth": 4},
+    "data": {"index": "somewhere"},
+    "train": {"steps": 10},
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+def test_precedence_is_defaults_file_overrides(file: Path) -> None:
+    config = load_config(
+        file, ["train.steps=20", "optimizer.lr=3e-4", "ema.decays=[0.9, 0.99]", "model.aux_depth=null"]
+    )
+    assert config.train.steps == 20 and config.optimizer.lr == 3e-4 and config.ema.decays == [0.9, 0.99]
+    assert config.model.aux_depth is None and config.model.depth == 12 and config.optimizer.betas == (0.9, 0.999)
+    assert config.run.dir == "runs/small"
+
+
+def test_a_list_item_is_overridden_by_its_number(file: Path) -> None:
+    file.write_text(yaml.safe_dump({**MINIMAL, "guidance": [{"kind": "ig", "scale": 1.4}]}))
+    assert load_config(file, ["guidance.0.scale=1.9"]).guidance[0].scale == 1.9
+    with pytest.raises(ConfigError, match="guidance has items 0 to 0, not '1'"):
+        load_config(file, ["guidance.1.scale=1.9"])
+
+
+def test_the_resolved_config_reads_back_the_same(file: Path, tmp_path: Path) -> None:
+    config = load_config(file).with_data((4, 32, 32), 1000)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    again = load_run(tmp_path)
+    assert again.model_dump(exclude={"run"}) == config.model_dump(exclude={"run"})
+    assert again.run.dir == str(tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in Path("configs").glob("*.yaml")))
+def test_every_config_in_the_repository_is_valid_and_says_how_to_use_it(name: str) -> None:
+    config = load_config(Path("configs") / name)
+    header = Path("configs", name).read_text().split("\nmodel:")[0]
+    assert f"train configs/{name}" in header and "Hardware:" in header
+    if config.model.preset:
+        assert config.with_data((4, 32, 32), 1000).model.to_dit().num_classes == 1000
+
+
+def test_epochs_become_steps(file: Path) -> None:
+    config = load_config(file, ["train.steps=null", "train.epochs=2.5", "train.global_batch_size=64"])
+    assert config.total_steps(1000) == 40
+
+
+def test_scales_keep_the_interval(file: Path) -> None:
+    file.write_text(yaml.safe_dump({**MINIMAL, "guidance": [{"kind": "cfg", "scale": 1.3, "interval": [0, 0.7]}]}))
+    terms = with_scales(load_config(file), ig_scale=1.5, cfg_scale=2).guidance_terms()
+    assert [(t.kind, t.scale, t.interval) for t in terms] == [("cfg", 2, (0, 0.7)), ("ig", 1.5, (0, 1))]
+
+
+def test_world_sizes_that_do_not_divide_name_those_that_do(file: Path) -> None:
+    config = load_config(file, ["data.streams=8", "train.accumulation=3", "train.global_batch_size=64"])
+    with pytest.raises(ConfigError, match="use 1, 2, 4, 8 processes"):
+        config.check_world_size(3)
+    with pytest.raises(ConfigError, match="use train.accumulation=1"):
+        config.check_world_size(2)
+
+
+keys = st.sampled_from(
+    [
+        "train.steps",
+        "model.aux_depth",
+        "optimizer.betas",
+        "guidance",
+        "guidance.0.kind",
+        "ema.decays",
+        "run",
+        "x",
+        "model",
+    ]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(st.text(max_size=30), st.builds("{}={}".format, keys, st.text(max_size=15))), max_size=3))
+def test_no_override_gives_a_traceback(overrides: list[str]) -> None:
+    try:
+        load_config("configs/digits.yaml", overrides)
+    except IgDistError as error:
+        assert error.exit_code == 2 and "\n" not in str(error)
+
+
+def test_every_field_is_described() -> None:
+    def walk(schema: dict[str, Any]) -> None:
+        for definition in schema["$defs"].values():
+            for name, field in definition.get("properties", {}).items():
+                assert field.get("description"), f"{definition['title']}.{name}"
+
+    walk(Config.model_json_schema())

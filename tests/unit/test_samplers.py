@@ -1,0 +1,300 @@
+"""Path, guidance and samplers against a Gaussian target, where everything has a closed form."""
+
+import math
+
+import pytest
+import torch
+
+from ig_dist import rng
+from ig_dist.diffusion.guidance import GuidanceTerm, guided_velocity
+from ig_dist.diffusion.loss import ig_loss
+from ig_dist.diffusion.path import Path, shift_time
+from ig_dist.diffusion.samplers import (
+    euler,
+    euler_maruyama,
+    evaluations,
+    heun,
+    sde_grid,
+    time_grid,
+)
+from ig_dist.models.dit import DiTOutput
+
+MEAN, STD = 1.5, 0.4  # of the data
+PATHS = [Path("linear"), Path("cosine")]
+
+
+def marginal(path, t):
+    """Mean and variance of x_t, and their derivatives by t, for data N(MEAN, STD^2)."""
+    alpha, sigma, alpha_dot, sigma_dot = path.coefficients(t)
+    variance = (alpha * STD) ** 2 + sigma**2
+    variance_dot = 2 * (alpha * alpha_dot * STD**2 + sigma * sigma_dot)
+    return alpha * MEAN, variance, alpha_dot * MEAN, variance_dot
+
+
+class GaussianFlow:
+    """The exact velocity field of the Gaussian target, and a count of its evaluations."""
+
+    def __init__(self, path):
+        self.path = path
+        self.times = []
+
+    def __call__(self, x, t):
+        self.times.append(t)
+        mean, variance, mean_dot, variance_dot = marginal(self.path, t)
+        return mean_dot + variance_dot / (2 * variance) * (x - mean)
+
+
+class ToyModel:
+    """Predicts constants that tell label, null label and head apart; records what it was asked."""
+
+    null_label = 9
+
+    def __init__(self, has_aux_head=True):
+        self.has_aux_head = has_aux_head
+        self.calls = []
+
+    def __call__(self, x_t, t, labels):
+        self.calls.append((x_t, t, labels))
+        shape = (-1, 1, 1, 1)
+        final = torch.where(labels == self.null_label, 0.3, 1.0).reshape(shape) + 0.1 * x_t
+        aux = torch.where(labels == self.null_label, 0.2, 0.7).reshape(shape) + 0.05 * x_t
+        return DiTOutput(final, aux if self.has_aux_head else None)
+
+
+def start(n=3):
+    return rng.normal(0, rng.Purpose.SAMPLE_NOISE, torch.arange(n), (1, 2, 2)).double()
+
+
+# --- path ---
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.kind)
+def test_path_ends_derivatives_and_tensor_times(path):
+    assert path.coefficients(0.0)[:2] == pytest.approx((1.0, 0.0))
+    assert path.coefficients(1.0)[:2] == pytest.approx((0.0, 1.0), abs=1e-15)
+    times, h = torch.linspace(0.05, 0.95, 7, dtype=torch.float64), 1e-6
+    at, plus, minus = (path.coefficients(times + d) for d in (0.0, h, -h))
+    for value in (0, 1):
+        torch.testing.assert_close(at[value + 2], (plus[value] - minus[value]) / (2 * h))
+    for i, t in enumerate(times.tolist()):
+        assert path.coefficients(t) == pytest.approx(tuple(c[i].item() for c in at))
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.kind)
+def test_interpolate_uses_each_samples_own_time(path):
+    latents, noise = start(4).float(), -2 * start(4).float() + 1
+    t = torch.tensor([0.0, 0.3, 0.8, 1.0])
+    x_t, velocity = path.interpolate(latents, noise, t)
+    for i, time in enumerate(t.tolist()):
+        alpha, sigma, alpha_dot, sigma_dot = path.coefficients(time)
+        torch.testing.assert_close(x_t[i], alpha * latents[i] + sigma * noise[i])
+        torch.testing.assert_close(velocity[i], alpha_dot * latents[i] + sigma_dot * noise[i])
+    if path.kind == "linear":
+        torch.testing.assert_close(velocity, noise - latents)
+    assert path.interpolate(latents, noise, t.double())[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.kind)
+@pytest.mark.parametrize("t", [0.04, 0.5, 1.0])
+def test_score_of_a_gaussian(path, t):
+    x = start()
+    mean, variance, *_ = marginal(path, t)
+    velocity = GaussianFlow(path)(x, t)
+    torch.testing.assert_close(path.score(velocity, x, t), -(x - mean) / variance)
+    times = torch.full((len(x),), t, dtype=torch.float64)
+    torch.testing.assert_close(path.score(velocity, x, times), -(x - mean) / variance)
+
+
+def test_grids():
+    assert time_grid(4) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert 0.7 in time_grid(10) and 0.3 in time_grid(10)  # interval ends are met exactly
+    shifted = time_grid(4, shift=1 / 0.3)
+    u, s = 0.75, 1 / 0.3
+    assert shifted[0] == 1.0 and shifted[-1] == 0.0
+    assert shifted[1] == pytest.approx(s * u / (1 + (s - 1) * u)) and shifted[1] > 0.75
+    torch.testing.assert_close(shift_time(torch.tensor([0.75, 0.5]).double(), s), torch.tensor(shifted[1:3]).double())
+    expected = [*torch.linspace(1, 0.04, 250, dtype=torch.float64).tolist(), 0.0]
+    assert sde_grid(250) == pytest.approx(expected, abs=1e-15)
+    assert sde_grid(250)[-2:] == [0.04, 0.0]
+    assert sde_grid(1) == [1.0, 0.0] and sde_grid(2) == [1.0, 0.04, 0.0]
+    for bad in (lambda: time_grid(0), lambda: sde_grid(0), lambda: sde_grid(5, 0.0), lambda: time_grid(5, 0.0)):
+        with pytest.raises(ValueError):
+            bad()
+
+
+# --- solvers ---
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.kind)
+@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)], ids=["euler", "heun"])
+def test_order_of_convergence(path, solver, order):
+    x = start()
+    exact = MEAN + STD * x
+    errors = [(solver(GaussianFlow(path), x, time_grid(n)) - exact).abs().max().item() for n in (40, 80, 160)]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15)
+    assert math.log2(errors[1] / errors[2]) == pytest.approx(order, abs=0.1)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.kind)
+def test_euler_maruyama_converges_in_mean_and_variance(path):
+    # 30,000 values: below torch's threshold for threads, which crawl when another process has the cores.
+    ids = torch.arange(7_500)
+
+    def noise(step, x):
+        return rng.normal(0, rng.Purpose.SAMPLE_STEP, ids, (4,), step=step).to(x.dtype)
+
+    x = rng.normal(0, rng.Purpose.SAMPLE_NOISE, ids, (4,)).double()
+    out = euler_maruyama(GaussianFlow(path), x, sde_grid(160, last=0.005), path, noise)
+    assert out.mean().item() == pytest.approx(MEAN, abs=0.01)
+    assert out.std().item() == pytest.approx(STD, rel=0.02)
+    # The noise really decides: the ODE through the same start keeps the order of the samples, the SDE does not.
+    assert abs(torch.corrcoef(torch.stack([x.flatten(), out.flatten()]))[0, 1]) < 0.7
+
+
+def test_euler_maruyama_steps():
+    """Noise sqrt(2 t |dt|) in every step but the last; noise_fn sees the state before the step."""
+    seen = []
+
+    def noise(step, x):
+        seen.append((step, x.clone()))
+        return torch.ones_like(x)
+
+    x = start()
+    out = euler_maruyama(GaussianFlow(Path()), x, [1.0, 0.5, 0.0], Path(), noise)
+    flow = GaussianFlow(Path())
+    drift = flow(x, 1.0) - 1.0 * Path().score(flow(x, 1.0), x, 1.0)
+    middle = x - 0.5 * drift + 1.0  # sqrt(2 * 1 * 0.5) = 1
+    drift = flow(middle, 0.5) - 0.5 * Path().score(flow(middle, 0.5), middle, 0.5)
+    torch.testing.assert_close(out, middle - 0.5 * drift)
+    assert [step for step, _ in seen] == [0] and torch.equal(seen[0][1], x)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("correct_last_step", [True, False])
+def test_evaluations_are_counted_exactly(steps, correct_last_step):
+    x = start()
+    runs = {
+        "euler": lambda fn, on_step: euler(fn, x, time_grid(steps), on_step=on_step),
+        "heun": lambda fn, on_step: heun(fn, x, time_grid(steps), correct_last_step=correct_last_step, on_step=on_step),
+        "euler_maruyama": lambda fn, on_step: euler_maruyama(
+            fn, x, sde_grid(steps), Path(), lambda i, x: x, on_step=on_step
+        ),
+    }
+    for solver, run in runs.items():
+        flow, finished = GaussianFlow(Path()), []
+        run(flow, finished.append)
+        assert len(flow.times) == evaluations(solver, steps, correct_last_step), solver
+        assert finished == list(range(steps)), solver
+
+
+def test_published_evaluation_counts():
+    assert evaluations("heun", 124) == 248  # LightningDiT: 125 grid points
+    assert evaluations("heun", 8, correct_last_step=False) == 15
+    assert evaluations("euler_maruyama", 250) == 250
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_state_keeps_its_dtype(dtype):
+    x = start().to(dtype)
+    fn = guided_velocity(ToyModel(), torch.tensor([1, 2, 3]), [])
+    assert euler(fn, x, time_grid(3)).dtype == dtype
+    assert heun(fn, x, time_grid(3)).dtype == dtype
+    noise = torch.ones(x.shape, dtype=torch.float64)
+    assert euler_maruyama(fn, x, sde_grid(3), Path(), lambda i, x: noise).dtype == dtype
+
+
+# --- guidance ---
+
+LABELS = torch.tensor([1, 2, 3])
+IG, CFG = GuidanceTerm("ig", 1.4), GuidanceTerm("cfg", 1.35, (0.3, 0.7))
+
+
+def test_ig_and_cfg_compose_as_written():
+    x = start()
+    model = ToyModel()
+    guided = guided_velocity(model, LABELS, [CFG, IG])(x, 0.5)
+    x32 = x.float().double()
+    conditional, aux_c = 1.0 + 0.1 * x32, 0.7 + 0.05 * x32
+    unconditional, aux_u = 0.3 + 0.1 * x32, 0.2 + 0.05 * x32
+    strong_c = conditional + 0.4 * (conditional - aux_c)
+    strong_u = unconditional + 0.4 * (unconditional - aux_u)
+    torch.testing.assert_close(guided, strong_c + 0.35 * (strong_c - strong_u), rtol=1e-6, atol=1e-6)
+    ((x_t, t, labels),) = model.calls
+    assert x_t.dtype == t.dtype == torch.float32 and t.tolist() == [0.5] * 6
+    assert labels.tolist() == [1, 2, 3, 9, 9, 9] and guided.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("t", "active"),
+    [(0.3, True), (0.7, True), (math.nextafter(0.3, 0), False), (math.nextafter(0.7, 1), False)],
+)
+def test_interval_ends_are_inclusive_in_float64_and_the_null_half_stays_out(t, active):
+    x = start()
+    model = ToyModel()
+    guided = guided_velocity(model, LABELS, [CFG])(x, t)
+    assert len(model.calls[0][2]) == (6 if active else 3)
+    assert torch.equal(guided, guided_velocity(ToyModel(), LABELS, [])(x, t)) != active
+
+    ig = guided_velocity(ToyModel(), LABELS, [GuidanceTerm("ig", 1.4, (0.3, 0.7))])(x, t)
+    assert torch.equal(ig, guided_velocity(ToyModel(), LABELS, [])(x, t)) != active
+
+
+def test_scale_one_is_bitwise_unguided_and_costs_nothing():
+    x = start().float()
+    model = ToyModel()
+    guided = guided_velocity(model, LABELS, [GuidanceTerm("ig", 1.0), GuidanceTerm("cfg", 1.0)])(x, 0.5)
+    assert torch.equal(guided, ToyModel()(x, torch.full((3,), 0.5), LABELS).velocity)
+    assert len(model.calls) == 1 and len(model.calls[0][2]) == 3
+
+
+def test_combination_is_made_in_float32_for_half_precision_models():
+    class HalfModel(ToyModel):
+        def __call__(self, x_t, t, labels):
+            return DiTOutput(*(v.bfloat16() for v in super().__call__(x_t, t, labels)))
+
+    x = start().float()
+    strong, weak = (v.float() for v in HalfModel()(x, x, LABELS))
+    guided = guided_velocity(HalfModel(), LABELS, [IG])(x, 0.5)
+    assert guided.dtype == torch.float32
+    torch.testing.assert_close(guided, strong + 0.4 * (strong - weak), rtol=1e-6, atol=1e-6)
+
+
+def test_terms_of_one_kind_need_disjoint_intervals():
+    low, high = GuidanceTerm("ig", 1.2, (0.0, 0.3)), GuidanceTerm("ig", 1.7, (0.4, 1.0))
+    fn, x = guided_velocity(ToyModel(), LABELS, [low, high]), start()
+    for t, scale in ((0.2, 1.2), (0.35, 1.0), (0.9, 1.7)):
+        alone = guided_velocity(ToyModel(), LABELS, [GuidanceTerm("ig", scale)])
+        assert torch.equal(fn(x, t), alone(x, t))
+    touching = GuidanceTerm("ig", 1.7, (0.3, 1.0))  # both include 0.3
+    with pytest.raises(ValueError, match=r"two 'ig' guidance terms are both active on \[0.3, 0.3\]"):
+        guided_velocity(ToyModel(), LABELS, [low, touching])
+    guided_velocity(ToyModel(), LABELS, [GuidanceTerm("cfg", 1.5), touching])  # different kinds may overlap
+    guided_velocity(ToyModel(), LABELS, [GuidanceTerm("ig", 1.0), touching])  # scale 1 is no guidance
+
+
+def test_ig_needs_a_head():
+    with pytest.raises(ValueError, match="no auxiliary head"):
+        guided_velocity(ToyModel(has_aux_head=False), LABELS, [IG])
+    guided_velocity(ToyModel(has_aux_head=False), LABELS, [GuidanceTerm("ig", 1.0), CFG])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("IG", 1.4), ("ig", math.nan), ("cfg", 1.5, (0.7, 0.3)), ("cfg", 1.5, (0.0, 1.1))],
+)
+def test_impossible_terms_are_refused(arguments):
+    with pytest.raises(ValueError):
+        GuidanceTerm(*arguments)
+
+
+# --- loss ---
+
+
+def test_loss_is_per_sample_in_float32_and_zero_aux_without_head():
+    velocity = torch.arange(8.0).reshape(2, 1, 2, 2)
+    strong, weak = velocity + torch.tensor([1.0, 2.0]).reshape(2, 1, 1, 1), velocity + 3
+    losses = ig_loss(DiTOutput(strong.bfloat16(), weak.bfloat16()), velocity, 0.5)
+    assert losses.final.tolist() == [1.0, 4.0] and losses.aux.tolist() == [9.0, 9.0]
+    assert losses.total.tolist() == [5.5, 8.5] and losses.total.dtype == torch.float32
+    alone = ig_loss(DiTOutput(strong, None), velocity, 0.5)
+    assert alone.total.tolist() == [1.0, 4.0] and alone.aux.tolist() == [0.0, 0.0]

@@ -1,0 +1,187 @@
+"""The stream: what the order says is what every rank gets, whatever the ranks, workers, or start."""
+
+import hashlib
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ig_dist.data.index import SampleTable, ShardIndex, read_index, write_index
+from ig_dist.data.latents import model_latents, tokenizer_latents
+from ig_dist.data.order import SampleOrder
+from ig_dist.data.shards import pack_shard, scan_shard
+from ig_dist.data.stream import Batch, BatchStream, check_window_memory
+from ig_dist.errors import ConfigError, DataError
+
+SIZES = [23, 1, 40, 17, 16]
+SHAPE = (2, 3, 3)
+
+
+def make_index(folder: Path, kind: str = "sample") -> ShardIndex:
+    """Shards of uneven size whose latents say which sample they are."""
+    stored = (2 * SHAPE[0], *SHAPE[1:]) if kind == "moments" else SHAPE
+    folder.mkdir(exist_ok=True)
+    shards, rows, first = [], [], 0
+    for number, size in enumerate(SIZES):
+        ids = np.arange(first, first + size)
+        latents = np.broadcast_to(ids[:, None, None, None], (size, *stored)).astype(np.float16)
+        data = pack_shard([f"{i:06d}" for i in ids], latents, ids % 10)
+        name = f"shard-{number:06d}.tar"
+        (folder / name).write_bytes(data)
+        rows += scan_shard(data, np.dtype(np.float16), stored)
+        shards.append({"name": name, "bytes": len(data), "samples": size, "sha256": hashlib.sha256(data).hexdigest()})
+        first += size
+    latent = {"kind": kind, "shape": SHAPE, "dtype": "float16", "shift": [1.0, 2.0], "scale": [0.5, 4.0]}
+    info = {
+        "source": "test",
+        "seed": 0,
+        "tokenizer": {"name": "pixel", "sha256": "0", "image_size": 3, "image_channels": 2},
+        "latent": latent,
+        "classes": [str(i) for i in range(10)],
+        "statistics": {"mean": [0, 0], "std": [1, 1]},
+        "shards": shards,
+    }
+    write_index(str(folder), info, SampleTable.from_rows(rows))
+    return read_index(str(folder))
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> ShardIndex:
+    return make_index(tmp_path / "shards")
+
+
+def make_order(index: ShardIndex, window: int = 5) -> SampleOrder:
+    return SampleOrder(index.shard_sizes, streams=4, global_batch_size=12, window_samples=window, seed=3)
+
+
+def take(stream: BatchStream, count: int) -> list[Batch]:
+    batches = list(itertools.islice(stream, count))
+    stream.close()
+    return batches
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("start", [0, 7])
+def test_every_world_size_worker_count_and_start_sees_the_order(
+    index: ShardIndex, world_size: int, workers: int, start: int
+) -> None:
+    order, count = make_order(index), 20  # 97 samples, 12 a batch: more than two epochs
+    ranks = [
+        take(BatchStream(index, order, rank=r, world_size=world_size, start=start, workers=workers), count)
+        for r in range(world_size)
+    ]
+    for k in range(count):
+        ids, epochs = order.batch(start + k)
+        parts = [batches[k] for batches in ranks]
+        assert torch.cat([part.ids for part in parts]).tolist() == ids.tolist()
+        assert torch.cat([part.epochs for part in parts]).tolist() == epochs.tolist()
+        positions = torch.cat([part.positions for part in parts]).tolist()
+        assert positions == list(range((start + k) * 12, (start + k + 1) * 12))
+        for part in parts:  # the bytes are the sample's own
+            assert (part.latents == part.ids.view(-1, 1, 1, 1)).all()
+            assert part.labels.tolist() == (part.ids % 10).tolist()
+
+
+def test_the_stream_has_every_sample_exactly_once_an_epoch(index: ShardIndex) -> None:
+    batches = take(BatchStream(index, make_order(index), workers=2), 30)
+    ids, epochs = (torch.cat([getattr(b, name) for b in batches]) for name in ("ids", "epochs"))
+    for epoch in range(3):
+        assert ids[epochs == epoch].sort().values.tolist() == list(range(sum(SIZES)))
+
+
+def test_micro_batches_are_consecutive_slices(index: ShardIndex) -> None:
+    (batch,) = take(BatchStream(index, make_order(index)), 1)
+    parts = batch.split(3)
+    assert [len(part.ids) for part in parts] == [4, 4, 4]
+    assert torch.cat([part.positions for part in parts]).tolist() == batch.positions.tolist()
+
+
+def damage(index: ShardIndex, sample: int) -> None:
+    shard = int(np.searchsorted(np.cumsum(SIZES), sample, side="right"))
+    file = Path(index.folder) / index.info.shards[shard].name
+    data = bytearray(file.read_bytes())
+    data[int(index.table.offset[sample]) + 4] ^= 0x40
+    file.write_bytes(data)
+
+
+def test_a_damaged_sample_ends_the_run_by_default(index: ShardIndex) -> None:
+    damage(index, 50)
+    with pytest.raises(DataError, match=r"shard-000002.tar: sample 50 .*on_corrupt=skip"):
+        take(BatchStream(index, make_order(index), workers=1), 20)
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_a_quarantined_sample_is_replaced_within_its_window_and_counted(index: ShardIndex, workers: int) -> None:
+    order = make_order(index)
+    whole = [order.batch(number) for number in range(9)]  # a little more than an epoch
+    damage(index, 50)
+    stream = BatchStream(index, order, workers=workers, on_corrupt="skip")
+    batches = take(stream, 9)
+    assert stream.quarantined == {50}
+    for batch, (ids, epochs) in zip(batches, whole, strict=True):
+        keep = ids != 50
+        assert (batch.ids.numpy()[keep] == ids[keep]).all()  # nothing else moves
+        assert batch.epochs.tolist() == epochs.tolist()
+        assert 50 not in batch.ids
+        assert (batch.latents == batch.ids.view(-1, 1, 1, 1)).all()
+    replaced = [(k, row) for k, (ids, _) in enumerate(whole) for row in np.flatnonzero(ids == 50)]
+    for k, row in replaced:
+        stream_number, n = row // 3, k * 3 + row % 3
+        window = order.window(int(stream_number), int(n))
+        assert int(batches[k].ids[row]) in order.ids(window)
+
+
+def test_a_window_without_a_good_sample_is_fatal(index: ShardIndex) -> None:
+    for sample in range(sum(SIZES)):
+        damage(index, sample)
+    with pytest.raises(DataError, match="all .* samples of a window are damaged"):
+        take(BatchStream(index, make_order(index), on_corrupt="skip"), 1)
+
+
+def test_a_shard_that_disappears_is_fatal_even_under_skip(index: ShardIndex) -> None:
+    (Path(index.folder) / "shard-000002.tar").unlink()
+    with pytest.raises(DataError, match="shard-000002.tar is gone"):
+        take(BatchStream(index, make_order(index), on_corrupt="skip", workers=2), 20)
+
+
+def test_an_index_that_does_not_match_its_shards_is_refused(index: ShardIndex) -> None:
+    folder = Path(index.folder)
+    shard = folder / "shard-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match=r"shard-000001.tar has \d+ bytes, index.json says"):
+        read_index(str(folder))
+    shard.unlink()
+    with pytest.raises(ConfigError, match=r"shard shard-000001.tar of index.json is missing"):
+        read_index(str(folder))
+
+
+def test_a_side_file_of_another_index_is_refused(index: ShardIndex) -> None:
+    table = Path(index.folder) / "index.samples.safetensors"
+    table.write_bytes(table.read_bytes()[:-1] + b"x")
+    with pytest.raises(ConfigError, match="does not match index.json"):
+        read_index(index.folder)
+
+
+def test_window_memory_is_bounded(index: ShardIndex) -> None:
+    limits = {"streams": 4, "window_samples": 16, "nodes": 1}
+    check_window_memory(index, **limits, window_bytes=2**20)
+    with pytest.raises(ConfigError, match=r"use data.window_samples=\d+ or data.window_bytes=\d+"):
+        check_window_memory(index, **limits, window_bytes=2**15)
+
+
+def test_posterior_draws_are_keyed_by_position(tmp_path: Path) -> None:
+    info = make_index(tmp_path / "moments", kind="moments").info.latent
+    stored = torch.ones(6, *info.stored_shape, dtype=torch.float16)
+    stored[:, 2:] = 0.5  # mean 1, std 0.5
+    positions = torch.arange(100, 106)
+    drawn = model_latents(stored, info, posterior="draw", seed=1, positions=positions)
+    alone = model_latents(stored[2:3], info, posterior="draw", seed=1, positions=positions[2:3])
+    assert torch.equal(drawn[2:3], alone)
+    assert len(drawn.flatten().unique()) == drawn.numel()
+    mean = model_latents(stored, info, posterior="mean", seed=1, positions=positions)
+    assert torch.equal(mean[0, :, 0, 0], torch.tensor([(1 - 1.0) * 0.5, (1 - 2.0) * 4.0]))
+    back = tokenizer_latents(mean, info)
+    assert torch.allclose(back, torch.ones_like(back))
