@@ -1,27 +1,28 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
+TIERS := test-unit test-distributed test-integration test-gpu
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: install quickstart test test-full lint help
+.PHONY: install quickstart test $(TIERS) test-full lint help
 
 install: .venv/.installed  ## Make .venv with everything in it
 
 quickstart: .venv/.installed  ## The whole system on real digits, about five minutes on two cores
 	$(BIN)/ig-dist quickstart
 
-test: .venv/.installed  ## All tests but the long forms
-	$(BIN)/pytest tests/unit
-	$(BIN)/pytest tests/distributed
-	$(BIN)/pytest tests/integration
-	$(BIN)/pytest tests/gpu
+test: $(TIERS)  ## All tests but the long forms, tier by tier
+
+$(TIERS): test-%: .venv/.installed
+	$(BIN)/pytest tests/$*
 
 test-full: .venv/.installed  ## All tests, long forms too
 	$(BIN)/pytest tests -m 'full or not full'
+	$(BIN)/ig-dist quickstart --out "$$(mktemp -d)/quickstart"
 
 lint: .venv/.installed  ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -32,7 +32,7 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train a model; run the same command again to resume."""
-    from ig_dist.config import load_config
+    from ig_dist.config_file import load_config
 
     loaded = load_config(config, overrides or [])
 
@@ -44,7 +44,7 @@ def train(
 @app.command()
 def export(run: Run, ema: Ema = None, raw: Raw = False) -> None:
     """Export the newest checkpoint as safetensors, for sampling and for others to use."""
-    from ig_dist.config import load_run
+    from ig_dist.config_file import load_run
     from ig_dist.export import export_run
 
     console.print(str(export_run(load_run(run), ema=ema, raw=raw)))
@@ -62,11 +62,11 @@ def sample(
     raw: Raw = False,
 ) -> None:
     """Make the images of a plan: one npz and a picture of some of them."""
-    from ig_dist.config import load_run, with_scales, with_values
+    from ig_dist.config_file import load_run, with_scales
     from ig_dist.evaluation.sampling import sample_run
 
-    given = {key: value for key, value in {"num": num, "seed": seed}.items() if value is not None}
-    config = with_values(load_run(run, overrides or []), sample=given)
+    options = [f"sample.{key}={value}" for key, value in {"num": num, "seed": seed}.items() if value is not None]
+    config = load_run(run, [*(overrides or []), *options])
     sample_run(with_scales(config, ig_scale=ig_scale, cfg_scale=cfg_scale), ema=ema, raw=raw)
 
 
@@ -103,7 +103,7 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Score a grid of guidance scales with common noise: table, sweep.json, plot and picture grid."""
-    from ig_dist.config import load_run
+    from ig_dist.config_file import load_run
     from ig_dist.evaluation.sampling import sweep_run
 
     config = load_run(run, overrides or [])

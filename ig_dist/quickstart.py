@@ -89,7 +89,8 @@ def _conclude(run: Path, seconds: float) -> None:
     ratio = float(best["scores"]["fd_pixel"]) / unguided
     console.print(
         Panel(
-            f"The best scale, {best['ig_scale']:g}, has {ratio:.2f} of the unguided distance. {seconds / 60:.1f} minutes.\n\n"
+            f"The best scale, {best['ig_scale']:g}, has {ratio:.2f} of the unguided distance."
+            f" All of this took {seconds / 60:.1f} minutes.\n\n"
             f"Look at     {run}/grid.png (digits at every scale, same noise) and {run}/sweep.png\n"
             f"Numbers     {run}/sweep.json, {run}/metrics.jsonl\n"
             f"Curves      tensorboard --logdir {run}/tensorboard\n\n"

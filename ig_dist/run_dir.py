@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from ig_dist.config import Config, to_yaml
+from ig_dist.config import Config
+from ig_dist.config_file import to_yaml
 from ig_dist.errors import ConfigError
 
 CONFIG_NAME = "config.yaml"

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ig_dist.config import Config, with_scales
+from ig_dist.config import Config
+from ig_dist.config_file import with_scales
 from ig_dist.data.index import read_index
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.generate import collect, generate_units, make_unit

@@ -8,7 +8,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ig_dist.config import Config, load_config, load_run, to_yaml, with_scales
+from ig_dist.config import Config
+from ig_dist.config_file import load_config, load_run, to_yaml, with_scales
 from ig_dist.errors import ConfigError, IgDistError
 
 MINIMAL: dict[str, Any] = {

@@ -257,6 +257,10 @@ def test_combination_is_made_in_float32_for_half_precision_models():
     guided = guided_velocity(HalfModel(), LABELS, [IG])(x, 0.5)
     assert guided.dtype == torch.float32
     torch.testing.assert_close(guided, strong + 0.4 * (strong - weak), rtol=1e-6, atol=1e-6)
+    null = HalfModel()(x, x, torch.full_like(LABELS, 9)).velocity.float()
+    guided = guided_velocity(HalfModel(), LABELS, [CFG])(x, 0.5)
+    assert guided.dtype == torch.float32
+    torch.testing.assert_close(guided, strong + 0.35 * (strong - null), rtol=1e-6, atol=1e-6)
 
 
 def test_terms_of_one_kind_need_disjoint_intervals():

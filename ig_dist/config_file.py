@@ -1,0 +1,148 @@
+"""From files and the command line to a ``Config``, and the one line that says what is wrong.
+
+Precedence: the defaults < the YAML file < ``a.b=c`` on the command line. Unknown keys are refused with the nearest
+name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ig_dist.config import Config
+from ig_dist.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply ``a.b=c`` overrides, validate.
+
+    Raises:
+        ConfigError: with one line that names the key and the remedy.
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml")))
+        raise ConfigError(f"no config file at {path}" + (f"; there are {known}" if known else ""))
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}") from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of config groups, found {type(tree).__name__}")
+    config = config_from_tree(apply_overrides(tree, overrides), source=str(path))
+    return config if config.run.dir else _in_run_dir(config, f"runs/{path.stem}")
+
+
+def load_run(run: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """The resolved config of a run directory, with overrides.
+
+    Raises:
+        ConfigError: no run there.
+    """
+    file = Path(run) / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{run} is not a run directory (no config.yaml): give the run.dir of `ig-dist train`")
+    return _in_run_dir(load_config(file, overrides), str(run))
+
+
+def with_scales(config: Config, *, ig_scale: float | None = None, cfg_scale: float | None = None) -> Config:
+    """A copy with other guidance scales; a term that is there keeps its interval."""
+    tree = config.model_dump(mode="json")
+    for kind, scale in (("ig", ig_scale), ("cfg", cfg_scale)):
+        terms = [term for term in tree["guidance"] if term["kind"] == kind]
+        if scale is not None and not terms:
+            tree["guidance"].append({"kind": kind, "scale": scale})
+        elif scale is not None:
+            for term in terms:
+                term["scale"] = scale
+    return config_from_tree(tree, source="guidance")
+
+
+def config_from_tree(tree: dict[str, Any], source: str) -> Config:
+    """Validate a parsed config; ``source`` names it in the error."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(error)}") from None
+
+
+def apply_overrides(tree: dict[str, Any], overrides: typing.Sequence[str]) -> dict[str, Any]:
+    """Set ``a.b=c`` on a nested mapping (list items by number); values are YAML."""
+    tree = yaml.safe_load(yaml.safe_dump(tree))  # an independent copy in plain types
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        parts = key.split(".")
+        if not separator or not all(parts):
+            raise ConfigError(f"override {override!r} is not of the form group.key=value")
+        try:
+            value = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ConfigError(f"override {key}: value {text!r} is not valid YAML: {_one_line(error)}") from None
+        node: Any = tree
+        for depth, part in enumerate(parts):
+            last = depth == len(parts) - 1
+            if isinstance(node, list):
+                if not part.isdecimal() or int(part) >= len(node):
+                    where = ".".join(parts[:depth])
+                    raise ConfigError(f"override {key}: {where} has items 0 to {len(node) - 1}, not {part!r}")
+                slot: Any = int(part)
+            elif isinstance(node, dict):
+                slot = part
+            else:
+                raise ConfigError(f"override {key}: {'.'.join(parts[:depth])} is a value, it has no key {part!r}")
+            if last:
+                node[slot] = value
+            else:
+                if isinstance(node, dict) and node.get(slot) is None:
+                    node[slot] = {}
+                node = node[slot]
+    return tree
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML, every field present."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _in_run_dir(config: Config, run_dir: str) -> Config:
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": run_dir})})
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem in one line, with the nearest key for an unknown one."""
+    problems = error.errors()
+    # A missing group is often the echo of a misspelt one: report the misspelling first.
+    problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
+    first, more = problems[0], len(problems) - 1
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        names = list(_group_at(first["loc"][:-1]).model_fields)
+        near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1, cutoff=0.0)
+        text = f"unknown key {where!r}; did you mean {'.'.join([*map(str, first['loc'][:-1]), *near])!r}?"
+    else:
+        message = _one_line(ValueError(first["msg"].removeprefix("Value error, ")))
+        given = first.get("input")
+        shown = f" (got {given!r})" if where and isinstance(given, (str, int, float, bool, types.NoneType)) else ""
+        text = f"{where}: {message}{shown}" if where else message
+    return text + (f" (and {more} more)" if more else "")
+
+
+def _group_at(location: typing.Sequence[str | int]) -> type[BaseModel]:
+    group: type[BaseModel] = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = group.model_fields[part].annotation
+        group = next((a for a in typing.get_args(annotation) if isinstance(a, type)), annotation)  # type: ignore[assignment]
+    return group
