@@ -110,13 +110,12 @@ def sweep(
     result = sweep_run(config, _numbers("--ig-scale", ig_scale), _numbers("--cfg-scale", cfg_scale))
     if as_json:
         return _print_json(result)
-    best = min(row["scores"]["fd_pixel"] for row in result["rows"])
-    table = Table("IG scale", "CFG scale", "fd_pixel")
-    for row in result["rows"]:
-        score = row["scores"]["fd_pixel"]
-        table.add_row(
-            f"{row['ig_scale']:g}", f"{row['cfg_scale']:g}", f"{score:.4f}" + ("  best" if score == best else "")
-        )
+    scores = [row["scores"]["fd_pixel"] for row in result["rows"]]
+    table = Table("IG scale", "CFG scale", "FD (pixels)", "of the first")
+    for row, score in zip(result["rows"], scores, strict=True):
+        style = "bold green" if score == min(scores) else None
+        cells = (f"{row['ig_scale']:g}", f"{row['cfg_scale']:g}", f"{score:.4f}", f"{score / scores[0]:.2f}")
+        table.add_row(*cells, style=style)
     console.print(table)
     console.print(f"written: {run}/sweep.json, {run}/sweep.png, {run}/grid.png")
 

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
+# Small tensors gain nothing from threads, and tests that share the cores lose a lot. Also for the processes they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 TINY: dict[str, Any] = {

@@ -49,7 +49,7 @@ def save_scale_plot(rows: Sequence[dict[str, Any]], metric: str, file: Path) -> 
     best = min(rows, key=lambda row: row["scores"][metric])
     axes.plot(best["ig_scale"], best["scores"][metric], "*", markersize=14, color="black", label="best", zorder=-1)
     axes.set(xlabel="Internal Guidance scale (1 = unguided)", ylabel=f"{metric} (lower is better)")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * max(row["scores"][metric] for row in rows))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=130)

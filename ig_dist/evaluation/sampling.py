@@ -54,6 +54,8 @@ def sample_run(config: Config, *, ema: float | None = None, raw: bool = False) -
     plan = make_plan(config, info)
     url = f"{config.sample.url.rstrip('/') or config.run.dir + '/samples'}/{plan.digest}"
     samples = Samples(plan, info, url, config.evaluate.reference or config.data.index)
+    if is_main_process() and not console.is_terminal:
+        console.print(f"{_describe(plan)}: {plan.num} images")
     with _progress() as progress:
         task = progress.add_task(_describe(plan), total=plan.num)
         generate_units(
@@ -75,7 +77,7 @@ def sample_run(config: Config, *, ema: float | None = None, raw: bool = False) -
         picture = Path(config.run.dir) / "samples" / f"{plan.digest}.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
         save_grid([("", row) for row in np.array_split(images[:64], 4)], picture, _describe(plan))
-        console.print(f"{plan.num} images in {url}/samples.npz, some of them in {picture}")
+        console.print(f"{plan.num} images: {url}/samples.npz, some of them: {picture}")
     return samples
 
 
