@@ -35,6 +35,8 @@ def run_quickstart(out: Path, *, short: bool) -> None:
     sampling = [f"sample.precision={_sampling_precision()}", *(["sample.num=600"] if short else [])]
     config = os.path.relpath(ROOT / CONFIG)
     train = ["ig-dist", "train", config, f"run.dir={run}", f"data.index={data}", f"train.steps={steps}"]
+    if short:  # the average must forget the initial weights within the run
+        train.append("ema.decays=[0.97]")
 
     _say(
         "1. Encode",

@@ -90,8 +90,8 @@ def train(config: Config) -> None:
             losses, result = _train_step(engine, batch, config, index, learning_rate(step - 1, config.optimizer, total))
             ema.update(result.finite)
             meter.count(result)
-            stopping = stop_flag.agreed()
             last = step == total
+            stopping = stop_flag.agreed(final=last)
             if last or step % config.log.every_steps == 0:
                 lr = learning_rate(step - 1, config.optimizer, total)
                 run_log.write(

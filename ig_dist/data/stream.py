@@ -87,6 +87,7 @@ class BatchStream:
         self._streams = range(rank * per_rank, (rank + 1) * per_rank)
         self._workers = workers
         self._stopped = threading.Event()
+        self._assembler: threading.Thread | None = None
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="reader") if workers else None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -98,10 +99,15 @@ class BatchStream:
         return self._reader.quarantined
 
     def close(self) -> None:
-        """Stop the reader threads and drop what they had read."""
+        """Stop the reader threads and drop what they had read.
+
+        Waits for them: a thread that is still inside torch when the interpreter ends aborts the process.
+        """
         self._stopped.set()
         if self._pool:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._assembler:
+            self._assembler.join()
 
     def _read_ahead(self) -> Iterator[Batch]:
         """Assemble batches in a thread of their own; an error there surfaces here."""
@@ -123,7 +129,8 @@ class BatchStream:
             except BaseException as error:
                 put(error)
 
-        threading.Thread(target=assemble, name="batches", daemon=True).start()
+        self._assembler = threading.Thread(target=assemble, name="batches", daemon=True)
+        self._assembler.start()
         while True:
             item = ready.get()
             if isinstance(item, BaseException):

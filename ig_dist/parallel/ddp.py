@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +31,10 @@ class DDPEngine:
         self._ddp: DistributedDataParallel | None = None
         if dist.world_size > 1:
             devices = [dist.device.index] if dist.device.type == "cuda" else None
-            self._ddp = DistributedDataParallel(
-                model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
-            )
+            # The buffers are constant: no broadcast in every forward. torch 2.13 renamed the option.
+            renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+            no_broadcast: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+            self._ddp = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **no_broadcast)
             self.module = self._ddp
         self._optimizer = build_optimizer(list(self._parameters.values()), config)
         if state is not None and state.optimizer_steps:

@@ -120,8 +120,12 @@ class StopFlag:
             os._exit(128 + number)
         self._asked.fill_(1)
 
-    def agreed(self) -> bool:
-        """Whether all ranks stop now. COLLECTIVE: call once a step on every rank."""
+    def agreed(self, *, final: bool) -> bool:
+        """Whether all ranks stop now. COLLECTIVE: call once a step on every rank.
+
+        Args:
+            final: this is the run's last step; nothing is left under way.
+        """
         if self._dist.world_size == 1:
             return bool(self._asked)
         stop = False
@@ -129,8 +133,10 @@ class StopFlag:
             work, asked = self._pending
             work.wait()
             stop = bool(asked)
-        asked = self._asked.clone()
-        work = torch_dist.all_reduce(asked, op=torch_dist.ReduceOp.MAX, async_op=True)
-        assert work is not None
-        self._pending = work, asked
+        self._pending = None
+        if not (stop or final):
+            asked = self._asked.clone()
+            work = torch_dist.all_reduce(asked, op=torch_dist.ReduceOp.MAX, async_op=True)
+            assert work is not None
+            self._pending = work, asked
         return stop
