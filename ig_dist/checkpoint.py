@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ig_dist.errors import DataError
+from ig_dist.errors import ConfigError, DataError
 from ig_dist.parallel.dist import Dist, from_main, gather_objects
 
 FORMAT = "ig-dist-checkpoint/1"
@@ -152,6 +152,18 @@ class CheckpointStore:
         if isinstance(found, str):
             raise DataError(found)
         return None if found is None else Checkpoint(f"{self._url}/{_folder(found['step'])}", found)
+
+    def at(self, step: int, dist: Dist) -> Checkpoint:
+        """The checkpoint of one step. COLLECTIVE.
+
+        Raises:
+            ConfigError: there is none, or it is damaged.
+        """
+        found, problem = from_main(self._verify(step) if dist.is_main else None, dist)
+        if found is None:
+            steps = ", ".join(map(str, self.steps())) or "none"
+            raise ConfigError(f"{self._url} has no whole checkpoint of step {step} ({problem}); there are: {steps}")
+        return Checkpoint(f"{self._url}/{_folder(step)}", found)
 
     def _newest_whole(self) -> dict[str, Any] | str | None:
         damaged = 0

@@ -30,6 +30,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, e.g. configs/digits.yaml.")],
     overrides: Overrides = None,
+    force_config: Annotated[
+        bool, typer.Option("--force-config", help="Go on under a changed config; what changed is printed.")
+    ] = False,
 ) -> None:
     """Train a model; run the same command again to resume."""
     from ig_dist.config_file import load_config
@@ -38,7 +41,7 @@ def train(
 
     from ig_dist.trainer import train as run_training
 
-    run_training(loaded)
+    run_training(loaded, force=force_config)
 
 
 @app.command()
@@ -55,19 +58,31 @@ def sample(
     run: Run,
     overrides: Overrides = None,
     num: Annotated[int | None, typer.Option(min=1, help="Number of images (sample.num).")] = None,
+    labels: Annotated[str | None, typer.Option(help="balanced or random (sample.labels).")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Image i depends on (seed, i) only (sample.seed).")] = None,
+    solver: Annotated[str | None, typer.Option(help="euler, heun or euler_maruyama (sample.solver).")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the solver (sample.steps).")] = None,
     ig_scale: Annotated[float | None, typer.Option(help="Internal Guidance scale; 1: off.")] = None,
     cfg_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1: off.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Image i depends on (seed, i) only (sample.seed).")] = None,
+    ig_interval: Annotated[str | None, typer.Option(help="Times LOW,HIGH at which IG is on (t = 1 is noise).")] = None,
+    cfg_interval: Annotated[str | None, typer.Option(help="Times LOW,HIGH at which CFG is on.")] = None,
     ema: Ema = None,
     raw: Raw = False,
 ) -> None:
-    """Make the images of a plan: one npz and a picture of some of them."""
-    from ig_dist.config_file import load_run, with_scales
+    """Make the images of a plan: one npz and a picture of some of them. Any number of processes may share the work."""
+    from ig_dist.config_file import load_run, with_guidance
     from ig_dist.evaluation.sampling import sample_run
 
-    options = [f"sample.{key}={value}" for key, value in {"num": num, "seed": seed}.items() if value is not None]
-    config = load_run(run, [*(overrides or []), *options])
-    sample_run(with_scales(config, ig_scale=ig_scale, cfg_scale=cfg_scale), ema=ema, raw=raw)
+    given = {"num": num, "labels": labels, "seed": seed, "solver": solver, "steps": steps}
+    options = [f"sample.{key}={value}" for key, value in given.items() if value is not None]
+    config = with_guidance(
+        load_run(run, [*(overrides or []), *options]),
+        ig_scale=ig_scale,
+        cfg_scale=cfg_scale,
+        ig_interval=None if ig_interval is None else _interval("--ig-interval", ig_interval),
+        cfg_interval=None if cfg_interval is None else _interval("--cfg-interval", cfg_interval),
+    )
+    sample_run(config, ema=ema, raw=raw)
 
 
 @app.command()
@@ -78,12 +93,12 @@ def evaluate(
 ) -> None:
     """Score samples; every score comes with its protocol."""
     from ig_dist.evaluation.sampling import read_samples
-    from ig_dist.evaluation.scores import evaluate_plan
+    from ig_dist.evaluation.scores import evaluate_samples, load_reference
 
-    found = read_samples(samples)
+    found, training_data, metrics = read_samples(samples)
     local = Path(samples)
     out = local.parent.parent / "evaluations" / f"{found.plan.digest}.json" if local.is_dir() else None
-    result = evaluate_plan(found.plan, found.info, found.url, reference or found.reference, out)
+    result = evaluate_samples(found, load_reference(reference or training_data, metrics), out)
     if as_json:
         return _print_json(result)
     table = Table("what", "value", show_header=False)
@@ -100,23 +115,31 @@ def sweep(
     overrides: Overrides = None,
     ig_scale: Annotated[str, typer.Option(help="IG scales, comma separated.")] = "1.0,1.2,1.4,1.7,2.0,2.5",
     cfg_scale: Annotated[str, typer.Option(help="CFG scales, comma separated.")] = "1.0",
+    ig_interval: Annotated[
+        list[str] | None, typer.Option(help="Times LOW,HIGH at which IG is on; give it again for more.")
+    ] = None,
+    cfg_interval: Annotated[str | None, typer.Option(help="Times LOW,HIGH at which CFG is on.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds per point; scores become means with deviations.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Score a grid of guidance scales with common noise: table, sweep.json, plot and picture grid."""
     from ig_dist.config_file import load_run
-    from ig_dist.evaluation.sampling import sweep_run
+    from ig_dist.evaluation.sweep import sweep_run
 
-    config = load_run(run, overrides or [])
-    result = sweep_run(config, _numbers("--ig-scale", ig_scale), _numbers("--cfg-scale", cfg_scale))
+    console.stderr = as_json  # stdout is the JSON alone
+    result = sweep_run(
+        load_run(run, overrides or []),
+        _numbers("--ig-scale", ig_scale),
+        _numbers("--cfg-scale", cfg_scale),
+        [_interval("--ig-interval", text) for text in ig_interval or ["0,1"]],
+        None if cfg_interval is None else _interval("--cfg-interval", cfg_interval),
+        seeds,
+    )
+    if not result:  # not the first of several processes
+        return
     if as_json:
         return _print_json(result)
-    scores = [row["scores"]["fd_pixel"] for row in result["rows"]]
-    table = Table("IG scale", "CFG scale", "FD (pixels)", "of the first")
-    for row, score in zip(result["rows"], scores, strict=True):
-        style = "bold green" if score == min(scores) else None
-        cells = (f"{row['ig_scale']:g}", f"{row['cfg_scale']:g}", f"{score:.4f}", f"{score / scores[0]:.2f}")
-        table.add_row(*cells, style=style)
-    console.print(table)
+    _print_sweep(result)
     console.print(f"written: {run}/sweep.json, {run}/sweep.png, {run}/grid.png")
 
 
@@ -136,6 +159,28 @@ def _numbers(option: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"{option} {text!r}: give numbers separated by commas, e.g. 1.0,1.4") from None
+
+
+def _interval(option: str, text: str) -> tuple[float, float]:
+    numbers = _numbers(option, text)
+    if len(numbers) != 2 or not 0 <= numbers[0] <= numbers[1] <= 1:
+        raise ConfigError(f"{option} {text!r}: give LOW,HIGH with 0 <= LOW <= HIGH <= 1, e.g. 0.3,1")
+    return numbers[0], numbers[1]
+
+
+def _print_sweep(result: dict[str, Any]) -> None:
+    """A row per point; the smallest Frechet distance stands out."""
+    rows = result["rows"]
+    names = list(rows[0]["scores"])
+    table = Table("IG scale", "CFG scale", "IG interval", *names, "fd_pixel / first")
+    best = min(row["scores"]["fd_pixel"] for row in rows)
+    for row in rows:
+        scores, deviations = row["scores"], row.get("std", {})
+        cells = [f"{row['ig_scale']:g}", f"{row['cfg_scale']:g}", "{:g} to {:g}".format(*row["ig_interval"])]
+        cells += [f"{scores[n]:.4f}" + (f" +- {deviations[n]:.4f}" if n in deviations else "") for n in names]
+        ratio = scores["fd_pixel"] / rows[0]["scores"]["fd_pixel"]
+        table.add_row(*cells, f"{ratio:.2f}", style="bold green" if scores["fd_pixel"] == best else None)
+    console.print(table)
 
 
 def _print_json(value: dict[str, Any]) -> None:

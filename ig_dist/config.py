@@ -35,6 +35,8 @@ class RunConfig(_Group):
     """Run directory, a local path. Empty: ``runs/<name of the config file>``."""
     seed: Seed = 0
     """Seed of weights, data order, noise, times and label drop."""
+    fork_from: str = ""
+    """``RUN`` or ``RUN@STEP``: a new run begins with everything of that checkpoint of another run."""
 
 
 class ModelConfig(_Group):
@@ -111,6 +113,8 @@ class DataConfig(_Group):
     """Background reader threads per process; 0 reads in the training loop. The order does not depend on it."""
     on_corrupt: Literal["fail", "skip"] = "fail"
     """A damaged sample ends the run, or is replaced by the next good one of its window and counted."""
+    validation_shards: NonNegative = 0
+    """The last shards of the index are never trained on: the validation loss is measured on them."""
     posterior: Literal["draw", "mean"] = "draw"
     """For shards that store mean and std: a fresh draw at every access, or the mean."""
 
@@ -132,6 +136,8 @@ class TrainConfig(_Group):
     """torch.compile each block."""
     max_nonfinite_steps: Positive = 20
     """End the run (exit code 3) after this many non-finite steps in a row; each is skipped and counted."""
+    init_from: str = ""
+    """Export folder or safetensors file whose weights a new run begins with; a missing auxiliary head is added."""
     peak_tflops: PositiveFloat | None = None
     """Peak of one device for MFU, in TFLOP/s; null: known GPUs are looked up, others report no MFU."""
     timeout_s: Positive = 600
@@ -238,8 +244,9 @@ class SampleConfig(_Group):
 class EvaluateConfig(_Group):
     """How images are scored."""
 
-    metrics: list[Literal["fd_pixel"]] = ["fd_pixel"]
-    """fd_pixel: Frechet distance on raw pixels."""
+    metrics: list[Literal["fd_pixel", "label_agreement"]] = Field(["fd_pixel"], min_length=1)
+    """fd_pixel: Frechet distance on raw pixels. label_agreement: share of images that a classifier trained on the
+    reference's pixels puts into the class that was asked for. Both are for small images."""
     reference: str = ""
     """Index of the real images. Empty: ``data.index``."""
 
@@ -249,6 +256,10 @@ class LogConfig(_Group):
 
     every_steps: Positive = 100
     """Steps between lines of ``metrics.jsonl``, TensorBoard points and progress."""
+    sample_every_steps: NonNegative = 0
+    """Steps between sample grids of the first EMA in TensorBoard; 0: none."""
+    validate_every_steps: NonNegative = 0
+    """Steps between validation losses of the first EMA on ``data.validation_shards``; 0: none."""
 
 
 class Config(_Group):
@@ -280,6 +291,12 @@ class Config(_Group):
                 f" or train.global_batch_size={math.ceil(batch / streams) * streams}"
             )
         check_overlap(self.guidance_terms())
+        if any(term.kind == "cfg" and term.scale != 1 for term in self.guidance) and not self.loss.label_drop:
+            raise ValueError("guidance asks for cfg, but no label is ever dropped: set loss.label_drop=0.1")
+        if self.run.fork_from and self.train.init_from:
+            raise ValueError("run.fork_from and train.init_from both say where to begin: give one of them")
+        if self.log.validate_every_steps and not self.data.validation_shards:
+            raise ValueError("log.validate_every_steps needs held-out shards: set data.validation_shards=1 or more")
         if any(term.kind == "ig" and term.scale != 1 for term in self.guidance) and self.model.aux_depth is None:
             raise ValueError("guidance asks for ig, but the model has no auxiliary head: set model.aux_depth")
         return self

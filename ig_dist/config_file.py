@@ -52,16 +52,26 @@ def load_run(run: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     return _in_run_dir(load_config(file, overrides), str(run))
 
 
-def with_scales(config: Config, *, ig_scale: float | None = None, cfg_scale: float | None = None) -> Config:
-    """A copy with other guidance scales; a term that is there keeps its interval."""
+def with_guidance(
+    config: Config,
+    *,
+    ig_scale: float | None = None,
+    cfg_scale: float | None = None,
+    ig_interval: tuple[float, float] | None = None,
+    cfg_interval: tuple[float, float] | None = None,
+) -> Config:
+    """A copy with other guidance; what is None stays, and a term that is there keeps its interval."""
     tree = config.model_dump(mode="json")
-    for kind, scale in (("ig", ig_scale), ("cfg", cfg_scale)):
+    for kind, scale, interval in (("ig", ig_scale, ig_interval), ("cfg", cfg_scale, cfg_interval)):
         terms = [term for term in tree["guidance"] if term["kind"] == kind]
         if scale is not None and not terms:
-            tree["guidance"].append({"kind": kind, "scale": scale})
-        elif scale is not None:
-            for term in terms:
+            terms = [{"kind": kind}]
+            tree["guidance"] += terms
+        for term in terms:
+            if scale is not None:
                 term["scale"] = scale
+            if interval is not None:
+                term["interval"] = list(interval)
     return config_from_tree(tree, source="guidance")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -26,6 +27,22 @@ class EMA:
         """Replace one average."""
         for name, tensor in shards.items():
             self.averages[decay][name].copy_(tensor)
+
+    @contextmanager
+    def swapped_in(self, decay: float) -> Iterator[None]:
+        """The weights are those of an average inside the context, and bitwise their own again after it."""
+        self._swap(decay)
+        try:
+            yield
+        finally:
+            self._swap(decay)
+
+    @torch.no_grad()
+    def _swap(self, decay: float) -> None:
+        for name, average in self.averages[decay].items():
+            kept = self._masters[name].clone()
+            self._masters[name].copy_(average)
+            average.copy_(kept)
 
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:

@@ -12,9 +12,9 @@ import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ig_dist.checkpoint import CheckpointStore
+from ig_dist.beginning import checkpoint_store
 from ig_dist.config import Config
-from ig_dist.data.index import LatentInfo, TokenizerInfo, read_index
+from ig_dist.data.index import LatentInfo, ShardIndex, TokenizerInfo, read_index
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT, DiTConfig
 from ig_dist.parallel.dist import Dist
@@ -24,24 +24,41 @@ INFO_NAME = "export.json"
 ALONE = Dist(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
 
 
-class ExportInfo(BaseModel):
-    """What stands beside exported weights."""
+class ModelInfo(BaseModel):
+    """What sampling must know of a model besides its weights."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    format: Literal["ig-dist-export/1"] = "ig-dist-export/1"
     model: DiTConfig
     path: Literal["linear", "cosine"]
     latent: LatentInfo
     tokenizer: TokenizerInfo
     classes: list[str]
     trained_with_null_label: bool
+
+
+class ExportInfo(ModelInfo):
+    """What stands beside exported weights."""
+
+    format: Literal["ig-dist-export/1"] = "ig-dist-export/1"
     ema: float | None
     """Decay of the exported average; None for the raw weights."""
     step: int
     images_seen: int
     checkpoint_sha256: str
     weights_sha256: str
+
+
+def model_info(config: Config, index: ShardIndex) -> ModelInfo:
+    """What a run's config and data say of its model."""
+    return ModelInfo(
+        model=config.model.to_dit(),
+        path=config.loss.path,
+        latent=index.info.latent,
+        tokenizer=index.info.tokenizer,
+        classes=index.info.classes,
+        trained_with_null_label=config.loss.label_drop > 0,
+    )
 
 
 def export_run(config: Config, *, ema: float | None = None, raw: bool = False) -> Path:
@@ -58,10 +75,9 @@ def export_run(config: Config, *, ema: float | None = None, raw: bool = False) -
     Raises:
         ConfigError: the run has no checkpoint, or no such average.
     """
-    url = config.checkpoint.url or f"{config.run.dir}/checkpoints"
-    checkpoint = CheckpointStore(url).latest(ALONE)
+    checkpoint = checkpoint_store(config).latest(ALONE)
     if checkpoint is None:
-        raise ConfigError(f"{config.run.dir} has no checkpoint in {url}: train it first with `ig-dist train`")
+        raise ConfigError(f"{config.run.dir} has no checkpoint: train it first with `ig-dist train`")
     saved = Config.model_validate(checkpoint.meta["config"])
     if not raw and ema is None and saved.ema.decays:
         ema = saved.ema.decays[0]
@@ -75,15 +91,9 @@ def export_run(config: Config, *, ema: float | None = None, raw: bool = False) -
     weights = {key: checkpoint.read(f"model/{key}") for key in checkpoint.names("model")}
     if ema is not None:
         weights |= {key: checkpoint.read(f"ema/{ema}/{key}") for key in checkpoint.names(f"ema/{ema}")}
-    index = read_index(config.data.index)
     packed = safetensors.torch.save({key: weights[key] for key in sorted(weights)})
     info = ExportInfo(
-        model=saved.model.to_dit(),
-        path=saved.loss.path,
-        latent=index.info.latent,
-        tokenizer=index.info.tokenizer,
-        classes=index.info.classes,
-        trained_with_null_label=saved.loss.label_drop > 0,
+        **dict(model_info(saved, read_index(config.data.index))),
         ema=ema,
         step=checkpoint.step,
         images_seen=checkpoint.meta["images_seen"],

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ig_dist.run_dir import replace_text
@@ -78,6 +81,22 @@ class RunLog:
     def advance(self, step: int) -> None:
         """Move the bar."""
         self._progress.update(self._task, completed=step)
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Values that are not measured at every line: a line of their own, and TensorBoard."""
+        if self._path is None:
+            return
+        self._stream.write(json.dumps({"step": step, **values}) + "\n")
+        self._stream.flush()
+        for key, value in values.items():
+            self._board.add_scalar(f"validation/{key}", value, step)
+        console.print("  ".join([f"step {step}", *(f"{key} {value:.4f}" for key, value in values.items())]))
+
+    def add_picture(self, step: int, picture: NDArray[np.uint8]) -> None:
+        """A picture (H, W, channels) in TensorBoard."""
+        if self._path is not None:
+            self._board.add_image("samples", picture, step, dataformats="HWC")
+            self._board.flush()
 
     def write(self, metrics: dict[str, float | int | None]) -> None:
         """One line of metrics; ``step`` is among them."""

@@ -40,6 +40,7 @@ class Purpose(IntEnum):
     SAMPLE_STEP = 10
     SAMPLE_LABEL = 11
     ENCODE_ORDER = 12
+    VALIDATION_NOISE = 13
 
 
 def philox(counter: Words, key: tuple[int, int]) -> Words:

@@ -14,6 +14,7 @@ import yaml
 from ig_dist.config import Config
 from ig_dist.config_file import to_yaml
 from ig_dist.errors import ConfigError
+from ig_dist.terminal import console
 
 CONFIG_NAME = "config.yaml"
 
@@ -34,14 +35,25 @@ FREE_KEYS = {
 
 
 @contextmanager
-def claim(config: Config) -> Iterator[Path]:
+def claim(config: Config, *, force: bool = False) -> Iterator[Path]:
     """Hold the run directory for this process: check, create, lock and write ``config.yaml``. Rank 0 only.
+
+    Args:
+        config: the resolved config.
+        force: go on under a config that differs; what differs is printed.
 
     Raises:
         ConfigError: another process holds it, or it belongs to another config.
     """
     path = Path(config.run.dir)
-    check_same_run(path, config)
+    differ = changed_keys(path, config)
+    if differ and not force:
+        raise ConfigError(
+            f"run.dir {path} belongs to another config: {', '.join(differ)};"
+            " choose another run.dir, or go on under the new config with --force-config"
+        )
+    for change in differ:
+        console.print(f"changed by --force-config: {change}")
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("a+")
@@ -62,23 +74,25 @@ def claim(config: Config) -> Iterator[Path]:
         yield path
 
 
-def check_same_run(path: Path, config: Config) -> None:
-    """Raise ConfigError when the directory belongs to a run of another config, naming the keys that differ."""
+def changed_keys(path: Path, config: Config) -> list[str]:
+    """Keys of the run in ``path`` that ``config`` changes and that enter the weights, as ``key (old -> new)``.
+
+    Raises:
+        ConfigError: ``path`` is a file.
+    """
     file = path / CONFIG_NAME
     if not file.exists():
         if path.exists() and not path.is_dir():
             raise ConfigError(f"run.dir {path} is a file: choose another run.dir")
-        return
+        return []
     old = _flatten(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
     new = _flatten(config.model_dump(mode="json"))
     free = FREE_KEYS | ({"train.steps", "train.epochs"} if config.optimizer.schedule == "constant" else set())
-    differ = [
+    return [
         f"{key} ({old.get(key)} -> {new.get(key)})"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and key not in free and key.split(".")[0] not in FREE_GROUPS
     ]
-    if differ:
-        raise ConfigError(f"run.dir {path} belongs to another config: {', '.join(differ)}; choose another run.dir")
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -14,29 +14,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ig_dist.checkpoint import Checkpoint, CheckpointStore, Piece
+from ig_dist.beginning import checkpoint_store, find_checkpoint, load_weights
+from ig_dist.checkpoint import Checkpoint, Piece
 from ig_dist.config import Config
 from ig_dist.data.index import ShardIndex, read_index
-from ig_dist.data.latents import model_latents
 from ig_dist.data.order import SampleOrder
 from ig_dist.data.stream import Batch, BatchStream, check_window_memory
-from ig_dist.diffusion.loss import ig_loss
-from ig_dist.diffusion.path import Path
 from ig_dist.ema import EMA
 from ig_dist.errors import ConfigError, NonFiniteError, Preempted
 from ig_dist.metrics import RunLog, model_flops_utilisation
 from ig_dist.models.dit import DiT, count_parameters, initialize
 from ig_dist.models.presets import forward_flops
+from ig_dist.monitor import sample_grid, validate
+from ig_dist.objective import training_loss
 from ig_dist.optim import learning_rate
 from ig_dist.parallel.dist import Dist, StopFlag, from_main, init_distributed, shut_down, sum_over_ranks
 from ig_dist.parallel.engine import Engine, StepResult, build_engine
-from ig_dist.rng import Purpose, bernoulli, normal, uniform
 from ig_dist.run_dir import claim
 from ig_dist.terminal import console
 
 
-def train(config: Config) -> None:
+def train(config: Config, *, force: bool = False) -> None:
     """Train to the configured length, from the newest whole checkpoint on. COLLECTIVE.
+
+    Args:
+        config: the config; shapes that only the data knows may be open.
+        force: go on in a run directory that belongs to another config.
 
     Raises:
         ConfigError: the config does not fit the data, the run directory or the number of processes.
@@ -50,22 +53,19 @@ def train(config: Config) -> None:
         index = read_index(config.data.index)
         config = config.with_data(index.info.latent.shape, len(index.info.classes))
         order = _build_order(config, index, dist)
-        path = cleanup.enter_context(_claimed_by_main(config, dist))
-        store = CheckpointStore(
-            config.checkpoint.url or f"{config.run.dir}/checkpoints",
-            keep_last=config.checkpoint.keep_last,
-            keep_every=config.checkpoint.keep_every,
-        )
-        checkpoint = store.latest(dist)
-        _check_data_is_the_same(checkpoint, index)
-        start, total = checkpoint.step if checkpoint else 0, config.total_steps(index.num_samples)
+        model = DiT(config.model.to_dit())
+        initialize(model, config.run.seed)
+        store = checkpoint_store(config)
+        checkpoint = find_checkpoint(store, config, index, dist)
+        if checkpoint is None and config.train.init_from:
+            load_weights(model, config.train.init_from)
+        path = cleanup.enter_context(_claimed_by_main(config, dist, force))
+        start, total = checkpoint.step if checkpoint else 0, config.total_steps(order.num_samples)
         if dist.is_main:
             console.print(f"{config.run.dir}: {'resume at' if start else 'start from'} step {start} of {total}")
         if start >= total:
             return
         stop_flag = StopFlag(dist)
-        model = DiT(config.model.to_dit())
-        initialize(model, config.run.seed)
         if dist.is_main:
             console.print(f"{count_parameters(model):,} parameters on {dist.world_size} x {dist.device.type}")
         engine = build_engine(model, config, checkpoint, dist)
@@ -85,22 +85,23 @@ def train(config: Config) -> None:
 
         batches = iter(stream)
         for step in range(start + 1, total + 1):  # step: batches consumed once this one is
+            lr = learning_rate(step - 1, config.optimizer, total)
             with meter.waiting():
                 batch = next(batches)
-            losses, result = _train_step(engine, batch, config, index, learning_rate(step - 1, config.optimizer, total))
+            losses, result = _train_step(engine, batch, config, index, lr, dist)
             ema.update(result.finite)
             meter.count(result)
             last = step == total
             stopping = stop_flag.agreed(final=last)
             if last or step % config.log.every_steps == 0:
-                lr = learning_rate(step - 1, config.optimizer, total)
-                run_log.write(
-                    {
-                        "step": step,
-                        **meter.read(losses, result, batch, step, len(stream.quarantined)),
-                        "lr": lr,
-                    }
-                )
+                measured = meter.read(losses, result, batch, step, len(stream.quarantined))
+                run_log.write({"step": step, **measured, "lr": lr})
+            if _due(step, config.log.validate_every_steps, last):
+                run_log.add(step, validate(model, ema, index, config, dist))
+                meter.pause()
+            if _due(step, config.log.sample_every_steps, last):
+                run_log.add_picture(step, sample_grid(model, ema, index, config, dist.device))
+                meter.pause()
             if last or stopping or step % config.checkpoint.every_steps == 0:
                 store.save(step, *_snapshot(engine, ema, model, config, index, step, dist), dist)
                 meter.pause()
@@ -110,33 +111,22 @@ def train(config: Config) -> None:
         store.wait()
 
 
+def _due(step: int, every: int, last: bool) -> bool:
+    return every > 0 and (last or step % every == 0)
+
+
 def _train_step(
-    engine: Engine, batch: Batch, config: Config, index: ShardIndex, lr: float
+    engine: Engine, batch: Batch, config: Config, index: ShardIndex, lr: float, dist: Dist
 ) -> tuple[Tensor, StepResult]:
     """One optimizer step; the step's losses (total, final, aux) averaged over this rank's rows, on the device."""
     accumulation = config.train.accumulation
     losses = []
     for i, micro in enumerate(batch.split(accumulation)):
         with engine.microbatch(last=i == accumulation - 1):
-            loss = _loss(engine, micro, config, index).mean(dim=1)
+            loss = training_loss(engine.module, micro, config, index.info, dist.device).mean(dim=1)
             engine.backward(loss[0] / accumulation)
         losses.append(loss.detach())
     return torch.stack(losses).mean(dim=0), engine.step(lr)
-
-
-def _loss(engine: Engine, batch: Batch, config: Config, index: ShardIndex) -> Tensor:
-    """Losses (total, final, aux) of a micro-batch, (3, rows). All randomness is keyed by (seed, position)."""
-    device = next(engine.module.parameters()).device
-    seed, info = config.run.seed, index.info
-    positions = batch.positions.to(device, non_blocking=True)
-    stored = batch.latents.to(device, non_blocking=True)
-    latents = model_latents(stored, info.latent, posterior=config.data.posterior, seed=seed, positions=positions)
-    t = uniform(seed, Purpose.TIME, positions).float()
-    noise = normal(seed, Purpose.NOISE, positions, info.latent.shape)
-    dropped = bernoulli(seed, Purpose.LABEL_DROP, positions, config.loss.label_drop)
-    labels = batch.labels.to(device, non_blocking=True).masked_fill(dropped, len(info.classes))
-    x_t, velocity = Path(config.loss.path).interpolate(latents, noise, t)
-    return torch.stack(ig_loss(engine.module(x_t, t, labels), velocity, config.loss.aux_weight))
 
 
 def _build_order(config: Config, index: ShardIndex, dist: Dist) -> SampleOrder:
@@ -148,8 +138,14 @@ def _build_order(config: Config, index: ShardIndex, dist: Dist) -> SampleOrder:
         window_bytes=config.data.window_bytes,
         nodes=dist.nodes,
     )
+    shards = len(index.shard_sizes) - config.data.validation_shards
+    if shards < 1:
+        raise ConfigError(
+            f"data.validation_shards {config.data.validation_shards} leaves nothing to train on: the index has"
+            f" {len(index.shard_sizes)} shards; hold out fewer, or encode into more shards"
+        )
     return SampleOrder(
-        index.shard_sizes,
+        index.shard_sizes[:shards],
         streams=config.data.streams,
         global_batch_size=config.train.global_batch_size,
         window_samples=config.data.window_samples,
@@ -158,27 +154,19 @@ def _build_order(config: Config, index: ShardIndex, dist: Dist) -> SampleOrder:
 
 
 @contextmanager
-def _claimed_by_main(config: Config, dist: Dist) -> Iterator[Any]:
+def _claimed_by_main(config: Config, dist: Dist, force: bool) -> Iterator[Any]:
     """Rank 0 holds the run directory; a refusal ends every rank."""
     with ExitStack() as held:
         refusal = path = None
         if dist.is_main:
             try:
-                path = held.enter_context(claim(config))
+                path = held.enter_context(claim(config, force=force))
             except ConfigError as error:
                 refusal = str(error)
         refusal = from_main(refusal, dist)
         if refusal is not None:
             raise ConfigError(refusal)
         yield path
-
-
-def _check_data_is_the_same(checkpoint: Checkpoint | None, index: ShardIndex) -> None:
-    if checkpoint is not None and checkpoint.meta["index_sha256"] != index.sha256:
-        raise ConfigError(
-            f"the index at {index.folder} is not the one that {checkpoint.url} was trained on:"
-            " restore it, or train in another run.dir"
-        )
 
 
 def _build_ema(engine: Engine, config: Config, checkpoint: Checkpoint | None) -> EMA:

@@ -1,6 +1,7 @@
 """Start a job on the processes of this machine.
 
     python launchers/local.py --processes 2 configs/digits.yaml run.dir=runs/two
+    python launchers/local.py --processes 3 --job sample runs/two --ig-scale 1.4
 
 One process per GPU, or any number on CPUs (gloo). The first process that fails ends the others; the exit code is
 the job's own (README, "Exit codes").
@@ -30,6 +31,8 @@ class Job(StrEnum):
     """The verbs of ig-dist that run on several processes."""
 
     train = "train"
+    sample = "sample"
+    sweep = "sweep"
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
@@ -79,9 +82,16 @@ def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
     return 128 - code if code < 0 else code
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+# What follows the first argument belongs to the job, its options included.
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def main(
-    target: Annotated[str, typer.Argument(metavar="CONFIG", help="What the job runs on, e.g. a config file.")],
-    rest: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Passed on to the job.")] = None,
+    target: Annotated[str, typer.Argument(metavar="CONFIG|RUN", help="Config file to train, or run to sample from.")],
+    rest: Annotated[
+        list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Arguments and options of the job.")
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes, one per GPU if there are GPUs.")] = 1,
     job: Annotated[Job, typer.Option(help="The verb of ig-dist to run.")] = Job.train,
 ) -> None:
@@ -90,4 +100,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_app(main)
+    run_app(app)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path as FilePath
+from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
@@ -24,7 +26,7 @@ from ig_dist.diffusion.path import Path
 from ig_dist.diffusion.samplers import euler, euler_maruyama, heun, sde_grid, time_grid
 from ig_dist.errors import DataError
 from ig_dist.evaluation.plan import Plan, image_numbers
-from ig_dist.export import ExportInfo
+from ig_dist.export import ExportInfo, ModelInfo
 from ig_dist.latents.tokenizers import get_tokenizer
 from ig_dist.models.dit import DiT
 from ig_dist.rng import Purpose, normal
@@ -33,15 +35,24 @@ Images = NDArray[np.uint8]  # (N, H, W, channels)
 Labels = NDArray[np.int64]  # (N,)
 
 
+@dataclass(frozen=True)
+class Samples:
+    """Where the images of a plan are, and all that a score's protocol needs."""
+
+    plan: Plan
+    info: ExportInfo
+    url: str
+
+
 def generate_units(
     model: DiT,
-    info: ExportInfo,
+    info: ModelInfo,
     plan: Plan,
     url: str,
     *,
     worker: int = 0,
     workers: int = 1,
-    on_images: Callable[[int], None] = lambda count: None,
+    on_progress: Callable[[int], None] = lambda images: None,
 ) -> None:
     """Make every unit of the plan that does not exist yet.
 
@@ -52,7 +63,7 @@ def generate_units(
         url: folder of the plan's samples, a path or any fsspec URL.
         worker: this worker's number; it begins at unit worker * units / workers.
         workers: number of workers that may be at work.
-        on_images: called with the number of images finished or found finished.
+        on_progress: called with the number of finished images of the unit in hand, 0 between units.
     """
     fs, path = fsspec.core.url_to_fs(url)
     fs.makedirs(path, exist_ok=True)
@@ -60,15 +71,22 @@ def generate_units(
     for k in range(plan.num_units):
         number = (first + k) % plan.num_units
         fs.invalidate_cache()
-        if fs.exists(_unit_path(path, number)):
-            on_images(len(plan.unit(number)))
-            continue
-        images, labels = make_unit(model, info, plan, number, on_images)
-        write_whole(fs, _unit_path(path, number), safetensors.numpy.save({"images": images, "labels": labels}))
+        if not fs.exists(_unit_path(path, number)):
+            images, labels = make_unit(model, info, plan, number, on_progress)
+            write_whole(fs, _unit_path(path, number), safetensors.numpy.save({"images": images, "labels": labels}))
+        on_progress(0)
+
+
+def finished_images(plan: Plan, url: str) -> int:
+    """Images in the units that exist, whoever made them."""
+    fs, path = fsspec.core.url_to_fs(url)
+    fs.invalidate_cache()
+    names = {PurePosixPath(name).name for name in fs.ls(path, detail=False)} if fs.exists(path) else set()
+    return sum(len(plan.unit(k)) for k in range(plan.num_units) if PurePosixPath(_unit_path("", k)).name in names)
 
 
 def make_unit(
-    model: DiT, info: ExportInfo, plan: Plan, number: int, on_images: Callable[[int], None] = lambda count: None
+    model: DiT, info: ModelInfo, plan: Plan, number: int, on_progress: Callable[[int], None] = lambda images: None
 ) -> tuple[Images, Labels]:
     """Images and labels of one unit, batch by batch."""
     unit = plan.unit(number)
@@ -78,12 +96,12 @@ def make_unit(
         batch_labels = plan.image_labels(numbers)
         images.append(generate(model, info, plan, numbers, batch_labels).cpu().numpy())
         labels.append(batch_labels.cpu().numpy())
-        on_images(len(numbers))
+        on_progress(int(numbers[-1]) + 1 - unit.start)
     return np.concatenate(images), np.concatenate(labels)
 
 
 @torch.no_grad()
-def generate(model: DiT, info: ExportInfo, plan: Plan, numbers: Tensor, labels: Tensor) -> Tensor:
+def generate(model: DiT, info: ModelInfo, plan: Plan, numbers: Tensor, labels: Tensor) -> Tensor:
     """Images (B, H, W, channels) uint8 of the plan's image numbers (B,). The state is float64."""
     path, shape = Path(info.path), info.latent.shape
     velocity = guided_velocity(model, labels, plan.terms())

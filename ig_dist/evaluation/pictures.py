@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+BEST_CELL: dict[str, Any] = {"markersize": 30, "markerfacecolor": "none", "markeredgecolor": "red"}
 MIN_SIDE = 48  # smaller images are enlarged to about this many pixels
 
 
@@ -39,17 +40,38 @@ def save_grid(rows: Sequence[tuple[str, NDArray[np.uint8]]], file: Path, title: 
     figure.savefig(file, dpi=130)
 
 
-def save_scale_plot(rows: Sequence[dict[str, Any]], metric: str, file: Path) -> None:
-    """The score against the IG scale, one line per CFG scale, as PNG; the best point is marked."""
+def save_sweep_plot(rows: Sequence[dict[str, Any]], metric: str, file: Path) -> None:
+    """The score over the sweep, as PNG: a heat map where IG and CFG scales vary, else a line per IG interval."""
     figure = _figure(5.2, 3.6)
     axes = figure.subplots()
-    for cfg_scale in sorted({row["cfg_scale"] for row in rows}):
-        line = sorted((row["ig_scale"], row["scores"][metric]) for row in rows if row["cfg_scale"] == cfg_scale)
-        axes.plot(*zip(*line, strict=True), "o-", label=f"CFG {cfg_scale:g}" if cfg_scale != 1 else "no CFG")
+    ig_scales, cfg_scales = (sorted({row[key] for row in rows}) for key in ("ig_scale", "cfg_scale"))
+    intervals = sorted({tuple(row["ig_interval"]) for row in rows})
     best = min(rows, key=lambda row: row["scores"][metric])
-    axes.plot(best["ig_scale"], best["scores"][metric], "*", markersize=14, color="black", label="best", zorder=-1)
-    axes.set(xlabel="Internal Guidance scale (1 = unguided)", ylabel=f"{metric} (lower is better)")
-    axes.set_ylim(0, 1.08 * max(row["scores"][metric] for row in rows))
-    axes.grid(alpha=0.3)
-    axes.legend()
+    if len(ig_scales) > 1 and len(cfg_scales) > 1 and len(intervals) == 1:
+        scores = np.full((len(cfg_scales), len(ig_scales)), np.nan)
+        for row in rows:
+            scores[cfg_scales.index(row["cfg_scale"]), ig_scales.index(row["ig_scale"])] = row["scores"][metric]
+        middle = np.nanmean(scores)
+        figure.colorbar(axes.imshow(scores, cmap="viridis_r", aspect="auto", origin="lower"), label=metric)
+        for (y, x), score in np.ndenumerate(scores):
+            colour = "white" if score < middle else "black"
+            axes.text(x, y, f"{score:.3g}", ha="center", va="center", fontsize=8, color=colour)
+        axes.set_xticks(range(len(ig_scales)), [f"{scale:g}" for scale in ig_scales])
+        axes.set_yticks(range(len(cfg_scales)), [f"{scale:g}" for scale in cfg_scales])
+        axes.plot(ig_scales.index(best["ig_scale"]), cfg_scales.index(best["cfg_scale"]), "s", **BEST_CELL)
+        axes.set(xlabel="Internal Guidance scale", ylabel="CFG scale", title=f"{metric} (lower is better)")
+    else:
+        for cfg_scale in cfg_scales:
+            for interval in intervals:
+                chosen = [r for r in rows if r["cfg_scale"] == cfg_scale and tuple(r["ig_interval"]) == interval]
+                chosen.sort(key=lambda row: float(row["ig_scale"]))
+                name = f"CFG {cfg_scale:g}" if cfg_scale != 1 else "no CFG"
+                name += f", IG for t in [{interval[0]:g}, {interval[1]:g}]" if len(intervals) > 1 else ""
+                x, y = [row["ig_scale"] for row in chosen], [row["scores"][metric] for row in chosen]
+                axes.errorbar(x, y, [row.get("std", {}).get(metric, 0.0) for row in chosen], fmt="o-", label=name)
+        axes.plot(best["ig_scale"], best["scores"][metric], "*", markersize=14, color="black", label="best", zorder=-1)
+        axes.set(xlabel="Internal Guidance scale (1 = unguided)", ylabel=f"{metric} (lower is better)")
+        axes.set_ylim(0, 1.08 * max(row["scores"][metric] for row in rows))
+        axes.grid(alpha=0.3)
+        axes.legend()
     figure.savefig(file, dpi=130)

@@ -13,7 +13,7 @@ from ig_dist.config import Config, GuidanceConfig
 from ig_dist.diffusion.guidance import GuidanceTerm
 from ig_dist.diffusion.samplers import evaluations
 from ig_dist.errors import ConfigError
-from ig_dist.export import ExportInfo
+from ig_dist.export import ModelInfo
 from ig_dist.rng import Purpose, integers
 
 
@@ -65,8 +65,8 @@ class Plan(BaseModel):
         return words * self.num_classes >> 32
 
 
-def make_plan(config: Config, info: ExportInfo) -> Plan:
-    """The plan of the config's ``sample`` and ``guidance`` groups for exported weights.
+def make_plan(config: Config, info: ModelInfo, weights_sha256: str) -> Plan:
+    """The plan of the config's ``sample`` and ``guidance`` groups for weights of that hash.
 
     Raises:
         ConfigError: guidance that the model cannot give.
@@ -90,7 +90,7 @@ def make_plan(config: Config, info: ExportInfo) -> Plan:
         precision=sample.precision,
         unit_size=sample.unit_size,
         batch_size=sample.batch_size,
-        weights_sha256=info.weights_sha256,
+        weights_sha256=weights_sha256,
     )
 
 

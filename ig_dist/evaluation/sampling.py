@@ -1,63 +1,42 @@
-"""From a run to samples, scores and sweeps: export, plan, units, pictures."""
+"""From a run to samples: export, plan, units, one npz and a picture."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ig_dist.config import Config
-from ig_dist.config_file import with_scales
-from ig_dist.data.index import read_index
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.generate import collect, generate_units, make_unit
-from ig_dist.evaluation.pictures import save_grid, save_scale_plot
+from ig_dist.evaluation.generate import Samples, collect, finished_images, generate_units, write_whole
+from ig_dist.evaluation.pictures import save_grid
 from ig_dist.evaluation.plan import Plan, make_plan
-from ig_dist.evaluation.scores import evaluate_plan, index_images
 from ig_dist.export import ExportInfo, export_run, load_export
-from ig_dist.run_dir import replace_text
 from ig_dist.terminal import console, is_main_process
 
 PLAN_NAME = "plan.json"
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Where the images of a plan are, and all that a score's protocol needs."""
-
-    plan: Plan
-    info: ExportInfo
-    url: str
-    reference: str
-    """Index of the real images."""
+REPORT_EVERY_S = 10.0  # between lines of progress where there is no terminal
 
 
 def sample_run(config: Config, *, ema: float | None = None, raw: bool = False) -> Samples:
     """Export the newest checkpoint of a run and make all images of the config's plan.
 
     Under several processes (RANK, WORLD_SIZE) each is a worker; the first one collects the images into
-    ``samples.npz`` and a grid picture.
+    ``samples.npz`` and a grid picture. Workers need not start together, and may die and be started again.
     """
-    device = _device()
+    device = sampling_device()
     folder = export_run(config, ema=ema, raw=raw)
     model, info = load_export(folder, device)
-    plan = make_plan(config, info)
+    plan = make_plan(config, info, info.weights_sha256)
     url = f"{config.sample.url.rstrip('/') or config.run.dir + '/samples'}/{plan.digest}"
-    samples = Samples(plan, info, url, config.evaluate.reference or config.data.index)
-    if is_main_process() and not console.is_terminal:
-        console.print(f"{_describe(plan)}: {plan.num} images")
-    with _progress() as progress:
-        task = progress.add_task(_describe(plan), total=plan.num)
+    with _PlanProgress(plan, url) as progress:
         generate_units(
             model,
             info,
@@ -65,24 +44,27 @@ def sample_run(config: Config, *, ema: float | None = None, raw: bool = False) -
             url,
             worker=int(os.environ.get("RANK", "0")),
             workers=int(os.environ.get("WORLD_SIZE", "1")),
-            on_images=lambda count: progress.advance(task, count),
+            on_progress=progress.update,
         )
+    samples = Samples(plan, info, url)
     if is_main_process():
         fs, path = fsspec.core.url_to_fs(url)
         described = {"plan": plan.model_dump(mode="json"), "export": info.model_dump(mode="json")}
-        fs.pipe_file(
-            f"{path}/{PLAN_NAME}", json.dumps({**described, "reference": samples.reference}, indent=1).encode()
-        )
+        described["evaluate"] = {
+            "reference": config.evaluate.reference or config.data.index,
+            "metrics": config.evaluate.metrics,
+        }
+        write_whole(fs, f"{path}/{PLAN_NAME}", json.dumps(described, indent=1).encode())
         images, _ = collect(plan, url)
         picture = Path(config.run.dir) / "samples" / f"{plan.digest}.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
-        save_grid([("", row) for row in np.array_split(images[:64], 4)], picture, _describe(plan))
+        save_grid([("", row) for row in np.array_split(images[:64], 4) if len(row)], picture, describe(plan))
         console.print(f"{plan.num} images: {url}/samples.npz, some of them: {picture}")
     return samples
 
 
-def read_samples(url: str) -> Samples:
-    """The samples in a plan's folder.
+def read_samples(url: str) -> tuple[Samples, str, list[str]]:
+    """The samples in a plan's folder, the index of the real images, and the metrics of the run's config.
 
     Raises:
         ConfigError: no samples there.
@@ -91,73 +73,64 @@ def read_samples(url: str) -> Samples:
     try:
         described = json.loads(fs.cat_file(f"{path}/{PLAN_NAME}"))
         plan, info = Plan(**described["plan"]), ExportInfo(**described["export"])
+        evaluate = described["evaluate"]
+        return Samples(plan, info, url.rstrip("/")), str(evaluate["reference"]), list(evaluate["metrics"])
     except (OSError, ValueError, KeyError, TypeError, ValidationError):
         raise ConfigError(
             f"{url} holds no finished samples (no {PLAN_NAME}): make them with `ig-dist sample RUN`"
         ) from None
-    return Samples(plan, info, url.rstrip("/"), described["reference"])
 
 
-def sweep_run(config: Config, ig_scales: Sequence[float], cfg_scales: Sequence[float]) -> dict[str, Any]:
-    """Score a grid of guidance scales with common noise; ``sweep.json``, ``sweep.png`` and ``grid.png`` in the run.
-
-    What exists of an earlier sweep is not made again.
-    """
-    rows: list[dict[str, Any]] = []
-    results = []
-    run = Path(config.run.dir)
-    for cfg_scale in cfg_scales:
-        for ig_scale in ig_scales:
-            samples = sample_run(with_scales(config, ig_scale=ig_scale, cfg_scale=cfg_scale))
-            out = run / "evaluations" / f"{samples.plan.digest}.json"
-            results.append(evaluate_plan(samples.plan, samples.info, samples.url, samples.reference, out))
-            row = {"ig_scale": ig_scale, "cfg_scale": cfg_scale, "scores": results[-1]["scores"]}
-            rows.append({**row, "plan": samples.plan.digest})
-    common = {
-        key: value for key, value in results[0]["protocol"].items() if all(r["protocol"][key] == value for r in results)
-    }
-    sweep = {"rows": rows, "protocol": common}
-    replace_text(run / "sweep.json", json.dumps(sweep, indent=1) + "\n")
-    save_scale_plot(rows, "fd_pixel", run / "sweep.png")
-    _save_scale_grid(config, ig_scales, run / "grid.png")
-    return sweep
-
-
-def _save_scale_grid(config: Config, ig_scales: Sequence[float], file: Path, columns: int = 20) -> None:
-    """Real images above generated ones at every scale, the same noise in each column."""
-    index = read_index(config.evaluate.reference or config.data.index)
-    model, info = load_export(export_run(config), _device())
-    shown = with_scales(config, cfg_scale=1.0).model_copy(deep=True)
-    rows: list[tuple[str, NDArray[np.uint8]]] = [("real", _real_by_class(config, columns, len(index.info.classes)))]
-    for scale in ig_scales:
-        plan = make_plan(with_scales(shown, ig_scale=scale), info).model_copy(
-            update={"num": columns, "unit_size": columns, "batch_size": columns, "labels": "balanced"}
-        )
-        rows.append((f"IG {scale:g}" if scale != 1 else "unguided", make_unit(model, info, plan, 0)[0]))
-    save_grid(rows, file, "the same noise in every column")
-
-
-def _real_by_class(config: Config, columns: int, num_classes: int) -> NDArray[np.uint8]:
-    """Real images in the order of balanced labels: 0, 1, 2, ..."""
-    batches = list(index_images(read_index(config.evaluate.reference or config.data.index)))
-    images, labels = (np.concatenate(column) for column in zip(*batches, strict=True))
-    chosen = [np.flatnonzero(labels == i % num_classes)[i // num_classes] for i in range(columns)]
-    return images[chosen]
-
-
-def _describe(plan: Plan) -> str:
+def describe(plan: Plan) -> str:
+    """The plan in a few words."""
     guidance = ", ".join(f"{term.kind.upper()} {term.scale:g}" for term in plan.guidance) or "unguided"
-    return f"sample ({guidance}, {plan.solver} {plan.steps})"
+    return f"sample ({guidance}, {plan.solver} {plan.steps}, seed {plan.seed})"
 
 
-def _device() -> torch.device:
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+def sampling_device() -> torch.device:
+    """This process's GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not (console.is_terminal and is_main_process()))
+class _PlanProgress:
+    """Progress of a plan over all of its workers, shown by the first one: finished units count, whoever made them."""
+
+    def __init__(self, plan: Plan, url: str) -> None:
+        self._plan, self._url = plan, url
+        self._shown = is_main_process()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+        )
+        bar = self._shown and console.is_terminal
+        self._progress = Progress(*columns, TimeRemainingColumn(), console=console, disable=not bar)
+        self._first = finished_images(plan, url)
+        self._task = self._progress.add_task(describe(plan), total=plan.num, completed=self._first, rate="")
+        self._began = self._listed = self._reported = time.monotonic()
+
+    def __enter__(self) -> _PlanProgress:
+        if self._shown and not console.is_terminal:
+            console.print(f"{describe(self._plan)}: {self._plan.num} images, {self._first} of them are there")
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, in_hand: int) -> None:
+        """Show the images of finished units and those of the unit in hand; lists the folder once a second at most."""
+        now = time.monotonic()
+        if not self._shown or now - self._listed < 1.0:
+            return
+        self._listed = now
+        done = finished_images(self._plan, self._url) + in_hand
+        rate = (done - self._first) / (now - self._began)
+        self._progress.update(self._task, completed=done, rate=f"{rate:.1f} images/s")
+        if not console.is_terminal and now - self._reported > REPORT_EVERY_S:
+            self._reported = now
+            left = (self._plan.num - done) / rate if rate else float("inf")
+            console.print(f"  {done}/{self._plan.num} images, {rate:.1f} images/s, {left:.0f} s left")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,12 +15,14 @@ from numpy.typing import NDArray
 from ig_dist.data.index import ShardIndex, read_index
 from ig_dist.data.reader import ShardReader
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.features import Extractor, Moments, pixel_extractor, streamed_moments
-from ig_dist.evaluation.generate import read_units
-from ig_dist.evaluation.plan import Plan
-from ig_dist.export import ExportInfo
+from ig_dist.evaluation.agreement import CLASSIFIER, label_agreement, train_classifier
+from ig_dist.evaluation.features import Moments, pixel_extractor, streamed_moments
+from ig_dist.evaluation.generate import Samples, read_units
 from ig_dist.latents.tokenizers import get_tokenizer
 from ig_dist.run_dir import replace_text
+
+if TYPE_CHECKING:
+    from sklearn.svm import SVC
 
 BATCH = 512
 
@@ -54,26 +57,37 @@ def index_images(index: ShardIndex) -> Iterator[tuple[NDArray[np.uint8], NDArray
         first += size
 
 
-def reference_moments(index: ShardIndex, extractor: Extractor) -> Moments:
-    """Moments of the real images of an index."""
-    return streamed_moments((images for images, _ in index_images(index)), extractor)
+@dataclass(frozen=True)
+class Reference:
+    """The real images that samples are held against, as far as the metrics need them."""
+
+    source: str
+    moments: Moments
+    classifier: SVC | None
 
 
-def evaluate_plan(
-    plan: Plan, info: ExportInfo, url: str, reference_url: str, out: Path | None = None
-) -> dict[str, Any]:
-    """Score the samples of a plan against an index; scores and protocol, also written to ``out``."""
-    extractor = pixel_extractor()
-    index = read_index(reference_url)
-    reference = reference_moments(index, extractor)
-    generated = streamed_moments((images for images, _ in read_units(plan, url)), extractor)
-    if reference.mean.shape != generated.mean.shape:
+def load_reference(url: str, metrics: Sequence[str]) -> Reference:
+    """Read the real images of an index."""
+    index = read_index(url)
+    moments = streamed_moments((images for images, _ in index_images(index)), pixel_extractor())
+    classifier = train_classifier(index_images(index)) if "label_agreement" in metrics else None
+    return Reference(index.info.source, moments, classifier)
+
+
+def evaluate_samples(samples: Samples, reference: Reference, out: Path | None = None) -> dict[str, Any]:
+    """Score samples; scores and protocol, also written to ``out``."""
+    plan, info, extractor = samples.plan, samples.info, pixel_extractor()
+    generated = streamed_moments((images for images, _ in read_units(plan, samples.url)), extractor)
+    if reference.moments.mean.shape != generated.mean.shape:
         raise ConfigError(
-            f"the images of {reference_url} have {reference.mean.size} values, the samples {generated.mean.size}:"
-            " give the index that the model was trained on (evaluate.reference)"
+            f"the images of {reference.source} have {reference.moments.mean.size} values, the samples"
+            f" {generated.mean.size}: give the index that the model was trained on (evaluate.reference)"
         )
+    scores = {"fd_pixel": frechet_distance(reference.moments, generated)}
+    if reference.classifier is not None:
+        scores["label_agreement"] = label_agreement(reference.classifier, read_units(plan, samples.url))
     result = {
-        "scores": {"fd_pixel": frechet_distance(reference, generated)},
+        "scores": scores,
         "protocol": {
             "num": plan.num,
             "labels": plan.labels,
@@ -88,9 +102,10 @@ def evaluate_plan(
             "tokenizer_sha256": info.tokenizer.sha256,
             "extractor": extractor.name,
             "extractor_sha256": extractor.sha256,
-            "reference": index.info.source,
-            "reference_images": reference.count,
-            "reference_sha256": reference.sha256,
+            "classifier": CLASSIFIER if reference.classifier is not None else None,
+            "reference": reference.source,
+            "reference_images": reference.moments.count,
+            "reference_sha256": reference.moments.sha256,
             "ema": info.ema,
             "step": info.step,
             "images_seen": info.images_seen,

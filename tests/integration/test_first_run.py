@@ -93,6 +93,7 @@ def test_sweep_over_two_axes(run: Path) -> None:
     done = run_command(["ig-dist", "sweep", run, "sample.steps=2", "sample.num=30", *scales, "--json"])
     assert done.returncode == 0, done.stderr
     sweep = json.loads((run / "sweep.json").read_text())
+    assert json.loads(done.stdout) == sweep
     assert [(row["ig_scale"], row["cfg_scale"]) for row in sweep["rows"]] == [(1, 1), (1.5, 1), (1, 1.3), (1.5, 1.3)]
     assert len({row["scores"]["fd_pixel"] for row in sweep["rows"]}) == 4
     assert sweep["protocol"]["num"] == 30 and "guidance" not in sweep["protocol"]

@@ -1,0 +1,82 @@
+"""Where a run begins: its own newest checkpoint, another run's, given weights, or the initial weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+
+from ig_dist.checkpoint import Checkpoint, CheckpointStore
+from ig_dist.config import Config
+from ig_dist.config_file import load_run
+from ig_dist.data.index import ShardIndex
+from ig_dist.errors import ConfigError
+from ig_dist.models.dit import DiT
+from ig_dist.parallel.dist import Dist
+
+
+def checkpoint_store(config: Config) -> CheckpointStore:
+    """The checkpoints of a run."""
+    url = config.checkpoint.url or f"{config.run.dir}/checkpoints"
+    return CheckpointStore(url, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
+
+
+def find_checkpoint(store: CheckpointStore, config: Config, index: ShardIndex, dist: Dist) -> Checkpoint | None:
+    """The checkpoint to go on from: the run's own newest whole one, else that of ``run.fork_from``. COLLECTIVE.
+
+    Raises:
+        ConfigError: no such checkpoint, or made with another model or (the run's own) on another index.
+        DataError: the run has checkpoints and none is whole.
+    """
+    checkpoint = store.latest(dist)
+    if checkpoint is not None:
+        if checkpoint.meta["index_sha256"] != index.sha256:
+            raise ConfigError(
+                f"the index at {index.folder} is not the one that {checkpoint.url} was trained on:"
+                " restore it, or train in another run.dir"
+            )
+        return checkpoint
+    if not config.run.fork_from:
+        return None
+    run, _, step = config.run.fork_from.partition("@")
+    other = checkpoint_store(load_run(run))
+    if step and not step.isdecimal():
+        raise ConfigError(f"run.fork_from {config.run.fork_from!r}: {step!r} is no step; write RUN or RUN@1000")
+    checkpoint = other.at(int(step), dist) if step else other.latest(dist)
+    if checkpoint is None:
+        raise ConfigError(f"run.fork_from: {run} has no checkpoint yet")
+    theirs = Config.model_validate(checkpoint.meta["config"])
+    if theirs.model.to_dit() != config.model.to_dit():
+        raise ConfigError(f"run.fork_from: {run} has another model: copy its model group, or use train.init_from")
+    missing = [decay for decay in config.ema.decays if decay not in theirs.ema.decays]
+    if missing:
+        raise ConfigError(f"run.fork_from: {run} has no average with decay {missing}, only {theirs.ema.decays}")
+    return checkpoint
+
+
+def load_weights(model: DiT, source: str) -> None:
+    """Begin with the weights of an export folder or safetensors file; a missing auxiliary head keeps its own.
+
+    Raises:
+        ConfigError: no such file, or weights of another model.
+    """
+    file = Path(source) / "model.safetensors" if Path(source).is_dir() else Path(source)
+    try:
+        weights = safetensors.torch.load_file(file)
+    except (OSError, safetensors.SafetensorError):
+        raise ConfigError(
+            f"train.init_from {source}: no safetensors weights there; give a folder of `ig-dist export` or a file"
+        ) from None
+    own = model.state_dict()
+    for name, tensor in weights.items():
+        if name not in own:
+            hint = ": set model.aux_depth" if name.startswith("aux_layer.") else ""
+            raise ConfigError(f"train.init_from {source}: {name} is not part of this model{hint}")
+        if tensor.shape != own[name].shape:
+            shapes = f"{tuple(tensor.shape)}, this model has {tuple(own[name].shape)}"
+            raise ConfigError(f"train.init_from {source} is of another model: {name} is {shapes}")
+    missing = [name for name in own if name not in weights and not name.startswith("aux_layer.")]
+    if missing:
+        raise ConfigError(f"train.init_from {source} is of another model: it lacks {missing[0]}")
+    model.load_state_dict(weights, strict=False)

@@ -1,0 +1,51 @@
+"""What a run shows of itself while it trains: sample grids and the validation loss, both of the first EMA.
+
+Neither touches the data order or any other random number: both are functions of the weights alone. Every rank does
+the same forward passes, so this works however the model is spread over them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ig_dist.config import Config
+from ig_dist.data.index import ShardIndex
+from ig_dist.ema import EMA
+from ig_dist.evaluation.generate import generate
+from ig_dist.evaluation.plan import Plan, make_plan
+from ig_dist.export import ModelInfo, model_info
+from ig_dist.models.dit import DiT
+from ig_dist.objective import validation_loss
+from ig_dist.parallel.dist import Dist
+
+COLUMNS = 10
+
+
+def validate(model: DiT, ema: EMA, index: ShardIndex, config: Config, dist: Dist) -> dict[str, float]:
+    """The validation losses of the first EMA, by name. COLLECTIVE."""
+    batch_size = config.train.global_batch_size // dist.world_size // config.train.accumulation
+    with ema.swapped_in(config.ema.decays[0]):
+        losses = validation_loss(model, index, config, batch_size, dist)
+    return dict(zip(("val_loss", "val_loss_final", "val_loss_aux"), losses, strict=True))
+
+
+def sample_grid(model: DiT, ema: EMA, index: ShardIndex, config: Config, device: torch.device) -> NDArray[np.uint8]:
+    """Images of the first EMA, (H, W, channels) uint8: unguided, then with the config's guidance. COLLECTIVE.
+
+    The same noise in each column and at every step of the run.
+    """
+    info = model_info(config, index)
+    plans = [_plan(config.model_copy(update={"guidance": []}), info)]
+    if config.guidance:
+        plans.append(_plan(config, info))
+    numbers = torch.arange(COLUMNS, device=device)
+    with ema.swapped_in(config.ema.decays[0]):
+        rows = [generate(model, info, plan, numbers, plan.image_labels(numbers)).cpu().numpy() for plan in plans]
+    return np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
+
+
+def _plan(config: Config, info: ModelInfo) -> Plan:
+    sample = config.sample.model_copy(update={"num": COLUMNS, "labels": "balanced"})
+    return make_plan(config.model_copy(update={"sample": sample}), info, weights_sha256="of a run in progress")

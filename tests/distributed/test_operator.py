@@ -1,0 +1,91 @@
+"""What an operator does to runs: watch them, fork them, begin with other weights, change their config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.conftest import run_command
+from tests.distributed.test_training import final_tensors, local, metrics
+
+Write = Callable[..., Path]
+WATCHED = {"validate_every_steps": 10, "sample_every_steps": 25}
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_watching_a_run_does_not_touch_it(tiny_config: Write, tmp_path: Path) -> None:
+    held_out = {"validation_shards": 2}
+    quiet = tiny_config("quiet", data=held_out)
+    watched = tiny_config("watched", data=held_out, log=WATCHED)
+    watched_by_two = tiny_config("watched2", data=held_out, log=WATCHED)
+    for config, processes in ((quiet, 1), (watched, 1), (watched_by_two, 2)):
+        done = run_command(local(config, processes, "guidance=[{kind: ig, scale: 1.5}]"))
+        assert done.returncode == 0, done.stderr
+    runs = tmp_path / "runs"
+    assert equal(final_tensors(runs / "quiet"), final_tensors(runs / "watched"))
+
+    losses = [line for line in metrics(runs / "watched") if "val_loss" in line]
+    assert [line["step"] for line in losses] == [10, 20, 30, 40, 50]
+    assert losses[-1]["val_loss"] < losses[0]["val_loss"]
+    for mine, theirs in zip(losses, [m for m in metrics(runs / "watched2") if "val_loss" in m], strict=True):
+        assert theirs["val_loss"] == pytest.approx(mine["val_loss"], rel=1e-5)
+    board = EventAccumulator(str(runs / "watched" / "tensorboard"))
+    board.Reload()
+    assert [picture.step for picture in board.Images("samples")] == [25, 50]
+    assert (board.Images("samples")[0].width, board.Images("samples")[0].height) == (80, 16)
+    # held out: the fingerprints of training differ from those of a run that trains on every shard
+    assert len([line for line in metrics(runs / "watched") if "loss" in line]) == 50
+
+
+def test_a_fork_goes_on_as_its_origin_would_have(tiny_config: Write, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    assert run_command(["ig-dist", "train", tiny_config("origin")]).returncode == 0
+    fork = tiny_config("fork", run={"dir": str(runs / "fork"), "fork_from": f"{runs / 'origin'}@20"})
+    for _ in range(2):  # the second time it is a finished run of its own
+        done = run_command(["ig-dist", "train", fork])
+        assert done.returncode == 0, done.stderr
+    assert equal(final_tensors(runs / "origin"), final_tensors(runs / "fork"))
+    assert metrics(runs / "fork")[0]["step"] == 21
+    bad = tiny_config("bad", run={"dir": str(runs / "bad"), "fork_from": f"{runs / 'origin'}@21"})
+    done = run_command(["ig-dist", "train", bad])
+    assert done.returncode == 2 and "no whole checkpoint of step 21" in done.stderr and "20, 40, 50" in done.stderr
+    assert not (runs / "bad").exists()
+
+
+def test_weights_of_a_model_without_the_head_get_one(tiny_config: Write, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    headless = tiny_config("headless", model={"aux_depth": None})
+    assert run_command(["ig-dist", "train", headless]).returncode == 0
+    export = run_command(["ig-dist", "export", runs / "headless", "--raw"]).stdout.strip()
+    config = tiny_config("headed", train={"init_from": export, "steps": 20})
+    done = run_command(["ig-dist", "train", config])
+    assert done.returncode == 0, done.stderr
+    first, last = metrics(runs / "headed")[0], metrics(runs / "headless")[-1]
+    assert first["loss_final"] == pytest.approx(last["loss_final"], rel=0.25)  # goes on from there
+    assert first["loss_aux"] > 1.2 * first["loss_final"]  # the new head knows nothing yet
+    back = tiny_config("back", model={"aux_depth": None})
+    assert run_command(["ig-dist", "export", runs / "headed"]).returncode == 0
+    (folder,) = (runs / "headed" / "export").iterdir()
+    done = run_command(["ig-dist", "train", back, f"train.init_from={folder}"])
+    assert done.returncode == 2 and "set model.aux_depth" in done.stderr
+    other = tiny_config("other", model={"hidden_size": 64}, train={"init_from": export})
+    done = run_command(["ig-dist", "train", other])
+    assert done.returncode == 2 and "is of another model" in done.stderr and "this model has" in done.stderr
+
+
+def test_a_changed_config_is_taken_on_when_it_is_forced(tiny_config: Write, tmp_path: Path) -> None:
+    config = tiny_config("forced", train={"steps": 20})
+    assert run_command(["ig-dist", "train", config]).returncode == 0
+    change = ["train.steps=30", "optimizer.lr=0.001"]
+    assert run_command(["ig-dist", "train", config, *change]).returncode == 2
+    done = run_command(["ig-dist", "train", config, *change, "--force-config"])
+    assert done.returncode == 0 and "changed by --force-config: optimizer.lr (0.002 -> 0.001)" in done.stdout
+    assert metrics(tmp_path / "runs" / "forced")[-1]["lr"] == 0.001
+    assert run_command(["ig-dist", "train", config, *change]).returncode == 0  # it is the run's config now
