@@ -144,6 +144,17 @@ def sweep(
 
 
 @app.command()
+def report(
+    run: Run,
+    out: Annotated[Path | None, typer.Option(help="The HTML file; default: RUN/report.html.")] = None,
+) -> None:
+    """Write one HTML file of a run: curves, pictures, scores with their protocol, config."""
+    from ig_dist.report import write_report
+
+    console.print(f"written: {write_report(run, out)}")
+
+
+@app.command()
 def quickstart(
     out: Annotated[Path, typer.Option(help="Folder for everything that it makes.")] = Path("quickstart"),
     short: Annotated[bool, typer.Option("--short", help="A fifth of the training, a third of the images.")] = False,

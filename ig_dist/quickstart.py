@@ -22,7 +22,7 @@ PREEMPTED = 75
 
 
 def run_quickstart(out: Path, *, short: bool) -> None:
-    """Encode, train, preempt, resume, export, sweep, and show.
+    """Encode, train, preempt, resume, export, sweep, report, and show.
 
     Raises:
         ConfigError: not in a checkout, or ``out`` holds something else.
@@ -70,6 +70,9 @@ def run_quickstart(out: Path, *, short: bool) -> None:
         " auxiliary head predicts. FD is the Frechet distance to the real digits on raw pixels: lower is better.",
     )
     _run(["ig-dist", "sweep", str(run), *sampling, "--ig-scale", IG_SCALES])
+
+    _say("6. Report", "What ran, the curves, the pictures and the scores with their protocol, in one HTML file.")
+    _run(["ig-dist", "report", str(run)])
     _conclude(run, data, time.monotonic() - began)
 
 
@@ -82,6 +85,7 @@ def _conclude(run: Path, data: Path, seconds: float) -> None:
     console.print(
         f"""
 Look at
+  {run}/report.html    all of it on one page: open it in a browser
   {run}/grid.png       digits at every scale, the same noise in every column
   {run}/sweep.png      distance against scale
   {run}/sweep.json     the scores and their protocol

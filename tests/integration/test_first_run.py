@@ -100,6 +100,12 @@ def test_sweep_over_two_axes(run: Path) -> None:
     for name in ("sweep.png", "grid.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
 
+    done = run_command(["ig-dist", "report", run])
+    assert done.returncode == 0, done.stderr
+    html = (run / "report.html").read_text()
+    assert "Not here yet" not in html and html.count("data:image/png;base64,") >= 5 and 'class="heat"' in html
+    assert sweep["protocol"]["weights_sha256"] in html and "<dt>Processes</dt><dd>1, ddp</dd>" in html
+
 
 def test_damage_to_the_newest_checkpoint_costs_only_the_steps_since_the_one_before(
     tiny_config: Callable[..., Path], tmp_path: Path

@@ -33,6 +33,7 @@ FORBIDDEN = {
     ],
     "ig_dist/parallel": ["ig_dist.models.presets", "ig_dist.trainer", "ig_dist.evaluation"],
     "ig_dist/evaluation": ["ig_dist.parallel", "ig_dist.trainer"],
+    "ig_dist/report.py": ["ig_dist.parallel", "ig_dist.trainer", "ig_dist.evaluation"],
     "launchers": ["ig_dist.trainer", "ig_dist.models", "ig_dist.parallel", "torch"],
     "ig_dist": ["launchers", "data_prep", "deepspeed"],
 }

@@ -1,0 +1,123 @@
+"""What ran and where, as far as a run directory, its checkpoints and its data's index say it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import torch
+
+from ig_dist.checkpoint import MANIFEST, CheckpointStore
+from ig_dist.config import Config
+from ig_dist.data.index import IndexFile
+from ig_dist.models.dit import DiT, count_parameters
+from ig_dist.report_text import Facts, duration, number
+
+Metrics = Sequence[Mapping[str, Any]]
+
+
+def run_facts(run: Path, config: Config, metrics: Metrics) -> dict[str, Facts]:
+    """Names and values, by what they are about.
+
+    Args:
+        run: run directory.
+        config: its config.
+        metrics: the lines of ``metrics.jsonl``.
+    """
+    return {
+        "Run": _run_facts(run, config, metrics, _newest_manifest(config, run)),
+        "Model": _model_facts(config),
+        "Data": _data_facts(config, _read_index(config.data.index), metrics),
+        "Training": _training_facts(config, metrics),
+    }
+
+
+def _read_index(url: str) -> IndexFile | None:
+    """What the data folder says of itself; None where it is not there any more (a run may have been moved)."""
+    folder = url.removesuffix("/index.json").rstrip("/")
+    try:
+        fs, path = fsspec.core.url_to_fs(f"{folder}/index.json")
+        return IndexFile.model_validate_json(fs.cat_file(path))
+    except Exception:  # every storage has errors of its own; the report does without
+        return None
+
+
+def _newest_manifest(config: Config, run: Path) -> dict[str, Any] | None:
+    """Of the newest checkpoint; its files are not verified, only sampling and training need them whole."""
+    url = config.checkpoint.url or f"{run}/checkpoints"
+    try:
+        steps = CheckpointStore(url).steps()
+        fs, path = fsspec.core.url_to_fs(url.rstrip("/"))
+        return dict(json.loads(fs.cat_file(f"{path}/step_{steps[-1]:010d}/{MANIFEST}"))) if steps else None
+    except Exception:  # as above
+        return None
+
+
+def _run_facts(run: Path, config: Config, metrics: Metrics, manifest: Mapping[str, Any] | None) -> Facts:
+    seen = pairwise([0, *(line["images_seen"] for line in metrics)])
+    seconds = sum((b - a) / line["images_per_s"] for (a, b), line in zip(seen, metrics, strict=True))
+    processes = manifest.get("world_size") if manifest else None
+    return [
+        ("Directory", str(run)),
+        ("Seed", str(config.run.seed)),
+        *([("Processes", f"{processes}, {config.engine.kind}")] if processes else []),
+        *([("Checkpoint", f"step {number(manifest['step'])}, the newest")] if manifest else []),
+        ("Time in steps", f"about {duration(seconds)}, without starts and saves"),
+    ]
+
+
+def _model_facts(config: Config) -> Facts:
+    model = config.model
+    facts = [("Preset", model.preset)] if model.preset else []
+    facts += [
+        ("Blocks", f"{model.depth}, width {model.hidden_size}, {model.num_heads} heads"),
+        ("Auxiliary head", f"after block {model.aux_depth}" if model.aux_depth else "none: no Internal Guidance"),
+    ]
+    if model.input_size and model.in_channels and model.num_classes and model.patch_size:
+        with torch.device("meta"):  # counted, not allocated
+            parameters = count_parameters(DiT(model.to_dit()))
+        tokens = (model.input_size // model.patch_size) ** 2
+        facts.insert(0, ("Parameters", f"{parameters:,}"))
+        facts.append(("Latent", f"{model.in_channels} × {model.input_size} × {model.input_size}"))
+        facts.append(("Tokens", f"{tokens:,}, from patches of {model.patch_size} × {model.patch_size}"))
+    return facts
+
+
+def _data_facts(config: Config, index: IndexFile | None, metrics: Metrics) -> Facts:
+    if index is None:
+        return [("Index", config.data.index), ("Source", "not known: the index is not there any more")]
+    images = sum(shard.samples for shard in index.shards)
+    side, channels = index.tokenizer.image_size, index.tokenizer.image_channels
+    return [
+        ("Source", index.source),
+        ("Images", f"{images:,} of {len(index.classes):,} classes"),
+        ("Passes", f"{number(metrics[-1]['images_seen'] / images, 3)} over the data"),
+        ("Image size", f"{side} × {side}, {'grey' if channels == 1 else f'{channels} channels'}"),
+        ("Tokenizer", index.tokenizer.name),
+        ("Index", config.data.index),
+    ]
+
+
+def _training_facts(config: Config, metrics: Metrics) -> Facts:
+    train, optimizer, loss = config.train, config.optimizer, config.loss
+    schedule = optimizer.schedule + (f" after {optimizer.warmup_steps:,} steps up" if optimizer.warmup_steps else "")
+    skipped, damaged = (_counted(metrics, key) for key in ("nonfinite_steps", "quarantined"))
+    compiled = ", compiled" if train.compile else ""
+    return [
+        ("Batch", f"{train.global_batch_size:,} images"),
+        ("Optimizer", f"{optimizer.kind}, {number(optimizer.lr)}, {schedule}"),
+        ("Loss", f"{loss.path} path, auxiliary weight {number(loss.aux_weight)}"),
+        ("Precision", f"{train.precision}{compiled}"),
+        ("Averages (EMA)", ", ".join(map(str, config.ema.decays)) or "none"),
+        ("Passed over", f"{skipped:,} non-finite steps, {damaged:,} damaged samples"),
+    ]
+
+
+def _counted(metrics: Metrics, key: str) -> int:
+    """The whole run's count from a counter that starts at 0 with every start."""
+    counts = [0, *(int(line.get(key) or 0) for line in metrics)]
+    return sum(b - a if b >= a else b for a, b in pairwise(counts))

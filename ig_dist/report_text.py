@@ -1,0 +1,68 @@
+"""Numbers, durations and protocol values as the report's reader wants them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Facts = list[tuple[str, str]]
+"""Names and values."""
+
+
+def number(value: float, digits: int = 4) -> str:
+    """Significant digits without trailing zeros; thousands separated, powers of ten where they are shorter."""
+    if not math.isfinite(value):
+        return str(value)
+    if value and not 1e-3 <= abs(value) < 1e15:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    text = score(value, digits)
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def compact(value: float) -> str:
+    """A count that fits where space is short: in millions or billions from ten of them on."""
+    for size, suffix in ((1e9, " B"), (1e6, " M")):
+        if value >= 10 * size:
+            return f"{value / size:,.1f}{suffix}"
+    return number(value)
+
+
+def score(value: float, digits: int = 4) -> str:
+    """Significant digits, zeros kept, so that a column of them lines up."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    return f"{value:,.{min(9, max(0, digits - 1 - math.floor(math.log10(abs(value)))))}f}"
+
+
+def duration(seconds: float) -> str:
+    """The two largest units, e.g. ``2 h 5 min``."""
+    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
+    if days >= 1:
+        return f"{int(days)} d {int(hours % 24)} h"
+    if hours >= 1:
+        return f"{int(hours)} h {int(minutes % 60)} min"
+    return f"{int(minutes)} min {int(seconds % 60)} s" if minutes >= 1 else f"{seconds:.0f} s"
+
+
+def guidance_name(terms: Sequence[Mapping[str, Any]]) -> str:
+    """Guidance in words, e.g. ``IG 1.4 on t 0.2 to 1, CFG 1.5``."""
+    names = []
+    for term in terms:
+        low, high = term.get("interval", (0, 1))
+        on = "" if (low, high) == (0, 1) else f" on t {number(low)} to {number(high)}"
+        names.append(f"{str(term['kind']).upper()} {number(term['scale'])}{on}")
+    return ", ".join(names) or "unguided"
+
+
+def plain(value: Any) -> str:
+    """A value of a protocol as text."""
+    if isinstance(value, list) and all(isinstance(term, dict) and "kind" in term for term in value):
+        return guidance_name(value)
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, (int, float)):
+        return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value)

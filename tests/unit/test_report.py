@@ -1,0 +1,301 @@
+"""The report of tiny made-up runs: what is in it, what is left out; that it is whole, escaped and self-contained."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ig_dist.config_file import config_from_tree, load_run, to_yaml
+from ig_dist.errors import ConfigError
+from ig_dist.models.dit import DiT
+from ig_dist.report import write_report
+from ig_dist.report_plots import _thinned, curve_chart, heat_map, scale_chart, smooth
+from ig_dist.report_text import compact, duration, guidance_name, number, score
+from tests.conftest import TINY, run_command
+
+HOSTILE = """x"><script>alert('1')</script>&amp;<img src="http://evil.example/x.png">"""
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(16)
+PROTOCOL = {"num": 1797, "solver": "heun", "reference_sha256": "ab" * 32, "step": 400, "ema": None}
+
+
+def make_run(
+    run: Path, *, steps: int = 400, sweep: dict[str, Any] | None = None, data: str = "nowhere", **metric: Any
+) -> Path:
+    """A run directory with 40 lines of metrics; the counter of non-finite steps starts anew in the middle."""
+    run.mkdir(parents=True)
+    tree = {**TINY, "data": {**TINY["data"], "index": data}, "train": {**TINY["train"], "steps": 800}}
+    tree["model"] = {**TINY["model"], "input_size": 8, "in_channels": 1, "num_classes": 10}
+    (run / "config.yaml").write_text(to_yaml(config_from_tree(tree, "test")))
+    with (run / "metrics.jsonl").open("w") as file:
+        for i in range(1, 41):
+            line = {
+                "step": steps * i // 40, "images_seen": 32 * steps * i // 40, "loss": 1.5 / i + 0.5,
+                "loss_final": 1.0 / i + 0.3, "loss_aux": 1.0 / i + 0.4, "grad_norm": 1.0, "images_per_s": 800.0,
+                "mfu": None, "data_wait_s": 0.002, "nonfinite_steps": i % 21, "quarantined": 0, "lr": 1e-4,
+            }  # fmt: skip
+            file.write(json.dumps({**line, **metric}) + "\n")
+    if sweep is not None:
+        (run / "sweep.json").write_text(json.dumps(sweep))
+    return run
+
+
+def sweep_of(ig_scales: list[float], cfg_scales: list[float], **fields: Any) -> dict[str, Any]:
+    rows = [
+        {"ig_scale": ig, "cfg_scale": cfg, "scores": {"fd_pixel": 0.3 + (ig - 1.5) ** 2 + (cfg - 1) ** 2}, **fields}
+        for cfg in cfg_scales
+        for ig in ig_scales
+    ]
+    return {"rows": [{**row, "plan": f"plan{i}"} for i, row in enumerate(rows)], "protocol": PROTOCOL}
+
+
+def add_results(run: Path) -> None:
+    """A grid, samples, and evaluations: two of the sweep's plans and two of others."""
+    (run / "grid.png").write_bytes(PNG)
+    for i, (name, scale) in enumerate({"plan0": 1.5, "other": 2.5, "third": 3.5}.items()):
+        (run / "samples" / name).mkdir(parents=True)
+        (run / "samples" / f"{name}.png").write_bytes(PNG + bytes([i]))
+        plan = {"solver": "heun", "steps": 16, "guidance": [{"kind": "ig", "scale": scale, "interval": [0.2, 1.0]}]}
+        (run / "samples" / name / "plan.json").write_text(json.dumps({"plan": plan}))
+        (run / "evaluations").mkdir(exist_ok=True)
+        result = {"scores": {"fd_pixel": 7.25 + i}, "protocol": {**PROTOCOL, **plan, "seed": i}}
+        (run / "evaluations" / f"{name}.json").write_text(json.dumps(result))
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order; collects text, ids and references."""
+
+    VOID = frozenset({"meta", "img", "br", "link", "input"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.text = ""
+        self.styles = ""
+        self.feed(html)
+        self.close()
+        assert not self.open, self.open
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            assert not name.startswith("on"), name
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "href", "srcset", "xlink:href", "data", "action", "poster"):
+                self.references.append(value or "")
+            if name == "style":
+                self.styles += value or ""
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] == ["style"]:
+            self.styles += data
+        else:
+            self.text += f" {data}"
+
+
+def read(run: Path) -> Page:
+    """The report, written and parsed; it is self-contained whatever the run holds."""
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert all(reference.startswith("data:image/png;base64,") for reference in page.references), page.references
+    assert "url(" not in page.styles and "@import" not in page.styles
+    assert not page.tags.keys() & {"script", "link", "iframe", "object", "base", "form"}
+    assert page.ids and len(set(page.ids)) == len(page.ids)
+    return page
+
+
+def test_a_complete_run(tmp_path: Path, digits_index: Path) -> None:
+    run = make_run(tmp_path / "run", sweep=sweep_of([1.0, 1.4, 2.0], [1.0]), data=str(digits_index))
+    add_results(run)
+    (run / "checkpoints" / "step_0000000400").mkdir(parents=True)
+    (run / "checkpoints" / "step_0000000400" / "manifest.json").write_text('{"step": 400, "world_size": 2}')
+    page = read(run)
+    weights = DiT(load_run(run).model.to_dit()).state_dict()
+    for expected in (
+        "Steps 400 of 800",
+        "Images seen 12,800",
+        "Throughput 800 images/s",
+        "Best fd_pixel 0.3100 at IG 1.4, × 0.56 of unguided",
+        "Processes 2, ddp",
+        "Time in steps about 16 s",
+        f"Parameters {sum(tensor.numel() for tensor in weights.values()):,}",
+        "Blocks 3, width 32, 2 heads",
+        "Source scikit-learn digits",
+        "Images 1,797 of 10 classes",
+        "Optimizer adamw, 0.002, constant after 5 steps up",
+        "Passed over 39 non-finite steps",  # 20 before the restart, 19 after
+        "Waiting for data % of the time now 5",
+        "1.4 off 0.3100 × 0.56",
+        "reference_sha256 " + "ab" * 32,
+        "Other scores",
+        "IG 2.5 on t 0.2 to 1 1 8.250",
+        "global_batch_size: 32",
+    ):
+        assert expected in page.text, expected
+    assert "Not here yet" not in page.text and "Model FLOPs utilisation" not in page.text
+    assert len(page.references) == 4
+    assert base64.b64decode(page.references[0].split(",")[1]) == PNG
+
+
+def test_what_is_missing_is_left_out_with_the_command_that_makes_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a run")
+    page = read(run)
+    assert page.text.count("Not here yet") == 3
+    assert page.text.count(f"ig-dist sweep '{run}'") == 2 and f"ig-dist sample '{run}'" in page.text
+    assert not page.references and "Protocol" not in page.text and "Best" not in page.text
+    assert "the index is not there any more" in page.text and "Processes" not in page.text
+
+
+def test_two_axes_become_a_heat_map_with_the_best_cell_marked(tmp_path: Path) -> None:
+    sweep = sweep_of([1.0, 1.4, 2.0], [1.0, 1.5], std={"fd_pixel": 0.0123})
+    html = write_report(make_run(tmp_path / "run", sweep=sweep)).read_text()
+    heat = re.search(r'<table class="heat">.*?</table>', html, re.DOTALL)
+    assert heat is not None
+    assert re.findall(r"<td class=best[^>]*>([\d.]+)<small>± ([\d.]+)", heat[0]) == [("0.3100", "0.0123")]
+    assert re.findall(r"--heat:([\d.]+)", heat[0])[1] == "1.0" and heat[0].count("<td") == 6
+    assert "0.3100 ± 0.0123" in html
+    read(tmp_path / "run")
+
+
+def test_any_metric_and_its_direction(tmp_path: Path) -> None:
+    sweep = sweep_of([1.0, 2.0], [1.0])
+    for row, agreement in zip(sweep["rows"], (0.9, 0.8), strict=True):
+        row["scores"] = {"label_agreement": agreement, "blueness": 3.0, "fd_pixel": math.nan}
+    page = read(make_run(tmp_path / "run", sweep=sweep))
+    assert "label_agreement higher is better" in page.text and "Best label_agreement 0.9000 unguided" in page.text
+    assert "Best blueness" not in page.text and "Best fd_pixel" not in page.text and "nan" in page.text
+
+
+def test_scores_of_an_earlier_step_say_so(tmp_path: Path) -> None:
+    sweep = sweep_of([1.0, 2.0], [1.0])
+    assert "not of the newest" not in read(make_run(tmp_path / "same", sweep=sweep)).text
+    assert "scores are of step 400, not of the newest" in read(make_run(tmp_path / "on", steps=800, sweep=sweep)).text
+
+
+def test_hostile_names_are_text(tmp_path: Path) -> None:
+    sweep = sweep_of([1.0, 2.0], [1.0])
+    sweep["protocol"] = {HOSTILE: HOSTILE, "tokenizer_sha256": HOSTILE}
+    for row in sweep["rows"]:
+        row["scores"] = {HOSTILE: row["ig_scale"], f"fd {HOSTILE}": row["ig_scale"]}
+    run = make_run(tmp_path / HOSTILE.replace("/", "|"), sweep=sweep, data=HOSTILE)
+    add_results(run)
+    (run / "samples" / "other" / "plan.json").write_text(
+        json.dumps({"plan": {"solver": HOSTILE, "steps": 1, "guidance": []}})
+    )
+    (run / "samples" / f"{HOSTILE.replace('/', '|')}.png").write_bytes(PNG)
+    page = read(run)
+    assert page.tags["img"] == 5
+    assert page.text.count("<script>alert('1')</script>") >= 8
+
+
+def test_values_that_are_not_finite_do_no_harm(tmp_path: Path) -> None:
+    page = read(make_run(tmp_path / "nan", loss=math.nan, grad_norm=math.inf, mfu=0.4))
+    assert "Gradient norm" not in page.text and "Model FLOPs utilisation % of the peak now 40" in page.text
+    run = make_run(tmp_path / "cut")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 410, "images_')  # a run that is being trained
+    assert "Steps 400" in read(run).text
+
+
+def test_mistakes_are_one_line_with_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not a run directory"):
+        write_report(tmp_path)
+    run = make_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text("")
+    done = run_command(["ig-dist", "report", run])
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "no metrics" in done.stderr and "ig-dist train" in done.stderr
+    for damaged in ("{", '{"rows": []}', '{"rows": [{"ig_scale": 1}]}', "[]"):
+        run = make_run(tmp_path / f"run{len(damaged)}")
+        (run / "sweep.json").write_text(damaged)
+        with pytest.raises(ConfigError, match=r"sweep.json is damaged.*ig-dist sweep"):
+            write_report(run)
+    with pytest.raises(ConfigError, match="--out"):
+        write_report(make_run(tmp_path / "good"), tmp_path)
+
+
+def test_the_verb(tmp_path: Path) -> None:
+    run, out = make_run(tmp_path / "run"), tmp_path / "new" / "page.html"
+    done = run_command(["ig-dist", "report", run, "--out", out])
+    assert done.returncode == 0 and str(out) in done.stdout, done.stderr
+    assert out.read_text().startswith("<!DOCTYPE html>") and not (run / "report.html").exists()
+
+
+def points(text: str) -> list[tuple[float, ...]]:
+    return [tuple(map(float, pair.split(","))) for pair in text.split()]
+
+
+def test_a_curve_is_drawn_to_scale() -> None:
+    chart = curve_chart("t", "", [0, 50, 100], {"a": [0.0, 1.0, 2.0]}, from_zero=True)
+    assert chart is not None
+    raw = points(chart.lines[0].raw)
+    assert [x for x, _ in raw] == [0, 500, 1000] and raw[0][1] == 1000
+    assert raw[0][1] - raw[1][1] == pytest.approx(raw[1][1] - raw[2][1], abs=0.2)
+    at = {tick.label: tick.at * 10 for tick in chart.y_ticks}
+    assert at["0"] == 1000 and at["1.0"] == pytest.approx(raw[1][1], abs=0.1)
+    assert [tick.label for tick in chart.x_ticks] == ["0", "20", "40", "60", "80", "100"]
+    assert curve_chart("t", "", [1], {"a": [None]}, from_zero=True) is None
+
+
+def test_the_first_fall_of_a_loss_does_not_flatten_the_rest() -> None:
+    steps = list(range(1, 1001))
+    losses = [100.0 / i + 0.5 + 0.01 * math.sin(i) for i in steps]
+    chart = curve_chart("t", "", steps, {"a": losses}, from_zero=False)
+    assert chart is not None
+    heights = [y for _, y in points(chart.lines[0].points)]
+    assert chart.note and min(heights) < 0 and 100 < heights[len(heights) // 10] < 800
+
+
+def test_smoothing_keeps_the_start_and_a_constant_and_thinning_keeps_spikes() -> None:
+    assert smooth(np.full(50, 3.0)) == pytest.approx(np.full(50, 3.0))
+    noisy = np.random.default_rng(0).normal(size=3000)
+    assert smooth(noisy)[0] == noisy[0] and smooth(noisy).std() < 0.15
+    noisy[1234] = 99.0
+    chosen = _thinned(noisy)
+    assert 1234 in chosen and len(chosen) <= 502 and chosen == sorted(set(chosen))
+
+
+def test_a_sweep_over_cfg_alone_has_it_on_the_axis_and_bars_span_one_std() -> None:
+    rows = sweep_of([1.0], [1.0, 1.5, 2.0], std={"fd_pixel": 0.1})["rows"]
+    chart = scale_chart(rows, "fd_pixel")
+    assert chart.x_label.startswith("classifier-free") and [t.label for t in chart.x_ticks] == ["1", "1.5", "2"]
+    assert [dot.best for dot in chart.dots] == [True, False, False]
+    for dot in chart.dots:
+        assert dot.bar is not None and dot.bar[0] + dot.bar[1] == pytest.approx(2 * dot.y, abs=0.2)
+    rows[1]["std"] = {}
+    assert scale_chart(rows, "fd_pixel").dots[1].bar is None
+    assert heat_map(rows, "fd_pixel").ig_scales == ["1"]
+
+
+def test_numbers() -> None:
+    values = [0, 1.0, 0.001, 1e-4, 2.5e-5, 0.37787, 1.2, 12345.6, 128000, 0.99999, -0.5, math.nan]
+    expected = ["0", "1", "0.001", "1e-4", "2.5e-5", "0.3779", "1.2", "12,346", "128,000", "1", "-0.5", "nan"]
+    assert [number(value) for value in values] == expected
+    assert [score(value) for value in (0.3, 12.0, 0.61234)] == ["0.3000", "12.00", "0.6123"]
+    assert [compact(value) for value in (1234, 102_400_000, 2.5e10)] == ["1,234", "102.4 M", "25.0 B"]
+    assert [duration(s) for s in (5, 200, 7500, 200000)] == ["5 s", "3 min 20 s", "2 h 5 min", "2 d 7 h"]
+    assert guidance_name([]) == "unguided"
+    assert guidance_name([{"kind": "cfg", "scale": 1.5, "interval": [0, 1]}]) == "CFG 1.5"
