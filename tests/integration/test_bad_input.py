@@ -81,6 +81,40 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "equal EMA decays": (["train", GOOD, "ema.decays=[0.9, 0.9]"], ["0.9", "differ"]),
     "run.dir is a file": (["train", GOOD, "run.dir=CONFIG"], ["is a file", "run.dir"]),
+    "fork and init": (
+        ["train", GOOD, "run.fork_from=a", "train.init_from=b"],
+        ["run.fork_from", "train.init_from", "one of them"],
+    ),
+    "fork of no run": (["train", GOOD, "run.fork_from=nowhere@3"], ["nowhere", "config.yaml"]),
+    "init from nothing": (["train", GOOD, "train.init_from=nowhere"], ["train.init_from nowhere", "ig-dist export"]),
+    "init from no weights": (["train", GOOD, "train.init_from=BROKEN"], ["no safetensors weights", "ig-dist export"]),
+    "validation without shards": (
+        ["train", GOOD, "log.validate_every_steps=5"],
+        ["log.validate_every_steps", "data.validation_shards"],
+    ),
+    "validation on every shard": (
+        ["train", GOOD, "data.validation_shards=8"],
+        ["data.validation_shards 8", "8 shards"],
+    ),
+    "cfg without label drop": (
+        ["train", GOOD, "loss.label_drop=0", "guidance=[{kind: cfg, scale: 2}]"],
+        ["cfg", "loss.label_drop=0.1"],
+    ),
+    "unknown metric": (["train", GOOD, "evaluate.metrics=[fid]"], ["evaluate.metrics.0", "fd_pixel"]),
+    "no metric": (["train", GOOD, "evaluate.metrics=[]"], ["evaluate.metrics", "at least 1"]),
+    "unknown labels": (["sample", "RUN", "--labels", "even"], ["sample.labels", "'balanced'"]),
+    "unknown solver": (["sample", "RUN", "--solver", "dpm"], ["sample.solver", "'heun'"]),
+    "scale is no number": (["sample", "RUN", "--ig-scale", "nan"], ["guidance", "finite"]),
+    "interval of one number": (["sample", "RUN", "--ig-interval", "0.3"], ["--ig-interval", "LOW,HIGH"]),
+    "interval outside": (["sweep", "RUN", "--cfg-interval", "0.3,1.2"], ["--cfg-interval", "HIGH <= 1"]),
+    "scales are no numbers": (["sweep", "RUN", "--ig-scale", "1,two"], ["--ig-scale", "separated by commas"]),
+    "an average that is not there": (["export", "RUN", "--ema", "0.5"], ["--ema 0.5", "[0.99, 0.9]"]),
+    "guidance of a model without a head": (
+        ["sample", "HEADLESS", "--ig-scale", "2"],
+        ["ig", "auxiliary head", "model.aux_depth"],
+    ),
+    "a run without a checkpoint": (["sample", "FRESH"], ["has no checkpoint", "ig-dist train"]),
+    "report of no run": (["report", "nowhere"], ["nowhere"]),
     "export of no run": (["export", "nowhere"], ["nowhere", "config.yaml"]),
     "sample of no run": (["sample", "nowhere"], ["nowhere", "config.yaml"]),
     "sweep of no run": (["sweep", "nowhere"], ["nowhere", "config.yaml"]),
@@ -88,8 +122,24 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, digits_index: Path) -> dict[str, str]:
+    """Two trained runs, one of them without an auxiliary head, and one that was never trained."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, aux_depth in (("RUN", 1), ("HEADLESS", None)):
+        tree = {**TINY, "model": {**TINY["model"], "aux_depth": aux_depth}, "run": {"dir": str(folder / name)}}
+        tree["data"] = {**TINY["data"], "index": str(digits_index)}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+        assert run_command(["ig-dist", "train", folder / f"{name}.yaml", "train.steps=2"]).returncode == 0
+    (folder / "FRESH").mkdir()
+    shutil.copy(folder / "RUN" / "config.yaml", folder / "FRESH")
+    return {name: str(folder / name) for name in ("RUN", "HEADLESS", "FRESH")}
+
+
 @pytest.fixture
-def places(tmp_path: Path, digits_index: Path, tiny_config: Callable[..., Path]) -> dict[str, str]:
+def places(
+    tmp_path: Path, digits_index: Path, tiny_config: Callable[..., Path], runs: dict[str, str]
+) -> dict[str, str]:
     """Good and bad files that the cases name."""
     paths = {name: tmp_path / name.lower() for name in ("EMPTY", "OTHER", "MISSING", "SHORT", "LIST", "BROKEN")}
     paths["EMPTY"].mkdir()
@@ -100,7 +150,7 @@ def places(tmp_path: Path, digits_index: Path, tiny_config: Callable[..., Path])
     (paths["SHORT"] / "shard-000003.tar").write_bytes(b"short")
     paths["LIST"].write_text("- 1\n")
     paths["BROKEN"].write_text("{: ]")
-    return {GOOD: str(tiny_config()), **{name: str(path) for name, path in paths.items()}}
+    return {GOOD: str(tiny_config()), **runs, **{name: str(path) for name, path in paths.items()}}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -115,13 +165,14 @@ def test_one_line_that_names_culprit_and_remedy(
     for name, path in places.items():
         arguments = [argument.replace(name, path) if argument != name else path for argument in arguments]
     monkeypatch.chdir(ROOT)
-    before = snapshot(tmp_path)
+    before = [snapshot(Path(folder)) for folder in (tmp_path, places["RUN"], places["FRESH"])]
     code, errors = call(["ig-dist", *arguments], capsys)
     assert code == 2, errors
     assert errors.count("\n") == 1 and errors.startswith("error: "), errors
     for word in words:
         assert word in errors, errors
-    assert snapshot(tmp_path) == before  # nothing written
+    after = [snapshot(Path(folder)) for folder in (tmp_path, places["RUN"], places["FRESH"])]
+    assert after == before  # nothing written
 
 
 def snapshot(folder: Path) -> dict[str, int]:
