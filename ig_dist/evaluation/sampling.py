@@ -141,7 +141,9 @@ def _real_by_class(config: Config, columns: int, num_classes: int) -> NDArray[np
     """Real images in the order of balanced labels: 0, 1, 2, ..."""
     batches = list(index_images(read_index(config.evaluate.reference or config.data.index)))
     images, labels = (np.concatenate(column) for column in zip(*batches, strict=True))
-    chosen = [np.flatnonzero(labels == i % num_classes)[i // num_classes] for i in range(columns)]
+    of_class = [np.flatnonzero(labels == label) for label in range(num_classes)]
+    # a class of few images shows them again
+    chosen = [np.take(of_class[i % num_classes], i // num_classes, mode="wrap") for i in range(columns)]
     return images[chosen]
 
 
