@@ -176,7 +176,7 @@ class OptimizerConfig(_Group):
 class EMAConfig(_Group):
     """Exponential moving averages of the weights."""
 
-    decays: list[Annotated[float, Field(ge=0, lt=1)]] = [0.9999]
+    decays: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9999], min_length=1)
     """One average per decay, fp32. The first one is sampled from by default."""
 
     @field_validator("decays")
@@ -291,13 +291,14 @@ class Config(_Group):
                 f" or train.global_batch_size={math.ceil(batch / streams) * streams}"
             )
         check_overlap(self.guidance_terms())
-        if any(term.kind == "cfg" and term.scale != 1 for term in self.guidance) and not self.loss.label_drop:
+        active = {term.kind for term in self.guidance if term.scale != 1}
+        if "cfg" in active and not self.loss.label_drop:
             raise ValueError("guidance asks for cfg, but no label is ever dropped: set loss.label_drop=0.1")
         if self.run.fork_from and self.train.init_from:
             raise ValueError("run.fork_from and train.init_from both say where to begin: give one of them")
         if self.log.validate_every_steps and not self.data.validation_shards:
             raise ValueError("log.validate_every_steps needs held-out shards: set data.validation_shards=1 or more")
-        if any(term.kind == "ig" and term.scale != 1 for term in self.guidance) and self.model.aux_depth is None:
+        if "ig" in active and self.model.aux_depth is None:
             raise ValueError("guidance asks for ig, but the model has no auxiliary head: set model.aux_depth")
         return self
 

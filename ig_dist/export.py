@@ -79,7 +79,7 @@ def export_run(config: Config, *, ema: float | None = None, raw: bool = False) -
     if checkpoint is None:
         raise ConfigError(f"{config.run.dir} has no checkpoint: train it first with `ig-dist train`")
     saved = Config.model_validate(checkpoint.meta["config"])
-    if not raw and ema is None and saved.ema.decays:
+    if not raw and ema is None:
         ema = saved.ema.decays[0]
     if ema is not None and ema not in saved.ema.decays:
         raise ConfigError(f"--ema {ema}: the run has averages with decay {saved.ema.decays}; choose one, or --raw")

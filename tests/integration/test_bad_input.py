@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import runpy
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from ig_dist import cli
 from tests.conftest import ROOT, TINY, run_command
@@ -179,23 +182,119 @@ def snapshot(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
 
 
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, str]:
+    """Folders of pictures that the cases name."""
+    root = tmp_path / "folders"
+    files: dict[str, list[str]] = {
+        "GOOD": ["a/1.png", "b/2.png"],
+        "EMPTY": [".DS_Store", "Thumbs.db"],
+        "FLAT": ["1.png", "2.png"],
+        "STRAY": ["a/1.png", "b/2.png", "3.png"],
+        "NOCLASSES": ["notes.txt"],
+        "HOLLOW": ["a/1.png", "b/.hidden.png"],
+        "USELESS": [*(f"a/{i}.png" for i in range(200)), "b/notes.txt"],
+        "LOOP": ["a/1.png"],
+    }
+    for folder, names in files.items():
+        for name in names:
+            file = root / folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.suffix == ".png":
+                Image.new("RGB", (20, 20)).save(file)
+            else:
+                file.write_text("no picture")
+    (root / "LOOP/a/again").symlink_to(root / "LOOP/a")
+    (root / "FILE").write_text("no folder")
+    return {name: str(root / name) for name in (*files, "FILE")}
+
+
+PIXELS = ["--tokenizer", "pixel", "--image-size", "16"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--source", "cats"], ["'cats'", "digits"]),
+        (["--source", "cats"], ["'cats'", "does not exist", "digits"]),
         (["--source", "digits", "--tokenizer", "pixle"], ["'pixle'", "'pixel'"]),
+        (["--source", "GOOD", "--image-size", "16", "--tokenizer", "pixle"], ["'pixle'", "'pixel'"]),
         (["--source", "digits", "--dest", "DONE", "--seed", "5"], ["other settings", "--dest"]),
+        (["--source", "GOOD", *PIXELS, "--dest", "DONE"], ["other settings or images", "--dest"]),
+        (["--source", "digits", "--image-size", "8"], ["--image-size", "leave it out"]),
+        (["--source", "GOOD"], ["needs --image-size", "--image-size 16"]),
+        (["--source", "GOOD", "--image-size", "0"], ["--image-size 0", "--image-size 16"]),
+        (["--source", "GOOD", *PIXELS, "--max-rejected", "5"], ["--max-rejected 5", "0 to 1"]),
+        (["--source", "GOOD", *PIXELS, "--max-rejected", "nan"], ["--max-rejected nan", "0 to 1"]),
+        (["--source", "GOOD", *PIXELS, "--dest", "GOOD/shards"], ["--dest", "lies in --source", "move it out"]),
+        (["--source", "FILE", *PIXELS], ["FILE", "is a file", "sub-folder"]),
+        (["--source", "EMPTY", *PIXELS], ["EMPTY is empty", "one sub-folder per class"]),
+        (["--source", "FLAT", *PIXELS], ["FLAT", "1.png", "without a class", "one sub-folder per class"]),
+        (["--source", "STRAY", *PIXELS], ["STRAY", "3.png", "without a class", "one sub-folder per class"]),
+        (["--source", "NOCLASSES", *PIXELS], ["NOCLASSES", "no class folders", "one sub-folder per class"]),
+        (["--source", "HOLLOW", *PIXELS], ["HOLLOW", "class 'b' has no files", "remove it"]),
+        (["--source", "USELESS", *PIXELS], ["USELESS", "class 'b' has no usable picture", "b/notes.txt"]),
+        (["--source", "LOOP", *PIXELS], ["LOOP/a/again", "counted already", "remove the link"]),
     ],
 )
 def test_encoding(
-    arguments: list[str], words: list[str], tmp_path: Path, digits_index: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    words: list[str],
+    tmp_path: Path,
+    digits_index: Path,
+    folders: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(ROOT)
     dest = [] if "--dest" in arguments else ["--dest", str(tmp_path / "out")]
-    arguments = [str(digits_index) if argument == "DONE" else argument for argument in arguments]
+    places = {"DONE": str(digits_index), **folders}
+    parts = (argument.partition("/") for argument in arguments)
+    arguments = [places.get(name, name) + slash + rest for name, slash, rest in parts]
+    before = snapshot(tmp_path), snapshot(digits_index)
     code, errors = call(["data_prep/encode_latents.py", *arguments, *dest], capsys)
+    assert code == 2 and errors.count("\n") == 1 and errors.startswith("error: "), errors
+    for word in words:
+        assert word in errors, errors
+    assert (snapshot(tmp_path), snapshot(digits_index)) == before  # nothing written
+
+
+def test_a_folder_that_cannot_be_read(
+    tmp_path: Path, folders: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def closed(path: str | Path) -> Iterator[os.DirEntry[str]]:  # root reads what chmod closes
+        if Path(path).name == "b":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    arguments = ["--source", folders["GOOD"], *PIXELS, "--dest", str(tmp_path / "out")]
+    code, errors = call(["data_prep/encode_latents.py", *arguments], capsys)
     assert code == 2 and errors.count("\n") == 1, errors
-    assert all(word in errors for word in words), errors
+    assert f"{folders['GOOD']}/b cannot be read (Permission denied)" in errors
     assert not (tmp_path / "out").exists()
+
+
+def test_too_many_rejected_pictures_leave_the_list_only(
+    tmp_path: Path, folders: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, dest = Path(folders["GOOD"]), tmp_path / "out"
+    (source / "b/3.jpg").write_text("no picture")
+    arguments = ["data_prep/encode_latents.py", "--source", str(source), *PIXELS, "--dest", str(dest)]
+    code, errors = call([*arguments, "--max-rejected", "0.33"], capsys)
+    assert code == 2 and errors.count("\n") == 1, errors
+    for word in ("1 of 3 files are rejected", "b/3.jpg: not a PNG", f"{dest}/rejected.csv", "--max-rejected 0.33"):
+        assert word in errors, errors
+    assert [path.name for path in dest.iterdir()] == ["rejected.csv"]
+    assert call([*arguments, "--max-rejected", "0.34"], capsys)[0] == 0
+    assert "rejected.csv" in {path.name for path in dest.iterdir()} and (dest / "index.json").exists()
+    # once the folder is mended, the list of the failed try does not stay
+    shutil.rmtree(dest)
+    assert call([*arguments, "--max-rejected", "0"], capsys)[0] == 2
+    (source / "b/3.jpg").unlink()
+    assert call([*arguments, "--max-rejected", "0"], capsys)[0] == 0
+    assert not (dest / "rejected.csv").exists() and (dest / "index.json").exists()
 
 
 def test_a_run_directory_of_another_config_names_the_keys(

@@ -1,0 +1,97 @@
+"""Pictures from files: decoding into RGB, and the published preprocessing that makes them square."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb: 256 MiB of RGB
+PREPROCESSING = "first frame, EXIF rotation, alpha on white, RGB, ADM centre crop"
+
+# Pillow warns of bombs and odd metadata; here a picture is either taken or rejected with a reason.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class RejectedImage(Exception):  # noqa: N818  (a verdict on one file; whoever reads many of them goes on)
+    """A file that gives no picture; the text is the reason, in one line."""
+
+
+def decode_image(file: Path, size: int) -> NDArray[np.uint8]:
+    """The picture in a file, (size, size, 3) RGB. See ``load_rgb`` and ``center_crop``."""
+    return center_crop(load_rgb(file), size)
+
+
+def load_rgb(file: Path) -> Image.Image:
+    """The picture in a file, of its own size: the first frame, turned as its EXIF says, without alpha, in RGB.
+
+    The format is told by the content, not by the name. Colour profiles are not applied.
+
+    Raises:
+        RejectedImage: no picture, damaged, truncated, or of more than ``MAX_PIXELS`` pixels.
+    """
+    if not file.is_file():
+        raise RejectedImage("not a regular file")  # a pipe would block, a link may lead nowhere
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise RejectedImage(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
+    except RejectedImage:
+        raise
+    except UnidentifiedImageError:
+        raise RejectedImage("not a PNG, JPEG or WebP picture") from None
+    except Image.DecompressionBombError:
+        raise RejectedImage(f"more than {MAX_PIXELS} pixels") from None
+    except Exception as error:  # damaged files raise almost anything in the decoders: SyntaxError, struct.error, ...
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RejectedImage(f"cannot be decoded: {reason.removesuffix(f': {str(file)!r}')}") from None
+
+
+def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """The ADM centre crop: (size, size, channels) of any picture; smaller ones are enlarged.
+
+    Halved with a box filter while the smaller side is at least 2 size, then bicubic until it is size, then the middle.
+    Dhariwal and Nichol 2021 (``center_crop_arr``); the FID references of the field are made this way.
+
+    Raises:
+        RejectedImage: so long and narrow that it would pass ``MAX_PIXELS`` when enlarged.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > MAX_PIXELS:
+        raise RejectedImage(f"{image.width} x {image.height} pixels: too narrow for size {size}")
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    top, left = (height - size) // 2, (width - size) // 2
+    return pixels[top : top + size, left : left + size].copy()  # a view would keep the whole picture
+
+
+def is_picture(file: Path) -> bool:
+    """Whether a file begins like a picture; its pixels are not read."""
+    try:
+        with Image.open(file, formats=FORMATS):
+            return True
+    except Image.DecompressionBombError:
+        return True
+    except Exception:
+        return False
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip at 255; of 16-bit colour it keeps the high byte too
+        values, transparent = np.asarray(image), image.info.get("transparency")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+        if transparent is not None:
+            image.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
