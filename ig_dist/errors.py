@@ -29,6 +29,10 @@ class DataError(IgDistError):
     exit_code = 4
 
 
+class LostPeerError(IgDistError):
+    """Another process of the job ended; its own message says why."""
+
+
 class Preempted(IgDistError):  # noqa: N818  (not a failure: the run was saved and asks to be started again)
     """The run was asked to stop, has saved, and goes on when the same command is run again."""
 

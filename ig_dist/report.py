@@ -43,7 +43,8 @@ class _Result(BaseModel):
 class _Row(_Result):
     ig_scale: float
     cfg_scale: float
-    plan: str | None = None
+    ig_interval: tuple[float, float] = (0.0, 1.0)
+    plans: list[str] = []
 
 
 class _Sweep(BaseModel):
@@ -66,7 +67,11 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     """
     out = out or run / "report.html"
     config = load_run(run)
-    metrics = _read_metrics(run)
+    metrics = _read_metrics(run, {"step", "images_seen", "loss", "images_per_s"})
+    if not metrics:
+        command = f"ig-dist train {_quoted(run / CONFIG_NAME)}"
+        raise ConfigError(f"{run} has no metrics in metrics.jsonl: train it first with `{command}`")
+    validation = _read_metrics(run, {"step", "val_loss"})
     sweep = None
     if (run / "sweep.json").exists():
         sweep = _read_result(_Sweep, run / "sweep.json", f"ig-dist sweep {_quoted(run)}")
@@ -77,7 +82,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         "version": __version__,
         "headline": _headline(config, metrics, sweep),
         "facts": run_facts(run, config, metrics),
-        "curves": _curves(metrics),
+        "curves": _curves(metrics, validation),
         "grid": _embedded(run / "grid.png") if (run / "grid.png").exists() else None,
         "samples": _sample_grids(run),
         "sweep": None if sweep is None else _sweep(sweep, int(metrics[-1]["step"])),
@@ -97,20 +102,16 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     return out
 
 
-def _read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``; one that is being written is passed over."""
+def _read_metrics(run: Path, keys: set[str]) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl`` that have all of the keys; one that is being written is passed over."""
     file, lines = run / "metrics.jsonl", []
     for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:
             line = json.loads(text)
         except ValueError:
             continue
-        if isinstance(line, dict) and {"step", "images_seen", "loss", "images_per_s"} <= line.keys():
+        if isinstance(line, dict) and keys <= line.keys():
             lines.append(line)
-    if not lines:
-        raise ConfigError(
-            f"{run} has no metrics in metrics.jsonl: train it first with `ig-dist train {_quoted(run / CONFIG_NAME)}`"
-        )
     return lines
 
 
@@ -144,11 +145,11 @@ def _headline(
     return tiles
 
 
-def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
+def _curves(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> list[Chart]:
     steps = [line["step"] for line in metrics]
 
-    def column(key: str) -> list[float | None]:
-        return [line.get(key) for line in metrics]
+    def column(key: str, lines: Sequence[Mapping[str, Any]] = metrics) -> list[float | None]:
+        return [line.get(key) for line in lines]
 
     batch = metrics[-1]["images_seen"] / metrics[-1]["step"]
     waits = [
@@ -157,8 +158,13 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
     ]
     mfu = [None if line.get("mfu") is None else 100 * line["mfu"] for line in metrics]
     losses = {"total": column("loss"), "final head": column("loss_final"), "auxiliary head": column("loss_aux")}
+    held_out = {"total": column("val_loss", validation), "final head": column("val_loss_final", validation)}
+    validated = [line["step"] for line in validation]
     charts = [
         curve_chart("Loss", "of the logged step's batch", steps, losses, from_zero=False),
+        curve_chart(
+            "Validation loss", "of the average, held-out shards", validated, held_out, from_zero=False, exact=True
+        ),
         curve_chart("Learning rate", "", steps, {"rate": column("lr")}, from_zero=True, exact=True),
         curve_chart("Gradient norm", "before clipping", steps, {"norm": column("grad_norm")}, from_zero=True),
         curve_chart("Throughput", "images/s", steps, {"images/s": column("images_per_s")}, from_zero=True),
@@ -187,7 +193,8 @@ def _sweep(sweep: Mapping[str, Any], step: int) -> dict[str, Any]:
     """Charts or heat maps, one for each metric, the table, and the protocol that all rows share."""
     rows = sweep["rows"]
     scored = [(metric, found) for metric in _metric_names(rows) if (found := _scored(rows, metric))]
-    two_axes = all(len({row[axis] for row in rows}) > 1 for axis in ("ig_scale", "cfg_scale"))
+    varied = {axis for axis in ("ig_scale", "cfg_scale", "ig_interval") if len({row[axis] for row in rows}) > 1}
+    two_axes = varied == {"ig_scale", "cfg_scale"}
     made_at = sweep["protocol"].get("step")
     return {
         "charts": [] if two_axes else [scale_chart(found, metric) for metric, found in scored],
@@ -201,6 +208,10 @@ def _sweep(sweep: Mapping[str, Any], step: int) -> dict[str, Any]:
 def _sweep_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Scores, and each over the unguided one; ``best`` holds (row, column) of the cells to set off."""
     heads, table = ["IG scale", "CFG scale"], [[_scale(row["ig_scale"]), _scale(row["cfg_scale"])] for row in rows]
+    if len({row["ig_interval"] for row in rows}) > 1:
+        heads.append("IG for t in")
+        for row, cells in zip(rows, table, strict=True):
+            cells.append("{:g} to {:g}".format(*row["ig_interval"]))
     best = []
     for metric in _metric_names(rows):
         found = _scored(rows, metric)
@@ -218,7 +229,7 @@ def _sweep_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _evaluations(run: Path, sweep: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Scores of plans that are not in the sweep: what their protocols share, and in the table what differs."""
-    swept = {row.get("plan") for row in sweep["rows"]} if sweep else set()
+    swept = {plan for row in sweep["rows"] for plan in row["plans"]} if sweep else set()
     files = [file for file in sorted((run / "evaluations").glob("*.json")) if file.stem not in swept]
     results = [
         _read_result(_Result, file, f"ig-dist evaluate {_quoted(run / 'samples' / file.stem)}") for file in files

@@ -138,6 +138,8 @@ def curve_chart(
     Returns:
         The chart; None where nothing finite was measured.
     """
+    if not steps:
+        return None
     x_range = (min(0.0, *steps), max(steps))
     curves = {}
     for name, values in series.items():
@@ -183,12 +185,15 @@ def scale_chart(rows: Sequence[Mapping[str, Any]], metric: str) -> Chart:
     best = best_row(rows, metric)
     lines: list[Line] = []
     dots: list[Dot] = []
-    for group in sorted({row[other] for row in rows}):
-        mine = sorted((row for row in rows if row[other] == group), key=lambda row: float(row[axis]))
+    intervals = {row.get("ig_interval") for row in rows}
+    for group, interval in sorted({(row[other], row.get("ig_interval")) for row in rows}, key=repr):
+        mine = [row for row in rows if (row[other], row.get("ig_interval")) == (group, interval)]
+        mine.sort(key=lambda row: float(row[axis]))
         color = len(lines) % COLORS
         x = np.array([row[axis] for row in mine], np.float64)
         y = np.array([row["scores"][metric] for row in mine], np.float64)
         name = f"{_axis_name(other)} {number(group)}" if group != 1 else f"no {_axis_name(other)}"
+        name += ", IG for t in {:g} to {:g}".format(*interval) if interval and len(intervals) > 1 else ""
         lines.append(Line(name, color, _polyline(x, y, x_range, (low, high))))
         for row in mine:
             value, std = row["scores"][metric], _std(row, metric)

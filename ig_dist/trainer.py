@@ -28,7 +28,15 @@ from ig_dist.models.presets import forward_flops
 from ig_dist.monitor import sample_grid, validate
 from ig_dist.objective import training_loss
 from ig_dist.optim import learning_rate
-from ig_dist.parallel.dist import Dist, StopFlag, from_main, init_distributed, shut_down, sum_over_ranks
+from ig_dist.parallel.dist import (
+    Dist,
+    StopFlag,
+    from_main,
+    init_distributed,
+    lost_peers_explained,
+    shut_down,
+    sum_over_ranks,
+)
 from ig_dist.parallel.engine import Engine, StepResult, build_engine
 from ig_dist.run_dir import claim
 from ig_dist.terminal import console
@@ -50,6 +58,7 @@ def train(config: Config, *, force: bool = False) -> None:
     dist = init_distributed(config.train.timeout_s)
     with ExitStack() as cleanup:
         cleanup.callback(shut_down)
+        cleanup.enter_context(lost_peers_explained(dist))
         index = read_index(config.data.index)
         config = config.with_data(index.info.latent.shape, len(index.info.classes))
         order = _build_order(config, index, dist)

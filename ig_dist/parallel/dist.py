@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -13,7 +15,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, LostPeerError
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,17 @@ def init_distributed(timeout_s: int) -> Dist:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         torch_dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return Dist(rank, world_size, local_rank, local_world_size, device)
+
+
+@contextmanager
+def lost_peers_explained(dist: Dist) -> Iterator[None]:
+    """A collective that fails because another rank is gone is that rank's story: no traceback here."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo has no class of its own for it
+        if not any(sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer")):
+            raise
+        raise LostPeerError(f"another of the {dist.world_size} processes ended; its message says why") from None
 
 
 def shut_down() -> None:

@@ -131,13 +131,17 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(tiny_config: Wr
 
 def test_one_dead_rank_ends_the_others(tiny_config: Write, tmp_path: Path) -> None:
     config = tiny_config("dead", train={"steps": 100000})
-    process = subprocess.Popen([sys.executable, *local(config, 2)[1:]], cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, *local(config, 2)[1:]], cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     while last_step(tmp_path / "runs" / "dead") < 5:
         assert process.poll() is None
         time.sleep(0.01)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGKILL)
-    assert process.wait(timeout=60) == 128 + signal.SIGKILL
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "error: rank 0: another of the 2 processes ended" in errors and "Traceback" not in errors
     for child in children:
         assert not Path(f"/proc/{child}").exists()
 

@@ -54,7 +54,7 @@ def sweep_of(ig_scales: list[float], cfg_scales: list[float], **fields: Any) -> 
         for cfg in cfg_scales
         for ig in ig_scales
     ]
-    return {"rows": [{**row, "plan": f"plan{i}"} for i, row in enumerate(rows)], "protocol": PROTOCOL}
+    return {"rows": [{**row, "plans": [f"plan{i}"]} for i, row in enumerate(rows)], "protocol": PROTOCOL}
 
 
 def add_results(run: Path) -> None:
@@ -299,3 +299,16 @@ def test_numbers() -> None:
     assert [duration(s) for s in (5, 200, 7500, 200000)] == ["5 s", "3 min 20 s", "2 h 5 min", "2 d 7 h"]
     assert guidance_name([]) == "unguided"
     assert guidance_name([{"kind": "cfg", "scale": 1.5, "interval": [0, 1]}]) == "CFG 1.5"
+
+
+def test_intervals_and_validation_are_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        for step in (10, 20):
+            file.write(json.dumps({"step": step, "val_loss": 1 / step, "val_loss_final": 0.5 / step}) + "\n")
+    narrow = sweep_of([1.0, 1.5], [1.0], ig_interval=[0.3, 1.0])["rows"]
+    wide = sweep_of([1.0, 1.5], [1.0])["rows"]
+    (run / "sweep.json").write_text(json.dumps({"rows": wide + narrow, "protocol": {}}))
+    html = write_report(run).read_text()
+    assert "Validation loss" in html
+    assert "IG for t in 0 to 1" in html and "IG for t in 0.3 to 1" in html
