@@ -12,7 +12,7 @@ TIERS := test-unit test-distributed test-integration test-gpu
 
 install: .venv/.installed  ## Make .venv with everything in it
 
-quickstart: .venv/.installed  ## The whole system on real digits, about five minutes on two cores
+quickstart: .venv/.installed  ## The whole system on real digits, about six minutes on two cores
 	$(BIN)/ig-dist quickstart
 
 test: $(TIERS)  ## All tests but the long forms, tier by tier

@@ -16,12 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import fsspec
 import numpy as np
 import typer
 from rich.progress import track
 
 from ig_dist.errors import ConfigError
+from ig_dist.storage import open_url, write_whole
 from ig_dist.terminal import console, run_app
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def encode(
 
     tokenizer = get_tokenizer(tokenizer_name)
     dest = dest.rstrip("/")
-    fs, path = fsspec.core.url_to_fs(dest)
+    fs, path = open_url(dest, "--dest")
     if fs.exists(f"{path}/index.json"):
         old = read_index(dest)
         settings = (old.info.source, old.info.tokenizer.sha256, old.info.seed, old.info.shards[0].samples)
@@ -70,8 +70,7 @@ def encode(
         latents = tokenizer.encode(torch.from_numpy(images)).numpy().astype(np.float16)
         data = pack_shard([f"{i:08d}" for i in chosen], latents, source.labels[chosen])
         name = f"shard-{number:06d}.tar"
-        fs.pipe_file(f"{path}/{name}.tmp", data)
-        fs.mv(f"{path}/{name}.tmp", f"{path}/{name}")
+        write_whole(fs, f"{path}/{name}", data)
         rows.extend(scan_shard(data, latents.dtype, latents.shape[1:]))
         digest = hashlib.sha256(data).hexdigest()
         shards.append({"name": name, "bytes": len(data), "samples": len(chosen), "sha256": digest})
@@ -122,7 +121,7 @@ def read_folder(folder: Path, dest: str, size: int, max_rejected: float, workers
         raise ConfigError(f"--dest {dest} lies in --source {folder}, where shards would count as pictures: move it out")
     listing = list_folder(folder)
     checked = check_pictures(listing, size, workers)
-    fs, path = fsspec.core.url_to_fs(dest.rstrip("/"))
+    fs, path = open_url(dest, "--dest")
     file = f"{path}/rejected.csv"
     complete = fs.exists(f"{path}/index.json")  # then the list there belongs to other shards, or is the same
     too_many = len(checked.rejected) > max_rejected * len(listing.paths)

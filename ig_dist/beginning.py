@@ -26,19 +26,22 @@ def find_checkpoint(store: CheckpointStore, config: Config, index: ShardIndex, d
     """The checkpoint to go on from: the run's own newest whole one, else that of ``run.fork_from``. COLLECTIVE.
 
     Raises:
-        ConfigError: no such checkpoint, or made with another model or (the run's own) on another index.
+        ConfigError: no such checkpoint, or one of another model, of other averages or (the run's own) of another index.
         DataError: the run has checkpoints and none is whole.
     """
     checkpoint = store.latest(dist)
-    if checkpoint is not None:
-        if checkpoint.meta["index_sha256"] != index.sha256:
-            raise ConfigError(
-                f"the index at {index.folder} is not the one that {checkpoint.url} was trained on:"
-                " restore it, or train in another run.dir"
-            )
-        return checkpoint
-    if not config.run.fork_from:
-        return None
+    if checkpoint is None:
+        return _fork(config, dist) if config.run.fork_from else None
+    if checkpoint.meta["index_sha256"] != index.sha256:
+        raise ConfigError(
+            f"the index at {index.folder} is not the one that {checkpoint.url} was trained on:"
+            " restore it, or train in another run.dir"
+        )
+    _check_same_model(checkpoint, config)
+    return checkpoint
+
+
+def _fork(config: Config, dist: Dist) -> Checkpoint:
     run, _, step = config.run.fork_from.partition("@")
     other = checkpoint_store(load_run(run))
     if step and not step.isdecimal():
@@ -46,13 +49,28 @@ def find_checkpoint(store: CheckpointStore, config: Config, index: ShardIndex, d
     checkpoint = other.at(int(step), dist) if step else other.latest(dist)
     if checkpoint is None:
         raise ConfigError(f"run.fork_from: {run} has no checkpoint yet")
+    _check_same_model(checkpoint, config)
+    if config.train.steps is not None and checkpoint.step >= config.train.steps:
+        raise ConfigError(
+            f"run.fork_from: {run} is at step {checkpoint.step}, train.steps is {config.train.steps}:"
+            " raise train.steps, or fork from an earlier step with RUN@STEP"
+        )
+    return checkpoint
+
+
+def _check_same_model(checkpoint: Checkpoint, config: Config) -> None:
     theirs = Config.model_validate(checkpoint.meta["config"])
     if theirs.model.to_dit() != config.model.to_dit():
-        raise ConfigError(f"run.fork_from: {run} has another model: copy its model group, or use train.init_from")
+        raise ConfigError(
+            f"{checkpoint.url} is of another model than this config: use its model group, or begin a new run.dir"
+            " (with train.init_from for its weights)"
+        )
     missing = [decay for decay in config.ema.decays if decay not in theirs.ema.decays]
     if missing:
-        raise ConfigError(f"run.fork_from: {run} has no average with decay {missing}, only {theirs.ema.decays}")
-    return checkpoint
+        raise ConfigError(
+            f"{checkpoint.url} has averages with decay {theirs.ema.decays}, none with {missing}:"
+            " use those in ema.decays, or begin a new run.dir"
+        )
 
 
 def load_weights(model: DiT, source: str) -> None:

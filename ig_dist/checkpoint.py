@@ -16,16 +16,17 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import fsspec
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.parallel.dist import Dist, from_main, gather_objects
+from ig_dist.storage import is_local, open_url
 
 FORMAT = "ig-dist-checkpoint/1"
 MANIFEST = "manifest.json"
@@ -85,25 +86,30 @@ class Checkpoint:
             raise DataError(f"{self.url} holds no tensor {name!r}: it was saved by a run with other settings")
         flat = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"])).view(-1)
         for file, start, stop in entry["pieces"]:
-            flat[start:stop] = self._file(self.manifest["files"][file]["name"])[name].view(-1)
+            flat[start:stop] = _read_tensor(f"{self.url}/{self.manifest['files'][file]['name']}", name).view(-1)
         return flat.view(entry["shape"])
 
-    def _file(self, name: str) -> Mapping[str, Tensor]:
-        fs, path = fsspec.core.url_to_fs(f"{self.url}/{name}")
-        if _is_local(fs):
-            return _LocalFile(path)
-        return safetensors.torch.load(fs.cat_file(path))
 
-
-class _LocalFile(dict[str, Tensor]):
-    """Reads one tensor of a local file at a time, through mmap."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safetensors.safe_open(self._path, framework="pt") as file:
+def _read_tensor(url: str, name: str) -> Tensor:
+    """One tensor of a safetensors file: through mmap, or by its byte range."""
+    fs, path = open_url(url, "checkpoint.url")
+    if is_local(fs):
+        with safetensors.safe_open(path, framework="pt") as file:
             return file.get_tensor(name)  # type: ignore[no-any-return]
+    first, header = _remote_header(url)
+    begin, end = header[name]["data_offsets"]
+    alone = {name: {**header[name], "data_offsets": [0, end - begin]}}
+    packed = json.dumps(alone).encode()
+    data = fs.cat_file(path, start=first + begin, end=first + end)
+    return safetensors.torch.load(len(packed).to_bytes(8, "little") + packed + data)[name]
+
+
+@lru_cache(maxsize=4096)
+def _remote_header(url: str) -> tuple[int, dict[str, Any]]:
+    """Where the data of a safetensors file begin, and its table of tensors."""
+    fs, path = open_url(url, "checkpoint.url")
+    length = int.from_bytes(fs.cat_file(path, start=0, end=8), "little")
+    return 8 + length, json.loads(fs.cat_file(path, start=8, end=8 + length))
 
 
 class CheckpointStore:
@@ -116,7 +122,7 @@ class CheckpointStore:
     """
 
     def __init__(self, url: str, *, keep_last: int = 2, keep_every: int = 0) -> None:
-        self._fs, self._path = fsspec.core.url_to_fs(url.rstrip("/"))
+        self._fs, self._path = open_url(url, "checkpoint.url")
         self._url, self._keep_last, self._keep_every = url.rstrip("/"), keep_last, keep_every
 
     def save(self, step: int, pieces: Mapping[str, Piece], meta: Mapping[str, Any], dist: Dist) -> None:
@@ -136,7 +142,7 @@ class CheckpointStore:
         gathered = gather_objects((entry, described), dist)
         if dist.is_main:
             self._commit(folder, step, gathered, meta, dist)
-            self._retain()
+            self._retain(step)
         from_main(None, dist)  # nobody goes on before the checkpoint exists
 
     def wait(self) -> None:
@@ -242,7 +248,7 @@ class CheckpointStore:
         }
         manifest["sha256"] = _manifest_hash(manifest)
         data = json.dumps(manifest).encode()
-        if not _is_local(self._fs):
+        if not is_local(self._fs):
             self._fs.pipe_file(f"{folder}/{MANIFEST}", data)
             return
         temporary = f"{folder}/{MANIFEST}.tmp"
@@ -251,15 +257,18 @@ class CheckpointStore:
             _sync(self._fs, file)
         Path(temporary).replace(f"{folder}/{MANIFEST}")
 
-    def _retain(self) -> None:
-        """Delete what the retention rule does not keep, and what older cut-off saves left."""
+    def _retain(self, newest: int) -> None:
+        """Delete what the retention rule does not keep, and what older cut-off saves left.
+
+        What is newer than the checkpoint just written was found damaged: it does not count, and is written over.
+        """
         folders = self._folders()
-        whole = [step for step in sorted(folders) if folders[step]]
+        whole = [step for step in sorted(folders) if folders[step] and step <= newest]
         keep = set(whole[-self._keep_last :])
         if self._keep_every:
             keep |= {step for step in whole if step % self._keep_every == 0}
         for step in folders:
-            if step not in keep and step < whole[-1]:
+            if step not in keep and step < newest:
                 folder = f"{self._path}/{_folder(step)}"
                 if folders[step]:
                     self._fs.rm(f"{folder}/{MANIFEST}")  # first: what is half deleted must not exist
@@ -275,12 +284,8 @@ def _manifest_hash(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _is_local(fs: Any) -> bool:
-    return "file" in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
-
-
 def _sync(fs: Any, file: Any) -> None:
     """A local file is on disk before the manifest names it; a closed object is stored."""
-    if _is_local(fs):
+    if is_local(fs):
         file.flush()
         os.fsync(file.fileno())

@@ -9,7 +9,8 @@ import difflib
 import math
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+import fsspec
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ig_dist.diffusion.guidance import GuidanceTerm, check_overlap
 from ig_dist.errors import ConfigError
@@ -21,6 +22,17 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _known_protocol(url: str) -> str:
+    try:
+        fsspec.get_filesystem_class(fsspec.utils.get_protocol(url))
+    except (ValueError, ImportError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    return url
+
+
+Url = Annotated[str, AfterValidator(_known_protocol)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -101,7 +113,7 @@ class LossConfig(_Group):
 class DataConfig(_Group):
     """The latents, and the order in which they are seen."""
 
-    index: str = ""
+    index: Url = ""
     """``index.json`` of the latent shards, or its folder: a path or any fsspec URL."""
     streams: Positive = 32
     """Independent streams of samples. The world size must divide it: it fixes the order for every world size."""
@@ -197,7 +209,7 @@ class EngineConfig(_Group):
 class CheckpointConfig(_Group):
     """When and where checkpoints are written."""
 
-    url: str = ""
+    url: Url = ""
     """Folder of the checkpoints: a path or any fsspec URL. Empty: ``checkpoints`` in the run directory."""
     every_steps: Positive = 5000
     """Steps between checkpoints; one is always written at the end."""
@@ -237,7 +249,7 @@ class SampleConfig(_Group):
     """Images per unit, the piece of work that one worker claims and writes whole."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the model; the solver's state is float64."""
-    url: str = ""
+    url: Url = ""
     """Folder of the plans' samples: a path or any fsspec URL. Empty: ``samples`` in the run directory."""
 
 
@@ -247,7 +259,7 @@ class EvaluateConfig(_Group):
     metrics: list[Literal["fd_pixel", "label_agreement"]] = Field(["fd_pixel"], min_length=1)
     """fd_pixel: Frechet distance on raw pixels. label_agreement: share of images that a classifier trained on the
     reference's pixels puts into the class that was asked for. Both are for small images."""
-    reference: str = ""
+    reference: Url = ""
     """Index of the real images. Empty: ``data.index``."""
 
 

@@ -85,15 +85,20 @@ def export_run(config: Config, *, ema: float | None = None, raw: bool = False) -
         raise ConfigError(f"--ema {ema}: the run has averages with decay {saved.ema.decays}; choose one, or --raw")
     name = f"step_{checkpoint.step:010d}_" + ("raw" if ema is None else f"ema_{ema}")
     folder = Path(config.run.dir) / "export" / name
-    if (folder / INFO_NAME).exists() and read_info(folder).checkpoint_sha256 == checkpoint.sha256:
+    if _exported_from(folder) == checkpoint.sha256:
         return folder
 
+    index = read_index(config.data.index)
+    if index.sha256 != checkpoint.meta["index_sha256"]:
+        raise ConfigError(
+            f"the index at {index.folder} is not the one that {checkpoint.url} was trained on: restore it"
+        )
     weights = {key: checkpoint.read(f"model/{key}") for key in checkpoint.names("model")}
     if ema is not None:
         weights |= {key: checkpoint.read(f"ema/{ema}/{key}") for key in checkpoint.names(f"ema/{ema}")}
     packed = safetensors.torch.save({key: weights[key] for key in sorted(weights)})
     info = ExportInfo(
-        **dict(model_info(saved, read_index(config.data.index))),
+        **dict(model_info(saved, index)),
         ema=ema,
         step=checkpoint.step,
         images_seen=checkpoint.meta["images_seen"],
@@ -104,13 +109,21 @@ def export_run(config: Config, *, ema: float | None = None, raw: bool = False) -
     building = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
     (building / WEIGHTS_NAME).write_bytes(packed)
     (building / INFO_NAME).write_text(info.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    if folder.exists() and read_info(folder).checkpoint_sha256 != info.checkpoint_sha256:
+    if folder.exists() and _exported_from(folder) != info.checkpoint_sha256:
         shutil.rmtree(folder)
     try:
         building.rename(folder)
     except OSError:  # another worker exported the same bytes first
         shutil.rmtree(building)
     return folder
+
+
+def _exported_from(folder: Path) -> str | None:
+    """Hash of the checkpoint that an export was made from; None where there is no whole export."""
+    try:
+        return read_info(folder).checkpoint_sha256
+    except ConfigError:
+        return None
 
 
 def read_info(folder: Path) -> ExportInfo:

@@ -15,6 +15,7 @@ from ig_dist.data.reader import ShardReader
 from ig_dist.data.stream import Batch
 from ig_dist.diffusion.loss import ig_loss
 from ig_dist.diffusion.path import Path
+from ig_dist.errors import DataError
 from ig_dist.models.dit import DiTOutput
 from ig_dist.parallel.dist import Dist, sum_over_ranks
 from ig_dist.rng import Purpose, bernoulli, normal, uniform
@@ -46,7 +47,7 @@ def validation_loss(model: Model, index: ShardIndex, config: Config, batch_size:
     Sample i of n has time (i + 0.5) / n and noise keyed by i, whatever the run, so the numbers of two runs with the
     same held-out shards differ by their weights only. Every rank makes the same number of forward passes.
     """
-    latents, labels = _held_out(index, config.data.validation_shards)
+    latents, labels = _held_out(index, config)
     count = len(labels)
     per_rank = -(-count // dist.world_size)
     mine = torch.arange(dist.rank * per_rank, (dist.rank + 1) * per_rank)
@@ -66,16 +67,19 @@ def validation_loss(model: Model, index: ShardIndex, config: Config, batch_size:
     return [float(value) / count for value in sum_over_ranks(total, dist)]
 
 
-def _held_out(index: ShardIndex, shards: int) -> tuple[Tensor, Tensor]:
-    """Stored latents and labels of the first samples of the last ``shards`` shards."""
-    reader, sizes = ShardReader(index), index.shard_sizes
-    first = len(sizes) - shards
-    samples: list[np.ndarray] = []
+def _held_out(index: ShardIndex, config: Config) -> tuple[Tensor, Tensor]:
+    """Stored latents and labels of the first samples of the held-out shards, without damaged ones."""
+    reader, sizes = ShardReader(index, config.data.on_corrupt), index.shard_sizes
+    first = len(sizes) - config.data.validation_shards
+    samples: list[np.ndarray | None] = []
     for shard in range(first, len(sizes)):
-        take = min(sizes[shard], VALIDATION_SAMPLES - len(samples))
-        if take > 0:
-            samples += [sample for sample in reader.read(shard, 0, take) if sample is not None]
+        samples += reader.read(shard, 0, min(sizes[shard], VALIDATION_SAMPLES - len(samples)))
+        if len(samples) == VALIDATION_SAMPLES:
+            break
     begin = sum(sizes[:first])
-    labels = index.table.label[begin : begin + sum(sizes[first:])]
-    # a shard that is cut short by the bound is the last one, so labels and samples run in step
-    return torch.from_numpy(np.stack(samples)), torch.from_numpy(labels[: len(samples)].astype(np.int64))
+    labels = index.table.label[begin : begin + len(samples)]
+    good = [(sample, label) for sample, label in zip(samples, labels, strict=True) if sample is not None]
+    if not good:
+        raise DataError(f"{index.folder}: every sample of the held-out shards is damaged: restore the shards")
+    latents, kept = zip(*good, strict=True)
+    return torch.from_numpy(np.stack(latents)), torch.from_numpy(np.asarray(kept, np.int64))

@@ -25,7 +25,7 @@ def run_quickstart(out: Path, *, short: bool) -> None:
     """Encode, train, preempt, resume, export, sweep, report, and show.
 
     Raises:
-        ConfigError: not in a checkout, or ``out`` holds something else.
+        ConfigError: not in a checkout.
     """
     if not (ROOT / CONFIG).exists():
         raise ConfigError("quickstart needs a checkout of the project (configs/, data_prep/): run it from a git clone")
@@ -132,7 +132,13 @@ def _check(command: list[str], code: int) -> None:
 
 
 def _run_until(command: list[str], metrics: Path, stop_at: int) -> bool:
-    """Run training and send SIGTERM once it has logged step ``stop_at``; whether that ended it."""
+    """Run training and send SIGTERM once it has logged step ``stop_at``; whether that ended it.
+
+    A run that an earlier quickstart took beyond that step is only finished.
+    """
+    if _last_step(metrics) >= stop_at:
+        _run(command)
+        return False
     process = subprocess.Popen(_command(command))
     try:
         while process.poll() is None and _last_step(metrics) < stop_at:

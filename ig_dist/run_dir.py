@@ -19,9 +19,12 @@ from ig_dist.terminal import console
 CONFIG_NAME = "config.yaml"
 
 # What may change when a run goes on: it does not enter the weights (beyond the order of float sums).
-FREE_GROUPS = {"log", "checkpoint", "engine", "guidance", "sample", "evaluate"}
+FREE_GROUPS = {"log", "engine", "guidance", "sample", "evaluate"}
 FREE_KEYS = {
     "run.dir",
+    "checkpoint.every_steps",
+    "checkpoint.keep_last",
+    "checkpoint.keep_every",
     "data.index",  # its content is compared by hash
     "data.workers",
     "data.window_bytes",
@@ -62,10 +65,14 @@ def claim(config: Config, *, force: bool = False) -> Iterator[Path]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however the process ends
-        except OSError:
+        except BlockingIOError:
             lock.seek(0)
             raise ConfigError(
                 f"run.dir {path} is in use by process {lock.read().strip()}: wait for it or stop it"
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir {path}: no file locks there ({error.strerror}): use another file system"
             ) from None
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")

@@ -61,14 +61,17 @@ def train(config: Config, *, force: bool = False) -> None:
         cleanup.enter_context(lost_peers_explained(dist))
         index = read_index(config.data.index)
         config = config.with_data(index.info.latent.shape, len(index.info.classes))
-        order = _build_order(config, index, dist)
+        order = build_order(config, index, dist)
         model = DiT(config.model.to_dit())
         initialize(model, config.run.seed)
         store = checkpoint_store(config)
+        seen = from_main(store.steps(), dist)
         checkpoint = find_checkpoint(store, config, index, dist)
         if checkpoint is None and config.train.init_from:
             load_weights(model, config.train.init_from)
         path = cleanup.enter_context(_claimed_by_main(config, dist, force))
+        if from_main(store.steps(), dist) != seen:  # whoever held the run until now has saved once more
+            checkpoint = find_checkpoint(store, config, index, dist)
         start, total = checkpoint.step if checkpoint else 0, config.total_steps(order.num_samples)
         if dist.is_main:
             console.print(f"{config.run.dir}: {'resume at' if start else 'start from'} step {start} of {total}")
@@ -138,7 +141,12 @@ def _train_step(
     return torch.stack(losses).mean(dim=0), engine.step(lr)
 
 
-def _build_order(config: Config, index: ShardIndex, dist: Dist) -> SampleOrder:
+def build_order(config: Config, index: ShardIndex, dist: Dist) -> SampleOrder:
+    """The order of the run's training samples.
+
+    Raises:
+        ConfigError: streams, processes, memory or held-out shards do not fit the data.
+    """
     config.check_world_size(dist.world_size)
     check_window_memory(
         index,

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-import fsspec
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
@@ -21,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ig_dist.data.shards import SampleRow
 from ig_dist.errors import ConfigError
+from ig_dist.storage import open_url, write_whole
 
 FORMAT = "ig-dist-index/1"
 TABLE_NAME = "index.samples.safetensors"
@@ -136,13 +136,11 @@ class ShardIndex:
 
 def write_index(folder: str, info: dict[str, Any], table: SampleTable) -> None:
     """Write the side file, then ``index.json`` (last: what has no index does not exist)."""
-    fs, path = fsspec.core.url_to_fs(folder)
+    fs, path = open_url(folder, "--dest")
     packed = safetensors.numpy.save(vars(table))
     file = IndexFile(format=FORMAT, table_sha256=hashlib.sha256(packed).hexdigest(), **info)
     fs.pipe_file(f"{path}/{TABLE_NAME}", packed)
-    temporary = f"{path}/index.json.tmp"
-    fs.pipe_file(temporary, (json.dumps(file.model_dump(), indent=1) + "\n").encode())
-    fs.mv(temporary, f"{path}/index.json")
+    write_whole(fs, f"{path}/index.json", (json.dumps(file.model_dump(), indent=1) + "\n").encode())
 
 
 def read_index(url: str) -> ShardIndex:
@@ -152,10 +150,7 @@ def read_index(url: str) -> ShardIndex:
         ConfigError: no index there, not an index, or shards that are missing or of another size.
     """
     folder = str(url).removesuffix("/index.json").rstrip("/")
-    try:
-        fs, path = fsspec.core.url_to_fs(folder)
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"data.index {url!r}: {' '.join(str(error).split())}") from None
+    fs, path = open_url(folder, "data.index")
     try:
         raw = fs.cat_file(f"{path}/index.json")
     except (FileNotFoundError, NotADirectoryError):

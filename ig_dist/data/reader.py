@@ -5,12 +5,12 @@ from __future__ import annotations
 import zlib
 from typing import Literal
 
-import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
 from ig_dist.data.index import ShardIndex
 from ig_dist.errors import DataError
+from ig_dist.storage import open_url
 
 
 class ShardReader:
@@ -24,7 +24,7 @@ class ShardReader:
     def __init__(self, index: ShardIndex, on_corrupt: Literal["fail", "skip"] = "fail") -> None:
         self.quarantined: set[int] = set()
         self._index, self._on_corrupt = index, on_corrupt
-        self._fs, self._path = fsspec.core.url_to_fs(index.folder)
+        self._fs, self._path = open_url(index.folder, "data.index")
         self._shape, self._dtype = index.info.latent.stored_shape, np.dtype(index.info.latent.dtype)
         self._first_id = np.concatenate([[0], np.cumsum(index.shard_sizes)])
 
@@ -44,6 +44,8 @@ class ShardReader:
             data = self._fs.cat_file(path, start=begin, end=int(offsets.max()) + size)
         except FileNotFoundError:
             raise DataError(f"{path} is gone: restore the shard and run again") from None
+        except OSError as error:
+            raise DataError(f"{path}: {' '.join(str(error).split())}: mend the storage and run again") from None
         samples: list[NDArray[np.generic] | None] = []
         for sample, offset, crc in zip(range(rows.start, rows.stop), offsets, table.crc32[rows], strict=True):
             raw = memoryview(data)[offset - begin : offset - begin + size]
@@ -55,6 +57,6 @@ class ShardReader:
             else:
                 raise DataError(
                     f"{path}: sample {sample} at byte {offset} is damaged (its CRC differs):"
-                    " restore the shard, or set data.on_corrupt=skip"
+                    " restore the shard, or train without such samples (data.on_corrupt=skip)"
                 )
         return samples

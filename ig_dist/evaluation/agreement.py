@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from ig_dist.errors import ConfigError
 from ig_dist.evaluation.features import pixel_extractor
 
 if TYPE_CHECKING:
@@ -21,8 +22,12 @@ def train_classifier(batches: Iterable[tuple[NDArray[np.uint8], NDArray[np.int32
     from sklearn.svm import SVC
 
     extractor = pixel_extractor()
-    images, labels = zip(*batches, strict=True)
-    return SVC(C=10, gamma="scale").fit(np.concatenate([extractor.extract(x) for x in images]), np.concatenate(labels))
+    images, labels = (np.concatenate(column) for column in zip(*batches, strict=True))
+    if len(np.unique(labels)) < 2:
+        raise ConfigError(
+            "label_agreement needs at least two classes in the reference: use evaluate.metrics=[fd_pixel]"
+        )
+    return SVC(C=10, gamma="scale").fit(extractor.extract(images), labels)
 
 
 def label_agreement(classifier: SVC, units: Iterable[tuple[NDArray[np.uint8], NDArray[np.int64]]]) -> float:

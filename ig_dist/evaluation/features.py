@@ -33,7 +33,7 @@ def pixel_extractor() -> Extractor:
         if dimensions > MAX_PIXEL_DIMENSIONS:
             raise ConfigError(
                 f"fd_pixel is for images of at most {MAX_PIXEL_DIMENSIONS} values, these have {dimensions}:"
-                " use another metric"
+                " encode them smaller (--image-size) to score them"
             )
         return images.reshape(len(images), -1) / 127.5 - 1.0
 

@@ -9,11 +9,8 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path as FilePath
 from pathlib import PurePosixPath
-from typing import Any
 
-import fsspec
 import numpy as np
 import safetensors.numpy
 import torch
@@ -30,6 +27,7 @@ from ig_dist.export import ExportInfo, ModelInfo
 from ig_dist.latents.tokenizers import get_tokenizer
 from ig_dist.models.dit import DiT
 from ig_dist.rng import Purpose, normal
+from ig_dist.storage import open_url, write_whole
 
 Images = NDArray[np.uint8]  # (N, H, W, channels)
 Labels = NDArray[np.int64]  # (N,)
@@ -65,7 +63,7 @@ def generate_units(
         workers: number of workers that may be at work.
         on_progress: called with the number of finished images of the unit in hand, 0 between units.
     """
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = open_url(url, "sample.url")
     fs.makedirs(path, exist_ok=True)
     first = worker * plan.num_units // workers
     for k in range(plan.num_units):
@@ -79,7 +77,7 @@ def generate_units(
 
 def finished_images(plan: Plan, url: str) -> int:
     """Images in the units that exist, whoever made them."""
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = open_url(url, "sample.url")
     fs.invalidate_cache()
     names = {PurePosixPath(name).name for name in fs.ls(path, detail=False)} if fs.exists(path) else set()
     return sum(len(plan.unit(k)) for k in range(plan.num_units) if PurePosixPath(_unit_path("", k)).name in names)
@@ -126,7 +124,7 @@ def read_units(plan: Plan, url: str) -> Iterator[tuple[Images, Labels]]:
     Raises:
         DataError: a unit is missing or damaged.
     """
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = open_url(url, "sample.url")
     for number in range(plan.num_units):
         try:
             unit = safetensors.numpy.load(fs.cat_file(_unit_path(path, number)))
@@ -146,21 +144,12 @@ def collect(plan: Plan, url: str) -> tuple[Images, Labels]:
     """All images of a plan, in order, and ``samples.npz`` beside the units (arr_0 images, arr_1 labels, as ADM's)."""
     units = list(read_units(plan, url))
     images, labels = (np.concatenate(column) for column in zip(*units, strict=True))
-    fs, path = fsspec.core.url_to_fs(url)
-    with fs.open(f"{path}/samples.npz.tmp", "wb") as file:
+    fs, path = open_url(url, "sample.url")
+    temporary = f"{path}/samples.npz.{uuid.uuid4().hex}.tmp"
+    with fs.open(temporary, "wb") as file:
         np.savez(file, images, labels)
-    fs.mv(f"{path}/samples.npz.tmp", f"{path}/samples.npz")
+    fs.mv(temporary, f"{path}/samples.npz")
     return images, labels
-
-
-def write_whole(fs: Any, path: str, data: bytes) -> None:
-    """Write a file that is whole or not there, also when several workers write the same one."""
-    if "file" not in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
-        fs.pipe_file(path, data)  # an object appears when it is complete
-        return
-    temporary = FilePath(f"{path}.{uuid.uuid4().hex}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
 
 
 def _unit_path(path: str, number: int) -> str:

@@ -7,7 +7,6 @@ import os
 import time
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import torch
 from pydantic import ValidationError
@@ -15,25 +14,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ig_dist.config import Config
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.generate import Samples, collect, finished_images, generate_units, write_whole
+from ig_dist.evaluation.generate import Samples, collect, finished_images, generate_units
 from ig_dist.evaluation.pictures import save_grid
 from ig_dist.evaluation.plan import Plan, make_plan
-from ig_dist.export import ExportInfo, export_run, load_export
+from ig_dist.export import ExportInfo, load_export
+from ig_dist.storage import open_url, write_whole
 from ig_dist.terminal import console, is_main_process
 
 PLAN_NAME = "plan.json"
 REPORT_EVERY_S = 10.0  # between lines of progress where there is no terminal
 
 
-def sample_run(config: Config, *, ema: float | None = None, raw: bool = False) -> Samples:
-    """Export the newest checkpoint of a run and make all images of the config's plan.
+def sample_run(config: Config, export: Path) -> Samples:
+    """Make all images of the config's plan with exported weights.
 
     Under several processes (RANK, WORLD_SIZE) each is a worker; the first one collects the images into
     ``samples.npz`` and a grid picture. Workers need not start together, and may die and be started again.
     """
-    device = sampling_device()
-    folder = export_run(config, ema=ema, raw=raw)
-    model, info = load_export(folder, device)
+    model, info = load_export(export, sampling_device())
     plan = make_plan(config, info, info.weights_sha256)
     url = f"{config.sample.url.rstrip('/') or config.run.dir + '/samples'}/{plan.digest}"
     with _PlanProgress(plan, url) as progress:
@@ -48,8 +46,9 @@ def sample_run(config: Config, *, ema: float | None = None, raw: bool = False) -
         )
     samples = Samples(plan, info, url)
     if is_main_process():
-        fs, path = fsspec.core.url_to_fs(url)
-        described = {"plan": plan.model_dump(mode="json"), "export": info.model_dump(mode="json")}
+        fs, path = open_url(url, "sample.url")
+        described: dict[str, object] = {"plan": plan.model_dump(mode="json"), "export": info.model_dump(mode="json")}
+        described["run"] = config.run.dir
         described["evaluate"] = {
             "reference": config.evaluate.reference or config.data.index,
             "metrics": config.evaluate.metrics,
@@ -63,18 +62,19 @@ def sample_run(config: Config, *, ema: float | None = None, raw: bool = False) -
     return samples
 
 
-def read_samples(url: str) -> tuple[Samples, str, list[str]]:
-    """The samples in a plan's folder, the index of the real images, and the metrics of the run's config.
+def read_samples(url: str) -> tuple[Samples, Path, str, list[str]]:
+    """The samples in a plan's folder, their run, the index of the real images, and the metrics of the run's config.
 
     Raises:
         ConfigError: no samples there.
     """
-    fs, path = fsspec.core.url_to_fs(url.rstrip("/"))
+    fs, path = open_url(url, "SAMPLES")
     try:
         described = json.loads(fs.cat_file(f"{path}/{PLAN_NAME}"))
         plan, info = Plan(**described["plan"]), ExportInfo(**described["export"])
         evaluate = described["evaluate"]
-        return Samples(plan, info, url.rstrip("/")), str(evaluate["reference"]), list(evaluate["metrics"])
+        samples = Samples(plan, info, url.rstrip("/"))
+        return samples, Path(described["run"]), str(evaluate["reference"]), list(evaluate["metrics"])
     except (OSError, ValueError, KeyError, TypeError, ValidationError):
         raise ConfigError(
             f"{url} holds no finished samples (no {PLAN_NAME}): make them with `ig-dist sample RUN`"

@@ -31,7 +31,7 @@ def sweep_run(
     config: Config,
     ig_scales: Sequence[float],
     cfg_scales: Sequence[float],
-    ig_intervals: Sequence[Interval] = ((0.0, 1.0),),
+    ig_intervals: Sequence[Interval | None] = (None,),
     cfg_interval: Interval | None = None,
     seeds: int = 1,
 ) -> dict[str, Any]:
@@ -42,6 +42,7 @@ def sweep_run(
     processes each makes its share of every plan and the first one scores; the others return an empty result.
     """
     main, run = is_main_process(), Path(config.run.dir)
+    export = export_run(config)  # once: a run that goes on meanwhile must not change the weights between points
     reference_url = config.evaluate.reference or config.data.index
     reference = load_reference(reference_url, config.evaluate.metrics) if main else None
     rows, protocols = [], []
@@ -52,22 +53,22 @@ def sweep_run(
         results = []
         for seed in range(config.sample.seed, config.sample.seed + seeds):
             sample = point.sample.model_copy(update={"seed": seed})
-            samples = sample_run(point.model_copy(update={"sample": sample}))
+            samples = sample_run(point.model_copy(update={"sample": sample}), export)
             if reference is not None:
                 out = run / "evaluations" / f"{samples.plan.digest}.json"
                 results.append(evaluate_samples(samples, reference, out))
         if results:
-            rows.append(
-                {"ig_scale": ig_scale, "cfg_scale": cfg_scale, "ig_interval": ig_interval, **_over_seeds(results)}
-            )
+            intervals = {term.kind: term.interval for term in point.guidance}
+            row = {"ig_scale": ig_scale, "cfg_scale": cfg_scale, "ig_interval": intervals["ig"]}
+            rows.append({**row, "cfg_interval": intervals["cfg"], **_over_seeds(results)})
             protocols += [result["protocol"] for result in results]
     if not main:
         return {}
     common = {key: value for key, value in protocols[0].items() if all(p[key] == value for p in protocols)}
-    sweep = {"rows": rows, "protocol": {**common, "cfg_interval": cfg_interval, "seeds": seeds}}
+    sweep = {"rows": rows, "protocol": {**common, "seeds": seeds}}
     replace_text(run / "sweep.json", json.dumps(sweep, indent=1) + "\n")
     save_sweep_plot(rows, "fd_pixel", run / "sweep.png")
-    _save_scale_grid(config, ig_scales, run / "grid.png")
+    _save_scale_grid(config, export, ig_scales, run / "grid.png")
     return sweep
 
 
@@ -79,9 +80,9 @@ def _over_seeds(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**row, "plans": [result["protocol"]["plan"] for result in results]}
 
 
-def _save_scale_grid(config: Config, ig_scales: Sequence[float], file: Path) -> None:
+def _save_scale_grid(config: Config, export: Path, ig_scales: Sequence[float], file: Path) -> None:
     """Real images above generated ones at every scale, the same noise in each column, without CFG."""
-    model, info = load_export(export_run(config), sampling_device())
+    model, info = load_export(export, sampling_device())
     sample = config.sample.model_copy(
         update={"num": COLUMNS, "unit_size": COLUMNS, "batch_size": COLUMNS, "labels": "balanced"}
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from ig_dist.errors import ConfigError, LostPeerError
+
+SAME_SIGNAL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,10 @@ def init_distributed(timeout_s: int) -> Dist:
         )
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        if max(local_world_size, local_rank + 1) > torch.cuda.device_count():
             raise ConfigError(
-                f"local rank {local_rank} has no GPU, this machine has {torch.cuda.device_count()}:"
-                f" start at most {torch.cuda.device_count()} processes on it"
+                f"{local_world_size} processes on this machine, which has {torch.cuda.device_count()} GPUs:"
+                f" start at most {torch.cuda.device_count()}"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -78,6 +81,10 @@ def lost_peers_explained(dist: Dist) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo has no class of its own for it
+        if "Timed out waiting" in str(error):
+            raise LostPeerError(
+                "a collective took longer than train.timeout_s: a rank hangs, or is far behind"
+            ) from None
         if not any(sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer")):
             raise
         raise LostPeerError(f"another of the {dist.world_size} processes ended; its message says why") from None
@@ -118,18 +125,22 @@ class StopFlag:
     """SIGTERM and SIGUSR2 ask the run to stop; all ranks agree on the step at which they do.
 
     The handler only sets a flag. The agreement is an all-reduce that runs beside the step and is read one step
-    later, so that nobody waits for it. A second SIGTERM ends the process at once.
+    later, so that nobody waits for it. A second SIGTERM ends the process at once; one that follows within a moment is
+    the first one again: ``timeout``, systemd and scancel signal the launcher and its ranks, and the launcher passes on.
     """
 
     def __init__(self, dist: Dist) -> None:
         self._dist = dist
         self._asked = torch.zeros((), dtype=torch.int32)
+        self._asked_at = 0.0
         self._pending: tuple[torch_dist.Work, Tensor] | None = None
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGTERM and self._asked:
+        if not self._asked:
+            self._asked_at = time.monotonic()
+        elif number == signal.SIGTERM and time.monotonic() - self._asked_at > SAME_SIGNAL_S:
             os._exit(128 + number)
         self._asked.fill_(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ig_dist.config_file import load_config
+from ig_dist.data.index import read_index
+from ig_dist.export import ALONE
+from ig_dist.trainer import build_order
 from tests.conftest import run_command
 from tests.distributed.test_training import final_tensors, local, metrics
 
@@ -40,8 +45,14 @@ def test_watching_a_run_does_not_touch_it(tiny_config: Write, tmp_path: Path) ->
     board.Reload()
     assert [picture.step for picture in board.Images("samples")] == [25, 50]
     assert (board.Images("samples")[0].width, board.Images("samples")[0].height) == (80, 16)
-    # held out: the fingerprints of training differ from those of a run that trains on every shard
-    assert len([line for line in metrics(runs / "watched") if "loss" in line]) == 50
+
+
+def test_held_out_shards_are_never_trained_on(digits_index: Path) -> None:
+    index = read_index(str(digits_index))
+    config = load_config("configs/digits.yaml", ["data.validation_shards=2", f"data.index={digits_index}"])
+    order = build_order(config, index, ALONE)
+    assert order.num_samples == sum(index.shard_sizes[:-2])
+    assert max(order.batch(k)[0].max() for k in range(20)) < order.num_samples
 
 
 def test_a_fork_goes_on_as_its_origin_would_have(tiny_config: Write, tmp_path: Path) -> None:
@@ -89,3 +100,30 @@ def test_a_changed_config_is_taken_on_when_it_is_forced(tiny_config: Write, tmp_
     assert done.returncode == 0 and "changed by --force-config: optimizer.lr (0.002 -> 0.001)" in done.stdout
     assert metrics(tmp_path / "runs" / "forced")[-1]["lr"] == 0.001
     assert run_command(["ig-dist", "train", config, *change]).returncode == 0  # it is the run's config now
+
+    # what cannot go on is refused before the run's config is replaced
+    for impossible in (["model.hidden_size=64"], ["ema.decays=[0.5]"]):
+        done = run_command(["ig-dist", "train", config, *change, *impossible, "--force-config"])
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert run_command(["ig-dist", "train", config, *change]).returncode == 0
+    # moved checkpoints are another run: starting at 0 would cut the metrics
+    done = run_command(["ig-dist", "train", config, *change, f"checkpoint.url={tmp_path / 'elsewhere'}"])
+    assert done.returncode == 2 and "checkpoint.url" in done.stderr
+
+
+def test_damaged_held_out_samples_are_left_out_under_skip(
+    tiny_config: Write, tmp_path: Path, digits_index: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(digits_index, copy)
+    index = read_index(str(copy))
+    shard = copy / index.info.shards[-1].name
+    data = bytearray(shard.read_bytes())
+    data[int(index.table.offset[-1])] ^= 1
+    shard.write_bytes(data)
+    settings = {"data": {"index": str(copy), "validation_shards": 1}, "log": {"validate_every_steps": 5}}
+    config = tiny_config("skip", train={"steps": 5}, **settings)
+    done = run_command(["ig-dist", "train", config])
+    assert done.returncode == 4 and "is damaged" in done.stderr
+    done = run_command(["ig-dist", "train", config, "data.on_corrupt=skip", "run.dir=" + str(tmp_path / "other")])
+    assert done.returncode == 0 and "val_loss" in done.stdout

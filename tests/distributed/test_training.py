@@ -118,7 +118,9 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(tiny_config: Wr
     while last_step(run) < 10:
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    # `timeout` and systemd signal the launcher and its ranks, and the launcher passes the signal on: it is still one
+    for pid in [*map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()), process.pid]:
+        os.kill(pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
     assert "run the same command again" in errors

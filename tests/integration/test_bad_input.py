@@ -118,6 +118,12 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a run without a checkpoint": (["sample", "FRESH"], ["has no checkpoint", "ig-dist train"]),
     "report of no run": (["report", "nowhere"], ["nowhere"]),
+    "checkpoints of an unknown protocol": (["train", GOOD, "checkpoint.url=s4://b/x"], ["checkpoint.url", "s4"]),
+    "samples of an unknown protocol": (["sample", "RUN", "sample.url=s4://b/x"], ["sample.url", "s4"]),
+    "fork beyond the end": (
+        ["train", GOOD, "run.fork_from=RUN", "train.steps=2"],
+        ["at step 2", "train.steps is 2", "raise train.steps"],
+    ),
     "export of no run": (["export", "nowhere"], ["nowhere", "config.yaml"]),
     "sample of no run": (["sample", "nowhere"], ["nowhere", "config.yaml"]),
     "sweep of no run": (["sweep", "nowhere"], ["nowhere", "config.yaml"]),

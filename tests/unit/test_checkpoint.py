@@ -129,6 +129,38 @@ def test_retention_keeps_the_last_and_every_mth(tmp_path: Path) -> None:
     assert not folder(tmp_path, 5).exists()
 
 
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_a_damaged_newer_checkpoint_never_costs_a_whole_one(tmp_path: Path, keep_last: int) -> None:
+    store = CheckpointStore(str(tmp_path / "checkpoints"), keep_last=keep_last, keep_every=100)
+    save(store, 100)
+    save(store, 200)
+    truncate(folder(tmp_path, 200) / "rank_00000.safetensors")
+    save(store, 150)  # the run went on from 100 and was stopped before it came to 200 again
+    checkpoint = store.latest(ALONE)
+    assert checkpoint is not None and checkpoint.step == 150
+    assert folder(tmp_path, 100).exists()
+
+
+def test_an_object_store_is_read_by_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    store = CheckpointStore("memory://run/checkpoints")
+    save(store, 3)
+    checkpoint = store.latest(ALONE)
+    assert checkpoint is not None
+    read = MemoryFileSystem.cat_file
+    lengths = []
+
+    def count(self: MemoryFileSystem, path: str, start: int, end: int) -> bytes:
+        lengths.append(end - start)
+        return bytes(read(self, path, start, end))
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", count)
+    for name, tensor in TENSORS.items():
+        assert torch.equal(checkpoint.read(name), tensor + 3)
+    assert sum(lengths) == 8 + lengths[1] + sum(t.numel() * 4 for t in TENSORS.values())  # nothing twice
+
+
 class Hostile:
     def __init__(self, proof: Path) -> None:
         self.proof = proof
