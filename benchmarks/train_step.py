@@ -29,8 +29,8 @@ from ig_dist.metrics import model_flops_utilisation
 from ig_dist.models.dit import DiT, initialize
 from ig_dist.models.presets import forward_flops
 from ig_dist.objective import training_loss
+from ig_dist.parallel.build import build_engine
 from ig_dist.parallel.dist import Dist, init_distributed
-from ig_dist.parallel.engine import build_engine
 from ig_dist.terminal import console, run_app
 
 

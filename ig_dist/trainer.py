@@ -28,6 +28,7 @@ from ig_dist.models.presets import forward_flops
 from ig_dist.monitor import sample_grid, validate
 from ig_dist.objective import training_loss
 from ig_dist.optim import learning_rate
+from ig_dist.parallel.build import build_engine
 from ig_dist.parallel.dist import (
     Dist,
     StopFlag,
@@ -37,7 +38,7 @@ from ig_dist.parallel.dist import (
     shut_down,
     sum_over_ranks,
 )
-from ig_dist.parallel.engine import Engine, StepResult, build_engine
+from ig_dist.parallel.engine import Engine, StepResult
 from ig_dist.run_dir import claim
 from ig_dist.terminal import console
 

@@ -1,0 +1,53 @@
+"""From a built model and a config to an engine that is ready for its first step."""
+
+from __future__ import annotations
+
+import torch
+
+from ig_dist.config import Config
+from ig_dist.models.dit import DiT
+from ig_dist.parallel.apply import apply_compile, apply_precision
+from ig_dist.parallel.ddp import DDPEngine
+from ig_dist.parallel.dist import Dist
+from ig_dist.parallel.engine import Engine, LoadedState
+
+
+def build_engine(model: DiT, config: Config, state: LoadedState | None, dist: Dist) -> Engine:
+    """Apply precision and compilation, then hand the model to the configured engine. COLLECTIVE.
+
+    Args:
+        model: initialised on the CPU, the same on every rank.
+        config: the run's config.
+        state: checkpoint to start from; it goes in here because not every engine can take it later.
+        dist: this process.
+    """
+    if state is not None:
+        model.load_state_dict({name: state.read(f"model/{name}") for name in model.state_dict()})
+    model.to(dist.device)
+    apply_precision(model, config.train.precision, dist.device)
+    if config.train.compile:
+        apply_compile(model)
+    engine = DDPEngine(model, config.optimizer, state, dist)
+    micro = config.train.global_batch_size // dist.world_size // config.train.accumulation
+    warm_up(engine, model, micro, dist.device)
+    return engine
+
+
+def warm_up(engine: Engine, model: DiT, batch_size: int, device: torch.device) -> None:
+    """Two forward and backward passes on zeros, gradients discarded.
+
+    DDP orders its buckets anew after the first backward pass, and with three or more ranks the order decides how
+    sums round: without this, the first step after a restart would differ from the same step without one. Compilation
+    happens here too, before the first batch is waited for.
+    """
+    size, channels = model.config.input_size, model.config.in_channels
+    x = torch.zeros(batch_size, channels, size, size, device=device)
+    labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    for _ in range(2):
+        with engine.microbatch(last=True):
+            output = engine.module(x, torch.zeros(batch_size, device=device), labels)
+            engine.backward(
+                sum((v.float().sum() for v in output if v is not None), start=torch.zeros((), device=device))
+            )
+        for parameter in model.parameters():
+            parameter.grad = None

@@ -1,0 +1,33 @@
+"""Signals: the first asks, the same one passed on is still the first, and a second one ends the process at once."""
+
+import subprocess
+import sys
+
+import pytest
+
+PROCESS = """
+import os, signal, time
+from ig_dist.export import ALONE
+from ig_dist.parallel.dist import StopFlag
+flag = StopFlag(ALONE)
+for pause in {pauses}:
+    time.sleep(pause)
+    os.kill(os.getpid(), signal.{name})
+print("asked", flag.agreed(final=False), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "pauses", "code", "output"),
+    [
+        ("SIGTERM", [], 0, "asked False"),
+        ("SIGTERM", [0], 0, "asked True"),
+        ("SIGUSR2", [0, 1.2], 0, "asked True"),
+        ("SIGTERM", [0, 0.1], 0, "asked True"),
+        ("SIGTERM", [0, 1.2], 143, ""),
+    ],
+)
+def test_signals(name: str, pauses: list[float], code: int, output: str) -> None:
+    script = PROCESS.format(pauses=pauses, name=name)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (code, output), done.stderr
