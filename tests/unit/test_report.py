@@ -200,7 +200,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
     sweep["protocol"] = {HOSTILE: HOSTILE, "tokenizer_sha256": HOSTILE}
     for row in sweep["rows"]:
         row["scores"] = {HOSTILE: row["ig_scale"], f"fd {HOSTILE}": row["ig_scale"]}
-    run = make_run(tmp_path / HOSTILE.replace("/", "|"), sweep=sweep, data=HOSTILE)
+    run = make_run(tmp_path / HOSTILE.replace("/", "|"), sweep=sweep, data=HOSTILE.replace("http:", ""))
     add_results(run)
     (run / "samples" / "other" / "plan.json").write_text(
         json.dumps({"plan": {"solver": HOSTILE, "steps": 1, "guidance": []}})
