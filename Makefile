@@ -22,7 +22,6 @@ $(TIERS): test-%: .venv/.installed
 
 test-full: .venv/.installed  ## All tests, long forms too
 	$(BIN)/pytest tests -m 'full or not full'
-	$(BIN)/ig-dist quickstart --out "$$(mktemp -d)/quickstart"
 
 lint: .venv/.installed  ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -70,10 +70,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "full" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="a long form: make test-full"))
-
-
-def missing(reason: str) -> None:
-    """Skip because a part of this machine is missing; in CI that is a failure."""
-    if os.environ.get("CI"):
-        pytest.fail(f"CI lacks a part: {reason}")
-    pytest.skip(reason)
