@@ -11,6 +11,7 @@ images of one shard.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -71,7 +72,7 @@ def encode(
         data = pack_shard([f"{i:08d}" for i in chosen], latents, source.labels[chosen])
         name = f"shard-{number:06d}.tar"
         write_whole(fs, f"{path}/{name}", data)
-        rows.extend(scan_shard(data, latents.dtype, latents.shape[1:]))
+        rows.extend(scan_shard(io.BytesIO(data), latents.dtype, latents.shape[1:]))
         digest = hashlib.sha256(data).hexdigest()
         shards.append({"name": name, "bytes": len(data), "samples": len(chosen), "sha256": digest})
         values = latents.astype(np.float64)

@@ -41,6 +41,7 @@ class Purpose(IntEnum):
     SAMPLE_LABEL = 11
     ENCODE_ORDER = 12
     VALIDATION_NOISE = 13
+    ENCODE_POSTERIOR = 14
 
 
 def philox(counter: Words, key: tuple[int, int]) -> Words:

@@ -31,13 +31,15 @@ class _Record(BaseModel):
 
 
 class TokenizerInfo(_Record):
-    """Which tokenizer made the latents."""
+    """Which tokenizer made the latents, and how."""
 
     name: str
     sha256: str
     """Hash of the tokenizer's weights and settings."""
     image_size: int
     image_channels: int
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the encoder."""
 
 
 class LatentInfo(_Record):
@@ -48,6 +50,8 @@ class LatentInfo(_Record):
     shape: tuple[int, int, int]
     """Shape of the latent that the model sees, (C, H, W)."""
     dtype: Literal["float16", "float32"]
+    flips: bool = False
+    """Each sample also holds the latent of the mirrored image, in the same shape and type."""
     shift: list[float]
     """Per channel: the model sees (latent - shift) * scale."""
     scale: list[float]
@@ -90,6 +94,11 @@ class IndexFile(_Record):
     tokenizer: TokenizerInfo
     latent: LatentInfo
     classes: list[str]
+    """Class i is the i-th name; for ImageNet the sorted synsets (n01440764, ...)."""
+    class_names: list[str] | None = None
+    """The same in words, where known."""
+    rejected: int = 0
+    """Files of the source that hold no picture; ``rejected.csv`` beside the index lists them."""
     statistics: Statistics
     table_sha256: str
     shards: list[ShardInfo] = Field(min_length=1)
@@ -104,12 +113,18 @@ class SampleTable:
     label: NDArray[np.int32]
     crc32: NDArray[np.uint32]
     """CRC-32 of the array data."""
+    flip_offset: NDArray[np.int64] | None = None
+    """The same for the latent of the mirrored image, where shards have it."""
+    flip_crc32: NDArray[np.uint32] | None = None
 
     @classmethod
     def from_rows(cls, rows: Sequence[SampleRow]) -> SampleTable:
         """Columns from the rows of all shards, in index order."""
-        offset, label, crc32 = zip(*rows, strict=True)
-        return cls(np.asarray(offset, np.int64), np.asarray(label, np.int32), np.asarray(crc32, np.uint32))
+        offset, label, crc32, flip_offset, flip_crc32 = zip(*rows, strict=True)
+        columns = np.asarray(offset, np.int64), np.asarray(label, np.int32), np.asarray(crc32, np.uint32)
+        if flip_offset[0] < 0:
+            return cls(*columns)
+        return cls(*columns, np.asarray(flip_offset, np.int64), np.asarray(flip_crc32, np.uint32))
 
 
 @dataclass(frozen=True)
@@ -137,7 +152,7 @@ class ShardIndex:
 def write_index(folder: str, info: dict[str, Any], table: SampleTable) -> None:
     """Write the side file, then ``index.json`` (last: what has no index does not exist)."""
     fs, path = open_url(folder, "--dest")
-    packed = safetensors.numpy.save(vars(table))
+    packed = safetensors.numpy.save({name: column for name, column in vars(table).items() if column is not None})
     file = IndexFile(format=FORMAT, table_sha256=hashlib.sha256(packed).hexdigest(), **info)
     fs.pipe_file(f"{path}/{TABLE_NAME}", packed)
     write_whole(fs, f"{path}/index.json", (json.dumps(file.model_dump(), indent=1) + "\n").encode())

@@ -55,10 +55,10 @@ def test_the_scan_refuses_what_is_not_as_described() -> None:
     latents = np.zeros((1, 3, 2, 2), np.float16)
     data = pack_shard(["a"], latents, np.array([0]))
     with pytest.raises(ConfigError, match="a.latent.npy holds float16"):
-        scan_shard(data, np.dtype(np.float16), (3, 4, 4))
+        scan_shard(io.BytesIO(data), np.dtype(np.float16), (3, 4, 4))
     bare = io.BytesIO()
     writer = webdataset.TarWriter(bare)
     writer.write({"__key__": "b", "cls": b"1"})
     writer.close()
     with pytest.raises(ConfigError, match=r"sample b has no \.latent\.npy"):
-        scan_shard(bare.getvalue(), np.dtype(np.float16), (3, 2, 2))
+        scan_shard(io.BytesIO(bare.getvalue()), np.dtype(np.float16), (3, 2, 2))

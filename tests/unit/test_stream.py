@@ -1,6 +1,7 @@
 """The stream: what the order says is what every rank gets, whatever the ranks, workers, or start."""
 
 import hashlib
+import io
 import itertools
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def make_index(folder: Path, kind: str = "sample") -> ShardIndex:
         data = pack_shard([f"{i:06d}" for i in ids], latents, ids % 10)
         name = f"shard-{number:06d}.tar"
         (folder / name).write_bytes(data)
-        rows += scan_shard(data, np.dtype(np.float16), stored)
+        rows += scan_shard(io.BytesIO(data), np.dtype(np.float16), stored)
         shards.append({"name": name, "bytes": len(data), "samples": size, "sha256": hashlib.sha256(data).hexdigest()})
         first += size
     latent = {"kind": kind, "shape": SHAPE, "dtype": "float16", "shift": [1.0, 2.0], "scale": [0.5, 4.0]}
