@@ -184,6 +184,7 @@ def test_purposes_and_name_ids_are_frozen():
         "SAMPLE_LABEL": 11,
         "ENCODE_ORDER": 12,
         "VALIDATION_NOISE": 13,
+        "ENCODE_POSTERIOR": 14,
     }
     # First 8 bytes of sha256("abc") = ba7816bf8f01cfea, little end first, as a signed number.
     assert rng.name_id("abc") == 0xEACF018FBF1678BA - 2**64
