@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Literal
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from ig_dist.data.index import ShardIndex
 from ig_dist.data.order import SampleOrder, Window
 from ig_dist.data.reader import ShardReader
 from ig_dist.errors import ConfigError, DataError
+from ig_dist.rng import Purpose, bernoulli
 
 BATCHES_AHEAD = 2
 
@@ -66,8 +66,9 @@ class BatchStream:
         world_size: number of processes, divides the number of streams.
         start: first global batch.
         workers: reader threads; 0 reads in the caller's thread. The batches do not depend on it.
-        on_corrupt: ``fail`` raises DataError at a damaged sample; ``skip`` fills its place with the next good sample
-            of its window and counts it in ``quarantined``.
+        reader: reads the samples. Where it skips a damaged one (``on_corrupt="skip"``), the next good sample of the
+            window fills the place.
+        flip: give each sample mirrored or not, by a fair draw keyed by its position; the shards must hold both.
     """
 
     def __init__(
@@ -79,10 +80,11 @@ class BatchStream:
         world_size: int = 1,
         start: int = 0,
         workers: int = 0,
-        on_corrupt: Literal["fail", "skip"] = "fail",
+        reader: ShardReader | None = None,
+        flip: bool = False,
     ) -> None:
-        self._index, self._order, self._start = index, order, start
-        self._reader = ShardReader(index, on_corrupt)
+        self._index, self._order, self._start, self._flip = index, order, start, flip
+        self.reader = reader or ShardReader(index)
         per_rank = order.streams // world_size
         self._streams = range(rank * per_rank, (rank + 1) * per_rank)
         self._workers = workers
@@ -93,17 +95,13 @@ class BatchStream:
     def __iter__(self) -> Iterator[Batch]:
         return self._read_ahead() if self._pool else self._batches()
 
-    @property
-    def quarantined(self) -> set[int]:
-        """Ids of the damaged samples met so far."""
-        return self._reader.quarantined
-
     def close(self) -> None:
         """Stop the reader threads and drop what they had read.
 
         Waits for them: a thread that is still inside torch when the interpreter ends aborts the process.
         """
         self._stopped.set()
+        self.reader.patience.stop.set()
         if self._pool:
             self._pool.shutdown(wait=True, cancel_futures=True)
         if self._assembler:
@@ -180,7 +178,10 @@ class BatchStream:
     def _load(self, stream: int, number: int) -> _LoadedWindow:
         window = self._order.window(stream, number)
         ids = self._order.ids(window)
-        line = [sample for piece in window.pieces for sample in self._reader.read(*piece)]
+        flips = self._flips(stream, window)
+        line: list[NDArray[np.generic] | None] = []
+        for piece in window.pieces:
+            line += self.reader.read(*piece, flips[len(line) : len(line) + piece.stop - piece.start])
         samples = [line[i] for i in window.permutation]
         good = [k for k, sample in enumerate(samples) if sample is not None]
         if len(good) < len(samples):
@@ -194,11 +195,20 @@ class BatchStream:
             samples = [samples[good[k]] for k in after]
         return _LoadedWindow(window, [s for s in samples if s is not None], ids)
 
+    def _flips(self, stream: int, window: Window) -> NDArray[np.bool_]:
+        """Which samples of the window are wanted mirrored, in the order of its pieces."""
+        flips = np.zeros(len(window.permutation), dtype=bool)
+        if self._flip:
+            positions = self._order.positions(stream, np.arange(window.first, window.stop))
+            flips[window.permutation] = bernoulli(self._order.seed, Purpose.FLIP, torch.from_numpy(positions), 0.5)
+        return flips
+
 
 def check_window_memory(index: ShardIndex, *, streams: int, window_samples: int, window_bytes: int, nodes: int) -> None:
     """Raise ConfigError when two windows (in use, read ahead) of every stream of a node exceed the bound."""
     # tar headers, labels and padding lie between the latents: 2.5 KiB a sample at most
-    per_sample = index.info.latent.stored_bytes + 2560
+    latents = 2 if index.info.latent.flips else 1
+    per_sample = latents * (index.info.latent.stored_bytes + 1536) + 1024
     on_node = -(-streams // nodes)
     need = 2 * on_node * min(window_samples, -(-index.num_samples // streams)) * per_sample
     if need > window_bytes:
