@@ -81,15 +81,17 @@ def _held_out(index: ShardIndex, config: Config) -> tuple[Tensor, Tensor]:
     """Stored latents and labels of the first samples of the held-out shards, without damaged ones."""
     reader, sizes = open_reader(index, config), index.shard_sizes
     first = len(sizes) - config.data.validation_shards
-    samples: list[np.ndarray | None] = []
+    latents, whole = [], []
+    wanted = VALIDATION_SAMPLES
     for shard in range(first, len(sizes)):
-        samples += reader.read(shard, 0, min(sizes[shard], VALIDATION_SAMPLES - len(samples)))
-        if len(samples) == VALIDATION_SAMPLES:
-            break
-    begin = sum(sizes[:first])
-    labels = index.table.label[begin : begin + len(samples)]
-    good = [(sample, label) for sample, label in zip(samples, labels, strict=True) if sample is not None]
-    if not good:
+        count = min(sizes[shard], wanted)
+        found, good = reader.read(shard, 0, count)
+        latents.append(found)
+        whole.append(good)
+        wanted -= count
+    kept = np.concatenate(whole)
+    if not kept.any():
         raise DataError(f"{index.folder}: every sample of the held-out shards is damaged: restore the shards")
-    latents, kept = zip(*good, strict=True)
-    return torch.from_numpy(np.stack(latents)), torch.from_numpy(np.asarray(kept, np.int64))
+    begin = sum(sizes[:first])
+    labels = index.table.label[begin : begin + len(kept)].astype(np.int64)
+    return torch.from_numpy(np.concatenate(latents)[kept]), torch.from_numpy(labels[kept])

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import fsspec
+import numpy as np
 
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.terminal import console
@@ -151,7 +152,7 @@ def retried(fs: Any, path: str, operation: Callable[[], T], patience: Patience =
         ) from None
 
 
-def read_range(fs: Any, path: str, start: int, stop: int, patience: Patience = PATIENCE) -> bytes:
+def read_range(fs: Any, path: str, start: int, stop: int, patience: Patience = PATIENCE) -> memoryview:
     """Bytes ``start`` to ``stop`` (exclusive) of a file, all of them.
 
     Raises:
@@ -159,8 +160,11 @@ def read_range(fs: Any, path: str, start: int, stop: int, patience: Patience = P
         FileNotFoundError: there is no such file.
     """
 
-    def read() -> bytes:
-        data: bytes = fs.cat_file(path, start=start, end=stop, **_timeout(fs, stop - start, patience))
+    def read() -> memoryview:
+        if is_local(fs):
+            data = _read_local(path, start, stop)
+        else:
+            data = memoryview(fs.cat_file(path, start=start, end=stop, **_timeout(fs, stop - start, patience)))
         if len(data) != stop - start:  # a proxy's short body with a consistent length looks like success
             raise ShortReadError(f"got {len(data)} of {stop - start} bytes at {start}")
         return data
@@ -190,7 +194,7 @@ def list_sizes(fs: Any, path: str, patience: Patience = PATIENCE) -> dict[str, i
     return {PurePosixPath(entry["name"]).name: entry["size"] for entry in entries if entry["type"] == "file"}
 
 
-def write_whole(fs: Any, path: str, data: bytes, patience: Patience = PATIENCE) -> None:
+def write_whole(fs: Any, path: str, data: bytes | memoryview, patience: Patience = PATIENCE) -> None:
     """Write a file that is whole or not there, also when several processes write the same one."""
     if is_local(fs):
         temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
@@ -218,6 +222,15 @@ def abort_orphaned_uploads(fs: Any, path: str) -> int:
     for upload in uploads:
         fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
     return len(uploads)
+
+
+def _read_local(path: str, start: int, stop: int) -> memoryview:
+    # numpy asks for huge pages: the kernel then clears and maps new memory several times faster
+    buffer = np.empty(stop - start, dtype=np.uint8).data
+    with Path(path).open("rb", buffering=0) as file:
+        file.seek(start)
+        count = file.readinto(buffer)
+    return buffer[:count]
 
 
 class ShortReadError(OSError):

@@ -57,7 +57,7 @@ class BlockCache:
             return None
         return mapped if len(mapped) == size else None
 
-    def put(self, shard: int, block: int, data: bytes) -> None:
+    def put(self, shard: int, block: int, data: memoryview) -> None:
         """Keep a block. When the disk is full, this process says so once and keeps no more."""
         if self._full:
             return

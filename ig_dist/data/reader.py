@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,14 +14,14 @@ from ig_dist.data.index import ShardIndex
 from ig_dist.errors import DataError
 from ig_dist.storage import REQUEST_BYTES, Patience, full_url, open_url, read_range
 
-Sample = NDArray[np.generic]
+Samples = NDArray[Any]
 
 
 class _Bytes(NamedTuple):
     """Bytes of a shard from ``begin`` on."""
 
     begin: int
-    data: bytes | memoryview
+    data: memoryview
 
 
 class ShardReader:
@@ -29,7 +29,7 @@ class ShardReader:
 
     Args:
         index: the opened shard index.
-        on_corrupt: ``fail`` raises DataError at a damaged sample; ``skip`` returns None for it and remembers it.
+        on_corrupt: ``fail`` raises DataError at a damaged sample; ``skip`` marks and remembers it.
         patience: how long faults of the storage are borne.
         cache: the node's cache, if any.
     """
@@ -57,33 +57,49 @@ class ShardReader:
         largest = int((self._ends - self._begins).max())
         self._block_samples = max(1, REQUEST_BYTES // (largest + 2048))  # 2048: headers and label between samples
 
-    def read(self, shard: int, start: int, stop: int, flipped: NDArray[np.bool_] | None = None) -> list[Sample | None]:
-        """Samples ``start`` to ``stop`` (exclusive) of a shard: views into the bytes read, (*stored shape) each.
+    def read(
+        self,
+        shard: int,
+        start: int,
+        stop: int,
+        *,
+        flipped: NDArray[np.bool_] | None = None,
+        out: Samples | None = None,
+        places: NDArray[np.int64] | None = None,
+    ) -> tuple[Samples, NDArray[np.bool_]]:
+        """Samples ``start`` to ``stop`` (exclusive) of a shard, and which of them are good.
 
         Args:
             shard: number of the shard.
             start: first sample.
             stop: sample after the last.
             flipped: (stop - start,), which samples are wanted mirrored; None: none.
+            out: (n, *stored shape), C-contiguous, where to put them; None: a new array of stop - start.
+            places: (stop - start,), the row of ``out`` for each sample; None: in order.
+
+        Returns:
+            ``out``, and (stop - start,) bool: False for a damaged sample, whose row is undefined.
 
         Raises:
             DataError: the shard is gone, the storage fails beyond the deadline, or a sample is damaged and
                 ``on_corrupt`` is ``fail``.
         """
-        mirrored = np.zeros(stop - start, dtype=bool) if flipped is None else flipped
-        samples: list[Sample | None] = []
+        count = stop - start
+        flips = np.zeros(count, dtype=bool) if flipped is None else flipped
+        rows = np.empty((count, *self._shape), self._dtype) if out is None else out
+        to = np.arange(count) if places is None else places
+        good = np.empty(count, dtype=bool)
         for part in self._parts(shard, start, stop):
             wanted = range(max(part.start, start), min(part.stop, stop))
-            flips = mirrored[wanted.start - start : wanted.stop - start]
-            found = self._views(self._fetch(shard, part), shard, wanted, flips)
-            if any(sample is None for sample in found):
+            here = slice(wanted.start - start, wanted.stop - start)
+            good[here] = self._copy(self._fetch(shard, part), shard, wanted, flips[here], rows, to[here])
+            if not good[here].all():
                 # once more: it may have suffered on the way, or in the cache
-                found = self._views(self._fetch(shard, part, again=True), shard, wanted, flips)
-                for number, sample in zip(wanted, found, strict=True):
-                    if sample is None:
-                        self._quarantine(shard, number)
-            samples += found
-        return samples
+                source = self._fetch(shard, part, again=True)
+                good[here] = self._copy(source, shard, wanted, flips[here], rows, to[here])
+                for i in np.flatnonzero(~good[here]):
+                    self._quarantine(shard, wanted[i])
+        return rows, good
 
     def _parts(self, shard: int, start: int, stop: int) -> Iterator[range]:
         """The samples that are read at once: exactly those asked for, or whole blocks where the cache keeps them."""
@@ -117,21 +133,30 @@ class ShardReader:
             cache.put(shard, block, data)
         return _Bytes(begin, data)
 
-    def _views(self, source: _Bytes, shard: int, wanted: range, flips: NDArray[np.bool_]) -> list[Sample | None]:
-        """The wanted samples as views into the bytes; None for each whose CRC differs."""
+    def _copy(
+        self,
+        source: _Bytes,
+        shard: int,
+        wanted: range,
+        flips: NDArray[np.bool_],
+        out: Samples,
+        places: NDArray[np.int64],
+    ) -> NDArray[np.bool_]:
+        """Copy the wanted samples out of the bytes into their places; which of them have the right CRC."""
         table = self._index.table
         rows = slice(self._first_id[shard] + wanted.start, self._first_id[shard] + wanted.stop)
         offsets, crcs = table.offset[rows], table.crc32[rows]
-        if table.flip_offset is not None and table.flip_crc32 is not None and flips.any():
+        if table.flip_offset is not None and table.flip_crc32 is not None:
             offsets = np.where(flips, table.flip_offset[rows], offsets)
             crcs = np.where(flips, table.flip_crc32[rows], crcs)
-        data, size = memoryview(source.data), self._size
-        samples: list[Sample | None] = []
-        for at, crc in zip((offsets - source.begin).tolist(), crcs.tolist(), strict=True):
+        size, data = self._size, np.frombuffer(source.data, np.uint8)
+        to = out.view(np.uint8).reshape(len(out), size)
+        found = np.empty(len(crcs), np.uint32)
+        for i, (at, place) in enumerate(zip((offsets - source.begin).tolist(), places.tolist(), strict=True)):
             raw = data[at : at + size]
-            good = zlib.crc32(raw) == crc
-            samples.append(np.frombuffer(raw, dtype=self._dtype).reshape(self._shape) if good else None)
-        return samples
+            found[i] = zlib.crc32(raw.data)
+            to[place] = raw
+        return np.asarray(found == crcs)
 
     def _quarantine(self, shard: int, number: int) -> None:
         sample = int(self._first_id[shard]) + number

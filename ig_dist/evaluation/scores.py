@@ -50,7 +50,7 @@ def index_images(index: ShardIndex) -> Iterator[tuple[NDArray[np.uint8], NDArray
     for shard, size in enumerate(index.shard_sizes):
         for start in range(0, size, BATCH):
             stop = min(start + BATCH, size)
-            stored = np.stack(reader.read(shard, start, stop))  # type: ignore[arg-type]  # a damaged one raises
+            stored, _ = reader.read(shard, start, stop)  # a damaged one raises
             # as stored, the latents are the tokenizer's own: normalisation is for the model
             images = tokenizer.decode(torch.from_numpy(stored).float())
             yield images.numpy(), index.table.label[first + start : first + stop]

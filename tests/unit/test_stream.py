@@ -171,7 +171,7 @@ def test_window_memory_is_bounded(index: ShardIndex) -> None:
     limits = {"streams": 4, "window_samples": 16, "nodes": 1}
     check_window_memory(index, **limits, window_bytes=2**20)
     with pytest.raises(ConfigError, match=r"use data.window_samples=\d+ or data.window_bytes=\d+"):
-        check_window_memory(index, **limits, window_bytes=2**15)
+        check_window_memory(index, **limits, window_bytes=2**11)
 
 
 def test_posterior_draws_are_keyed_by_position(tmp_path: Path) -> None:
