@@ -198,8 +198,11 @@ def write_whole(fs: Any, path: str, data: bytes | memoryview, patience: Patience
     """Write a file that is whole or not there, also when several processes write the same one."""
     if is_local(fs):
         temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
         return
     options = _timeout(fs, len(data), patience)
     if "s3" in fs.protocol:
