@@ -120,7 +120,7 @@ def retried(fs: Any, path: str, operation: Callable[[], T], patience: Patience =
     url = full_url(fs, path)
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_is_transient),
-        wait=tenacity.wait_exponential_jitter(initial=0.1, max=10.0, jitter=0.5),
+        wait=tenacity.wait_exponential_jitter(multiplier=0.1, max=10.0, jitter=0.5),
         stop=tenacity.stop_any(
             tenacity.stop_after_delay(patience.deadline_s), tenacity.stop_when_event_set(patience.stop)
         ),
