@@ -90,7 +90,8 @@ def test_transient_faults_cost_time_only(
     faults = sum(epoch(index)[1] for _ in range(3))
     happened = len(fault_proxy.log)
     assert happened > 0
-    if fault.kind != "flip":  # found by its CRC, and asked for again
+    # a flip is found by its CRC, a reset of an idle connection the client itself asks for again
+    if fault.kind not in ("flip", "reset"):
         assert faults > 0
         said = capsys.readouterr().out
         assert "storage: s3://" in said and ".tar: " in said and "again in" in said
