@@ -262,6 +262,8 @@ class SampleConfig(_Group):
     """Arithmetic of the model; the solver's state is float64."""
     url: Url = ""
     """Folder of the plans' samples: a path or any fsspec URL. Empty: ``samples`` in the run directory."""
+    tokenizer: str = ""
+    """Folder, file or name of the tokenizer where it is not found under the name in the index."""
 
 
 class EvaluateConfig(_Group):

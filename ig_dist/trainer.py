@@ -27,7 +27,7 @@ from ig_dist.errors import ConfigError, NonFiniteError, Preempted
 from ig_dist.metrics import RunLog, model_flops_utilisation
 from ig_dist.models.dit import DiT, count_parameters, initialize
 from ig_dist.models.presets import forward_flops
-from ig_dist.monitor import sample_grid, validate
+from ig_dist.monitor import grid_tokenizer, sample_grid, validate
 from ig_dist.objective import open_reader, training_loss
 from ig_dist.optim import learning_rate
 from ig_dist.parallel.build import build_engine
@@ -64,6 +64,8 @@ def train(config: Config, *, force: bool = False) -> None:
         cleanup.enter_context(lost_peers_explained(dist))
         index = read_index(config.data.index)
         config = config.with_data(index.info.latent.shape, len(index.info.classes))
+        if config.log.sample_every_steps:
+            grid_tokenizer(index, config, dist.device)  # one that is missing ends the run now, not at the first grid
         order = build_order(config, index, dist)
         model = DiT(config.model.to_dit())
         initialize(model, config.run.seed)
