@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -36,7 +37,7 @@ def write_moments(folder: Path, vae: Path) -> np.ndarray:
         data = pack_shard([f"{i:08d}" for i in chosen], moments[chosen], labels[chosen])
         name = f"shard-{number:06d}.tar"
         (folder / name).write_bytes(data)
-        rows += scan_shard(data, moments.dtype, moments.shape[1:])
+        rows += scan_shard(io.BytesIO(data), moments.dtype, moments.shape[1:])
         digest = hashlib.sha256(data).hexdigest()
         shards.append({"name": name, "bytes": len(data), "samples": len(chosen), "sha256": digest})
     info = {
