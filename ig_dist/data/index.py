@@ -67,6 +67,14 @@ class LatentInfo(_Record):
         return int(np.prod(self.stored_shape)) * np.dtype(self.dtype).itemsize
 
 
+class KeyInfo(_Record):
+    """What follows a sample's key and a dot in the names of its files."""
+
+    latent: str = "latent.npy"
+    flip: str = "latent_flip.npy"
+    label: str = "cls"
+
+
 class ShardInfo(_Record):
     """One tar file."""
 
@@ -92,6 +100,9 @@ class IndexFile(_Record):
     """Seed of the shuffle at write time."""
     tokenizer: TokenizerInfo
     latent: LatentInfo
+    keys: KeyInfo = KeyInfo()
+    foreign: bool = False
+    """The shards were made elsewhere, and only indexed."""
     classes: list[str]
     """Class i is the i-th name; for ImageNet the sorted synsets (n01440764, ...)."""
     class_names: list[str] | None = None
@@ -163,6 +174,18 @@ def read_index(url: str) -> ShardIndex:
     Raises:
         ConfigError: no index there, not an index, or shards that are missing or of another size.
     """
+    folder, info, sha256 = read_index_file(url)
+    table = read_table(folder, info)
+    _check_shards(folder, info)
+    return ShardIndex(folder, info, table, sha256)
+
+
+def read_index_file(url: str) -> tuple[str, IndexFile, str]:
+    """Folder, contents and sha256 of ``index.json``, by its URL or that of its folder.
+
+    Raises:
+        ConfigError: no index there, or not an index.
+    """
     folder = str(url).removesuffix("/index.json").rstrip("/")
     fs, path = open_url(folder, "data.index")
     try:
@@ -172,7 +195,8 @@ def read_index(url: str) -> ShardIndex:
         what = "is a folder without an index.json" if is_folder else "does not exist"
         raise ConfigError(
             f"data.index: {folder} {what}; write shards there with"
-            " `python data_prep/encode_latents.py --source SRC --dest FOLDER --tokenizer T`"
+            " `python data_prep/encode_latents.py --source SRC --dest FOLDER --tokenizer T`,"
+            " or index those that are there with data_prep/index_shards.py"
         ) from None
     try:
         info = IndexFile.model_validate_json(raw)
@@ -182,12 +206,16 @@ def read_index(url: str) -> ShardIndex:
         raise ConfigError(
             f"{folder}/index.json is not an index of format {FORMAT}: {where}: {first['msg']}; encode again"
         ) from None
-    table = _read_table(fs, f"{path}/{TABLE_NAME}", info)
-    _check_shards(fs, path, info)
-    return ShardIndex(folder=folder, info=info, table=table, sha256=hashlib.sha256(raw).hexdigest())
+    return folder, info, hashlib.sha256(raw).hexdigest()
 
 
-def _read_table(fs: Any, path: str, info: IndexFile) -> SampleTable:
+def read_table(folder: str, info: IndexFile) -> SampleTable:
+    """The side file.
+
+    Raises:
+        ConfigError: it is missing, or not the one of the index.
+    """
+    fs, path = open_url(f"{folder}/{TABLE_NAME}", "data.index")
     try:
         packed = read_file(fs, path)
     except FileNotFoundError:
@@ -202,7 +230,8 @@ def _read_table(fs: Any, path: str, info: IndexFile) -> SampleTable:
     return table
 
 
-def _check_shards(fs: Any, path: str, info: IndexFile) -> None:
+def _check_shards(folder: str, info: IndexFile) -> None:
+    fs, path = open_url(folder, "data.index")
     found = list_sizes(fs, path)
     for shard in info.shards:
         if shard.name not in found:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
-import tarfile
+import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ig_dist.data.tar import Member, read_tar
 from ig_dist.errors import ConfigError
 
 LATENT_SUFFIX = ".latent.npy"
@@ -29,11 +31,14 @@ class SampleRow(NamedTuple):
     flip_crc32: int = 0
 
 
-class _Array(NamedTuple):
+class Array(NamedTuple):
+    """An array in a tar."""
+
     offset: int
-    crc32: int
+    """Of its data in the tar."""
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
+    data: memoryview
 
 
 def pack_shard(
@@ -64,8 +69,9 @@ def scan_shard(
     latent_suffix: str = LATENT_SUFFIX,
     flip_suffix: str | None = None,
     label_suffix: str = LABEL_SUFFIX,
+    visit: Callable[[str, NDArray[Any]], None] | None = None,
 ) -> list[SampleRow]:
-    """One row per sample of a tar, in the order of the tar. The file is read once, from front to back.
+    """One row per sample of a tar, in the order of the tar. The file is read once, from front to back, to its end.
 
     Args:
         file: the tar.
@@ -74,45 +80,72 @@ def scan_shard(
         latent_suffix: what follows a sample's key in the name of its latent.
         flip_suffix: the same for the latent of the mirrored image; None: the samples have none.
         label_suffix: the same for the label, a number as text.
+        visit: called with the key and the array of every latent, also of the mirrored images.
 
     Raises:
-        ConfigError: not a tar, or a sample that lacks a part or has one of another shape or type.
+        DamagedTar: not a tar, or not the whole of one.
+        ConfigError: a sample that lacks a part or has one of another shape or type.
     """
     parts: dict[str, dict[str, Any]] = {suffix: {} for suffix in (latent_suffix, flip_suffix, label_suffix) if suffix}
-    try:
-        with tarfile.open(fileobj=file, mode="r|") as tar:
-            for member in tar:
-                suffix = next((suffix for suffix in parts if member.isfile() and member.name.endswith(suffix)), None)
-                if suffix is None:
-                    continue
-                content = tar.extractfile(member)
-                assert content is not None  # it is a file
-                data = content.read()
-                key = member.name.removesuffix(suffix)
-                if key in parts[suffix]:
-                    raise ConfigError(f"sample {key} has two {suffix}: keys must differ; encode again")
-                if suffix == label_suffix:
-                    parts[suffix][key] = _label(member.name, data)
-                    continue
-                array = _locate(member.name, data, member.offset_data)
-                if (array.shape, array.dtype) != (shape, dtype):
-                    raise ConfigError(
-                        f"{member.name} holds {array.dtype} {array.shape}, expected {dtype} {shape}: encode again"
-                    )
-                parts[suffix][key] = array
-    except tarfile.TarError as error:
-        raise ConfigError(f"not a readable tar ({error}): restore it or encode again") from None
+    for member in read_tar(file):
+        key, suffix = split_name(member.name)
+        if suffix not in parts:
+            continue
+        if key in parts[suffix]:
+            raise ConfigError(f"sample {key} has two {suffix}: keys must differ")
+        if suffix == label_suffix:
+            parts[suffix][key] = _label(member.name, member.data)
+            continue
+        array = locate_array(member)
+        if (array.shape, array.dtype) != (shape, dtype):
+            raise ConfigError(f"{member.name} holds {array.dtype} {array.shape}, expected {dtype} {shape}")
+        parts[suffix][key] = array.offset, zlib.crc32(array.data)
+        if visit:
+            visit(key, np.frombuffer(array.data, dtype).reshape(shape))
     latents, labels, flips = parts[latent_suffix], parts[label_suffix], parts.get(flip_suffix or "", {})
     for suffix, found in parts.items():
         if found.keys() != latents.keys():
             key = min(found.keys() ^ latents.keys())
-            missing = latent_suffix if key in found else suffix
-            raise ConfigError(f"sample {key} has no {missing}: encode again")
-    rows = []
-    for key, latent in latents.items():
-        flip = flips.get(key)
-        rows.append(SampleRow(latent.offset, labels[key], latent.crc32, *((flip.offset, flip.crc32) if flip else ())))
-    return rows
+            raise ConfigError(f"sample {key} has no {latent_suffix if key in found else suffix}")
+    return [SampleRow(offset, labels[key], crc32, *flips.get(key, ())) for key, (offset, crc32) in latents.items()]
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key of the sample, and suffix from the first dot on, as the webdataset library tells them.
+
+    Of a file that belongs to no sample: two empty texts.
+    """
+    folder, slash, file = name.rpartition("/")
+    stem, dot, suffix = file.partition(".")
+    if not (stem and dot) or re.match(r"__[^/]*__($|/)", name):
+        return "", ""
+    return folder + slash + stem, f".{suffix.lower()}"
+
+
+def locate_array(member: Member) -> Array:
+    """The array in a member that is an .npy file.
+
+    Raises:
+        ConfigError: it is none, or not the plain bytes of an array.
+    """
+    data = memoryview(member.data)
+    size = 12 if member.data[6:7] == b"\2" else 10  # of the magic, the version and the length of the header
+    size += int.from_bytes(data[8:size], "little")
+    try:
+        shape, fortran, dtype = _npy_header(bytes(data[:size]))
+    except Exception as error:  # numpy reads the header as Python source: a damaged one raises almost anything
+        raise ConfigError(f"{member.name} is not an .npy file ({_line(error)})") from None
+    if fortran or dtype.hasobject or len(data) - size != int(np.prod(shape)) * dtype.itemsize:
+        raise ConfigError(f"{member.name} is no plain C-ordered array of its shape")
+    return Array(member.offset + size, dtype, shape, data[size:])
+
+
+@lru_cache(maxsize=64)
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """What an .npy header says; remembered, as it is the same in all samples and numpy parses it as Python source."""
+    file = io.BytesIO(header)
+    version = np.lib.format.read_magic(file)
+    return {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version](file)
 
 
 def _npy(array: NDArray[Any]) -> bytes:
@@ -121,22 +154,12 @@ def _npy(array: NDArray[Any]) -> bytes:
     return file.getvalue()
 
 
-def _locate(name: str, data: bytes, begin: int) -> _Array:
-    """The array in the bytes of an .npy file that begins at byte ``begin`` of the shard."""
-    header = io.BytesIO(data)
-    try:
-        version = np.lib.format.read_magic(header)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, fortran, dtype = read(header)
-    except (KeyError, ValueError) as error:
-        raise ConfigError(f"{name} is not an .npy file ({error}): encode again") from None
-    if fortran or dtype.hasobject or len(data) - header.tell() != int(np.prod(shape)) * dtype.itemsize:
-        raise ConfigError(f"{name} is no plain C-ordered array of its shape: encode again")
-    return _Array(begin + header.tell(), zlib.crc32(memoryview(data)[header.tell() :]), dtype, shape)
-
-
 def _label(name: str, data: bytes) -> int:
     try:
         return int(data)
     except ValueError:
-        raise ConfigError(f"{name} holds {data[:20]!r}, not a class number: encode again") from None
+        raise ConfigError(f"{name} holds {data[:20]!r}, not a class number") from None
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

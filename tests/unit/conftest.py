@@ -1,9 +1,18 @@
-"""What the tests of tokenizers share."""
+"""What the tests of tokenizers share, and those of the commands in data_prep."""
 
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from torch import nn
+
+from ig_dist.terminal import console
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -20,3 +29,33 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
 
     folder = tmp_path_factory.mktemp("small")
     return folder, save_vae(folder)
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Runs ``index_shards`` or ``verify_shards`` in this process: a start of Python each would take minutes."""
+
+    def run_script(script: str, *arguments: object) -> Ran:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        monkeypatch.setattr(console, "stderr", False)  # --json leaves it set
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / f"data_prep/{script}.py"), run_name="__main__")
+        except SystemExit as end:
+            code = int(end.code or 0)
+        ran = Ran(code, *capsys.readouterr())
+        assert not code or (ran.err.splitlines()[-1].startswith("error: ")), ran.err
+        return ran
+
+    yield run_script
+    console.stderr = False

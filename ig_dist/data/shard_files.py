@@ -1,0 +1,241 @@
+"""Whole shards: found by folder, glob or brace expression, and read once, front to back, several at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import PurePosixPath
+from typing import IO, Any, Literal, NamedTuple, TypeVar, cast
+
+import numpy as np
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from ig_dist.data.index import KeyInfo, LatentInfo
+from ig_dist.data.shards import SampleRow, scan_shard
+from ig_dist.data.statistics import ChannelSums
+from ig_dist.data.tar import DamagedTar
+from ig_dist.errors import ConfigError, DataError
+from ig_dist.storage import REQUEST_BYTES, Patience, full_url, list_sizes, open_url, read_range, retried
+from ig_dist.terminal import console
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_LOG_EVERY_S = 60.0
+
+
+class ShardFile:
+    """A file that is read once, front to back, in requests that are made again after a fault; hashed on the way.
+
+    Args:
+        fs: the file system.
+        path: the file in it.
+        size: its bytes.
+        patience: how long faults are borne; its ``stop`` ends the reading.
+        advance: called with the number of bytes that were read.
+    """
+
+    def __init__(
+        self, fs: Any, path: str, size: int, patience: Patience, advance: Callable[[int], None] = lambda _: None
+    ) -> None:
+        self._fs, self._path, self._size, self._patience, self._advance = fs, path, size, patience, advance
+        self._hash = hashlib.sha256()
+        self._next = 0  # of the piece that is not read yet
+        self._piece, self._at = memoryview(b""), 0
+
+    def read(self, count: int) -> bytes:
+        """The next ``count`` bytes; fewer at the end of the file."""
+        parts = []
+        while count and (self._at < len(self._piece) or self._read_piece()):
+            part = self._piece[self._at : self._at + count]
+            parts.append(part)
+            self._at += len(part)
+            count -= len(part)
+        return b"".join(parts)
+
+    def sha256(self) -> str:
+        """Hash of the whole file, of which the rest is read."""
+        while self._read_piece():
+            pass
+        return self._hash.hexdigest()
+
+    def _read_piece(self) -> bool:
+        if self._patience.stop.is_set():
+            raise CancelledError
+        stop = min(self._next + REQUEST_BYTES, self._size)
+        if stop == self._next:
+            return False
+        self._piece = read_range(self._fs, self._path, self._next, stop, self._patience)
+        self._hash.update(self._piece)
+        self._advance(stop - self._next)
+        self._next, self._at = stop, 0
+        return True
+
+
+class ShardContent(NamedTuple):
+    """What is in a shard."""
+
+    rows: list[SampleRow]
+    sha256: str
+    sums: ChannelSums
+    problem: ConfigError | DamagedTar | None
+    """Why it could not be read to its end; there are no rows then."""
+
+
+def read_shard(file: ShardFile, latent: LatentInfo, keys: KeyInfo) -> ShardContent:
+    """Read a shard once: its samples, its hash and the sums of its latents.
+
+    Raises:
+        DataError: the storage fails.
+        OSError: the file cannot be read.
+    """
+    sums = ChannelSums(latent.kind, latent.shape[0])
+    rows: list[SampleRow] = []
+    problem = None
+    try:
+        rows = scan_shard(
+            cast(IO[bytes], file),
+            np.dtype(latent.dtype),
+            latent.stored_shape,
+            latent_suffix=f".{keys.latent}",
+            flip_suffix=f".{keys.flip}" if latent.flips else None,
+            label_suffix=f".{keys.label}",
+            visit=sums.add,
+        )
+    except (ConfigError, DamagedTar) as error:
+        problem = error
+    sums.close()
+    return ShardContent(rows, file.sha256(), sums, problem)
+
+
+class FoundShards(NamedTuple):
+    """Shards of one folder."""
+
+    fs: Any
+    folder: str
+    """In the file system."""
+    sizes: dict[str, int]
+    """Names, sorted, and bytes."""
+
+
+def find_shards(expression: str) -> FoundShards:
+    """The shards that a folder, glob or brace expression names: a path or any fsspec URL.
+
+    Raises:
+        ConfigError: there are none, or not all are in one folder.
+    """
+    fs, path = open_url(expression, "--shards")
+    try:
+        return _find(expression, fs, path)
+    except OSError as error:
+        raise unreadable(fs, path, error) from None
+
+
+def _find(expression: str, fs: Any, path: str) -> FoundShards:
+    if retried(fs, path, lambda: fs.isdir(path)):
+        below = [*_glob(fs, f"{_literal(path)}/*/*.tar")]
+        if below:
+            raise ConfigError(
+                f"--shards {expression} has shards in sub-folders ({full_url(fs, below[0])}): an index and its shards"
+                " lie in one folder; move them there, or index each folder by itself"
+            )
+        folder, found = path, [name for name in list_sizes(fs, path) if name.endswith(".tar")]
+    else:
+        from webdataset.shardlists import expand_urls
+
+        try:
+            parts = expand_urls(path)
+        except ValueError as error:
+            raise ConfigError(f"--shards {expression}: {error}: mend the brace expression") from None
+        files = [file for part in parts for file in (_glob(fs, part) if _has_magic(part) else [part])]
+        folders = sorted({str(PurePosixPath(file).parent) for file in files})
+        if len(folders) > 1:
+            raise ConfigError(
+                f"--shards {expression} names files in {len(folders)} folders ({folders[0]}, {folders[1]}, ...): an"
+                " index and its shards lie in one folder; move them there, or index each folder by itself"
+            )
+        folder, found = (folders or [""])[0], [PurePosixPath(file).name for file in files]
+    if not found:
+        raise ConfigError(
+            f"--shards {expression} names no shards: use a folder of .tar files, a glob ('data/*.tar') or a brace"
+            " expression ('data/{000000..000127}.tar')"
+        )
+    there = list_sizes(fs, folder)
+    missing = sorted(set(found) - there.keys())
+    if missing:
+        raise ConfigError(
+            f"--shards {expression}: {full_url(fs, f'{folder}/{missing[0]}')} is not there, or no plain file"
+            + (f" (and {len(missing) - 1} more)" if missing[1:] else "")
+            + ": mend the expression, or copy the shard there"
+        )
+    return FoundShards(fs, folder, {name: there[name] for name in sorted(set(found))})
+
+
+def _has_magic(path: str) -> bool:
+    return any(letter in path for letter in "*?[")
+
+
+def _literal(path: str) -> str:
+    """A path as a glob that matches it alone."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in path)
+
+
+def _glob(fs: Any, pattern: str) -> list[str]:
+    return [str(file) for file in retried(fs, pattern, lambda: fs.glob(pattern))]
+
+
+def in_parallel(work: Callable[[T], R], items: Sequence[T], workers: int, patience: Patience) -> list[R]:
+    """``work`` on each item, by threads; results in the order of the items. The first error ends the others' work."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        futures = [pool.submit(work, item) for item in items]
+        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+            future.result()
+        return [future.result() for future in futures]
+    except BaseException:
+        patience.stop.set()  # also at Ctrl-C: who reads ends at the next piece
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def shard_progress(what: str, total: int, unit: Literal["bytes", "shards"]) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal, else a line a minute; gives what to call with the number of units done."""
+    amounts = [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn()]
+    columns = (TextColumn(what), BarColumn(), *amounts, TimeRemainingColumn(elapsed_when_finished=True))
+    began = logged = time.monotonic()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+
+        def advance(count: int) -> None:
+            nonlocal logged
+            progress.update(task, advance=count)
+            now = time.monotonic()
+            if not console.is_terminal and now - logged > _LOG_EVERY_S:
+                logged, done = now, progress.tasks[0].completed
+                divisor, name = (1e6, "MB") if unit == "bytes" else (1, "shards")
+                rate = done / divisor / (now - began)
+                console.print(f"{what}: {done / divisor:,.0f} of {total / divisor:,.0f} {name}, {rate:,.0f} {name}/s")
+
+        yield advance
+
+
+def unreadable(fs: Any, path: str, error: OSError) -> DataError:
+    """What is said of a file that the machine itself cannot read."""
+    gone = isinstance(error, FileNotFoundError)
+    words = error.strerror or " ".join(str(error).split())
+    return DataError(
+        f"{full_url(fs, path)} {'is gone' if gone else f'cannot be read ({words})'}: restore it and run again"
+    )

@@ -1,0 +1,224 @@
+"""Shards held against their index: what is not as it says, shard by shard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ig_dist.data.index import TABLE_NAME, IndexFile, SampleTable, ShardIndex
+from ig_dist.data.reader import ShardReader
+from ig_dist.data.shard_files import ShardContent, ShardFile, in_parallel, read_shard, shard_progress, unreadable
+from ig_dist.data.statistics import ChannelSums, normalised, raw_statistics
+from ig_dist.storage import Patience, list_sizes, open_url
+
+TOLERANCE = 1e-4
+"""Of means (in standard deviations) and of standard deviations (relative): sums of the same numbers differ by less."""
+
+_BESIDE = {"index.json", TABLE_NAME, "rejected.csv"}
+_COLUMNS = {
+    "offset": "place in the tar",
+    "label": "label",
+    "crc32": "CRC",
+    "flip_offset": "place of the mirrored latent",
+    "flip_crc32": "CRC of the mirrored latent",
+}
+
+
+@dataclass
+class ShardCheck:
+    """What was found of a shard."""
+
+    name: str
+    problems: list[str] = field(default_factory=list)
+    sums: ChannelSums | None = None
+    """Of its latents, if it was read to its end."""
+    bytes_read: int = 0
+
+
+class Drift(NamedTuple):
+    """The largest differences of the latents' statistics from those of the index, over the channels."""
+
+    mean: float
+    """In standard deviations."""
+    std: float
+    """Relative."""
+
+
+@dataclass
+class Verdict:
+    """What was found of all shards."""
+
+    shards: list[ShardCheck]
+    orphans: list[str]
+    """Files beside the index that it does not know."""
+    drift: Drift | None
+    """None: not every shard was read."""
+    index_problems: list[str]
+
+    @property
+    def damaged(self) -> list[ShardCheck]:
+        """Shards with problems."""
+        return [shard for shard in self.shards if shard.problems]
+
+
+def verify_shards(
+    folder: str, info: IndexFile, table: SampleTable | None, *, fast: bool, seed: int, workers: int
+) -> Verdict:
+    """Hold all shards against the index.
+
+    Args:
+        folder: of the index and its shards.
+        info: the index.
+        table: its side file; None: damaged, so that no sample can be compared with it.
+        fast: check only the size of a shard, and one sample of it.
+        seed: chooses that sample.
+        workers: shards that are read at once.
+
+    Raises:
+        DataError: the storage fails.
+    """
+    patience = Patience()
+    fs, path = open_url(folder, "data.index", patience)
+    try:
+        sizes = list_sizes(fs, path)
+    except OSError as error:
+        raise unreadable(fs, path, error) from None
+    total = len(info.shards) if fast else sum(sizes.get(shard.name, 0) for shard in info.shards)
+    with shard_progress("verify", total, "shards" if fast else "bytes") as advance:
+        if fast:
+            check = _fast_check(ShardIndex(folder, info, table, ""), seed, patience) if table else None
+        else:
+            check = _full_check(fs, path, info, table, patience, advance)
+
+        def work(number: int) -> ShardCheck:
+            name, expected = info.shards[number].name, info.shards[number].bytes
+            found = ShardCheck(name)
+            if name not in sizes:
+                found.problems.append("is missing")
+            elif sizes[name] != expected:
+                found.problems.append(f"has {sizes[name]} bytes, the index says {expected}")
+            if check and name in sizes and not (fast and found.problems):
+                check(found, number, sizes[name])
+            if fast:
+                advance(1)
+            return found
+
+        shards = in_parallel(work, range(len(info.shards)), workers, patience)
+    known = {shard.name for shard in info.shards} | _BESIDE
+    drift = None
+    lengths = {len(v) for v in (*vars(info.statistics).values(), info.latent.shift, info.latent.scale)}
+    if lengths == {info.latent.shape[0]} and all(shard.sums is not None and not shard.problems for shard in shards):
+        drift = _drift(info, [shard.sums for shard in shards if shard.sums])
+    verdict = Verdict(shards, sorted(sizes.keys() - known), drift, _index_problems(info, table, drift))
+    if lengths != {info.latent.shape[0]}:
+        verdict.index_problems.append(f"statistics, shift and scale are not of {info.latent.shape[0]} channels")
+    return verdict
+
+
+def _full_check(
+    fs: Any, path: str, info: IndexFile, table: SampleTable | None, patience: Patience, advance: Callable[[int], None]
+) -> Callable[[ShardCheck, int, int], None]:
+    """A check that reads a whole shard."""
+    owners = {shard.sha256: shard.name for shard in info.shards}
+    firsts = np.concatenate([[0], np.cumsum([shard.samples for shard in info.shards])])
+
+    def examine(number: int, size: int, advance: Callable[[int], None]) -> tuple[ShardContent, list[str]]:
+        shard = info.shards[number]
+        content = read_shard(ShardFile(fs, f"{path}/{shard.name}", size, patience, advance), info.latent, info.keys)
+        problems = []
+        if content.sha256 != shard.sha256:
+            if content.sha256 in owners:
+                return content, [f"holds the bytes of {owners[content.sha256]}"]
+            problems = [f"sha256 is {content.sha256[:12]}..., the index says {shard.sha256[:12]}..."]
+        return content, problems + _differences(content, shard.samples, table, int(firsts[number]))
+
+    def check(found: ShardCheck, number: int, size: int) -> None:
+        try:
+            content, problems = examine(number, size, advance)
+            if problems:  # once more: it may have suffered on the way
+                content, problems = examine(number, size, lambda _: None)
+        except OSError as error:
+            found.problems.append(f"cannot be read ({error.strerror or ' '.join(str(error).split())})")
+            return
+        found.bytes_read = size
+        found.sums = None if content.problem else content.sums
+        found.problems += problems
+
+    return check
+
+
+def _differences(content: ShardContent, samples: int, table: SampleTable | None, first: int) -> list[str]:
+    """How the samples of a shard differ from the table, and what latents cannot be."""
+    problems = []
+    if content.problem:
+        problems.append(str(content.problem))
+    elif len(content.rows) != samples:
+        problems.append(f"holds {len(content.rows)} samples, the index says {samples}")
+    elif table is not None:
+        for name, found in vars(SampleTable.from_rows(content.rows)).items():
+            expected = getattr(table, name)
+            if found is None or expected is None:
+                continue
+            bad = np.flatnonzero(found != expected[first : first + samples])
+            if len(bad):
+                problems.append(f"{_samples(len(bad))} with another {_COLUMNS[name]} (the first: {first + bad[0]})")
+    for keys, what in ((content.sums.not_finite, "NaN or infinity"), (content.sums.negative_std, "a negative std")):
+        if keys:
+            problems.append(f"{_samples(len(keys))} with {what} (the first: {keys[0]})")
+    return problems
+
+
+def _samples(count: int) -> str:
+    return f"{count} sample{'s' if count > 1 else ''}"
+
+
+def _fast_check(index: ShardIndex, seed: int, patience: Patience) -> Callable[[ShardCheck, int, int], None]:
+    """A check that reads one sample of a shard."""
+    reader = ShardReader(index, "skip", patience=patience)
+    sizes = index.shard_sizes
+    chosen = np.random.default_rng(seed).integers(sizes)
+
+    def check(found: ShardCheck, number: int, _size: int) -> None:
+        place = int(chosen[number])
+        for flipped in [False, True] if index.info.latent.flips else [False]:
+            stored, good = reader.read(number, place, place + 1, flipped=np.array([flipped]))
+            found.bytes_read += stored.nbytes
+            sample = sum(sizes[:number]) + place
+            if not good[0]:
+                found.problems.append(f"sample {sample} has another CRC")
+            elif not np.isfinite(stored).all():
+                found.problems.append(f"sample {sample} has NaN or infinity")
+
+    return check
+
+
+def _drift(info: IndexFile, parts: list[ChannelSums]) -> Drift:
+    found, said = normalised(raw_statistics(parts), info.latent), info.statistics
+    std = np.array(said.std)
+    unit = np.where(std > 0, std, 1.0)
+    return Drift(
+        float(np.max(np.abs(np.array(found.mean) - said.mean) / unit)),
+        float(np.max(np.abs(np.array(found.std) - std) / unit)),
+    )
+
+
+def _index_problems(info: IndexFile, table: SampleTable | None, drift: Drift | None) -> list[str]:
+    problems = []
+    if drift and not all(difference <= TOLERANCE for difference in drift):
+        problems.append(
+            f"its statistics are not those of the latents: means differ by up to {drift.mean:.2g} standard deviations,"
+            f" standard deviations by up to {drift.std:.2g} of them (tolerance {TOLERANCE:g})"
+        )
+    if table is not None and not (table.label.min() >= 0 and table.label.max() < len(info.classes)):
+        problems.append(f"labels are {table.label.min()} to {table.label.max()}, of {len(info.classes)} classes")
+    return problems
+
+
+def class_counts(info: IndexFile, table: SampleTable) -> NDArray[np.int64]:
+    """Samples of each class, (classes,)."""
+    inside = table.label[(table.label >= 0) & (table.label < len(info.classes))]
+    return np.bincount(inside, minlength=len(info.classes))
