@@ -10,6 +10,7 @@ import difflib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +25,14 @@ class Tokenizer:
     name: str
     sha256: str
     """Hash of weights and settings."""
+    downsample: int
+    """Pixels of the image side per latent position; image sizes are multiples of it."""
+    image_channels: int | None
+    """Channels of the images that it takes; None: any number."""
+    stochastic: bool
+    """Whether ``encode`` gives a posterior: mean and std stacked, (B, 2C, h, w)."""
+    scale: float | None
+    """The model sees latent * scale; None: (latent - mean) / std by the statistics of the data set, per channel."""
     uint8_rule: str
     """How decoded values become uint8; part of every score's protocol."""
     encode: Callable[[Tensor], Tensor]
@@ -45,6 +54,10 @@ _TOKENIZERS = {
     "pixel": Tokenizer(
         name="pixel",
         sha256=hashlib.sha256(f"pixel: x / 127.5 - 1; {_PIXEL_RULE}".encode()).hexdigest(),
+        downsample=1,
+        image_channels=None,
+        stochastic=False,
+        scale=1.0,
         uint8_rule=_PIXEL_RULE,
         encode=_pixel_encode,
         decode=_pixel_decode,
@@ -52,8 +65,15 @@ _TOKENIZERS = {
 }
 
 
-def get_tokenizer(name: str) -> Tokenizer:
+def get_tokenizer(
+    name: str, *, device: torch.device | str = "cpu", precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+) -> Tokenizer:
     """A tokenizer by name.
+
+    Args:
+        name: which one.
+        device: where its weights lie; it takes and gives tensors there.
+        precision: arithmetic of its networks.
 
     Raises:
         ConfigError: unknown name.
