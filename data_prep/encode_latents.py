@@ -72,7 +72,7 @@ def main(
     ] = 1,
 ) -> None:
     """Encode images into WebDataset shards of latents, with an index. Run it again, or on more machines, at will."""
-    from ig_dist.data.sources import find_source
+    from ig_dist.data.sources import find_source, refuse_missing
     from ig_dist.encoding import prepare
     from ig_dist.encoding.display import summary
     from ig_dist.encoding.dry_run import estimate
@@ -89,6 +89,7 @@ def main(
     device = prepare.choose_device(me)
     arithmetic = prepare.choose_precision(precision, tokenizer, device)
     encoder = get_tokenizer(tokenizer, device=device, precision=arithmetic)
+    refuse_missing(source)
     size = prepare.choose_image_size(source, image_size, encoder)
     what = prepare.choose_store(store, encoder)
     prepare.refuse_dest_in_source(source, dest)

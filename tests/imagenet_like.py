@@ -6,6 +6,7 @@ shards, parquet shards.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import tarfile
@@ -23,7 +24,7 @@ from ig_dist.data.classes import imagenet_classes
 CLASSES = 20
 PER_CLASS = 12
 SYNSETS = list(imagenet_classes())[::50]
-CORRUPT, TRUNCATED = 7, 131  # numbers of the files that hold no picture, in the order of ``files``
+CORRUPT, TRUNCATED = f"{SYNSETS[0]}_7.JPEG", f"{SYNSETS[10]}_11.JPEG"  # the files that hold no picture
 
 
 class File(NamedTuple):
@@ -32,11 +33,10 @@ class File(NamedTuple):
     data: bytes
 
 
+@functools.cache
 def files() -> list[File]:
     """All files, sorted by class and name."""
     made = [_file(label, i) for label in range(CLASSES) for i in range(PER_CLASS)]
-    made[CORRUPT] = made[CORRUPT]._replace(data=b"<html>404</html>" * 20)
-    made[TRUNCATED] = made[TRUNCATED]._replace(data=made[TRUNCATED].data[:600])
     return sorted(made, key=lambda file: (file.label, file.name))
 
 
@@ -55,7 +55,9 @@ def _file(label: int, i: int) -> File:
         exif[0x0112] = 6
     data = io.BytesIO()
     image.save(data, "JPEG", quality=90, exif=exif)
-    return File(f"{SYNSETS[label]}_{i}.JPEG", label, data.getvalue())
+    name = f"{SYNSETS[label]}_{i}.JPEG"
+    damaged = {CORRUPT: b"<html>404</html>" * 20, TRUNCATED: data.getvalue()[:600]}
+    return File(name, label, damaged.get(name, data.getvalue()))
 
 
 def image_folder(root: Path) -> Path:

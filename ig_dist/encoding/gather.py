@@ -12,7 +12,7 @@ import numpy as np
 from ig_dist.data.index import LatentInfo, SampleTable, write_index
 from ig_dist.data.shards import SampleRow
 from ig_dist.data.sources import Source
-from ig_dist.encoding.records import Dest, Rejected, ShardRecord, TooManyRejected
+from ig_dist.encoding.records import Dest, Rejected, ShardRecord, Superseded, TooManyRejected
 from ig_dist.encoding.settings import Settings
 from ig_dist.errors import ConfigError
 from ig_dist.latents.tokenizers import Tokenizer
@@ -22,7 +22,13 @@ _CHECKED_SAMPLES = 4  # of each shard
 
 
 def gather(
-    dest: Dest, settings: Settings, source: Source, tokenizer: Tokenizer, shape: tuple[int, int, int], shards: int
+    dest: Dest,
+    settings: Settings,
+    source: Source,
+    where: str,
+    tokenizer: Tokenizer,
+    shape: tuple[int, int, int],
+    shards: int,
 ) -> bool:
     """Write ``rejected.csv``, the side table and the index, and remove the records.
 
@@ -30,6 +36,7 @@ def gather(
         dest: where all shards are finished.
         settings: of the shards.
         source: what was encoded.
+        where: the same as the user gave it.
         tokenizer: what encoded it.
         shape: of a latent that the model sees, (C, h, w).
         shards: how many, with those that turned out empty.
@@ -53,9 +60,13 @@ def gather(
     rows = [row for record in whole for row in record.rows]
     rejected = [row for record in whole for row in record.rejected]
     labels = np.array([row.label for row in rows], np.int64)
-    dest.write_rejected(rejected)
-    refuse_empty_classes(source, labels, rejected)
-    write_index(dest.url, _index(settings, source, tokenizer, shape, whole), SampleTable.from_rows(rows))
+    try:
+        dest.write_rejected(rejected)
+        refuse_empty_classes(source, labels, rejected, where)
+        write_index(dest.url, _index(settings, source, tokenizer, shape, whole), SampleTable.from_rows(rows))
+    except (Superseded, FileNotFoundError):  # swept away by another worker, which has written the same
+        if not dest.has_index():
+            raise
     dest.sweep()
     return True
 
@@ -77,7 +88,7 @@ def refuse_too_many(rejected: Sequence[Rejected], total: int, max_rejected: floa
     )
 
 
-def refuse_empty_classes(source: Source, labels: Any, rejected: Sequence[Rejected]) -> None:
+def refuse_empty_classes(source: Source, labels: Any, rejected: Sequence[Rejected], where: str) -> None:
     """Every class must have a picture.
 
     Raises:
@@ -89,8 +100,9 @@ def refuse_empty_classes(source: Source, labels: Any, rejected: Sequence[Rejecte
     label = int(np.argmin(counts))
     first = next(row for row in sorted(rejected) if source.labels[row.number] == label)
     raise ConfigError(
-        f"--source: class {source.classes[label]!r} has no usable picture (the first: {first.path}: {first.reason}):"
-        " add PNG, JPEG or WebP files, or remove the class, and encode to another --dest"
+        f"--source {where}: class {source.classes[label]!r} has no usable picture"
+        f" (the first: {first.path}: {first.reason}): add PNG, JPEG or WebP files, or remove the class, and encode to"
+        " another --dest"
     )
 
 

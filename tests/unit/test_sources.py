@@ -60,7 +60,7 @@ def test_every_form_holds_the_same_files_and_labels(form: str, forms: dict[str, 
     found = find_source(str(forms[form]), str(tmp_path))
     source = found.open()
     assert contents(source) == sorted((file.label, file.data) for file in imagenet_like.files())
-    assert source.name == found.name and "240 images, sha256 " in source.name
+    assert source.name == found.name and "240 files, sha256 " in source.name
     words = [imagenet_classes()[synset] for synset in SYNSETS]
     by_number = form in ("WebDataset", "parquet")
     assert source.classes == ([str(i) for i in range(20)] if by_number else SYNSETS)

@@ -25,7 +25,7 @@ from ig_dist.errors import ConfigError
 from ig_dist.storage import is_local, open_url
 from ig_dist.terminal import console, is_main_process
 
-__all__ = ["Found", "Source", "find_source"]
+__all__ = ["Found", "Source", "find_source", "refuse_missing"]
 
 FORMS = (
     "`digits`, a folder with one sub-folder of pictures per class, ILSVRC2012_img_train.tar, the folder from Kaggle,"
@@ -45,6 +45,7 @@ def find_source(src: str, spool_base: str | None = None) -> Found:
     Raises:
         ConfigError: nothing there, or nothing that can be encoded.
     """
+    refuse_missing(src)
     if src == "digits":
         source = digits()
         return Found("scikit-learn's digits", source.name, lambda: source)
@@ -59,10 +60,20 @@ def find_source(src: str, spool_base: str | None = None) -> Found:
     files = _listed_files(src)
     if files:
         return _file_source(src, files, spool_base)
-    if "://" in src or glob.has_magic(src) or "{" in src:
-        raise ConfigError(f"--source {src}: no .tar or .parquet files there; use {FORMS}")
-    what = "is a file" if path.exists() else "does not exist"
-    raise ConfigError(f"--source {src!r} {what}: use {FORMS}")
+    if path.is_file():
+        raise ConfigError(f"--source {src!r} is a file, no .tar or .parquet: use {FORMS}")
+    raise ConfigError(f"--source {src}: no .tar or .parquet files there; use {FORMS}")
+
+
+def refuse_missing(src: str) -> None:
+    """Say at once that a local path is not there.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    pattern = "://" in src or glob.has_magic(src) or "{" in src
+    if src != "digits" and not pattern and not Path(src).exists():
+        raise ConfigError(f"--source {src!r} does not exist: use {FORMS}")
 
 
 def _file_source(src: str, files: Sequence[SourceFile], spool_base: str | None) -> Found:
@@ -72,7 +83,7 @@ def _file_source(src: str, files: Sequence[SourceFile], spool_base: str | None) 
     if is_local(files[0].fs):
         return _local_tars(src, files)
     what = f"tars {_base_name(src)}"
-    name = source_name(what, ((f"{file.name} {file.version}", file.size, 0) for file in files), len(files), "files")
+    name = source_name(what, ((f"{file.name} {file.version}", file.size, 0) for file in files), len(files))
     return _copied("tars", name, what, files, spool_base, copy_tar)
 
 
@@ -83,10 +94,10 @@ def _parquet_source(src: str, files: Sequence[SourceFile], spool_base: str | Non
     what = f"parquet {_base_name(src)}"
     if is_local(files[0].fs):
         rows = parquet_rows(files)
-        name = source_name(what, rows, len(rows), "images")
+        name = source_name(what, rows, len(rows))
     else:  # a column of each of several hundred remote files takes minutes; the store's own version says as much
         entries = ((f"{file.name} {file.version}", file.size, 0) for file in files)
-        name = source_name(what, entries, len(files), "files")
+        name = source_name(what, entries, len(files))
     return _copied("parquet files", name, what, files, spool_base, parquet_to_tar, names)
 
 

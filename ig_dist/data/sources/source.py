@@ -68,12 +68,12 @@ class Found(NamedTuple):
     """Of a source that must be copied: copies a part of it into a folder; gives that and its share of the whole."""
 
 
-def source_name(what: str, entries: Iterable[tuple[str, int, int]], count: int, unit: str) -> str:
+def source_name(what: str, entries: Iterable[tuple[str, int, int]], count: int) -> str:
     """The name of a source, with a hash over (path, size, label) of each entry and over the preprocessing."""
     digest = hashlib.sha256(f"{PREPROCESSING}\n".encode())
     for path, size, label in entries:
         digest.update(b"%s\0%d\0%d\n" % (os.fsencode(path), size, label))
-    return f"{what}, {count} {unit}, sha256 {digest.hexdigest()}"
+    return f"{what}, {count} files, sha256 {digest.hexdigest()}"
 
 
 def listed_source(
@@ -94,7 +94,7 @@ def listed_source(
     sizes = np.array([image.where.size for image in listed], np.int64)
     labels = np.array([image.label for image in listed], np.int64)
     paths = [image.path for image in listed]
-    name = name or source_name(what, zip(paths, sizes, labels, strict=True), len(paths), "images")
+    name = name or source_name(what, zip(paths, sizes, labels, strict=True), len(paths))
     return Source(
         name=name,
         classes=classes,
