@@ -12,7 +12,10 @@ whole or not at all, the index last: after an interruption run the same command 
 
 from __future__ import annotations
 
+import signal
+import sys
 import tempfile
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -151,5 +154,16 @@ def main(
         say(line)
 
 
+def stop(number: int, frame: FrameType | None) -> None:
+    """A signal ends this process; the shard that is being written is still finished."""
+    print(
+        f"stopped: {signal.Signals(number).name}; finished shards stay, run the same command again",
+        file=sys.stderr,
+        flush=True,
+    )
+    raise SystemExit(75)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     run_app(main)

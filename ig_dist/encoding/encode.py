@@ -105,26 +105,28 @@ def _make_missing(job: Job, ledger: Ledger, order: list[int]) -> None:
         workers=job.decoders,
         pin=job.device.type == "cuda",
     )
-    shard = OpenShard(-1)
+    shard, made = OpenShard(-1), set[int]()
     writing: Future[None] | None = None
     # One thread packs and writes the last shard while this one feeds the device with the next.
-    with Display(len(order), _places(ledger, job, order)) as display, ThreadPoolExecutor(1) as writer:
+    with Display(len(order), _images(ledger.finished, job)) as display, ThreadPoolExecutor(1) as writer:
         for encoded in latent_batches(batches, job.tokenizer, job.settings, job.device):
             if encoded.batch.shard != shard.number:  # the one before is finished, or was left to another worker
                 shard = OpenShard(encoded.batch.shard)
             shard.add(encoded, job.source)
-            own = [] if shard.number in ledger.finished else shard.rejected
-            refuse_too_many(ledger.rejected + own, len(order), job.max_rejected, job.dest, job.where)
+            rejected = ledger.rejected + ([] if shard.number in ledger.finished else shard.rejected)
+            refuse_too_many(rejected, len(order), job.max_rejected, job.dest, job.where)
             if encoded.batch.last:
                 if writing is not None:
                     writing.result()
-                labels = job.source.labels
-                writing = writer.submit(finish_shard, shard, job.dest, job.settings, labels)
-            display.show(_places(ledger, job, order) + shard.places, encoded.batch.places)
+                writing = writer.submit(finish_shard, shard, job.dest, job.settings, job.source.labels)
+                made.add(shard.number)
+            in_hand = 0 if shard.number in made else shard.places
+            display.show(_images(ledger.finished | made, job) + in_hand, encoded.batch.places)
         if writing is not None:
             writing.result()
 
 
-def _places(ledger: Ledger, job: Job, order: list[int]) -> int:
-    """Images in the finished shards."""
-    return sum(len(shard_places(number, len(order), job.settings.samples_per_shard)) for number in ledger.finished)
+def _images(shards: set[int], job: Job) -> int:
+    """Images in shards."""
+    total, size = len(job.source.labels), job.settings.samples_per_shard
+    return sum(len(shard_places(number, total, size)) for number in shards)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -83,6 +85,7 @@ def image_batches(
         prefetch_factor=PREFETCH if workers else None,
         pin_memory=pin,
         multiprocessing_context=context,
+        worker_init_fn=_end_with_parent,
     )
     try:
         for batch in loader:
@@ -131,6 +134,22 @@ def decode(request: Request, size: int, channels: int) -> ImageBatch:
         upscaled,
         failure,
     )
+
+
+def _end_with_parent(worker: int) -> None:
+    """End when the process that wants the images is killed.
+
+    The DataLoader's own watch looks at the process that forked this one, which is the server, and that lives as long
+    as this one does.
+    """
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _as_it_is(batch: Any) -> Any:

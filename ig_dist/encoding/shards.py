@@ -17,7 +17,7 @@ from ig_dist.encoding.records import Dest, Rejected, ShardRecord, Superseded, re
 from ig_dist.encoding.settings import Settings, shard_name
 from ig_dist.errors import DataError
 
-_CHUNK = 256  # samples whose squares are summed at a time: part of the result's last bits
+_CHUNK = 16  # samples that are summed at a time, as float64; a constant, because it decides the last bits
 
 
 @dataclass
@@ -64,8 +64,7 @@ def finish_shard(shard: OpenShard, dest: Dest, settings: Settings, labels: NDArr
     name = shard_name(shard.number)
     rows, data, sums = [], b"", np.zeros((2, 0))
     if shard.images:
-        latents = np.concatenate(shard.latents)
-        flipped = np.concatenate(shard.flipped) if shard.flipped else None
+        latents, flipped = _joined(shard.latents), _joined(shard.flipped) if shard.flipped else None
         for part in (latents, flipped):
             finite = part is None or np.isfinite(part).all((1, 2, 3))
             if not np.all(finite):
@@ -102,6 +101,12 @@ def finish_shard(shard: OpenShard, dest: Dest, settings: Settings, labels: NDArr
         dest.write(record_name(shard.number), record.model_dump_json().encode())
     except Superseded:
         return
+
+
+def _joined(parts: list[NDArray[np.float16]]) -> NDArray[np.float16]:
+    joined = np.concatenate(parts)
+    parts.clear()  # a shard is large enough once
+    return joined
 
 
 def channel_sums(parts: Sequence[NDArray[np.float16]], moments: bool) -> NDArray[np.float64]:

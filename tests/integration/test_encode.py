@@ -174,12 +174,12 @@ def test_a_killed_worker_and_its_replacement_change_no_byte(
         return {path.name for path in dest.glob("parts/*.json")}
 
     first = start("--worker 0/2 --workers 1 --batch-size 7")
-    victim = start("--worker 1/2 --batch-size 5")
+    victim = start("--worker 1/2 --workers 1 --batch-size 5")
     while not records() & {f"shard-{number:06d}.json" for number in range(7, SHARDS)}:
         time.sleep(0.01)
         assert victim.poll() is None, victim.communicate()
     victim.send_signal(signal.SIGKILL)
-    victim.wait()
+    victim.communicate(timeout=30)  # its pipes close when the processes that decode for it have ended too
     # a worker that died in the middle of writing
     (dest / f"shard-000014.tar.{'0' * 32}.tmp").write_bytes(b"half")
     finished = {dest / Path(name).with_suffix(".tar").name for name in records()}
