@@ -13,7 +13,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -32,6 +33,8 @@ REQUEST_BYTES = 16 * 2**20
 LOCAL = fsspec.filesystem("file")
 
 _SINGLE_PUT_BYTES = 5 * 2**30  # S3's limit. One PUT is atomic and leaves no half upload behind.
+_CHUNK_BYTES = 2**20
+_CLIENT_LOCK = threading.Lock()
 _LOG_EVERY_S = 5.0
 _TRANSIENT_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "SlowDown", "XAmzContentSHA256Mismatch"}
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError"}
@@ -80,10 +83,7 @@ def open_url(url: str, what: str, patience: Patience = PATIENCE) -> tuple[Any, s
     options: dict[str, Any] = {}
     s3 = fsspec.utils.get_protocol(url) in ("s3", "s3a")
     if s3:
-        # Every fault reaches ``retried``, which counts and bounds them; three layers of retries would multiply.
-        once = {"mode": "standard", "total_max_attempts": 1}
-        timeouts = {"connect_timeout": min(10.0, patience.stall_s), "read_timeout": patience.stall_s}
-        options["config_kwargs"] = {**timeouts, "retries": once, "max_pool_connections": 64}
+        options["config_kwargs"] = _s3_config(patience)
         options["use_listings_cache"] = False  # other processes write there too
     try:
         fs, path = fsspec.core.url_to_fs(url.rstrip("/"), **options)
@@ -159,20 +159,22 @@ def read_range(fs: Any, path: str, start: int, stop: int, patience: Patience = P
         DataError: as ``retried``, or the file is shorter.
         FileNotFoundError: there is no such file.
     """
+    # numpy asks for huge pages: the kernel then clears and maps new memory several times faster
+    buffer = np.empty(stop - start, dtype=np.uint8).data
+    done = 0  # a try goes on where the one before broke off
 
-    def read() -> memoryview:
-        if is_local(fs):
-            data = _read_local(path, start, stop)
-        else:
-            data = memoryview(fs.cat_file(path, start=start, end=stop, **_timeout(fs, stop - start, patience)))
-        if len(data) != stop - start:  # a proxy's short body with a consistent length looks like success
-            raise ShortReadError(f"got {len(data)} of {stop - start} bytes at {start}")
-        return data
+    def read() -> None:
+        nonlocal done
+        for count in _chunks(fs, path, start + done, buffer[done:], patience):
+            done += count
+        if done != len(buffer):  # a proxy's short body with a consistent length looks like success
+            raise ShortReadError(f"got {done} of {len(buffer)} bytes at {start}")
 
     try:
-        return retried(fs, path, read, patience)
+        retried(fs, path, read, patience)
     except ShortReadError as error:
         raise DataError(f"{full_url(fs, path)} is too short ({error}): restore it") from None
+    return buffer
 
 
 def read_file(fs: Any, path: str, patience: Patience = PATIENCE) -> bytes:
@@ -227,13 +229,71 @@ def abort_orphaned_uploads(fs: Any, path: str) -> int:
     return len(uploads)
 
 
-def _read_local(path: str, start: int, stop: int) -> memoryview:
-    # numpy asks for huge pages: the kernel then clears and maps new memory several times faster
-    buffer = np.empty(stop - start, dtype=np.uint8).data
-    with Path(path).open("rb", buffering=0) as file:
-        file.seek(start)
-        count = file.readinto(buffer)
-    return buffer[:count]
+def _chunks(fs: Any, path: str, start: int, into: memoryview, patience: Patience) -> Iterator[int]:
+    """Read from byte ``start`` on until ``into`` is full or the file ends; the size of each part that came."""
+    if is_local(fs):
+        with Path(path).open("rb", buffering=0) as file:
+            file.seek(start)
+            yield file.readinto(into) or 0
+    elif "s3" in fs.protocol:
+        yield from _s3_chunks(fs, path, start, into, patience)
+    else:
+        data = fs.cat_file(path, start=start, end=start + len(into), **_timeout(fs, len(into), patience))
+        into[: len(data)] = data
+        yield len(data)
+
+
+def _s3_chunks(fs: Any, path: str, start: int, into: memoryview, patience: Patience) -> Iterator[int]:
+    """One streaming GET into memory, in this thread.
+
+    s3fs hands every chunk through the one event loop of the process, joins them, and needs the GIL for each: reader
+    threads of their own with plain sockets read faster and leave the training loop alone (benchmarks/loader.py).
+    """
+    import botocore.exceptions
+    import s3fs.errors
+
+    bucket, key, _ = fs.split_path(path)
+    try:
+        asked = f"bytes={start}-{start + len(into) - 1}"
+        body = _s3_client(fs, patience).get_object(Bucket=bucket, Key=key, Range=asked)["Body"]
+        with closing(body):  # what is left of a broken answer must not reach the next request
+            done = 0
+            while done < len(into) and (count := body.readinto(into[done : done + _CHUNK_BYTES])):
+                done += count
+                yield count
+    except botocore.exceptions.ClientError as error:
+        raise s3fs.errors.translate_boto_error(error) from error
+
+
+def _s3_client(fs: Any, patience: Patience) -> Any:
+    """A synchronous client with the address and credentials of an s3fs file system; it may be used by many threads."""
+    import botocore.config
+    import botocore.session
+
+    with _CLIENT_LOCK:
+        if not hasattr(fs, "synchronous_client"):  # lives as long as the file system, which fsspec keeps
+            config = botocore.config.Config(
+                **_s3_config(patience), signature_version=botocore.UNSIGNED if fs.anon else None
+            )
+            fs.synchronous_client = botocore.session.get_session().create_client(
+                "s3",
+                endpoint_url=fs.endpoint_url,
+                aws_access_key_id=fs.key,
+                aws_secret_access_key=fs.secret,
+                aws_session_token=fs.token,
+                config=config,
+            )
+    return fs.synchronous_client
+
+
+def _s3_config(patience: Patience) -> dict[str, Any]:
+    # Every fault reaches ``retried``, which counts and bounds them; three layers of retries would multiply.
+    return {
+        "connect_timeout": min(10.0, patience.stall_s),
+        "read_timeout": patience.stall_s,
+        "retries": {"mode": "standard", "total_max_attempts": 1},
+        "max_pool_connections": 64,
+    }
 
 
 class ShortReadError(OSError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 import warnings
 from pathlib import Path
 
@@ -21,29 +23,32 @@ class RejectedImage(Exception):  # noqa: N818  (a verdict on one file; whoever r
     """A file that gives no picture; the text is the reason, in one line."""
 
 
-def decode_image(file: Path, size: int) -> NDArray[np.uint8]:
+def decode_image(file: Path | bytes, size: int) -> NDArray[np.uint8]:
     """The picture in a file, (size, size, 3) RGB. See ``load_rgb`` and ``center_crop``."""
     return center_crop(load_rgb(file), size)
 
 
-def load_rgb(file: Path) -> Image.Image:
+def load_rgb(file: Path | bytes) -> Image.Image:
     """The picture in a file, of its own size: the first frame, turned as its EXIF says, without alpha, in RGB.
 
     The format is told by the content, not by the name. Colour profiles are not applied.
 
+    Args:
+        file: where it is, or what is in it.
+
     Raises:
         RejectedImage: no picture, damaged, truncated, or of more than ``MAX_PIXELS`` pixels.
     """
-    if not file.is_file():
+    if isinstance(file, Path) and not file.is_file():
         raise RejectedImage("not a regular file")  # a pipe would block, a link may lead nowhere
     try:
-        with Image.open(file, formats=FORMATS) as image:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise RejectedImage(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image)
-    except RejectedImage:
+    except (RejectedImage, MemoryError):  # want of memory is no verdict on the picture
         raise
     except UnidentifiedImageError:
         raise RejectedImage("not a PNG, JPEG or WebP picture") from None
@@ -51,7 +56,10 @@ def load_rgb(file: Path) -> Image.Image:
         raise RejectedImage(f"more than {MAX_PIXELS} pixels") from None
     except Exception as error:  # damaged files raise almost anything in the decoders: SyntaxError, struct.error, ...
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise RejectedImage(f"cannot be decoded: {reason.removesuffix(f': {str(file)!r}')}") from None
+        if isinstance(file, Path):
+            reason = reason.removesuffix(f": {str(file)!r}")
+        reason = re.sub(r" ?<_io\.BytesIO[^>]*>", "", reason)  # an address would make two reports differ
+        raise RejectedImage(f"cannot be decoded: {reason}") from None
 
 
 def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:

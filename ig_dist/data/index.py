@@ -85,7 +85,7 @@ class ShardInfo(_Record):
 
 
 class Statistics(_Record):
-    """Per-channel statistics of the normalised latents, over the whole data set."""
+    """Per-channel statistics of the normalised latents, over the whole data set; of moments: of a posterior draw."""
 
     mean: list[float]
     std: list[float]
@@ -98,6 +98,8 @@ class IndexFile(_Record):
     source: str
     seed: int
     """Seed of the shuffle at write time."""
+    samples_per_shard: int | None = None
+    """Places of each shard in that shuffle; a shard holds fewer samples where files were rejected."""
     tokenizer: TokenizerInfo
     latent: LatentInfo
     keys: KeyInfo = KeyInfo()
@@ -109,6 +111,8 @@ class IndexFile(_Record):
     """The same in words, where known."""
     rejected: int = 0
     """Files of the source that hold no picture; ``rejected.csv`` beside the index lists them."""
+    upscaled: int = 0
+    """Images that were smaller than ``tokenizer.image_size`` before they were cut."""
     statistics: Statistics
     table_sha256: str
     shards: list[ShardInfo] = Field(min_length=1)

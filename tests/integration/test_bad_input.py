@@ -238,7 +238,13 @@ PIXELS = ["--tokenizer", "pixel", "--image-size", "16"]
         (["--source", "STRAY", *PIXELS], ["STRAY", "3.png", "without a class", "one sub-folder per class"]),
         (["--source", "NOCLASSES", *PIXELS], ["NOCLASSES", "no class folders", "one sub-folder per class"]),
         (["--source", "HOLLOW", *PIXELS], ["HOLLOW", "class 'b' has no files", "remove it"]),
-        (["--source", "USELESS", *PIXELS], ["USELESS", "class 'b' has no usable picture", "b/notes.txt"]),
+        (["--source", "GOOD", *PIXELS, "--dest", "FILE"], ["--dest", "is a file", "choose a folder"]),
+        (["--source", "GOOD", *PIXELS, "--dest", "s4://bucket/x"], ["--dest", "s4"]),
+        (["--source", "GOOD", *PIXELS, "--store", "moments"], ["--store moments", "pixel has none"]),
+        (["--source", "GOOD", *PIXELS, "--store", "mean"], ["--store 'mean'", "moments or sample"]),
+        (["--source", "GOOD", *PIXELS, "--precision", "fp8"], ["--precision 'fp8'", "bf16"]),
+        (["--source", "GOOD", *PIXELS, "--worker", "4/4"], ["--worker 4/4", "0/4"]),
+        (["--source", "GOOD", *PIXELS, "--worker", "2"], ["--worker 2", "i/W"]),
         (["--source", "LOOP", *PIXELS], ["LOOP/a/again", "counted already", "remove the link"]),
     ],
 )
@@ -262,6 +268,17 @@ def test_encoding(
     for word in words:
         assert word in errors, errors
     assert (snapshot(tmp_path), snapshot(digits_index)) == before  # nothing written
+
+
+def test_a_class_without_a_picture(tmp_path: Path, folders: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    dest = tmp_path / "out"
+    arguments = ["--source", folders["USELESS"], *PIXELS, "--dest", str(dest)]
+    for _ in range(2):  # what is known does not have to be found out again
+        code, errors = call(["data_prep/encode_latents.py", *arguments], capsys)
+        assert code == 2 and errors.count("\n") == 1, errors
+        for word in (folders["USELESS"], "class 'b' has no usable picture", "b/notes.txt: not a PNG", "remove"):
+            assert word in errors, errors
+        assert not (dest / "index.json").exists() and "b/notes.txt" in (dest / "rejected.csv").read_text()
 
 
 def test_a_folder_that_cannot_be_read(

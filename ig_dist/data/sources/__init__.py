@@ -1,0 +1,200 @@
+"""Images to encode: what SRC is, told from what lies there.
+
+digits                          the 8 x 8 digits of scikit-learn
+ILSVRC2012_img_train.tar        ImageNet's tar of class tars, read in place
+FOLDER                          ImageNet as from Kaggle; class folders; tars; parquet files
+'data/train-{0000..0146}.tar'   WebDataset shards: one, a glob, a brace range; also s3://... and other URLs
+'data/train-*.parquet'          parquet shards as on Hugging Face, local or remote
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from rich.filesize import decimal
+from rich.progress import Progress
+
+from ig_dist.data.sources.folders import find_kaggle, folder_source, kaggle_source
+from ig_dist.data.sources.source import Found, Source, digits, source_name
+from ig_dist.data.sources.spool import Copy, SourceFile, copy_tar, spool, spool_folder
+from ig_dist.errors import ConfigError
+from ig_dist.storage import is_local, open_url
+from ig_dist.terminal import console, is_main_process
+
+__all__ = ["Found", "Source", "find_source", "refuse_missing"]
+
+FORMS = (
+    "`digits`, a folder with one sub-folder of pictures per class, ILSVRC2012_img_train.tar, the folder from Kaggle,"
+    " WebDataset tars or parquet files"
+)
+_SUFFIXES = (".tar", ".parquet")
+_OTHER_SPLITS = re.compile(r"(^|[^a-z])(val|valid|validation|test)([^a-z]|$)")
+
+
+def find_source(src: str, spool_base: str | None = None) -> Found:
+    """Recognise a source.
+
+    Args:
+        src: see above.
+        spool_base: folder for copies of what cannot be read in place; None: in the temporary folder.
+
+    Raises:
+        ConfigError: nothing there, or nothing that can be encoded.
+    """
+    refuse_missing(src)
+    if src == "digits":
+        source = digits()
+        return Found("scikit-learn's digits", source.name, lambda: source)
+    src = src.removeprefix("file://")
+    path = Path(src)
+    if "://" not in src and path.is_dir():
+        kaggle = find_kaggle(path)
+        if kaggle is not None:
+            return kaggle_source(kaggle)
+        files = _files_in_folder(path)
+        return _file_source(src, files, spool_base) if files else folder_source(path)
+    files = _listed_files(src)
+    if files:
+        return _file_source(src, files, spool_base)
+    if path.is_file():
+        raise ConfigError(f"--source {src!r} is a file, no .tar or .parquet: use {FORMS}")
+    raise ConfigError(f"--source {src}: no .tar or .parquet files there; use {FORMS}")
+
+
+def refuse_missing(src: str) -> None:
+    """Say at once that a local path is not there.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    pattern = "://" in src or glob.has_magic(src) or "{" in src
+    if src != "digits" and not pattern and not Path(src).exists():
+        raise ConfigError(f"--source {src!r} does not exist: use {FORMS}")
+
+
+def _file_source(src: str, files: Sequence[SourceFile], spool_base: str | None) -> Found:
+    """Tars or parquet files; local tars are read in place, all others through copies."""
+    if files[0].name.endswith(".parquet"):
+        return _parquet_source(src, files, spool_base)
+    if is_local(files[0].fs):
+        return _local_tars(src, files)
+    what = f"tars {_base_name(src)}"
+    name = source_name(what, ((f"{file.name} {file.version}", file.size, 0) for file in files), len(files))
+    return _copied("tars", name, what, files, spool_base, copy_tar)
+
+
+def _parquet_source(src: str, files: Sequence[SourceFile], spool_base: str | None) -> Found:
+    from ig_dist.data.sources.parquet import parquet_classes, parquet_rows, parquet_to_tar
+
+    names = parquet_classes(files[0])
+    what = f"parquet {_base_name(src)}"
+    if is_local(files[0].fs):
+        rows = parquet_rows(files)
+        name = source_name(what, rows, len(rows))
+    else:  # a column of each of several hundred remote files takes minutes; the store's own version says as much
+        entries = ((f"{file.name} {file.version}", file.size, 0) for file in files)
+        name = source_name(what, entries, len(files))
+    return _copied("parquet files", name, what, files, spool_base, parquet_to_tar, names)
+
+
+def _local_tars(src: str, files: Sequence[SourceFile]) -> Found:
+    from ig_dist.data.sources.tars import TarFile, tar_source
+
+    hidden = not is_main_process() or not console.is_terminal
+    with Progress(console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task("list tars", total=None)
+        kind, source = tar_source(
+            [TarFile(file.path, file.name) for file in files],
+            f"tars {_base_name(src)}",
+            on_progress=lambda listed: progress.update(task, completed=listed),
+        )
+    return Found(kind, source.name, lambda: source)
+
+
+def _copied(
+    kind: str,
+    name: str,
+    what: str,
+    files: Sequence[SourceFile],
+    spool_base: str | None,
+    copy: Copy,
+    names: list[str] | None = None,
+) -> Found:
+    from ig_dist.data.sources.tars import TarFile, tar_source
+
+    def opened(chosen: Sequence[SourceFile], into: Path, *, whole: bool) -> Source:
+        copies = spool(chosen, into, copy)
+        tars = [TarFile(str(path), file.name) for path, file in zip(copies, chosen, strict=True)]
+        return tar_source(tars, what, name=name, names=names, whole=whole)[1]
+
+    def open_part(scratch: str) -> tuple[Source, float]:
+        return opened(files[:1], Path(scratch), whole=False), files[0].size / total
+
+    total, folder = sum(file.size for file in files), spool_folder(files, spool_base)
+    kind = f"{len(files)} {kind}, {decimal(total)}, read from copies in {folder} (delete them afterwards)"
+    return Found(kind, name, lambda: opened(files, folder, whole=True), open_part)
+
+
+def _files_in_folder(folder: Path) -> list[SourceFile]:
+    """The tars or parquet files in a local folder or in its ``data``, as Hugging Face lays it out; or none.
+
+    Where they lie among other folders, those are the classes.
+    """
+    try:
+        visible = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    except OSError as error:
+        raise ConfigError(f"--source: {folder} cannot be read ({error.strerror}): make it readable") from None
+    if visible and folder / "data" not in visible:
+        return []
+    fs, path = open_url(str(folder / "data" if visible else folder), "--source")
+    return _chosen(str(folder), fs, fs.ls(path, detail=True))
+
+
+def _listed_files(src: str) -> list[SourceFile]:
+    """The tars or parquet files that SRC names: one, a URL's, a glob's or a brace range's, in sorted order."""
+    import braceexpand
+
+    fs, _ = open_url(src, "--source")
+    try:
+        patterns = list(braceexpand.braceexpand(src, escape=False))
+    except ValueError:  # a brace that is only a letter
+        patterns = [src]
+    entries: list[dict[str, Any]] = []
+    for pattern in patterns:
+        path = open_url(pattern, "--source")[1]
+        try:
+            if glob.has_magic(path):
+                entries += fs.glob(path, detail=True).values()
+            elif fs.isdir(path):
+                entries += fs.ls(path, detail=True)
+            else:
+                entries.append(fs.info(path))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"--source {src} cannot be read ({' '.join(str(error).split())})") from None
+    return _chosen(src, fs, entries)
+
+
+def _chosen(src: str, fs: Any, entries: Sequence[dict[str, Any]]) -> list[SourceFile]:
+    """The tars or parquet files among fsspec's entries; of several splits the one called train."""
+    found: dict[str, SourceFile] = {}
+    for entry in entries:
+        if entry["type"] == "file" and entry["name"].endswith(_SUFFIXES):
+            version = str(entry.get("ETag") or entry.get("etag") or "").strip('"')
+            name = PurePosixPath(entry["name"]).name
+            found[entry["name"]] = SourceFile(fs, entry["name"], name, int(entry["size"]), version)
+    files = [found[path] for path in sorted(found)]
+    if {PurePosixPath(file.name).suffix for file in files} == set(_SUFFIXES):
+        raise ConfigError(f"--source {src} holds both .tar and .parquet files: name one kind (e.g. '{src}/*.tar')")
+    if any("train" in file.name.lower() for file in files):
+        return [file for file in files if not _OTHER_SPLITS.search(file.name.lower())]
+    return files
+
+
+def _base_name(src: str) -> str:
+    return PurePosixPath(src.rstrip("/")).name

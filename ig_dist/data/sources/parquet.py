@@ -1,0 +1,106 @@
+"""Parquet shards as Hugging Face lays out image data sets: columns ``image`` {bytes, path} and ``label``."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ig_dist.data.sources.spool import SourceFile
+from ig_dist.data.sources.tars import LABEL, PICTURES
+from ig_dist.errors import ConfigError
+
+_ROWS = 256  # read at a time
+
+
+def parquet_classes(file: SourceFile) -> list[str] | None:
+    """The names of the classes by label, from the ``huggingface`` key of the file's metadata; None: it has none.
+
+    Raises:
+        ConfigError: no parquet, or not these columns.
+    """
+    with _opened(file) as opened:
+        metadata = opened.schema_arrow.metadata or {}
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        names = features["label"]["names"]
+    except (KeyError, ValueError, TypeError):
+        return None
+    return [str(name) for name in names] if isinstance(names, list) and names else None
+
+
+def parquet_rows(files: Sequence[SourceFile]) -> list[tuple[str, int, int]]:
+    """(name of the file, its size, label) of every row. The images are not read.
+
+    Raises:
+        ConfigError: see ``parquet_classes``.
+    """
+    rows: list[tuple[str, int, int]] = []
+    for file in files:
+        with _opened(file) as opened:
+            labels = opened.read(columns=["label"]).column("label").to_pylist()
+        rows += [(file.name, file.size, _checked(label, file, row)) for row, label in enumerate(labels)]
+    return rows
+
+
+def parquet_to_tar(file: SourceFile, target: Path) -> None:
+    """Write the rows of a parquet file as WebDataset samples, named by their row.
+
+    Raises:
+        ConfigError: see ``parquet_classes``.
+    """
+    with _opened(file) as opened, tarfile.open(target, "w", format=tarfile.USTAR_FORMAT) as tar:
+        row = 0
+        for batch in opened.iter_batches(batch_size=_ROWS, columns=["image", "label"]):
+            for image, label in zip(batch.column("image"), batch.column("label"), strict=True):
+                fields = image.as_py() or {}
+                # The content tells the format; the name only has to be a picture's. Without bytes it is rejected later.
+                suffix = PurePosixPath(fields.get("path") or "").suffix.lower().removeprefix(".")
+                suffix = suffix if suffix in PICTURES else "jpg"
+                _add(tar, f"{row:08d}.{suffix}", fields.get("bytes") or b"")
+                _add(tar, f"{row:08d}.{LABEL}", b"%d" % _checked(label.as_py(), file, row))
+                row += 1
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _checked(label: Any, file: SourceFile, row: int) -> int:
+    if not isinstance(label, int):
+        raise ConfigError(f"--source: row {row} of {file.name} has the label {label!r}, not a class number: mend it")
+    return label
+
+
+@contextmanager
+def _opened(file: SourceFile) -> Iterator[Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ConfigError("reading parquet needs pyarrow: pip install 'ig-dist[parquet]'") from None
+    try:
+        with file.fs.open(file.path, "rb") as raw:
+            opened = pyarrow.parquet.ParquetFile(raw)
+            schema = opened.schema_arrow
+            fields = {field.name: field.type for field in schema}
+            image = fields.get("image")
+            if (
+                "label" not in fields
+                or image is None
+                or not pyarrow.types.is_struct(image)
+                or "bytes" not in image.names
+            ):
+                raise ConfigError(
+                    f"--source: {file.name} has the columns {', '.join(schema.names)}; needed are image"
+                    " {bytes, path} and label: rename them, or convert the data set"
+                )
+            yield opened
+    except pyarrow.ArrowInvalid as error:
+        raise ConfigError(f"--source: {file.name} is not a readable parquet file ({error}): fetch it again") from None

@@ -1,0 +1,1 @@
+"""Encoding images once into shards of latents, by any number of workers."""

@@ -1,0 +1,132 @@
+"""Encoding a source: the workers' loop, from images to the index."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from ig_dist.data.index import ShardIndex, read_index
+from ig_dist.data.sources import Source
+from ig_dist.encoding.display import Display
+from ig_dist.encoding.encoder import latent_batches
+from ig_dist.encoding.gather import gather, refuse_too_many
+from ig_dist.encoding.loader import image_batches
+from ig_dist.encoding.records import Dest, Ledger, refuse_others
+from ig_dist.encoding.settings import Settings, settings_of, shard_count, shard_places
+from ig_dist.encoding.shards import OpenShard, finish_shard
+from ig_dist.encoding.walk import Worker, requests
+from ig_dist.latents.tokenizers import Tokenizer
+from ig_dist.rng import Purpose, permutation
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that the workers' loop needs."""
+
+    source: Source
+    where: str
+    """The source as the user gave it."""
+    dest: Dest
+    settings: Settings
+    tokenizer: Tokenizer
+    device: torch.device
+    shape: tuple[int, int, int]
+    """Of a latent that the model sees, (C, h, w)."""
+    worker: Worker
+    decoders: int
+    """Processes that decode images; 0: this one does."""
+    batch_size: int
+    max_rejected: float
+
+
+def existing_settings(dest: Dest) -> Settings | None:
+    """The settings of the shards that are there; None: there are none.
+
+    Raises:
+        ConfigError: an index that does not match its shards.
+    """
+    if dest.has_index():
+        return settings_of(read_index(dest.url).info)
+    for name in sorted(dest.sizes("parts")):
+        number = name.removeprefix("shard-").removesuffix(".json")
+        record = dest.read_record(int(number)) if number.isdecimal() else None
+        if record is not None:
+            return record.settings
+    return None
+
+
+def finished_index(dest: Dest, settings: Settings) -> ShardIndex | None:
+    """The index, if everything is finished; what a killed worker left beside it is removed.
+
+    Raises:
+        ConfigError: it is of other settings, or does not match its shards.
+    """
+    if not dest.has_index():
+        return None
+    index = read_index(dest.url)
+    refuse_others(dest, settings_of(index.info), settings)
+    if dest.sizes("parts"):
+        dest.sweep()
+    return index
+
+
+def encode(job: Job) -> ShardIndex:
+    """Make what is missing until nothing is, and write the index; or find that another worker has.
+
+    Raises:
+        ConfigError: the dest holds something else, or a class has no picture.
+        TooManyRejected: more files than allowed hold no picture.
+        DataError: the source or the storage fails.
+    """
+    total = len(job.source.labels)
+    order = permutation(job.settings.seed, Purpose.ENCODE_ORDER, 0, total).tolist()
+    shards = shard_count(total, job.settings.samples_per_shard)
+    ledger = Ledger(job.dest, job.settings, shards)
+    while True:
+        ledger.look()
+        refuse_too_many(ledger.rejected, total, job.max_rejected, job.dest, job.where)
+        complete = len(ledger.finished) == shards
+        if not ledger.ended and not complete:
+            _make_missing(job, ledger, order)
+        elif ledger.ended or gather(job.dest, job.settings, job.source, job.where, job.tokenizer, job.shape, shards):
+            index = finished_index(job.dest, job.settings)
+            if index is not None:
+                return index
+
+
+def _make_missing(job: Job, ledger: Ledger, order: list[int]) -> None:
+    """Make the shards that no worker has finished."""
+    batches = image_batches(
+        requests(job.source, order, job.settings, ledger, job.worker, job.batch_size),
+        job.settings.image_size,
+        job.settings.image_channels,
+        workers=job.decoders,
+        pin=job.device.type == "cuda",
+    )
+    shard, made = OpenShard(-1), set[int]()
+    writing: Future[None] | None = None
+    # One thread packs and writes the last shard while this one feeds the device with the next.
+    with Display(len(order), _images(ledger.finished, job)) as display, ThreadPoolExecutor(1) as writer:
+        for encoded in latent_batches(batches, job.tokenizer, job.settings, job.device):
+            if encoded.batch.shard != shard.number:  # the one before is finished, or was left to another worker
+                shard = OpenShard(encoded.batch.shard)
+            shard.add(encoded, job.source)
+            rejected = ledger.rejected + ([] if shard.number in ledger.finished else shard.rejected)
+            refuse_too_many(rejected, len(order), job.max_rejected, job.dest, job.where)
+            if encoded.batch.last:
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(finish_shard, shard, job.dest, job.settings, job.source.labels)
+                made.add(shard.number)
+            in_hand = 0 if shard.number in made else shard.places
+            display.show(_images(ledger.finished | made, job) + in_hand, encoded.batch.places)
+        if writing is not None:
+            writing.result()
+
+
+def _images(shards: set[int], job: Job) -> int:
+    """Images in shards."""
+    total, size = len(job.source.labels), job.settings.samples_per_shard
+    return sum(len(shard_places(number, total, size)) for number in shards)

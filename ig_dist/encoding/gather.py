@@ -1,0 +1,167 @@
+"""The end of an encoding: all records become the index. Any worker may do it, and writes the same bytes."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from ig_dist.data.index import LatentInfo, SampleTable, write_index
+from ig_dist.data.shards import SampleRow
+from ig_dist.data.sources import Source
+from ig_dist.encoding.records import Dest, Rejected, ShardRecord, Superseded, TooManyRejected
+from ig_dist.encoding.settings import Settings
+from ig_dist.errors import ConfigError
+from ig_dist.latents.tokenizers import Tokenizer
+
+_THREADS = 8
+_CHECKED_SAMPLES = 4  # of each shard
+
+
+def gather(
+    dest: Dest,
+    settings: Settings,
+    source: Source,
+    where: str,
+    tokenizer: Tokenizer,
+    shape: tuple[int, int, int],
+    shards: int,
+) -> bool:
+    """Write ``rejected.csv``, the side table and the index, and remove the records.
+
+    Args:
+        dest: where all shards are finished.
+        settings: of the shards.
+        source: what was encoded.
+        where: the same as the user gave it.
+        tokenizer: what encoded it.
+        shape: of a latent that the model sees, (C, h, w).
+        shards: how many, with those that turned out empty.
+
+    Returns:
+        False if a shard is not as its record says, which is removed: the shard must be made again.
+
+    Raises:
+        ConfigError: a class without a picture.
+    """
+    with ThreadPoolExecutor(_THREADS) as pool:
+        records = list(pool.map(dest.read_record, range(shards)))
+        sizes = dest.sizes()
+        sound = list(pool.map(lambda record: record is not None and _is_sound(dest, record, shape, sizes), records))
+    if not all(sound):
+        for number, good in enumerate(sound):
+            if not good:
+                dest.remove_record(number)
+        return False
+    whole = [record for record in records if record is not None]
+    rows = [row for record in whole for row in record.rows]
+    rejected = [row for record in whole for row in record.rejected]
+    labels = np.array([row.label for row in rows], np.int64)
+    try:
+        dest.write_rejected(rejected)
+        refuse_empty_classes(source, labels, rejected, where)
+        write_index(dest.url, _index(settings, source, tokenizer, shape, whole), SampleTable.from_rows(rows))
+    except (Superseded, FileNotFoundError):  # swept away by another worker, which has written the same
+        if not dest.has_index():
+            raise
+    dest.sweep()
+    return True
+
+
+def refuse_too_many(rejected: Sequence[Rejected], total: int, max_rejected: float, dest: Dest, where: str) -> None:
+    """End as soon as more files are rejected than may be; those known so far are then listed in ``rejected.csv``.
+
+    Raises:
+        TooManyRejected: they are.
+    """
+    if len(rejected) <= max_rejected * total:
+        return
+    first = min(rejected)
+    dest.write_rejected(rejected)
+    raise TooManyRejected(
+        f"--source {where}: {len(rejected)} of {total} files are rejected so far, the first is {first.path}:"
+        f" {first.reason} (all in {dest.url}/rejected.csv); mend or remove them, or raise --max-rejected"
+        f" {max_rejected:g}"
+    )
+
+
+def refuse_empty_classes(source: Source, labels: Any, rejected: Sequence[Rejected], where: str) -> None:
+    """Every class must have a picture.
+
+    Raises:
+        ConfigError: one has none.
+    """
+    counts = np.bincount(labels, minlength=len(source.classes))
+    if counts.all():
+        return
+    label = int(np.argmin(counts))
+    first = next(row for row in sorted(rejected) if source.labels[row.number] == label)
+    raise ConfigError(
+        f"--source {where}: class {source.classes[label]!r} has no usable picture"
+        f" (the first: {first.path}: {first.reason}): add PNG, JPEG or WebP files, or remove the class, and encode to"
+        " another --dest"
+    )
+
+
+def _is_sound(dest: Dest, record: ShardRecord, shape: tuple[int, int, int], sizes: dict[str, int]) -> bool:
+    """Whether the tar is the one of the record: its size, and the CRCs of a few samples."""
+    if record.samples == 0:
+        return True
+    if sizes.get(record.name) != record.bytes:
+        return False
+    count = int(np.prod(shape)) * (2 if record.settings.store == "moments" else 1) * np.dtype(np.float16).itemsize
+    chosen = np.linspace(0, record.samples - 1, min(_CHECKED_SAMPLES, record.samples)).astype(int)
+    return all(_crc(dest, record.name, row, count) == row.crc32 for row in (record.rows[i] for i in chosen))
+
+
+def _crc(dest: Dest, name: str, row: SampleRow, count: int) -> int:
+    return zlib.crc32(dest.fs.cat_file(f"{dest.path}/{name}", start=row.offset, end=row.offset + count))
+
+
+def _index(
+    settings: Settings,
+    source: Source,
+    tokenizer: Tokenizer,
+    shape: tuple[int, int, int],
+    records: Sequence[ShardRecord],
+) -> dict[str, Any]:
+    """The contents of ``index.json``."""
+    channels, height, width = shape
+    full = [record for record in records if record.samples]
+    arrays = sum(record.samples for record in full) * (2 if settings.flips else 1)
+    sums = np.sum([[record.sums, record.square_sums] for record in full], axis=0)
+    mean, square = sums / (arrays * height * width)
+    std = np.sqrt(np.maximum(square - mean**2, 0))
+    shift, scale = np.zeros(channels), np.full(channels, tokenizer.scale or 1.0)
+    if tokenizer.scale is None:
+        shift, scale = mean, 1 / np.where(std > 0, std, 1)
+    latent = LatentInfo(
+        kind=settings.store,
+        shape=shape,
+        dtype="float16",
+        flips=settings.flips,
+        shift=shift.tolist(),
+        scale=scale.tolist(),
+    )
+    return {
+        "source": settings.source,
+        "seed": settings.seed,
+        "samples_per_shard": settings.samples_per_shard,
+        "tokenizer": {
+            "name": settings.tokenizer,
+            "sha256": settings.tokenizer_sha256,
+            "image_size": settings.image_size,
+            "image_channels": settings.image_channels,
+            "precision": settings.precision,
+        },
+        "latent": latent,
+        "classes": source.classes,
+        "class_names": source.class_names,
+        "rejected": sum(len(record.rejected) for record in records),
+        "upscaled": sum(record.upscaled for record in records),
+        "statistics": {"mean": ((mean - shift) * scale).tolist(), "std": (std * scale).tolist()},
+        "shards": [record.model_dump(include={"name", "bytes", "samples", "sha256"}) for record in full],
+    }

@@ -1,0 +1,228 @@
+"""What is finished: a record beside each shard, until the index takes their place.
+
+A shard is complete when its tar and its record exist. Both are written whole, the record last, so any number of
+workers may look, die and come back without locks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ig_dist.data.shards import SampleRow
+from ig_dist.encoding.settings import Settings, shard_name
+from ig_dist.errors import ConfigError, DataError, IgDistError
+from ig_dist.storage import is_local, open_url, write_whole
+
+PARTS = "parts"
+REJECTED_NAME = "rejected.csv"
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$")
+
+
+class TooManyRejected(IgDistError):  # noqa: N818  (a user's mistake that one worker alone may come upon)
+    """More files hold no picture than the user allows."""
+
+    exit_code = 2
+
+
+class Superseded(Exception):  # noqa: N818  (no failure: what was to be written is no longer wanted)
+    """The index exists: other workers have finished everything."""
+
+
+class Rejected(NamedTuple):
+    """A file of the source that holds no picture."""
+
+    number: int
+    """Of the image in the source."""
+    path: str
+    reason: str
+
+
+class ShardRecord(BaseModel):
+    """One finished shard. Without samples (all files rejected) there is no tar."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    settings: Settings
+    name: str
+    bytes: int
+    samples: int
+    sha256: str
+    rows: list[SampleRow]
+    rejected: list[Rejected]
+    upscaled: int
+    """Images that were smaller than they are now."""
+    sums: list[float]
+    """Per channel: sum of the stored latents (of moments: of the means), as float64."""
+    square_sums: list[float]
+    """Per channel: sum of their squares (of moments: of mean^2 + std^2)."""
+
+
+@dataclass
+class Dest:
+    """The folder of the shards.
+
+    Args:
+        url: a path or any fsspec URL.
+    """
+
+    url: str
+    fs: Any = field(init=False)
+    path: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.url = self.url.rstrip("/")
+        self.fs, self.path = open_url(self.url, "--dest")
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Names and bytes of the files in the folder or in a folder of it.
+
+        Raises:
+            ConfigError: it cannot be listed.
+        """
+        self.fs.invalidate_cache()
+        path = f"{self.path}/{folder}".rstrip("/")
+        try:
+            entries = self.fs.ls(path, detail=True)
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise ConfigError(
+                f"--dest {self.url} cannot be used ({_reason(error)}): choose a folder, or make it accessible"
+            ) from None
+        if any(entry["name"].rstrip("/") == path.rstrip("/") and entry["type"] == "file" for entry in entries):
+            raise ConfigError(f"--dest {self.url} is a file: choose a folder")
+        return {PurePosixPath(entry["name"]).name: int(entry["size"] or 0) for entry in entries}
+
+    def has_index(self) -> bool:
+        """Whether everything is finished."""
+        self.fs.invalidate_cache()
+        return bool(self.fs.exists(f"{self.path}/index.json"))
+
+    def is_complete(self, number: int) -> bool:
+        """Whether a shard is finished."""
+        record = self.read_record(number)
+        return record is not None and (record.samples == 0 or bool(self.fs.exists(f"{self.path}/{record.name}")))
+
+    def read_record(self, number: int) -> ShardRecord | None:
+        """The record of a shard; None: it is gone, or no record (the shard is then made again)."""
+        try:
+            return ShardRecord.model_validate_json(self.fs.cat_file(f"{self.path}/{record_name(number)}"))
+        except (FileNotFoundError, ValidationError):
+            return None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file whole.
+
+        Raises:
+            Superseded: the index was written meanwhile, and what was in the way of it swept away.
+            DataError: the storage does not take it.
+        """
+        try:
+            self.fs.makedirs(f"{self.path}/{PurePosixPath(name).parent}".removesuffix("/."), exist_ok=True)
+            write_whole(self.fs, f"{self.path}/{name}", data)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and self.has_index():
+                raise Superseded from None
+            raise DataError(
+                f"{self.url}/{name} cannot be written ({_reason(error)}): mend that, and run the same command again"
+            ) from None
+
+    def sweep(self) -> None:
+        """Remove the records and what killed workers left."""
+        for name in self.sizes(PARTS):
+            self._remove(f"{PARTS}/{name}")
+        if is_local(self.fs):
+            for name in self.sizes():
+                if _TEMPORARY.search(name):
+                    self._remove(name)
+            with contextlib.suppress(OSError):  # another worker is here too
+                self.fs.rmdir(f"{self.path}/{PARTS}")
+
+    def _remove(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(f"{self.path}/{name}")
+
+    def remove_record(self, number: int) -> None:
+        """Have a shard made again."""
+        self._remove(record_name(number))
+
+    def write_rejected(self, rejected: Sequence[Rejected]) -> None:
+        """``rejected.csv`` (path, reason) in the order of the source; none where nothing is rejected."""
+        if rejected:
+            text = io.StringIO(newline="")
+            csv.writer(text).writerows([("path", "reason"), *((row.path, row.reason) for row in sorted(rejected))])
+            self.write(REJECTED_NAME, text.getvalue().encode())
+        else:
+            self._remove(REJECTED_NAME)
+
+
+def record_name(number: int) -> str:
+    """The file of a shard's record."""
+    return f"{PARTS}/{PurePosixPath(shard_name(number)).stem}.json"
+
+
+def refuse_others(dest: Dest, theirs: Settings, mine: Settings) -> None:
+    """Go on only where the shards there are of these settings.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if theirs != mine:
+        differences = "; ".join(theirs.differences(mine))
+        raise ConfigError(
+            f"--dest {dest.url} holds shards made with other settings or images ({differences}):"
+            " choose another, or delete it"
+        )
+
+
+class Ledger:
+    """What all workers have finished, as of the last look. Each record is read once.
+
+    Args:
+        dest: where the shards are.
+        settings: of this worker.
+        shards: how many there will be.
+    """
+
+    def __init__(self, dest: Dest, settings: Settings, shards: int) -> None:
+        self.ended = False
+        """The index is there."""
+        self.finished: set[int] = set()
+        self._known: dict[int, tuple[bool, list[Rejected]]] = {}  # whether there is a tar, and what was rejected
+        self._dest, self._settings, self._shards = dest, settings, shards
+
+    def look(self) -> None:
+        """See what is there now.
+
+        Raises:
+            ConfigError: a record of other settings.
+        """
+        tars, records = self._dest.sizes(), self._dest.sizes(PARTS)
+        present = [number for number in range(self._shards) if PurePosixPath(record_name(number)).name in records]
+        self._known = {number: self._known[number] for number in present if number in self._known}
+        for number in present:
+            record = self._dest.read_record(number) if number not in self._known else None
+            if record is not None:
+                refuse_others(self._dest, record.settings, self._settings)
+                self._known[number] = (record.samples > 0, record.rejected)
+        self.finished = {number for number, (tar, _) in self._known.items() if not tar or shard_name(number) in tars}
+        # After the listing: if that lacks records because the index has taken their place, the index is seen here.
+        self.ended = self._dest.has_index()
+
+    @property
+    def rejected(self) -> list[Rejected]:
+        """What is rejected in all finished shards."""
+        return [row for number in self.finished for row in self._known[number][1]]
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or " ".join(str(error).split()) or type(error).__name__

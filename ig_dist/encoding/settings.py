@@ -1,0 +1,104 @@
+"""What the bytes of the shards depend on, and which image goes into which shard."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from ig_dist.data.index import IndexFile
+
+SHARD_BYTES = 256 * 2**20
+_MIN_SHARD = 256  # samples; small sets are cut into at least _MIN_SHARDS of these, so that some can be held out
+_MIN_SHARDS = 8
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Store = Literal["moments", "sample"]
+
+
+class Settings(BaseModel):
+    """Equal settings are equal shards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str
+    """Name of the source with the images' size."""
+    tokenizer: str
+    tokenizer_sha256: str
+    precision: Precision
+    image_size: int
+    image_channels: int
+    store: Store
+    flips: bool
+    seed: int
+    samples_per_shard: int
+    """Places of a shard in the shuffle."""
+
+    def differences(self, other: Settings) -> list[str]:
+        """What differs, as "seed: 0 there, 5 here"; ``other`` is here."""
+        return [
+            f"{name}: {_short(mine)} there, {_short(getattr(other, name))} here"
+            for name, mine in self
+            if mine != getattr(other, name)
+        ]
+
+
+def settings_of(index: IndexFile) -> Settings:
+    """The settings that made the shards of an index."""
+    return Settings(
+        source=index.source,
+        tokenizer=index.tokenizer.name,
+        tokenizer_sha256=index.tokenizer.sha256,
+        precision=index.tokenizer.precision,
+        image_size=index.tokenizer.image_size,
+        image_channels=index.tokenizer.image_channels,
+        store=index.latent.kind,
+        flips=index.latent.flips,
+        seed=index.seed,
+        samples_per_shard=index.samples_per_shard or index.shards[0].samples,
+    )
+
+
+def default_samples_per_shard(images: int, sample_bytes: int) -> int:
+    """Samples for shards of about 256 MB, or an eighth of a small set; a multiple of 256.
+
+    Args:
+        images: files of the source.
+        sample_bytes: bytes of one sample in the tar.
+    """
+    size_limit, eighth = SHARD_BYTES // sample_bytes, -(-images // _MIN_SHARDS)
+    wanted = min(size_limit // _MIN_SHARD, -(-eighth // _MIN_SHARD))
+    return max(1, wanted) * _MIN_SHARD
+
+
+def sample_tar_bytes(shape: tuple[int, int, int], settings: Settings) -> int:
+    """Bytes of a sample in its tar: a header and 512-byte blocks for each latent and for the label.
+
+    Args:
+        shape: of a latent that the model sees, (C, h, w).
+        settings: what is stored.
+    """
+    array = 2 * math.prod(shape) * (2 if settings.store == "moments" else 1)
+    npy = 512 + -(-(array + 128) // 512) * 512
+    return (2 if settings.flips else 1) * npy + 1024
+
+
+def shard_count(images: int, samples_per_shard: int) -> int:
+    """Shards of a source of ``images`` files."""
+    return -(-images // samples_per_shard)
+
+
+def shard_places(number: int, images: int, samples_per_shard: int) -> range:
+    """The places of a shard in the global shuffle."""
+    return range(number * samples_per_shard, min((number + 1) * samples_per_shard, images))
+
+
+def shard_name(number: int) -> str:
+    """The file of a shard."""
+    return f"shard-{number:06d}.tar"
+
+
+def _short(value: object) -> str:
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1...", str(value))

@@ -1,0 +1,460 @@
+"""Encoding a small ImageNet: exact in all its forms, in parallel, and again after a kill."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+import webdataset
+from torch import Tensor
+
+import ig_dist.encoding.encode
+import ig_dist.latents.tokenizers
+from ig_dist.data.images import decode_image
+from ig_dist.data.index import read_index
+from ig_dist.data.shards import FLIP_SUFFIX, scan_shard
+from ig_dist.encoding.walk import Worker, this_worker
+from ig_dist.evaluation.scores import index_images
+from ig_dist.latents.tokenizers import Tokenizer
+from ig_dist.rng import Purpose, normal
+from tests import imagenet_like
+from tests.conftest import ROOT
+from tests.imagenet_like import CORRUPT, TRUNCATED
+
+SCRIPT = "data_prep/encode_latents.py"
+SIZE = 16
+SHARDS = 15  # 240 files in shards of 16
+Encode = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: make(tmp_path_factory.mktemp("form") / name) for name, make in imagenet_like.FORMS.items()}
+
+
+def arguments(source: Path | str, dest: Path | str, options: str) -> list[str]:
+    """The command; of an option given twice the last counts."""
+    usual = f"--image-size {SIZE} --samples-per-shard 16 --workers 0"
+    return [SCRIPT, "--source", str(source), "--dest", str(dest), *shlex.split(f"{usual} {options}")]
+
+
+@pytest.fixture
+def encode(
+    forms: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Encode:
+    """Runs the command in this process: exit code, stdout, stderr."""
+
+    def run(dest: Path | str, options: str = "", *, source: Path | str = forms["ImageFolder"]) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", arguments(source, dest, f"--spool {tmp_path}/spool {options}"))
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(forms: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What one worker makes of the class folders."""
+    dest = tmp_path_factory.mktemp("undisturbed") / "out"
+    command = [sys.executable, *arguments(forms["ImageFolder"], dest, "")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return contents(dest)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def stop_before_the_index(encode: Encode, monkeypatch: pytest.MonkeyPatch, dest: Path, options: str = "") -> None:
+    """Encode, and be killed when every shard is complete."""
+
+    def kill(*_: Any) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ig_dist.encoding.encode, "gather", kill)
+        assert encode(dest, options)[0] == 130
+    assert len(list((dest / "parts").iterdir())) == SHARDS
+
+
+@pytest.mark.parametrize("form", imagenet_like.FORMS)
+def test_every_form_gives_the_same_images_and_labels(
+    form: str, forms: dict[str, Path], encode: Encode, tmp_path: Path
+) -> None:
+    code, said, errors = encode(tmp_path / "out", source=forms[form])
+    assert code == 0, errors
+    truth = sorted(
+        (file.label, decode_image(file.data, SIZE).tobytes())
+        for file in imagenet_like.files()
+        if file.name not in (CORRUPT, TRUNCATED)
+    )
+    index = read_index(str(tmp_path / "out"))
+    images, labels = (np.concatenate(column) for column in zip(*index_images(index), strict=True))
+    assert sorted((int(label), image.tobytes()) for label, image in zip(labels, images, strict=True)) == truth
+    assert labels.tolist() != sorted(labels.tolist())
+    with (tmp_path / "out/rejected.csv").open(newline="") as file:
+        reasons = {row["path"]: row["reason"] for row in csv.DictReader(file)}
+    assert sorted(reason.split(":")[0] for reason in reasons.values()) == [
+        "cannot be decoded",
+        "not a PNG, JPEG or WebP picture",
+    ]
+    if form not in ("WebDataset", "parquet"):
+        assert [Path(path).name for path in reasons] == [CORRUPT, TRUNCATED]
+    assert forms[form].name in said.splitlines()[0]  # what was recognised
+
+
+def test_the_summary_says_what_is_there(encode: Encode, tmp_path: Path) -> None:
+    code, said, _ = encode(tmp_path / "out", "--image-size 64")
+    assert code == 0
+    said = " ".join(said.split())
+    index = read_index(str(tmp_path / "out"))
+    small = [file for file in imagenet_like.files() if file.name not in (CORRUPT, TRUNCATED)]
+    stored = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.tar"))
+    assert "238 images of 20 classes (11 to 12 a class) -> 15 shards of 3x64x64 latents" in said
+    assert f"({stored / 1e6:.1f} MB)" in said and f"2 rejected ({tmp_path}/out/rejected.csv)" in said
+    assert f"{index.info.upscaled} upscaled from less than 64 x 64" in said and 0 < index.info.upscaled < len(small)
+    images = np.concatenate([images for images, _ in index_images(index)]) / 127.5 - 1
+    for value, found in (
+        (images.mean((0, 1, 2)), index.info.statistics.mean),
+        (images.std((0, 1, 2)), index.info.statistics.std),
+    ):
+        assert np.abs(value - found).max() < 1e-3
+        assert " ".join(f"{number:.3f}" for number in found) in said
+    assert f"index: {tmp_path}/out/index.json" in said
+    assert f"next: ig-dist train CONFIG data.index={tmp_path}/out" in said
+    assert index.info.rejected == 2 and index.info.class_names is not None
+    assert index.info.class_names[0] == "tench, Tinca tinca"
+
+
+SLOW = """
+import pathlib, runpy, sys, time
+replace = pathlib.Path.replace
+def slow(self, target):  # a kill finds it with a temporary file, more often than not
+    time.sleep(0.15)
+    return replace(self, target)
+pathlib.Path.replace = slow
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_killed_worker_and_its_replacement_change_no_byte(
+    forms: dict[str, Path], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    dest, source = tmp_path / "out", forms["ImageFolder"]
+
+    def start(options: str) -> subprocess.Popen[str]:
+        slow = f"import sys; sys.argv = {arguments(source, dest, options)!r}\n{SLOW}"
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen([sys.executable, "-c", slow], cwd=ROOT, **pipes)
+
+    def records() -> set[str]:
+        return {path.name for path in dest.glob("parts/*.json")}
+
+    first = start("--worker 0/2 --workers 1 --batch-size 7")
+    victim = start("--worker 1/2 --workers 1 --batch-size 5")
+    while not records() & {f"shard-{number:06d}.json" for number in range(7, SHARDS)}:
+        time.sleep(0.01)
+        assert victim.poll() is None, victim.communicate()
+    victim.send_signal(signal.SIGKILL)
+    victim.communicate(timeout=30)  # its pipes close when the processes that decode for it have ended too
+    # a worker that died in the middle of writing
+    (dest / f"shard-000014.tar.{'0' * 32}.tmp").write_bytes(b"half")
+    finished = {dest / Path(name).with_suffix(".tar").name for name in records()}
+    before = {path: path.stat().st_mtime_ns for path in finished}
+    assert before
+    replacement = start("--worker 1/2 --batch-size 100")
+    for process in (first, replacement):
+        out, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert "238 images of 20 classes" in out
+    assert contents(dest) == undisturbed
+    assert {path: path.stat().st_mtime_ns for path in finished} == before  # what was complete was not made again
+    assert not (dest / "parts").exists()
+
+
+def test_what_is_complete_is_left_alone_and_what_is_not_is_made_again(
+    undisturbed: dict[str, bytes], encode: Encode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    dest = tmp_path / "out"
+    stop_before_the_index(encode, monkeypatch, dest)
+    (dest / "shard-000003.tar").unlink()  # without its tar
+    (dest / "parts/shard-000005.json").unlink()  # without its record
+    (dest / "parts/shard-000007.json").write_text("{")  # no record
+    with (dest / "shard-000009.tar").open("r+b") as tar:  # another tar than the record's
+        tar.seek(2000)
+        tar.write(b"\xff" * 3000)
+    (dest / "shard-000011.tar").write_bytes(b"short")
+    again = {3, 5, 7, 9, 11}
+    kept = [dest / f"shard-{number:06d}.tar" for number in range(SHARDS) if number not in again]
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    assert encode(dest)[0] == 0
+    assert contents(dest) == undisturbed
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+
+
+def test_finished_is_finished(encode: Encode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    dest = tmp_path / "out"
+    assert encode(dest)[0] == 0
+    before = contents(dest)
+    (dest / "parts").mkdir()  # killed between the index and the sweeping
+    (dest / "parts/shard-000002.json").write_text("{}")
+    monkeypatch.setattr("ig_dist.encoding.loader.load_rgb", None)  # nothing is decoded
+    code, said, _ = encode(dest)
+    assert code == 0 and "complete: 238 samples in 15 shards, nothing to do" in said
+    assert contents(dest) == before and not (dest / "parts").exists()
+    # the size of shards need not be repeated
+    for options in ("--samples-per-shard 16", ""):
+        monkeypatch.setattr(sys, "argv", [SCRIPT])
+        code, said, _ = encode(dest, options)
+        assert code == 0 and "nothing to do" in said
+    for options, words in (
+        ("--seed 5", "(seed: 0 there, 5 here)"),
+        ("--flips", "(flips: False there, True here)"),
+        ("--samples-per-shard 17", "(samples_per_shard: 16 there, 17 here)"),
+    ):
+        code, _, errors = encode(dest, options)
+        assert code == 2 and errors.count("\n") == 1 and "other settings or images" in errors and words in errors
+    assert contents(dest) == before
+
+
+def test_other_settings_are_refused_in_the_middle_too(
+    encode: Encode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    dest = tmp_path / "out"
+    stop_before_the_index(encode, monkeypatch, dest)
+    before = contents(dest)
+    code, _, errors = encode(dest, "--seed 5")
+    assert code == 2 and errors.count("\n") == 1 and "seed: 0 there, 5 here" in errors
+    assert contents(dest) == before
+
+
+def test_a_straggler_ends_well(
+    undisturbed: dict[str, bytes], encode: Encode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Another worker finishes everything while this one is about to write a shard."""
+    dest, other = tmp_path / "out", tmp_path / "other"
+    assert encode(other)[0] == 0
+    replace = Path.replace
+
+    def overtaken(self: Path, target: str) -> Path:
+        if str(target).endswith("shard-000004.tar") and not (dest / "index.json").exists():
+            for path in other.iterdir():
+                shutil.copy(path, dest)
+            shutil.rmtree(dest / "parts")
+            self.unlink()  # swept away with what killed workers left
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", overtaken)
+    code, said, errors = encode(dest)
+    assert code == 0 and "238 images" in said, errors
+    assert contents(dest) == undisturbed
+
+
+def test_flips_are_the_latents_of_the_mirrored_images(encode: Encode, tmp_path: Path) -> None:
+    assert encode(tmp_path / "out", "--flips")[0] == 0
+    index = read_index(str(tmp_path / "out"))
+    assert index.info.latent.flips and index.table.flip_offset is not None
+    urls = [str(tmp_path / "out" / shard.name) for shard in index.info.shards]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
+    assert len(samples) == 238
+    for sample in samples:
+        assert np.array_equal(sample["latent_flip.npy"], sample["latent.npy"][..., ::-1])
+    with (tmp_path / "out" / index.info.shards[0].name).open("rb") as file:
+        rows = scan_shard(file, np.dtype(np.float16), (3, SIZE, SIZE), flip_suffix=FLIP_SUFFIX)
+    count = len(rows)
+    assert [row.flip_offset for row in rows] == index.table.flip_offset[:count].tolist()
+    # what is not mirrored is the same as without
+    assert encode(tmp_path / "plain")[0] == 0
+    assert read_index(str(tmp_path / "plain")).table.crc32.tolist() == index.table.crc32.tolist()
+
+
+def _posterior(images: Tensor) -> Tensor:
+    mean = images.float().permute(0, 3, 1, 2)[:, :, ::2, ::2] / 64
+    return torch.cat([mean, 0.1 + mean / 8], dim=1)
+
+
+STOCHASTIC = Tokenizer(
+    name="toy-vae",
+    sha256="0" * 64,
+    downsample=2,
+    image_channels=3,
+    stochastic=True,
+    scale=None,
+    uint8_rule="none",
+    encode=_posterior,
+    decode=lambda latents: latents,
+)
+
+
+@pytest.fixture
+def toy_vae(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ig_dist.latents.tokenizers, "get_tokenizer", lambda name, **_: STOCHASTIC)
+
+
+def stored(folder: Path, flips: bool = False) -> dict[int, Any]:
+    """Latents by image number."""
+    urls = [str(folder / shard.name) for shard in read_index(str(folder)).info.shards]
+    samples = webdataset.WebDataset(urls, shardshuffle=False).decode()
+    field = "latent_flip.npy" if flips else "latent.npy"
+    return {int(sample["__key__"]): sample[field] for sample in samples}
+
+
+@pytest.mark.usefixtures("toy_vae")
+def test_moments_and_stored_samples(encode: Encode, tmp_path: Path) -> None:
+    code, said, errors = encode(tmp_path / "moments", "--tokenizer toy-vae --flips")
+    assert code == 0 and "posterior moments of 3x8x8 latents, and those of the mirrored images" in said, errors
+    assert encode(tmp_path / "sample", "--tokenizer toy-vae --flips --store sample --seed 3")[0] == 0
+    info = read_index(str(tmp_path / "moments")).info
+    assert info.latent.kind == "moments" and info.latent.shape == (3, 8, 8)
+    assert read_index(str(tmp_path / "sample")).info.latent.kind == "sample"
+    files = imagenet_like.files()
+    kept = [i for i, file in enumerate(files) if file.name not in (CORRUPT, TRUNCATED)]
+    images = torch.from_numpy(np.stack([decode_image(files[i].data, SIZE) for i in kept]))
+    numbers = torch.tensor(kept)
+    everything = []
+    for step, view in enumerate((images, images.flip(2))):
+        moments = _posterior(view)
+        everything.append(moments)
+        found = stored(tmp_path / "moments", flips=step == 1)
+        assert sorted(found) == kept
+        assert np.array_equal(np.stack([found[i] for i in kept]), moments.half().numpy())
+        mean, std = moments.chunk(2, dim=1)
+        draw = mean + std * normal(3, Purpose.ENCODE_POSTERIOR, numbers, (3, 8, 8), step=step)
+        found = stored(tmp_path / "sample", flips=step == 1)
+        assert np.array_equal(np.stack([found[i] for i in kept]), draw.half().numpy())
+    # of a draw: E[x] = E[mean], Var[x] = E[std^2] + Var[mean]; without a scale of its own, the data set gives one
+    mean, std = torch.cat(everything).double().chunk(2, dim=1)
+    expected = mean.mean((0, 2, 3)), (std.square().mean((0, 2, 3)) + mean.var((0, 2, 3), correction=0)).sqrt()
+    assert np.abs(np.array(info.latent.shift) - expected[0].numpy()).max() < 1e-3
+    assert np.abs(1 / np.array(info.latent.scale) - expected[1].numpy()).max() < 1e-3
+    assert np.abs(info.statistics.mean).max() < 1e-9 and np.abs(np.array(info.statistics.std) - 1).max() < 1e-9
+
+
+@pytest.mark.usefixtures("toy_vae")
+def test_image_sizes_that_a_tokenizer_does_not_take(encode: Encode, tmp_path: Path) -> None:
+    code, _, errors = encode(tmp_path / "out", "--tokenizer toy-vae --image-size 17")
+    assert code == 2 and "--image-size 17 is not a multiple of 2" in errors and "--image-size 16" in errors
+    code, _, errors = encode(tmp_path / "out", "--tokenizer toy-vae", source="digits")
+    assert code == 2 and "--image-size" in errors and not (tmp_path / "out").exists()
+
+
+def test_latents_beyond_float16_are_an_error(encode: Encode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    big = dataclasses.replace(STOCHASTIC, encode=lambda images: _posterior(images) * 1e6)
+    monkeypatch.setattr(ig_dist.latents.tokenizers, "get_tokenizer", lambda name, **_: big)
+    code, _, errors = encode(tmp_path / "out", "--tokenizer toy-vae")
+    assert code == 4 and errors.count("\n") == 1 and "not finite" in errors and "--precision fp32" in errors
+
+
+def test_a_dry_run_counts_and_writes_nothing(
+    forms: dict[str, Path], encode: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    code, said, errors = encode(tmp_path / "out", "--dry-run --gpus 8")
+    assert code == 0, errors
+    said = " ".join(said.split())
+    assert "240 images of 20 classes -> 15 shards, 860.2 kB" in said  # 2560 + 1024 bytes a sample
+    assert "8 processes" in said and "hours" in said and "images/s" in said
+    assert encode(tmp_path / "real")[0] == 0
+    real = sum(path.stat().st_size for path in tmp_path.glob("real/*.tar"))
+    assert 860_200 <= real <= 860_200 + SHARDS * 10_240  # tars end in blocks of 10 kB
+    code, said, errors = encode(tmp_path / "out", "--dry-run", source=forms["parquet"])
+    assert code == 0 and (part := re.search(r"about (\d+) images of 20 classes", said)), (said, errors)
+    assert 230 <= int(part[1]) <= 250  # by the size of the first of two files
+    assert [path.name for path in tmp_path.iterdir()] == ["real"]
+
+
+def test_too_many_rejected_files_end_it_early(encode: Encode, forms: dict[str, Path], tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(forms["ImageFolder"], source)
+    bad = sorted(source.rglob("*.JPEG"))[::3]
+    for file in bad:
+        file.write_text("no picture")
+    code, _, errors = encode(tmp_path / "out", "--max-rejected 0.05", source=source)
+    assert code == 2 and errors.count("\n") == 1
+    with (tmp_path / "out/rejected.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert 13 <= len(rows) < 13 + 16  # 5% are 12; a batch is decoded at a time
+    assert f"{len(rows)} of 240 files are rejected so far" in errors and "--max-rejected 0.05" in errors
+    assert len(list(tmp_path.glob("out/*.tar"))) < 5  # of 15
+    assert f"the first is {rows[0]['path']}: {rows[0]['reason']}" in errors
+    # allowed after all, it goes on from there
+    assert encode(tmp_path / "out", "--max-rejected 0.5", source=source)[0] == 0
+    assert read_index(str(tmp_path / "out")).info.rejected == len({CORRUPT, TRUNCATED, *(file.name for file in bad)})
+
+
+def test_a_shard_of_rejected_files_only(encode: Encode, tmp_path: Path) -> None:
+    assert encode(tmp_path / "out", "--samples-per-shard 1")[0] == 0
+    index = read_index(str(tmp_path / "out"))
+    assert index.num_samples == 238 == len(index.info.shards) == len(list(tmp_path.glob("out/*.tar")))
+
+
+def test_sources_and_shards_in_an_object_store(
+    forms: dict[str, Path], undisturbed: dict[str, bytes], encode: Encode, tmp_path: Path
+) -> None:
+    store = fsspec.filesystem("memory")
+    for file in forms["WebDataset"].iterdir():
+        store.pipe_file(f"/{tmp_path.name}/in/{file.name}", file.read_bytes())
+    dest = f"memory://{tmp_path.name}/out"
+    code, said, errors = encode(dest, source=f"memory://{tmp_path.name}/in")
+    assert code == 0 and f"index: {dest}/index.json" in said, errors
+    assert read_index(dest).num_samples == 238
+    names = {Path(name).name for name in store.find(f"/{tmp_path.name}/out")}
+    assert names == set(undisturbed)
+    shutil.rmtree(tmp_path / "spool")  # nor is it needed to see that all is done
+    code, said, _ = encode(dest, source=f"memory://{tmp_path.name}/in")
+    assert code == 0 and "nothing to do" in said and not (tmp_path / "spool").exists()
+
+
+def test_torchrun_and_slurm_tell_a_worker_which_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("SLURM") or "RANK" in name or name == "WORLD_SIZE":
+            monkeypatch.delenv(name)
+
+    def told(option: str | None = None, **environment: int) -> Worker:
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, str(value))
+            return this_worker(option)
+
+    assert told() == (0, 1, 0, 1)
+    assert told("3/5", RANK=1, WORLD_SIZE=2) == (3, 5, 0, 1)
+    assert told(RANK=9, WORLD_SIZE=16, LOCAL_RANK=1, LOCAL_WORLD_SIZE=8) == (9, 16, 1, 8)
+    array = {"SLURM_ARRAY_TASK_MIN": 10, "SLURM_ARRAY_TASK_MAX": 16, "SLURM_ARRAY_TASK_COUNT": 4}
+    assert [told(SLURM_ARRAY_TASK_ID=i, **array)[:2] for i in (10, 12, 14, 16)] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert told(SLURM_ARRAY_TASK_ID=12, SLURM_PROCID=1, SLURM_NTASKS=2, SLURM_LOCALID=1, **array) == (3, 8, 1, 1)
+    assert told(SLURM_PROCID=3, SLURM_NTASKS=8, SLURM_LOCALID=3) == (3, 8, 3, 1)
+
+
+def test_the_records_are_gone_and_the_index_says_all(undisturbed: dict[str, bytes]) -> None:
+    index = json.loads(undisturbed["index.json"])
+    assert index["samples_per_shard"] == 16 and index["rejected"] == 2 and len(index["shards"]) == SHARDS
+    assert sum(shard["samples"] for shard in index["shards"]) == 238
+    assert set(undisturbed) == {
+        "index.json",
+        "index.samples.safetensors",
+        "rejected.csv",
+        *(f"shard-{number:06d}.tar" for number in range(SHARDS)),
+    }
