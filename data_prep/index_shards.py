@@ -98,11 +98,12 @@ def choose_image_size(given: int | None, shape: tuple[int, int, int], tokenizer:
 
 
 def read_class_names(url: str) -> tuple[list[str], list[str] | None]:
-    """Names of the classes, one a line, and their words where the lines are synsets with words.
+    """Names of the classes, one a line, and their words: from the same lines, or those of ImageNet's synsets.
 
     Raises:
         ConfigError: no such file, or no text.
     """
+    from ig_dist.data.classes import class_words
     from ig_dist.storage import open_url, read_file
 
     fs, path = open_url(url, "--class-names")
@@ -110,10 +111,12 @@ def read_class_names(url: str) -> tuple[list[str], list[str] | None]:
         lines = [line.strip() for line in read_file(fs, path).decode("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--class-names {url} cannot be read ({error}): give a text file, a class a line") from None
+    if not lines:
+        raise ConfigError(f"--class-names {url} is empty: write a class a line")
     pairs = [re.fullmatch(r"(n\d{8})[\s:,]+(.+)", line) for line in lines]
     if lines and all(pairs):
         return [pair[1] for pair in pairs if pair], [pair[2] for pair in pairs if pair]
-    return lines, None
+    return lines, class_words(lines)
 
 
 def main(

@@ -139,8 +139,8 @@ def show(result: dict[str, Any]) -> None:
         rows["classes"] += f"; {len(empty)} without any: {some(empty)}" if empty else ""
     if drift := result["drift"]:
         rows["statistics"] = (
-            f"means within {drift['mean']:.1g} standard deviations of the index's, those within {drift['std']:.1g} of"
-            f" themselves (tolerance {drift['tolerance']:g})"
+            f"off the index's by at most {drift['mean']:.1g} std (means) and {drift['std']:.1g} (stds, relative);"
+            f" tolerance {drift['tolerance']:g}"
         )
     else:
         rows["statistics"] = "not compared: not every sample was read"

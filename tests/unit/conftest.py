@@ -42,7 +42,7 @@ Run = Callable[..., Ran]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    """Runs ``index_shards`` or ``verify_shards`` in this process: a start of Python each would take minutes."""
+    """Runs a command of data_prep in this process: a start of Python each would take minutes."""
 
     def run_script(script: str, *arguments: object) -> Ran:
         capsys.readouterr()

@@ -165,6 +165,18 @@ def test_damage_is_found_and_named(
         assert ran.code == 4 and named[0] in ran.err
 
 
+def test_the_remedy_mends(digits_index: Path, tmp_path: Path, run: Run) -> None:
+    folder = tmp_path / "digits"
+    shutil.copytree(digits_index, folder)
+    in_a_latent(folder)
+    assert run("verify_shards", folder).code == 4
+    for name in ("shard-000002.tar", "index.json"):
+        (folder / name).unlink()
+    assert run("encode_latents", "--source", "digits", "--dest", folder, *PIXEL, "--workers", "0").code == 0
+    assert run("verify_shards", folder).code == 0
+    assert read_index(str(folder)).sha256 == read_index(str(digits_index)).sha256
+
+
 def test_sound_shards(digits_index: Path, tmp_path: Path, run: Run) -> None:
     folder = tmp_path / "digits"
     shutil.copytree(digits_index, folder)
