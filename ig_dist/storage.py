@@ -91,7 +91,29 @@ def open_url(url: str, what: str, patience: Patience = PATIENCE) -> tuple[Any, s
         raise ConfigError(f"{what} {url!r}: {' '.join(str(error).split())}") from None
     if s3:
         fs.retries = 1
-    return fs, str(path)
+    return fs if is_local(fs) else _Persistent(fs, patience), str(path)
+
+
+class _Persistent:
+    """A remote file system whose calls on a path are ``retried``; all else is the file system's own."""
+
+    _READS = ("cat_file", "exists", "find", "glob", "info", "isdir", "isfile", "ls", "size")
+    _CALLS = frozenset((*_READS, "makedirs", "mv", "pipe_file", "rm", "rm_file", "rmdir"))
+
+    def __init__(self, fs: Any, patience: Patience) -> None:
+        self.wrapped, self._patience = fs, patience
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("wrapped", "_patience"):  # while it is copied
+            raise AttributeError(name)
+        call = getattr(self.wrapped, name)
+        if name not in self._CALLS:
+            return call
+
+        def persistent(path: Any, *arguments: Any, **options: Any) -> Any:
+            return retried(self.wrapped, path, lambda: call(path, *arguments, **options), self._patience)
+
+        return persistent
 
 
 def is_local(fs: Any) -> bool:
@@ -183,14 +205,14 @@ def read_file(fs: Any, path: str, patience: Patience = PATIENCE) -> bytes:
     Raises:
         FileNotFoundError: there is no such file; others as ``retried``.
     """
-    data: bytes = retried(fs, path, lambda: fs.cat_file(path, **_timeout(fs, 0, patience)), patience)
+    data: bytes = fs.cat_file(path, **_timeout(fs, 0, patience))
     return data
 
 
-def list_sizes(fs: Any, path: str, patience: Patience = PATIENCE) -> dict[str, int]:
+def list_sizes(fs: Any, path: str) -> dict[str, int]:
     """Name and size of every file of a folder; empty when there is none."""
     try:
-        entries = retried(fs, path, lambda: fs.ls(path, detail=True), patience)
+        entries = fs.ls(path, detail=True)
     except FileNotFoundError:
         return {}
     return {PurePosixPath(entry["name"]).name: entry["size"] for entry in entries if entry["type"] == "file"}
@@ -210,7 +232,7 @@ def write_whole(fs: Any, path: str, data: bytes | memoryview, patience: Patience
     if "s3" in fs.protocol:
         digest = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
         options |= {"chunksize": _SINGLE_PUT_BYTES, "ContentMD5": digest}  # the store refuses what changed on the way
-    retried(fs, path, lambda: fs.pipe_file(path, data, **options), patience)
+    fs.pipe_file(path, data, **options)
 
 
 def abort_orphaned_uploads(fs: Any, path: str) -> int:
@@ -238,7 +260,9 @@ def _chunks(fs: Any, path: str, start: int, into: memoryview, patience: Patience
     elif "s3" in fs.protocol:
         yield from _s3_chunks(fs, path, start, into, patience)
     else:
-        data = fs.cat_file(path, start=start, end=start + len(into), **_timeout(fs, len(into), patience))
+        data = getattr(fs, "wrapped", fs).cat_file(
+            path, start=start, end=start + len(into), **_timeout(fs, len(into), patience)
+        )
         into[: len(data)] = data
         yield len(data)
 
@@ -270,6 +294,7 @@ def _s3_client(fs: Any, patience: Patience) -> Any:
     import botocore.config
     import botocore.session
 
+    fs = getattr(fs, "wrapped", fs)
     with _CLIENT_LOCK:
         if not hasattr(fs, "synchronous_client"):  # lives as long as the file system, which fsspec keeps
             config = botocore.config.Config(

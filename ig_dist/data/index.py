@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ig_dist.data.shards import SampleRow
 from ig_dist.errors import ConfigError
-from ig_dist.storage import full_url, list_sizes, open_url, read_file, retried, write_whole
+from ig_dist.storage import full_url, list_sizes, open_url, read_file, write_whole
 
 FORMAT = "ig-dist-index/1"
 TABLE_NAME = "index.samples.safetensors"
@@ -195,8 +195,7 @@ def read_index_file(url: str) -> tuple[str, IndexFile, str]:
     try:
         raw = read_file(fs, f"{path}/index.json")
     except (FileNotFoundError, NotADirectoryError):
-        is_folder = retried(fs, path, lambda: fs.isdir(path))
-        what = "is a folder without an index.json" if is_folder else "does not exist"
+        what = "is a folder without an index.json" if fs.isdir(path) else "does not exist"
         raise ConfigError(
             f"data.index: {folder} {what}; write shards there with"
             " `python data_prep/encode_latents.py --source SRC --dest FOLDER --tokenizer T`,"

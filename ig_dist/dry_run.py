@@ -1,0 +1,133 @@
+"""What a training run will take, told before it starts: parameters, FLOPs, memory on each GPU, steps, days.
+
+Nothing is allocated: shapes are traced on fake tensors. The state is counted exactly, activations are what autograd
+keeps of one image; what the allocator, kernels and libraries need beside it (some 2 GiB on a GPU) is not in here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ig_dist.config import Config
+from ig_dist.data.index import read_index
+from ig_dist.errors import ConfigError
+from ig_dist.models.dit import DiT, DiTConfig, count_parameters
+from ig_dist.models.presets import forward_flops
+from ig_dist.terminal import console
+
+IMAGENET_IMAGES, IMAGENET_CLASSES, SD_LATENT = 1_281_167, 1000, (4, 32, 32)
+GIB = 2**30
+
+
+class Memory(NamedTuple):
+    """Bytes on each GPU."""
+
+    state: int
+    """Weights, gradients, moments and averages."""
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.state + self.activations
+
+
+def dry_run(config: Config, *, gpus: int, mfu: float, peak_tflops: float) -> None:
+    """Print what the run will take on ``gpus`` GPUs.
+
+    Raises:
+        ConfigError: the config does not fit so many processes, or not the data.
+    """
+    try:
+        index = read_index(config.data.index)
+    except ConfigError:  # there may be no data yet
+        channels, side, _ = SD_LATENT
+        shape = (config.model.in_channels or channels, *2 * (config.model.input_size or side,))
+        classes, images = config.model.num_classes or IMAGENET_CLASSES, IMAGENET_IMAGES
+        assumed = f"{config.data.index}: no index there, so ImageNet is assumed: "
+    else:
+        shape, classes, images, assumed = index.info.latent.shape, len(index.info.classes), index.num_samples, ""
+    config = config.with_data(shape, classes)
+    config.check_world_size(gpus)
+    model, batch = config.model.to_dit(), config.train.global_batch_size
+    with torch.device("meta"):
+        parameters = count_parameters(DiT(model))
+    flops, steps = 3 * forward_flops(model), config.total_steps(images)  # backward costs twice the forward
+    micro = batch // gpus // config.train.accumulation
+    seconds = steps * batch * flops / (gpus * peak_tflops * 1e12 * mfu)
+    console.print(f"{assumed}{images:,} samples of {'x'.join(map(str, shape))}, {classes} classes", markup=False)
+    console.print(f"{parameters:,} parameters, {flops / 1e9:.1f} GFLOP a training image (2 per multiply-accumulate)")
+    console.print(
+        f"{steps:,} steps of {batch} images ({steps * batch / images:.1f} epochs): {gpus} GPUs x {micro} images"
+        f" x {config.train.accumulation} micro-batches"
+    )
+    console.print(
+        f"{seconds / 86400:.2f} days on {gpus} GPUs at {mfu:.0%} of {peak_tflops:g} TFLOP/s"
+        f" ({seconds * gpus / 3600:,.0f} GPU hours)"
+    )
+    table = Table("engine", "state GiB", "activations GiB", "on each GPU GiB", title="memory", title_justify="left")
+    for engine in ("ddp", "fsdp2", "zero1", "zero2", "zero3"):
+        memory = memory_per_gpu(engine, model, parameters, config, gpus, micro)
+        table.add_row(engine, *(f"{part / GIB:.2f}" for part in (*memory, memory.total)))
+    console.print(table)
+
+
+def memory_per_gpu(engine: str, model: DiTConfig, parameters: int, config: Config, gpus: int, micro: int) -> Memory:
+    """Bytes on each GPU under an engine.
+
+    Masters, moments (Adam's two) and averages are fp32 always, as are the gradients of DDP and FSDP2. ZeRO keeps
+    weights and gradients in the precision of the forward pass, and shards what its stage says.
+
+    Args:
+        engine: ddp, fsdp2, zero1, zero2 or zero3.
+        model: the model.
+        parameters: number of its parameters.
+        config: the run's config.
+        gpus: number of GPUs.
+        micro: images of a micro-batch on each GPU.
+    """
+    low = 2 if config.train.precision == "bf16" else 4
+    cast = low if config.train.precision == "bf16" else 0  # autocast keeps low-precision copies of the weights
+    kept = 4 + 8 + 4 * len(config.ema.decays)
+    block = -(-parameters // model.depth) * low * 2  # FSDP2 and ZeRO-3 hold the block in use and the next one whole
+    state = {
+        "ddp": parameters * (kept + 4 + cast),
+        "fsdp2": parameters * (kept + 4) // gpus + block,
+        "zero1": parameters * (2 * low) + parameters * kept // gpus,
+        "zero2": parameters * low + parameters * (kept + low) // gpus,
+        "zero3": parameters * (kept + 2 * low) // gpus + block,
+    }[engine]
+    return Memory(state, micro * activation_bytes(model, config.train.precision == "bf16"))
+
+
+def activation_bytes(model: DiTConfig, bf16: bool) -> int:
+    """What autograd keeps of one image for the backward pass, in bytes. Traced on fake tensors."""
+    return _saved_bytes(model, bf16, 2) - _saved_bytes(model, bf16, 1)  # what both have are casts of weights
+
+
+def _saved_bytes(config: DiTConfig, bf16: bool, batch: int) -> int:
+    with FakeTensorMode():
+        model = DiT(config)
+        weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        saved: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                saved[storage._cdata] = storage.nbytes()
+            return tensor
+
+        size = config.input_size
+        latents = torch.zeros(batch, config.in_channels, size, size)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+        ):
+            output = model(latents, torch.zeros(batch), torch.zeros(batch, dtype=torch.int64))
+        assert output.velocity.shape == latents.shape  # and keeps the graph until here
+    return sum(saved.values())

@@ -1,0 +1,53 @@
+"""The dry run counts what a real model keeps, and tells the published costs."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ig_dist.dry_run import activation_bytes
+from ig_dist.models.dit import DiT, DiTConfig
+from tests.conftest import run_command
+
+TINY = DiTConfig(
+    depth=3, hidden_size=64, num_heads=2, patch_size=2, aux_depth=1, input_size=8, in_channels=4, num_classes=10
+)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_activations_are_what_autograd_keeps_of_a_real_model(bf16: bool) -> None:
+    model = DiT(TINY)
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+
+    def saved(batch: int) -> int:
+        sizes: dict[int, tuple[int, Tensor]] = {}  # holding the tensors keeps addresses from being used again
+
+        def keep(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in weights:
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes(), tensor
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output = model(torch.zeros(batch, 4, 8, 8), torch.zeros(batch), torch.zeros(batch, dtype=torch.int64))
+        assert output.velocity.requires_grad
+        return sum(size for size, _ in sizes.values())
+
+    assert activation_bytes(TINY, bf16) == pytest.approx(saved(9) - saved(8), rel=0.02)
+
+
+def test_the_published_run_is_told_without_data_and_without_weights() -> None:
+    done = run_command(["ig-dist", "train", "configs/sit_xl2_ig.yaml", "--dry-run", "--gpus", "8"])
+    assert done.returncode == 0, done.stderr
+    text = done.stdout
+    assert "no index there, so ImageNet is assumed: 1,281,167 samples of 4x32x32, 1000 classes" in text
+    assert "711.7 GFLOP a training image" in text or "711.8 GFLOP" in text
+    assert "4,003,647 steps of 256 images (800.0 epochs): 8 GPUs x 32 images x 1 micro-batches" in text
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
+    rows = {engine: [float(number) for number in numbers] for engine, *numbers in cells}
+    assert rows["ddp"][0] > rows["zero1"][0] > rows["zero2"][0] > rows["zero3"][0] > 0
+    assert len({row[1] for row in rows.values()}) == 1
+
+
+def test_processes_that_do_not_divide_are_refused() -> None:
+    done = run_command(["ig-dist", "train", "configs/sit_xl2_ig.yaml", "--dry-run", "--gpus", "7"])
+    assert done.returncode == 2 and "7 processes do not divide data.streams 256" in done.stderr
