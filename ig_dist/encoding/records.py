@@ -94,12 +94,12 @@ class Dest:
             entries = self.fs.ls(path, detail=True)
         except FileNotFoundError:
             return {}
+        except NotADirectoryError:
+            raise ConfigError(f"--dest {self.url} is a file: choose a folder") from None
         except OSError as error:
             raise ConfigError(
                 f"--dest {self.url} cannot be used ({_reason(error)}): choose a folder, or make it accessible"
             ) from None
-        if any(entry["name"].rstrip("/") == path.rstrip("/") and entry["type"] == "file" for entry in entries):
-            raise ConfigError(f"--dest {self.url} is a file: choose a folder")
         return {PurePosixPath(entry["name"]).name: int(entry["size"] or 0) for entry in entries}
 
     def has_index(self) -> bool:
@@ -119,6 +119,19 @@ class Dest:
         except (FileNotFoundError, ValidationError):
             return None
 
+    def create(self) -> None:
+        """Make the folder.
+
+        Raises:
+            ConfigError: it cannot be made.
+        """
+        try:
+            self.fs.makedirs(f"{self.path}/{PARTS}" if is_local(self.fs) else self.path, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"--dest {self.url} cannot be made ({_reason(error)}): choose another, or mend that"
+            ) from None
+
     def write(self, name: str, data: bytes) -> None:
         """Write a file whole.
 
@@ -127,7 +140,6 @@ class Dest:
             DataError: the storage does not take it.
         """
         try:
-            self.fs.makedirs(f"{self.path}/{PurePosixPath(name).parent}".removesuffix("/."), exist_ok=True)
             write_whole(self.fs, f"{self.path}/{name}", data)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and self.has_index():

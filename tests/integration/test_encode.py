@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -409,6 +410,30 @@ def test_a_shard_of_rejected_files_only(encode: Encode, tmp_path: Path) -> None:
     assert encode(tmp_path / "out", "--samples-per-shard 1")[0] == 0
     index = read_index(str(tmp_path / "out"))
     assert index.num_samples == 238 == len(index.info.shards) == len(list(tmp_path.glob("out/*.tar")))
+
+
+def test_a_full_disk_is_one_line_before_and_in_the_middle(
+    encode: Encode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+        code, _, errors = encode(tmp_path / "out")
+    assert code == 2 and errors.count("\n") == 1 and "needs about 860.2 kB, 100.0 kB are free" in errors
+    assert not (tmp_path / "out").exists()
+    write_bytes = Path.write_bytes
+
+    def full(self: Path, data: bytes) -> int:
+        if "shard-000005.tar" in self.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_bytes(self, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        code, _, errors = encode(tmp_path / "out")
+    assert code == 4 and errors.count("\n") == 1, errors
+    assert "shard-000005.tar cannot be written (No space left on device)" in errors and "run the same command" in errors
+    assert encode(tmp_path / "out")[0] == 0
 
 
 def test_sources_and_shards_in_an_object_store(
