@@ -100,7 +100,7 @@ def evaluate(
     found, made_by, training_data, metrics = read_samples(samples)
     against = "" if reference is None else f"_{hashlib.sha256(reference.encode()).hexdigest()[:8]}"
     out = made_by / "evaluations" / f"{found.plan.digest}{against}.json" if made_by.is_dir() else None
-    result = evaluate_samples(found, load_reference(reference or training_data, metrics), out)
+    result = evaluate_samples(found, load_reference(reference or training_data, metrics, found.tokenizer), out)
     if as_json:
         return _print_json(result)
     table = Table("what", "value", show_header=False)

@@ -127,8 +127,19 @@ class DataConfig(_Group):
     """A damaged sample ends the run, or is replaced by the next good one of its window and counted."""
     validation_shards: NonNegative = 0
     """The last shards of the index are never trained on: the validation loss is measured on them."""
-    posterior: Literal["draw", "mean"] = "draw"
-    """For shards that store mean and std: a fresh draw at every access, or the mean."""
+    posterior: Literal["draw", "stored_sample", "mean"] | None = None
+    """Of shards that store mean and std: a fresh ``draw`` at every access, or the ``mean``; of others the
+    ``stored_sample``. null: draw or stored_sample, whichever the shards hold."""
+    flip: bool = False
+    """Mirror half of the images, anew in every epoch; for shards encoded with --flips."""
+    cache_dir: str = ""
+    """Folder on a local disk of the node that keeps shards once read, shared by its processes. Empty: none."""
+    cache_bytes: Positive = 64 * 2**30
+    """Bound on what is kept in ``cache_dir``, in bytes."""
+    stall_s: PositiveFloat = 60.0
+    """A request to the storage (16 MiB at most) that takes longer is made again."""
+    retry_s: PositiveFloat = 600.0
+    """Requests that fail are made again for this long; then the run ends with exit code 4."""
 
 
 class TrainConfig(_Group):
@@ -251,6 +262,8 @@ class SampleConfig(_Group):
     """Arithmetic of the model; the solver's state is float64."""
     url: Url = ""
     """Folder of the plans' samples: a path or any fsspec URL. Empty: ``samples`` in the run directory."""
+    tokenizer: str = ""
+    """Folder, file or name of the tokenizer where it is not found under the name in the index."""
 
 
 class EvaluateConfig(_Group):

@@ -16,6 +16,7 @@ from ig_dist.ema import EMA
 from ig_dist.evaluation.generate import generate
 from ig_dist.evaluation.plan import Plan, make_plan
 from ig_dist.export import ModelInfo, model_info
+from ig_dist.latents.tokenizers import Tokenizer, index_tokenizer
 from ig_dist.models.dit import DiT
 from ig_dist.objective import validation_loss
 from ig_dist.parallel.dist import Dist
@@ -40,10 +41,21 @@ def sample_grid(model: DiT, ema: EMA, index: ShardIndex, config: Config, device:
     plans = [_plan(config.model_copy(update={"guidance": []}), info)]
     if config.guidance:
         plans.append(_plan(config, info))
-    numbers = torch.arange(COLUMNS, device=device)
+    numbers, tokenizer = torch.arange(COLUMNS, device=device), grid_tokenizer(index, config, device)
     with ema.swapped_in(config.ema.decays[0]):
-        rows = [generate(model, info, plan, numbers, plan.image_labels(numbers)).cpu().numpy() for plan in plans]
+        rows = [
+            generate(model, info, plan, numbers, plan.image_labels(numbers), tokenizer).cpu().numpy() for plan in plans
+        ]
     return np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
+
+
+def grid_tokenizer(index: ShardIndex, config: Config, device: torch.device) -> Tokenizer:
+    """What decodes the grids; loaded once.
+
+    Raises:
+        ConfigError: it is not there, or is not the one of the index.
+    """
+    return index_tokenizer(index.info.tokenizer, index.info.latent, config.sample.tokenizer, device=device)
 
 
 def _plan(config: Config, info: ModelInfo) -> Plan:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ig_dist.config import Config
+from ig_dist.data.cache import BlockCache
 from ig_dist.data.index import IndexFile, ShardIndex
-from ig_dist.data.latents import model_latents
+from ig_dist.data.latents import check_latents, model_latents
 from ig_dist.data.reader import ShardReader
 from ig_dist.data.stream import Batch
 from ig_dist.diffusion.loss import ig_loss
@@ -19,6 +20,7 @@ from ig_dist.errors import DataError
 from ig_dist.models.dit import DiTOutput
 from ig_dist.parallel.dist import Dist, sum_over_ranks
 from ig_dist.rng import Purpose, bernoulli, normal, uniform
+from ig_dist.storage import Patience
 
 VALIDATION_SAMPLES = 4096
 VALIDATION_SEED = 0  # not the run's: the loss must be comparable over runs
@@ -31,13 +33,21 @@ def training_loss(model: Model, batch: Batch, config: Config, info: IndexFile, d
     seed = config.run.seed
     positions = batch.positions.to(device, non_blocking=True)
     stored = batch.latents.to(device, non_blocking=True)
-    latents = model_latents(stored, info.latent, posterior=config.data.posterior, seed=seed, positions=positions)
+    posterior = check_latents(info.latent, config.data.posterior, config.data.flip)
+    latents = model_latents(stored, info.latent, posterior=posterior, seed=seed, positions=positions)
     t = uniform(seed, Purpose.TIME, positions).float()
     noise = normal(seed, Purpose.NOISE, positions, info.latent.shape)
     dropped = bernoulli(seed, Purpose.LABEL_DROP, positions, config.loss.label_drop)
     labels = batch.labels.to(device, non_blocking=True).masked_fill(dropped, len(info.classes))
     x_t, velocity = Path(config.loss.path).interpolate(latents, noise, t)
     return torch.stack(ig_loss(model(x_t, t, labels), velocity, config.loss.aux_weight))
+
+
+def open_reader(index: ShardIndex, config: Config) -> ShardReader:
+    """The run's way to read samples: what damage, faults and hangs get, and the node's cache."""
+    data = config.data
+    cache = BlockCache(data.cache_dir, data.cache_bytes, index) if data.cache_dir else None
+    return ShardReader(index, data.on_corrupt, patience=Patience(data.stall_s, data.retry_s), cache=cache)
 
 
 @torch.no_grad()
@@ -69,17 +79,19 @@ def validation_loss(model: Model, index: ShardIndex, config: Config, batch_size:
 
 def _held_out(index: ShardIndex, config: Config) -> tuple[Tensor, Tensor]:
     """Stored latents and labels of the first samples of the held-out shards, without damaged ones."""
-    reader, sizes = ShardReader(index, config.data.on_corrupt), index.shard_sizes
+    reader, sizes = open_reader(index, config), index.shard_sizes
     first = len(sizes) - config.data.validation_shards
-    samples: list[np.ndarray | None] = []
+    latents, whole = [], []
+    wanted = VALIDATION_SAMPLES
     for shard in range(first, len(sizes)):
-        samples += reader.read(shard, 0, min(sizes[shard], VALIDATION_SAMPLES - len(samples)))
-        if len(samples) == VALIDATION_SAMPLES:
-            break
-    begin = sum(sizes[:first])
-    labels = index.table.label[begin : begin + len(samples)]
-    good = [(sample, label) for sample, label in zip(samples, labels, strict=True) if sample is not None]
-    if not good:
+        count = min(sizes[shard], wanted)
+        found, good = reader.read(shard, 0, count)
+        latents.append(found)
+        whole.append(good)
+        wanted -= count
+    kept = np.concatenate(whole)
+    if not kept.any():
         raise DataError(f"{index.folder}: every sample of the held-out shards is damaged: restore the shards")
-    latents, kept = zip(*good, strict=True)
-    return torch.from_numpy(np.stack(latents)), torch.from_numpy(np.asarray(kept, np.int64))
+    begin = sum(sizes[:first])
+    labels = index.table.label[begin : begin + len(kept)].astype(np.int64)
+    return torch.from_numpy(np.concatenate(latents)[kept]), torch.from_numpy(labels[kept])

@@ -1,26 +1,96 @@
-"""Paths and URLs: one way to open them, and files that are whole or not there."""
+"""Paths and URLs: one way to open them, requests that outlast the storage's faults, files that are whole or not there.
+
+Credentials, endpoint and region come from each protocol's standard chain (for S3: environment, profiles, instance
+roles) and are never part of a config, a log line or a report.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import hashlib
+import sys
+import threading
+import time
 import uuid
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
 import fsspec
+import numpy as np
 
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, DataError
+from ig_dist.terminal import console
+
+T = TypeVar("T")
+
+REQUEST_BYTES = 16 * 2**20
+"""The most that one request reads: big enough to stream at full speed, small enough to ask for again."""
+
+LOCAL = fsspec.filesystem("file")
+
+_SINGLE_PUT_BYTES = 5 * 2**30  # S3's limit. One PUT is atomic and leaves no half upload behind.
+_CHUNK_BYTES = 2**20
+_CLIENT_LOCK = threading.Lock()
+_LOG_EVERY_S = 5.0
+_TRANSIENT_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "SlowDown", "XAmzContentSHA256Mismatch"}
+_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError"}
+
+_LASTING = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 
 
-def open_url(url: str, what: str) -> tuple[Any, str]:
+@dataclass
+class Patience:
+    """How long faults of a storage are borne, and how many were. Safe to share between threads."""
+
+    stall_s: float = 60.0
+    """A request of up to ``REQUEST_BYTES`` that takes longer is given up and made again."""
+    deadline_s: float = 600.0
+    """A request that fails for this long ends the command."""
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Set: no further tries."""
+    faults: int = 0
+    """Requests that had to be made again."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _said_at: float = -_LOG_EVERY_S
+    _unsaid: int = 0
+
+    def count(self, what: str, error: BaseException, wait_s: float) -> None:
+        """Count a fault, and say it: at most one line in some seconds, which tells of the others."""
+        with self._lock:
+            self.faults += 1
+            if time.monotonic() - self._said_at < _LOG_EVERY_S:
+                self._unsaid += 1
+                return
+            others = f" ({self._unsaid} more since the last line)" if self._unsaid else ""
+            self._said_at, self._unsaid = time.monotonic(), 0
+        console.print(f"storage: {what}: {_words(error)}; again in {wait_s:.1f} s{others}", markup=False)
+
+
+PATIENCE = Patience()
+"""For whoever has no reason for another."""
+
+
+def open_url(url: str, what: str, patience: Patience = PATIENCE) -> tuple[Any, str]:
     """The fsspec file system of a path or URL, and the path within it.
 
     Raises:
         ConfigError: unknown protocol, or one whose package is not installed; ``what`` names the setting.
     """
+    options: dict[str, Any] = {}
+    s3 = fsspec.utils.get_protocol(url) in ("s3", "s3a")
+    if s3:
+        options["config_kwargs"] = _s3_config(patience)
+        options["use_listings_cache"] = False  # other processes write there too
     try:
-        fs, path = fsspec.core.url_to_fs(url.rstrip("/"))
+        fs, path = fsspec.core.url_to_fs(url.rstrip("/"), **options)
     except (ValueError, ImportError) as error:
         raise ConfigError(f"{what} {url!r}: {' '.join(str(error).split())}") from None
+    if s3:
+        fs.retries = 1
     return fs, str(path)
 
 
@@ -29,11 +99,231 @@ def is_local(fs: Any) -> bool:
     return "file" in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
 
 
-def write_whole(fs: Any, path: str, data: bytes) -> None:
+def full_url(fs: Any, path: str) -> str:
+    """What a user calls the file: a local path, or the URL."""
+    return path if is_local(fs) else str(fs.unstrip_protocol(path))
+
+
+def retried(fs: Any, path: str, operation: Callable[[], T], patience: Patience = PATIENCE) -> T:
+    """Do an operation on a file, again after a transient fault: with back-off and jitter, under the deadline.
+
+    A local file system is tried once.
+
+    Raises:
+        DataError: the deadline passed, or access is denied.
+        OSError: a fault that no repetition mends, such as FileNotFoundError.
+    """
+    if is_local(fs):
+        return operation()
+    import tenacity
+
+    url = full_url(fs, path)
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_is_transient),
+        wait=tenacity.wait_exponential_jitter(multiplier=0.1, max=10.0, jitter=0.5),
+        stop=tenacity.stop_any(
+            tenacity.stop_after_delay(patience.deadline_s), tenacity.stop_when_event_set(patience.stop)
+        ),
+        sleep=tenacity.sleep_using_event(patience.stop),
+        before_sleep=lambda state: patience.count(
+            url,
+            state.outcome.exception(),  # type: ignore[union-attr, arg-type]  # it has failed
+            state.upcoming_sleep,
+        ),
+        reraise=True,
+    )
+    try:
+        return retrying(operation)
+    except PermissionError as error:
+        raise DataError(
+            f"{url}: access denied ({_words(error)}): check the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID, instance"
+            " role) and what the bucket allows them"
+        ) from None
+    except Exception as error:
+        if type(error).__name__ in _NO_CREDENTIALS:
+            raise DataError(
+                f"{url}: {_words(error)}: set AWS_PROFILE or AWS_ACCESS_KEY_ID, or run `aws login`"
+            ) from None
+        if not _is_transient(error):
+            raise
+        raise DataError(
+            f"{url}: the storage has failed for {patience.deadline_s:g} s, last with: {_words(error)}: see that it is"
+            " up and reachable, then run the same command again"
+        ) from None
+
+
+def read_range(fs: Any, path: str, start: int, stop: int, patience: Patience = PATIENCE) -> memoryview:
+    """Bytes ``start`` to ``stop`` (exclusive) of a file, all of them.
+
+    Raises:
+        DataError: as ``retried``, or the file is shorter.
+        FileNotFoundError: there is no such file.
+    """
+    # numpy asks for huge pages: the kernel then clears and maps new memory several times faster
+    buffer = np.empty(stop - start, dtype=np.uint8).data
+    done = 0  # a try goes on where the one before broke off
+
+    def read() -> None:
+        nonlocal done
+        for count in _chunks(fs, path, start + done, buffer[done:], patience):
+            done += count
+        if done != len(buffer):  # a proxy's short body with a consistent length looks like success
+            raise ShortReadError(f"got {done} of {len(buffer)} bytes at {start}")
+
+    try:
+        retried(fs, path, read, patience)
+    except ShortReadError as error:
+        raise DataError(f"{full_url(fs, path)} is too short ({error}): restore it") from None
+    return buffer
+
+
+def read_file(fs: Any, path: str, patience: Patience = PATIENCE) -> bytes:
+    """A whole small file.
+
+    Raises:
+        FileNotFoundError: there is no such file; others as ``retried``.
+    """
+    data: bytes = retried(fs, path, lambda: fs.cat_file(path, **_timeout(fs, 0, patience)), patience)
+    return data
+
+
+def list_sizes(fs: Any, path: str, patience: Patience = PATIENCE) -> dict[str, int]:
+    """Name and size of every file of a folder; empty when there is none."""
+    try:
+        entries = retried(fs, path, lambda: fs.ls(path, detail=True), patience)
+    except FileNotFoundError:
+        return {}
+    return {PurePosixPath(entry["name"]).name: entry["size"] for entry in entries if entry["type"] == "file"}
+
+
+def write_whole(fs: Any, path: str, data: bytes | memoryview, patience: Patience = PATIENCE) -> None:
     """Write a file that is whole or not there, also when several processes write the same one."""
-    if not is_local(fs):
-        fs.pipe_file(path, data)  # an object appears when it is complete
+    if is_local(fs):
+        temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
         return
-    temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    options = _timeout(fs, len(data), patience)
+    if "s3" in fs.protocol:
+        digest = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+        options |= {"chunksize": _SINGLE_PUT_BYTES, "ContentMD5": digest}  # the store refuses what changed on the way
+    retried(fs, path, lambda: fs.pipe_file(path, data, **options), patience)
+
+
+def abort_orphaned_uploads(fs: Any, path: str) -> int:
+    """Abort the multipart uploads below a path that nobody will finish; the number of them.
+
+    A process that is killed while it uploads leaves parts that cost storage and are listed nowhere. Call it only
+    when nobody writes there any more. Nothing to do but on S3.
+    """
+    if "s3" not in fs.protocol:
+        return 0
+    bucket, prefix, _ = fs.split_path(f"{path}/")
+    listed = retried(fs, path, lambda: fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix))
+    uploads = listed.get("Uploads") or []
+    for upload in uploads:
+        fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+    return len(uploads)
+
+
+def _chunks(fs: Any, path: str, start: int, into: memoryview, patience: Patience) -> Iterator[int]:
+    """Read from byte ``start`` on until ``into`` is full or the file ends; the size of each part that came."""
+    if is_local(fs):
+        with Path(path).open("rb", buffering=0) as file:
+            file.seek(start)
+            yield file.readinto(into) or 0
+    elif "s3" in fs.protocol:
+        yield from _s3_chunks(fs, path, start, into, patience)
+    else:
+        data = fs.cat_file(path, start=start, end=start + len(into), **_timeout(fs, len(into), patience))
+        into[: len(data)] = data
+        yield len(data)
+
+
+def _s3_chunks(fs: Any, path: str, start: int, into: memoryview, patience: Patience) -> Iterator[int]:
+    """One streaming GET into memory, in this thread.
+
+    s3fs hands every chunk through the one event loop of the process, joins them, and needs the GIL for each: reader
+    threads of their own with plain sockets read faster and leave the training loop alone (benchmarks/loader.py).
+    """
+    import botocore.exceptions
+    import s3fs.errors
+
+    bucket, key, _ = fs.split_path(path)
+    try:
+        asked = f"bytes={start}-{start + len(into) - 1}"
+        body = _s3_client(fs, patience).get_object(Bucket=bucket, Key=key, Range=asked)["Body"]
+        with closing(body):  # what is left of a broken answer must not reach the next request
+            done = 0
+            while done < len(into) and (count := body.readinto(into[done : done + _CHUNK_BYTES])):
+                done += count
+                yield count
+    except botocore.exceptions.ClientError as error:
+        raise s3fs.errors.translate_boto_error(error) from error
+
+
+def _s3_client(fs: Any, patience: Patience) -> Any:
+    """A synchronous client with the address and credentials of an s3fs file system; it may be used by many threads."""
+    import botocore.config
+    import botocore.session
+
+    with _CLIENT_LOCK:
+        if not hasattr(fs, "synchronous_client"):  # lives as long as the file system, which fsspec keeps
+            config = botocore.config.Config(
+                **_s3_config(patience), signature_version=botocore.UNSIGNED if fs.anon else None
+            )
+            fs.synchronous_client = botocore.session.get_session().create_client(
+                "s3",
+                endpoint_url=fs.endpoint_url,
+                aws_access_key_id=fs.key,
+                aws_secret_access_key=fs.secret,
+                aws_session_token=fs.token,
+                config=config,
+            )
+    return fs.synchronous_client
+
+
+def _s3_config(patience: Patience) -> dict[str, Any]:
+    # Every fault reaches ``retried``, which counts and bounds them; three layers of retries would multiply.
+    return {
+        "connect_timeout": min(10.0, patience.stall_s),
+        "read_timeout": patience.stall_s,
+        "retries": {"mode": "standard", "total_max_attempts": 1},
+        "max_pool_connections": 64,
+    }
+
+
+class ShortReadError(OSError):
+    """Fewer bytes than were asked for."""
+
+
+def _timeout(fs: Any, size: int, patience: Patience) -> dict[str, Any]:
+    """The bound on one request, for file systems that know one: their synchronous calls wait on an event loop."""
+    return {"timeout": patience.stall_s * max(1.0, size / REQUEST_BYTES)} if fs.async_impl else {}
+
+
+def _is_transient(error: BaseException) -> bool:
+    response = getattr(error.__cause__, "response", None)  # s3fs keeps the server's answer there
+    if isinstance(response, dict):
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status >= 500 or status in (408, 429) or response.get("Error", {}).get("Code") in _TRANSIENT_CODES
+    if type(error).__name__ in _NO_CREDENTIALS:
+        return False
+    if isinstance(
+        error, FileNotFoundError | FileExistsError | PermissionError | NotADirectoryError | IsADirectoryError
+    ):
+        return False
+    types: list[type[BaseException]] = [OSError, asyncio.TimeoutError]
+    # of the clients that are in use: a connection that fails before or in the answer is no OSError there
+    for module, name in (("botocore.exceptions", "BotoCoreError"), ("aiohttp", "ClientError")):
+        if module in sys.modules:
+            types.append(getattr(sys.modules[module], name))
+    return isinstance(error, tuple(types))
+
+
+def _words(error: BaseException) -> str:
+    """One line that says what an exception is."""
+    return " ".join(str(error).split()) or type(error).__name__

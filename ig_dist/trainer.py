@@ -18,15 +18,17 @@ from ig_dist.beginning import checkpoint_store, find_checkpoint, load_weights
 from ig_dist.checkpoint import Checkpoint, Piece
 from ig_dist.config import Config
 from ig_dist.data.index import ShardIndex, read_index
+from ig_dist.data.latents import check_latents
 from ig_dist.data.order import SampleOrder
+from ig_dist.data.reader import ShardReader
 from ig_dist.data.stream import Batch, BatchStream, check_window_memory
 from ig_dist.ema import EMA
 from ig_dist.errors import ConfigError, NonFiniteError, Preempted
 from ig_dist.metrics import RunLog, model_flops_utilisation
 from ig_dist.models.dit import DiT, count_parameters, initialize
 from ig_dist.models.presets import forward_flops
-from ig_dist.monitor import sample_grid, validate
-from ig_dist.objective import training_loss
+from ig_dist.monitor import grid_tokenizer, sample_grid, validate
+from ig_dist.objective import open_reader, training_loss
 from ig_dist.optim import learning_rate
 from ig_dist.parallel.build import build_engine
 from ig_dist.parallel.dist import (
@@ -62,6 +64,8 @@ def train(config: Config, *, force: bool = False) -> None:
         cleanup.enter_context(lost_peers_explained(dist))
         index = read_index(config.data.index)
         config = config.with_data(index.info.latent.shape, len(index.info.classes))
+        if config.log.sample_every_steps:
+            grid_tokenizer(index, config, dist.device)  # one that is missing ends the run now, not at the first grid
         order = build_order(config, index, dist)
         model = DiT(config.model.to_dit())
         initialize(model, config.run.seed)
@@ -90,7 +94,8 @@ def train(config: Config, *, force: bool = False) -> None:
             world_size=dist.world_size,
             start=start,
             workers=config.data.workers,
-            on_corrupt=config.data.on_corrupt,
+            reader=open_reader(index, config),
+            flip=config.data.flip,
         )
         cleanup.callback(stream.close)
         run_log = cleanup.enter_context(RunLog(path if dist.is_main else None, start=start, total=total, name="train"))
@@ -107,7 +112,7 @@ def train(config: Config, *, force: bool = False) -> None:
             last = step == total
             stopping = stop_flag.agreed(final=last)
             if last or step % config.log.every_steps == 0:
-                measured = meter.read(losses, result, batch, step, len(stream.quarantined))
+                measured = meter.read(losses, result, batch, step, stream.reader)
                 run_log.write({"step": step, **measured, "lr": lr})
             if _due(step, config.log.validate_every_steps, last):
                 run_log.add(step, validate(model, ema, index, config, dist))
@@ -149,6 +154,7 @@ def build_order(config: Config, index: ShardIndex, dist: Dist) -> SampleOrder:
         ConfigError: streams, processes, memory or held-out shards do not fit the data.
     """
     config.check_world_size(dist.world_size)
+    check_latents(index.info.latent, config.data.posterior, config.data.flip)
     check_window_memory(
         index,
         streams=config.data.streams,
@@ -240,11 +246,12 @@ class _Meter:
         self._streak = (self._streak + 1) * (1 - result.finite)
 
     def read(
-        self, losses: Tensor, result: StepResult, batch: Batch, step: int, quarantined: int
+        self, losses: Tensor, result: StepResult, batch: Batch, step: int, reader: ShardReader
     ) -> dict[str, float | int | None]:
         """The line of metrics. Waits for the device. COLLECTIVE."""
         means = sum_over_ranks(losses.double() / self._dist.world_size, self._dist).tolist()
-        seen = sum_over_ranks(torch.tensor([batch_fingerprint(batch), quarantined]), self._dist).tolist()
+        counts = [batch_fingerprint(batch), len(reader.quarantined), reader.patience.faults]
+        fingerprint, quarantined, faults = sum_over_ranks(torch.tensor(counts), self._dist).tolist()
         skipped, streak = int(self._skipped), int(self._streak)
         if streak >= self._config.train.max_nonfinite_steps:
             raise NonFiniteError(
@@ -269,8 +276,9 @@ class _Meter:
             ),
             "data_wait_s": self._waited / self._steps,
             "nonfinite_steps": skipped,
-            "quarantined": seen[1],
-            "batch_fingerprint": seen[0],
+            "quarantined": quarantined,
+            "storage_faults": faults,
+            "batch_fingerprint": fingerprint,
         }
         self.pause()
         return line

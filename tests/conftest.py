@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from tests import object_store as object_stores
+from tests.fault_proxy import FaultProxy
+from tests.object_store import ObjectStore
 
 # Small tensors gain nothing from threads, and tests that share the cores lose a lot. Also for the processes they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -62,6 +67,47 @@ def tiny_config(tmp_path: Path, digits_index: Path) -> Callable[..., Path]:
         return file
 
     return write
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """An S3 server on loopback, in memory."""
+    require_object_store()
+    with ObjectStore(tmp_path_factory.mktemp("object-store")) as store:
+        yield store
+
+
+def require_object_store() -> None:
+    """Skip a user's test where there can be no store; CI has one."""
+    if reason := object_stores.available():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+
+
+@pytest.fixture
+def bucket(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a new bucket, and an environment in which s3fs finds it, here and in processes that a test starts."""
+    import fsspec.config
+    import s3fs
+
+    for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_"))]:
+        monkeypatch.delenv(name)
+    for name, value in object_store.environment().items():
+        monkeypatch.setenv(name, value)
+    for protocol in ("s3", "s3a"):
+        monkeypatch.delitem(fsspec.config.conf, protocol, raising=False)
+    s3fs.S3FileSystem.clear_instance_cache()  # one made by another test has another address, and remembers listings
+    name = f"test-{uuid.uuid4().hex}"
+    object_store.create_bucket(name)
+    yield name
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def fault_proxy(bucket: str, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A proxy in front of the bucket's store, which s3fs now reaches through it."""
+    with FaultProxy(object_store.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield proxy
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ig_dist.data.shards import SampleRow
 from ig_dist.errors import ConfigError
-from ig_dist.storage import open_url, write_whole
+from ig_dist.storage import full_url, list_sizes, open_url, read_file, retried, write_whole
 
 FORMAT = "ig-dist-index/1"
 TABLE_NAME = "index.samples.safetensors"
@@ -171,9 +170,10 @@ def read_index(url: str) -> ShardIndex:
     folder = str(url).removesuffix("/index.json").rstrip("/")
     fs, path = open_url(folder, "data.index")
     try:
-        raw = fs.cat_file(f"{path}/index.json")
+        raw = read_file(fs, f"{path}/index.json")
     except (FileNotFoundError, NotADirectoryError):
-        what = "is a folder without an index.json" if fs.isdir(path) else "does not exist"
+        is_folder = retried(fs, path, lambda: fs.isdir(path))
+        what = "is a folder without an index.json" if is_folder else "does not exist"
         raise ConfigError(
             f"data.index: {folder} {what}; write shards there with"
             " `python data_prep/encode_latents.py --source SRC --dest FOLDER --tokenizer T`"
@@ -193,24 +193,28 @@ def read_index(url: str) -> ShardIndex:
 
 def _read_table(fs: Any, path: str, info: IndexFile) -> SampleTable:
     try:
-        packed = fs.cat_file(path)
+        packed = read_file(fs, path)
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing: it belongs to index.json; copy it there or encode again") from None
     if hashlib.sha256(packed).hexdigest() != info.table_sha256:
         raise ConfigError(f"{path} does not match index.json (sha256 differs): copy both again or encode again")
     table = SampleTable(**safetensors.numpy.load(packed))
+    if info.latent.flips != (table.flip_offset is not None):
+        raise ConfigError(f"{path} and index.json disagree about latent_flip: encode again")
     if len(table.label) != sum(shard.samples for shard in info.shards):
         raise ConfigError(f"{path} holds {len(table.label)} samples, index.json another number: encode again")
     return table
 
 
 def _check_shards(fs: Any, path: str, info: IndexFile) -> None:
-    found = {PurePosixPath(entry["name"]).name: entry["size"] for entry in fs.ls(path, detail=True)}
+    found = list_sizes(fs, path)
     for shard in info.shards:
         if shard.name not in found:
-            raise ConfigError(f"{path}: shard {shard.name} of index.json is missing: restore it or encode again")
+            raise ConfigError(
+                f"{full_url(fs, path)}: shard {shard.name} of index.json is missing: restore it or encode again"
+            )
         if found[shard.name] != shard.bytes:
             raise ConfigError(
-                f"{path}/{shard.name} has {found[shard.name]} bytes, index.json says {shard.bytes}:"
+                f"{full_url(fs, path)}/{shard.name} has {found[shard.name]} bytes, index.json says {shard.bytes}:"
                 " the index does not match its shards; copy them again or encode again"
             )

@@ -8,18 +8,37 @@ import torch
 from torch import Tensor
 
 from ig_dist.data.index import LatentInfo
+from ig_dist.errors import ConfigError
 from ig_dist.rng import Purpose, normal
 
+Posterior = Literal["draw", "stored_sample", "mean"]
 
-def model_latents(
-    stored: Tensor, info: LatentInfo, *, posterior: Literal["draw", "mean"], seed: int, positions: Tensor
-) -> Tensor:
+
+def check_latents(info: LatentInfo, posterior: Posterior | None, flip: bool) -> Posterior:
+    """What a run takes from the shards: the posterior that was asked for, or the one that they are made for.
+
+    Raises:
+        ConfigError: the shards do not hold it.
+    """
+    held: tuple[Posterior, ...] = ("draw", "mean") if info.kind == "moments" else ("stored_sample",)
+    if posterior is not None and posterior not in held:
+        what = "mean and std" if info.kind == "moments" else "one latent a sample"
+        raise ConfigError(
+            f"data.posterior is {posterior}, but the shards store {what}: use data.posterior={held[0]},"
+            f" or encode with --store {'sample' if info.kind == 'moments' else 'moments'}"
+        )
+    if flip and not info.flips:
+        raise ConfigError("data.flip is on, but the shards hold no mirrored images: encode with --flips")
+    return posterior or held[0]
+
+
+def model_latents(stored: Tensor, info: LatentInfo, *, posterior: Posterior, seed: int, positions: Tensor) -> Tensor:
     """Draw from the posterior (for stored moments) and normalise.
 
     Args:
         stored: (B, *info.stored_shape), on the device of the result.
         info: meaning of the stored array.
-        posterior: a fresh draw keyed by the position, or the mean. Without meaning for stored samples.
+        posterior: a fresh draw keyed by the position, or the mean, of stored moments.
         seed: seed of the run.
         positions: (B,) int64, positions of the samples in the run.
 

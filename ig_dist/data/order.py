@@ -105,6 +105,11 @@ class SampleOrder:
         line = [np.arange(self._first_id[p.shard] + p.start, self._first_id[p.shard] + p.stop) for p in window.pieces]
         return np.concatenate(line)[window.permutation]
 
+    def positions(self, stream: int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Position in the run, the key of all randomness, of a stream's samples by their number in the stream."""
+        per_stream = self.samples_per_stream
+        return numbers // per_stream * self.global_batch_size + stream * per_stream + numbers % per_stream
+
     def batch(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Ids and epochs of global batch ``number``, each (B,): row c B/C + j is sample j of stream c."""
         ids = np.empty(self.global_batch_size, dtype=np.int64)

@@ -1,62 +1,171 @@
-"""Reading samples of a shard by byte range, checked."""
+"""Reading samples of a shard by byte range, checked: from storage or the node's cache, under retries and deadlines."""
 
 from __future__ import annotations
 
 import zlib
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ig_dist.data.cache import BlockCache
 from ig_dist.data.index import ShardIndex
 from ig_dist.errors import DataError
-from ig_dist.storage import open_url
+from ig_dist.storage import REQUEST_BYTES, Patience, full_url, open_url, read_range
+
+Samples = NDArray[Any]
+
+
+class _Bytes(NamedTuple):
+    """Bytes of a shard from ``begin`` on."""
+
+    begin: int
+    data: memoryview
 
 
 class ShardReader:
-    """Reads consecutive samples of a shard with one ranged read. Safe to call from several threads.
+    """Reads consecutive samples of a shard with few ranged reads. Safe to call from several threads.
 
     Args:
         index: the opened shard index.
-        on_corrupt: ``fail`` raises DataError at a damaged sample; ``skip`` returns None for it and remembers it.
+        on_corrupt: ``fail`` raises DataError at a damaged sample; ``skip`` marks and remembers it.
+        patience: how long faults of the storage are borne.
+        cache: the node's cache, if any.
     """
 
-    def __init__(self, index: ShardIndex, on_corrupt: Literal["fail", "skip"] = "fail") -> None:
+    def __init__(
+        self,
+        index: ShardIndex,
+        on_corrupt: Literal["fail", "skip"] = "fail",
+        *,
+        patience: Patience | None = None,
+        cache: BlockCache | None = None,
+    ) -> None:
         self.quarantined: set[int] = set()
-        self._index, self._on_corrupt = index, on_corrupt
-        self._fs, self._path = open_url(index.folder, "data.index")
+        self.patience = patience or Patience()
+        self._index, self._on_corrupt, self._cache = index, on_corrupt, cache
+        self._fs, self._path = open_url(index.folder, "data.index", self.patience)
         self._shape, self._dtype = index.info.latent.stored_shape, np.dtype(index.info.latent.dtype)
+        self._size = index.info.latent.stored_bytes
+        table = index.table
         self._first_id = np.concatenate([[0], np.cumsum(index.shard_sizes)])
+        # where a sample begins and ends, both of its latents
+        flips = table.offset if table.flip_offset is None else table.flip_offset
+        self._begins = np.minimum(table.offset, flips)
+        self._ends = np.maximum(table.offset, flips) + self._size
+        largest = int((self._ends - self._begins).max())
+        self._block_samples = max(1, REQUEST_BYTES // (largest + 2048))  # 2048: headers and label between samples
 
-    def read(self, shard: int, start: int, stop: int) -> list[NDArray[np.generic] | None]:
-        """Samples ``start`` to ``stop`` (exclusive) of a shard: views into the bytes read, (*stored shape) each.
+    def read(
+        self,
+        shard: int,
+        start: int,
+        stop: int,
+        *,
+        flipped: NDArray[np.bool_] | None = None,
+        out: Samples | None = None,
+        places: NDArray[np.int64] | None = None,
+    ) -> tuple[Samples, NDArray[np.bool_]]:
+        """Samples ``start`` to ``stop`` (exclusive) of a shard, and which of them are good.
+
+        Args:
+            shard: number of the shard.
+            start: first sample.
+            stop: sample after the last.
+            flipped: (stop - start,), which samples are wanted mirrored; None: none.
+            out: (n, *stored shape), C-contiguous, where to put them; None: a new array of stop - start.
+            places: (stop - start,), the row of ``out`` for each sample; None: in order.
+
+        Returns:
+            ``out``, and (stop - start,) bool: False for a damaged sample, whose row is undefined.
 
         Raises:
-            DataError: the shard is gone, or a sample is damaged and ``on_corrupt`` is ``fail``.
+            DataError: the shard is gone, the storage fails beyond the deadline, or a sample is damaged and
+                ``on_corrupt`` is ``fail``.
         """
-        table, size = self._index.table, self._index.info.latent.stored_bytes
-        path = f"{self._path}/{self._index.info.shards[shard].name}"
-        first_id = int(self._first_id[shard])
-        rows = slice(first_id + start, first_id + stop)
-        offsets = table.offset[rows]
-        begin = int(offsets.min())
+        count = stop - start
+        flips = np.zeros(count, dtype=bool) if flipped is None else flipped
+        rows = np.empty((count, *self._shape), self._dtype) if out is None else out
+        to = np.arange(count) if places is None else places
+        good = np.empty(count, dtype=bool)
+        for part in self._parts(shard, start, stop):
+            wanted = range(max(part.start, start), min(part.stop, stop))
+            here = slice(wanted.start - start, wanted.stop - start)
+            good[here] = self._copy(self._fetch(shard, part), shard, wanted, flips[here], rows, to[here])
+            if not good[here].all():
+                # once more: it may have suffered on the way, or in the cache
+                source = self._fetch(shard, part, again=True)
+                good[here] = self._copy(source, shard, wanted, flips[here], rows, to[here])
+                for i in np.flatnonzero(~good[here]):
+                    self._quarantine(shard, wanted[i])
+        return rows, good
+
+    def _parts(self, shard: int, start: int, stop: int) -> Iterator[range]:
+        """The samples that are read at once: exactly those asked for, or whole blocks where the cache keeps them."""
+        if self._cache and self._cache.holds(shard):
+            start -= start % self._block_samples
+            stop = min(self._index.shard_sizes[shard], -(-stop // self._block_samples) * self._block_samples)
+        for first in range(start, stop, self._block_samples):
+            yield range(first, min(first + self._block_samples, stop))
+
+    def _fetch(self, shard: int, part: range, *, again: bool = False) -> _Bytes:
+        """The bytes of a part of a shard; ``again``: not those that the cache has."""
+        rows = slice(self._first_id[shard] + part.start, self._first_id[shard] + part.stop)
+        begin, end = int(self._begins[rows].min()), int(self._ends[rows].max())
+        cache = self._cache if self._cache and self._cache.holds(shard) else None
+        block = part.start // self._block_samples
+        if cache and again:
+            cache.drop(shard, block)
+        kept = cache.get(shard, block, end - begin) if cache else None
+        if kept is not None:
+            return _Bytes(begin, kept)
+        url = self._url(shard)
         try:
-            data = self._fs.cat_file(path, start=begin, end=int(offsets.max()) + size)
+            data = read_range(
+                self._fs, f"{self._path}/{self._index.info.shards[shard].name}", begin, end, self.patience
+            )
         except FileNotFoundError:
-            raise DataError(f"{path} is gone: restore the shard and run again") from None
+            raise DataError(f"{url} is gone: restore the shard and run again") from None
         except OSError as error:
-            raise DataError(f"{path}: {' '.join(str(error).split())}: mend the storage and run again") from None
-        samples: list[NDArray[np.generic] | None] = []
-        for sample, offset, crc in zip(range(rows.start, rows.stop), offsets, table.crc32[rows], strict=True):
-            raw = memoryview(data)[offset - begin : offset - begin + size]
-            if len(raw) == size and zlib.crc32(raw) == crc:
-                samples.append(np.frombuffer(raw, dtype=self._dtype).reshape(self._shape))
-            elif self._on_corrupt == "skip":
-                self.quarantined.add(sample)
-                samples.append(None)
-            else:
-                raise DataError(
-                    f"{path}: sample {sample} at byte {offset} is damaged (its CRC differs):"
-                    " restore the shard, or train without such samples (data.on_corrupt=skip)"
-                )
-        return samples
+            raise DataError(f"{url}: {' '.join(str(error).split())}: mend the storage and run again") from None
+        if cache:
+            cache.put(shard, block, data)
+        return _Bytes(begin, data)
+
+    def _copy(
+        self,
+        source: _Bytes,
+        shard: int,
+        wanted: range,
+        flips: NDArray[np.bool_],
+        out: Samples,
+        places: NDArray[np.int64],
+    ) -> NDArray[np.bool_]:
+        """Copy the wanted samples out of the bytes into their places; which of them have the right CRC."""
+        table = self._index.table
+        rows = slice(self._first_id[shard] + wanted.start, self._first_id[shard] + wanted.stop)
+        offsets, crcs = table.offset[rows], table.crc32[rows]
+        if table.flip_offset is not None and table.flip_crc32 is not None:
+            offsets = np.where(flips, table.flip_offset[rows], offsets)
+            crcs = np.where(flips, table.flip_crc32[rows], crcs)
+        size, data = self._size, np.frombuffer(source.data, np.uint8)
+        to = out.view(np.uint8).reshape(len(out), size)
+        found = np.empty(len(crcs), np.uint32)
+        for i, (at, place) in enumerate(zip((offsets - source.begin).tolist(), places.tolist(), strict=True)):
+            raw = data[at : at + size]
+            found[i] = zlib.crc32(raw.data)
+            to[place] = raw
+        return np.asarray(found == crcs)
+
+    def _quarantine(self, shard: int, number: int) -> None:
+        sample = int(self._first_id[shard]) + number
+        if self._on_corrupt == "fail":
+            raise DataError(
+                f"{self._url(shard)}: sample {sample} at byte {self._index.table.offset[sample]} is damaged (its CRC"
+                " differs): restore the shard, or train without such samples (data.on_corrupt=skip)"
+            )
+        self.quarantined.add(sample)
+
+    def _url(self, shard: int) -> str:
+        return full_url(self._fs, f"{self._path}/{self._index.info.shards[shard].name}")

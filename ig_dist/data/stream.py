@@ -1,8 +1,8 @@
 """Streaming: from shards to the batches of this rank, in the order that ``order.py`` defines.
 
-A window is read with one ranged read per shard piece; samples are views into those bytes until a batch copies them
-into one tensor. Reader threads (reading and CRC release the GIL) run ahead of the training loop; what they run ahead
-is dropped at a stop, and a restart reads at most one window per stream again.
+A window is read with few ranged reads, and its samples are copied once, in the order in which they are seen, so that a
+batch takes a slice of each stream's window. Reader threads (reading, CRC and copying release the GIL) run ahead of the
+training loop; what they run ahead is dropped at a stop, and a restart reads at most one window per stream again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from ig_dist.data.index import ShardIndex
 from ig_dist.data.order import SampleOrder, Window
 from ig_dist.data.reader import ShardReader
 from ig_dist.errors import ConfigError, DataError
+from ig_dist.rng import Purpose, bernoulli
 
 BATCHES_AHEAD = 2
 
@@ -51,9 +52,38 @@ class Batch:
 
 @dataclass(frozen=True)
 class _LoadedWindow:
+    """A window's samples in the order in which they are seen."""
+
     window: Window
-    samples: list[NDArray[np.generic]]
-    ids: NDArray[np.int64]
+    latents: NDArray[Any]  # (n, *stored shape)
+    ids: NDArray[np.int64]  # (n,)
+
+
+class _Cursor:
+    """A stream's place: the window in use, and the next one under way.
+
+    Args:
+        fetch: begins to read the window that holds a sample, and returns what waits for it.
+        number: the stream's first sample.
+    """
+
+    def __init__(self, fetch: Callable[[int], Callable[[], _LoadedWindow]], number: int) -> None:
+        self._fetch, self._number = fetch, number
+        self._following = fetch(number)
+        self._loaded: _LoadedWindow | None = None
+
+    def take(self, count: int) -> Iterator[tuple[_LoadedWindow, slice]]:
+        """Where the next ``count`` samples are: slices of one or several windows."""
+        while count:
+            loaded = self._loaded
+            if loaded is None or self._number == loaded.window.stop:
+                self._loaded = loaded = None  # its memory is free before the next window is read
+                self._loaded = loaded = self._following()
+                self._following = self._fetch(loaded.window.stop)
+            start = self._number - loaded.window.first
+            taken = min(count, loaded.window.stop - self._number)
+            yield loaded, slice(start, start + taken)
+            self._number, count = self._number + taken, count - taken
 
 
 class BatchStream:
@@ -66,8 +96,9 @@ class BatchStream:
         world_size: number of processes, divides the number of streams.
         start: first global batch.
         workers: reader threads; 0 reads in the caller's thread. The batches do not depend on it.
-        on_corrupt: ``fail`` raises DataError at a damaged sample; ``skip`` fills its place with the next good sample
-            of its window and counts it in ``quarantined``.
+        reader: reads the samples. Where it skips a damaged one (``on_corrupt="skip"``), the next good sample of the
+            window fills the place.
+        flip: give each sample mirrored or not, by a fair draw keyed by its position; the shards must hold both.
     """
 
     def __init__(
@@ -79,10 +110,11 @@ class BatchStream:
         world_size: int = 1,
         start: int = 0,
         workers: int = 0,
-        on_corrupt: Literal["fail", "skip"] = "fail",
+        reader: ShardReader | None = None,
+        flip: bool = False,
     ) -> None:
-        self._index, self._order, self._start = index, order, start
-        self._reader = ShardReader(index, on_corrupt)
+        self._index, self._order, self._start, self._flip = index, order, start, flip
+        self.reader = reader or ShardReader(index)
         per_rank = order.streams // world_size
         self._streams = range(rank * per_rank, (rank + 1) * per_rank)
         self._workers = workers
@@ -93,17 +125,13 @@ class BatchStream:
     def __iter__(self) -> Iterator[Batch]:
         return self._read_ahead() if self._pool else self._batches()
 
-    @property
-    def quarantined(self) -> set[int]:
-        """Ids of the damaged samples met so far."""
-        return self._reader.quarantined
-
     def close(self) -> None:
         """Stop the reader threads and drop what they had read.
 
         Waits for them: a thread that is still inside torch when the interpreter ends aborts the process.
         """
         self._stopped.set()
+        self.reader.patience.stop.set()
         if self._pool:
             self._pool.shutdown(wait=True, cancel_futures=True)
         if self._assembler:
@@ -139,18 +167,21 @@ class BatchStream:
 
     def _batches(self) -> Iterator[Batch]:
         per_stream = self._order.samples_per_stream
-        cursors = [self._samples(stream, self._start * per_stream) for stream in self._streams]
-        rows = len(cursors) * per_stream
+        streams = [_Cursor(partial(self._fetch, stream), self._start * per_stream) for stream in self._streams]
+        rows = len(streams) * per_stream
         number = self._start
         dtype: torch.dtype = getattr(torch, self._index.info.latent.dtype)
-        pin = torch.cuda.is_available()
+        shape, pin = (rows, *self._index.info.latent.stored_shape), torch.cuda.is_available()
         while True:
-            latents = torch.empty((rows, *self._index.info.latent.stored_shape), dtype=dtype, pin_memory=pin)
+            latents = torch.empty(shape, dtype=dtype, pin_memory=pin)
             view = latents.numpy()
-            ids = np.empty(rows, dtype=np.int64)
-            epochs = np.empty(rows, dtype=np.int64)
-            for row in range(rows):
-                view[row], ids[row], epochs[row] = next(cursors[row // per_stream])
+            ids, epochs = np.empty(rows, dtype=np.int64), np.empty(rows, dtype=np.int64)
+            row = 0
+            for stream in streams:
+                for loaded, part in stream.take(per_stream):
+                    to = slice(row, row + part.stop - part.start)
+                    view[to], ids[to], epochs[to] = loaded.latents[part], loaded.ids[part], loaded.window.epoch
+                    row = to.stop
             first = number * self._order.global_batch_size + self._streams.start * per_stream
             yield Batch(
                 latents=latents,
@@ -161,16 +192,6 @@ class BatchStream:
             )
             number += 1
 
-    def _samples(self, stream: int, number: int) -> Iterator[tuple[NDArray[np.generic], int, int]]:
-        """Latent, id and epoch of each sample of one stream, reading one window ahead."""
-        following = self._fetch(stream, number)
-        while True:
-            loaded = following()
-            following = self._fetch(stream, loaded.window.stop)
-            for k in range(number - loaded.window.first, len(loaded.ids)):
-                yield loaded.samples[k], int(loaded.ids[k]), loaded.window.epoch
-            number = loaded.window.stop
-
     def _fetch(self, stream: int, number: int) -> Callable[[], _LoadedWindow]:
         """Begin to read a window; the call of what is returned waits for it (without threads: reads it)."""
         if self._pool is None:
@@ -180,25 +201,39 @@ class BatchStream:
     def _load(self, stream: int, number: int) -> _LoadedWindow:
         window = self._order.window(stream, number)
         ids = self._order.ids(window)
-        line = [sample for piece in window.pieces for sample in self._reader.read(*piece)]
-        samples = [line[i] for i in window.permutation]
-        good = [k for k, sample in enumerate(samples) if sample is not None]
-        if len(good) < len(samples):
-            if not good:
+        flips = self._flips(stream, window)
+        count = len(ids)
+        latents = np.empty((count, *self._index.info.latent.stored_shape), self._index.info.latent.dtype)
+        places, good = np.empty(count, np.int64), np.empty(count, dtype=bool)
+        places[window.permutation] = np.arange(count)
+        at = 0
+        for piece in window.pieces:
+            here = slice(at, at + piece.stop - piece.start)
+            good[places[here]] = self.reader.read(*piece, flipped=flips[here], out=latents, places=places[here])[1]
+            at = here.stop
+        if not good.all():
+            whole = np.flatnonzero(good)
+            if not len(whole):
                 raise DataError(
-                    f"all {len(samples)} samples of a window are damaged, near sample {ids[0]}:"
+                    f"all {count} samples of a window are damaged, near sample {ids[0]}:"
                     " restore the shards (data_prep/encode_latents.py writes them again)"
                 )
-            after = np.searchsorted(good, np.arange(len(samples))) % len(good)
-            ids = ids[np.asarray(good)[after]]
-            samples = [samples[good[k]] for k in after]
-        return _LoadedWindow(window, [s for s in samples if s is not None], ids)
+            stand_in = whole[np.searchsorted(whole, np.arange(count)) % len(whole)]  # the next good one, around
+            latents, ids = latents[stand_in], ids[stand_in]
+        return _LoadedWindow(window, latents, ids)
+
+    def _flips(self, stream: int, window: Window) -> NDArray[np.bool_]:
+        """Which samples of the window are wanted mirrored, in the order of its pieces."""
+        flips = np.zeros(len(window.permutation), dtype=bool)
+        if self._flip:
+            positions = self._order.positions(stream, np.arange(window.first, window.stop))
+            flips[window.permutation] = bernoulli(self._order.seed, Purpose.FLIP, torch.from_numpy(positions), 0.5)
+        return flips
 
 
 def check_window_memory(index: ShardIndex, *, streams: int, window_samples: int, window_bytes: int, nodes: int) -> None:
     """Raise ConfigError when two windows (in use, read ahead) of every stream of a node exceed the bound."""
-    # tar headers, labels and padding lie between the latents: 2.5 KiB a sample at most
-    per_sample = index.info.latent.stored_bytes + 2560
+    per_sample = index.info.latent.stored_bytes
     on_node = -(-streams // nodes)
     need = 2 * on_node * min(window_samples, -(-index.num_samples // streams)) * per_sample
     if need > window_bytes:

@@ -24,13 +24,14 @@ from ig_dist.diffusion.samplers import euler, euler_maruyama, heun, sde_grid, ti
 from ig_dist.errors import DataError
 from ig_dist.evaluation.plan import Plan, image_numbers
 from ig_dist.export import ExportInfo, ModelInfo
-from ig_dist.latents.tokenizers import get_tokenizer
+from ig_dist.latents.tokenizers import Tokenizer
 from ig_dist.models.dit import DiT
 from ig_dist.rng import Purpose, normal
 from ig_dist.storage import open_url, write_whole
 
 Images = NDArray[np.uint8]  # (N, H, W, channels)
 Labels = NDArray[np.int64]  # (N,)
+DECODED_AT_ONCE = 16  # an autoencoder's activations are far larger than the model's
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class Samples:
     plan: Plan
     info: ExportInfo
     url: str
+    uint8_rule: str
+    """How decoded values became uint8."""
+    tokenizer: str = ""
+    """Where the tokenizer was found; empty: under its name in the index."""
 
 
 def generate_units(
@@ -47,6 +52,7 @@ def generate_units(
     info: ModelInfo,
     plan: Plan,
     url: str,
+    tokenizer: Tokenizer,
     *,
     worker: int = 0,
     workers: int = 1,
@@ -59,6 +65,7 @@ def generate_units(
         info: what stands beside the weights.
         plan: the plan.
         url: folder of the plan's samples, a path or any fsspec URL.
+        tokenizer: decodes the latents.
         worker: this worker's number; it begins at unit worker * units / workers.
         workers: number of workers that may be at work.
         on_progress: called with the number of finished images of the unit in hand, 0 between units.
@@ -70,7 +77,7 @@ def generate_units(
         number = (first + k) % plan.num_units
         fs.invalidate_cache()
         if not fs.exists(_unit_path(path, number)):
-            images, labels = make_unit(model, info, plan, number, on_progress)
+            images, labels = make_unit(model, info, plan, number, tokenizer, on_progress)
             write_whole(fs, _unit_path(path, number), safetensors.numpy.save({"images": images, "labels": labels}))
         on_progress(0)
 
@@ -84,7 +91,12 @@ def finished_images(plan: Plan, url: str) -> int:
 
 
 def make_unit(
-    model: DiT, info: ModelInfo, plan: Plan, number: int, on_progress: Callable[[int], None] = lambda images: None
+    model: DiT,
+    info: ModelInfo,
+    plan: Plan,
+    number: int,
+    tokenizer: Tokenizer,
+    on_progress: Callable[[int], None] = lambda images: None,
 ) -> tuple[Images, Labels]:
     """Images and labels of one unit, batch by batch."""
     unit = plan.unit(number)
@@ -92,14 +104,14 @@ def make_unit(
     for start in range(unit.start, unit.stop, plan.batch_size):
         numbers = image_numbers(range(start, min(start + plan.batch_size, unit.stop)), model.pos_embed.device)
         batch_labels = plan.image_labels(numbers)
-        images.append(generate(model, info, plan, numbers, batch_labels).cpu().numpy())
+        images.append(generate(model, info, plan, numbers, batch_labels, tokenizer).cpu().numpy())
         labels.append(batch_labels.cpu().numpy())
         on_progress(int(numbers[-1]) + 1 - unit.start)
     return np.concatenate(images), np.concatenate(labels)
 
 
 @torch.no_grad()
-def generate(model: DiT, info: ModelInfo, plan: Plan, numbers: Tensor, labels: Tensor) -> Tensor:
+def generate(model: DiT, info: ModelInfo, plan: Plan, numbers: Tensor, labels: Tensor, tokenizer: Tokenizer) -> Tensor:
     """Images (B, H, W, channels) uint8 of the plan's image numbers (B,). The state is float64."""
     path, shape = Path(info.path), info.latent.shape
     velocity = guided_velocity(model, labels, plan.terms())
@@ -115,7 +127,8 @@ def generate(model: DiT, info: ModelInfo, plan: Plan, numbers: Tensor, labels: T
                 return normal(plan.seed, Purpose.SAMPLE_STEP, numbers, shape, step=step)
 
             x = euler_maruyama(velocity, x, sde_grid(plan.steps), path, noise)
-    return get_tokenizer(info.tokenizer.name).decode(tokenizer_latents(x, info.latent))
+    latents = tokenizer_latents(x, info.latent)
+    return torch.cat([tokenizer.decode(part) for part in torch.split(latents, DECODED_AT_ONCE)])
 
 
 def read_units(plan: Plan, url: str) -> Iterator[tuple[Images, Labels]]:

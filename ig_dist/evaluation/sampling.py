@@ -18,6 +18,7 @@ from ig_dist.evaluation.generate import Samples, collect, finished_images, gener
 from ig_dist.evaluation.pictures import save_grid
 from ig_dist.evaluation.plan import Plan, make_plan
 from ig_dist.export import ExportInfo, load_export
+from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.storage import open_url, write_whole
 from ig_dist.terminal import console, is_main_process
 
@@ -31,7 +32,9 @@ def sample_run(config: Config, export: Path) -> Samples:
     Under several processes (RANK, WORLD_SIZE) each is a worker; the first one collects the images into
     ``samples.npz`` and a grid picture. Workers need not start together, and may die and be started again.
     """
-    model, info = load_export(export, sampling_device())
+    device = sampling_device()
+    model, info = load_export(export, device)
+    tokenizer = index_tokenizer(info.tokenizer, info.latent, config.sample.tokenizer, device=device)
     plan = make_plan(config, info, info.weights_sha256)
     url = f"{config.sample.url.rstrip('/') or config.run.dir + '/samples'}/{plan.digest}"
     with _PlanProgress(plan, url) as progress:
@@ -40,15 +43,17 @@ def sample_run(config: Config, export: Path) -> Samples:
             info,
             plan,
             url,
+            tokenizer,
             worker=int(os.environ.get("RANK", "0")),
             workers=int(os.environ.get("WORLD_SIZE", "1")),
             on_progress=progress.update,
         )
-    samples = Samples(plan, info, url)
+    samples = Samples(plan, info, url, tokenizer.uint8_rule, config.sample.tokenizer)
     if is_main_process():
         fs, path = open_url(url, "sample.url")
         described: dict[str, object] = {"plan": plan.model_dump(mode="json"), "export": info.model_dump(mode="json")}
         described["run"] = config.run.dir
+        described["uint8_rule"], described["tokenizer"] = samples.uint8_rule, samples.tokenizer
         described["evaluate"] = {
             "reference": config.evaluate.reference or config.data.index,
             "metrics": config.evaluate.metrics,
@@ -73,7 +78,7 @@ def read_samples(url: str) -> tuple[Samples, Path, str, list[str]]:
         described = json.loads(fs.cat_file(f"{path}/{PLAN_NAME}"))
         plan, info = Plan(**described["plan"]), ExportInfo(**described["export"])
         evaluate = described["evaluate"]
-        samples = Samples(plan, info, url.rstrip("/"))
+        samples = Samples(plan, info, url.rstrip("/"), str(described["uint8_rule"]), str(described["tokenizer"]))
         return samples, Path(described["run"]), str(evaluate["reference"]), list(evaluate["metrics"])
     except (OSError, ValueError, KeyError, TypeError, ValidationError):
         raise ConfigError(

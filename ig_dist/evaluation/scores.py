@@ -18,13 +18,15 @@ from ig_dist.errors import ConfigError
 from ig_dist.evaluation.agreement import CLASSIFIER, label_agreement, train_classifier
 from ig_dist.evaluation.features import Moments, pixel_extractor, streamed_moments
 from ig_dist.evaluation.generate import Samples, read_units
-from ig_dist.latents.tokenizers import get_tokenizer
+from ig_dist.evaluation.sampling import sampling_device
+from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.run_dir import replace_text
 
 if TYPE_CHECKING:
     from sklearn.svm import SVC
 
 BATCH = 512
+BATCH_PIXELS = 2**20  # of the images decoded at once: 16 of 256 x 256
 
 
 def frechet_distance(first: Moments, second: Moments) -> float:
@@ -40,19 +42,22 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     return float(mean_term + np.trace(first.covariance) + np.trace(second.covariance) - 2 * np.sqrt(cross).sum())
 
 
-def index_images(index: ShardIndex) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int32]]]:
-    """The images (B, H, W, C) that the stored latents decode to, and their labels, in index order."""
+def index_images(index: ShardIndex, place: str = "") -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int32]]]:
+    """The images (B, H, W, C) that the stored latents decode to, and their labels, in index order.
+
+    Of stored moments the mean is decoded. ``place`` is where the tokenizer is if not under its name in the index.
+    """
     info = index.info
-    if info.latent.kind != "sample":
-        raise ConfigError(f"{index.folder} stores posterior moments: a reference needs stored samples or images")
-    tokenizer, reader = get_tokenizer(info.tokenizer.name), ShardReader(index)
+    tokenizer = index_tokenizer(info.tokenizer, info.latent, place, device=sampling_device())
+    reader, channels = ShardReader(index), info.latent.shape[0]
+    batch = min(BATCH, max(1, BATCH_PIXELS // info.tokenizer.image_size**2))
     first = 0
     for shard, size in enumerate(index.shard_sizes):
-        for start in range(0, size, BATCH):
-            stop = min(start + BATCH, size)
-            stored = np.stack(reader.read(shard, start, stop))  # type: ignore[arg-type]  # a damaged one raises
+        for start in range(0, size, batch):
+            stop = min(start + batch, size)
+            stored, _ = reader.read(shard, start, stop)  # a damaged one raises
             # as stored, the latents are the tokenizer's own: normalisation is for the model
-            images = tokenizer.decode(torch.from_numpy(stored).float())
+            images = tokenizer.decode(torch.from_numpy(stored[:, :channels]).float())
             yield images.numpy(), index.table.label[first + start : first + stop]
         first += size
 
@@ -66,11 +71,11 @@ class Reference:
     classifier: SVC | None
 
 
-def load_reference(url: str, metrics: Sequence[str]) -> Reference:
-    """Read the real images of an index."""
+def load_reference(url: str, metrics: Sequence[str], tokenizer: str = "") -> Reference:
+    """Read the real images of an index; ``tokenizer`` is where its tokenizer is if not under its name there."""
     index = read_index(url)
-    moments = streamed_moments((images for images, _ in index_images(index)), pixel_extractor())
-    classifier = train_classifier(index_images(index)) if "label_agreement" in metrics else None
+    moments = streamed_moments((images for images, _ in index_images(index, tokenizer)), pixel_extractor())
+    classifier = train_classifier(index_images(index, tokenizer)) if "label_agreement" in metrics else None
     return Reference(index.info.source, moments, classifier)
 
 
@@ -97,7 +102,7 @@ def evaluate_samples(samples: Samples, reference: Reference, out: Path | None = 
             "evaluations": plan.evaluations,
             "guidance": [term.model_dump(mode="json") for term in plan.guidance],
             "precision": plan.precision,
-            "uint8_rule": get_tokenizer(info.tokenizer.name).uint8_rule,
+            "uint8_rule": samples.uint8_rule,
             "tokenizer": info.tokenizer.name,
             "tokenizer_sha256": info.tokenizer.sha256,
             "extractor": extractor.name,

@@ -20,6 +20,7 @@ from ig_dist.evaluation.plan import make_plan
 from ig_dist.evaluation.sampling import sample_run, sampling_device
 from ig_dist.evaluation.scores import evaluate_samples, index_images, load_reference
 from ig_dist.export import export_run, load_export
+from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.run_dir import replace_text
 from ig_dist.terminal import is_main_process
 
@@ -44,7 +45,7 @@ def sweep_run(
     main, run = is_main_process(), Path(config.run.dir)
     export = export_run(config)  # once: a run that goes on meanwhile must not change the weights between points
     reference_url = config.evaluate.reference or config.data.index
-    reference = load_reference(reference_url, config.evaluate.metrics) if main else None
+    reference = load_reference(reference_url, config.evaluate.metrics, config.sample.tokenizer) if main else None
     rows, protocols = [], []
     for cfg_scale, ig_interval, ig_scale in product(cfg_scales, ig_intervals, ig_scales):
         point = with_guidance(
@@ -82,7 +83,9 @@ def _over_seeds(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _save_scale_grid(config: Config, export: Path, ig_scales: Sequence[float], file: Path) -> None:
     """Real images above generated ones at every scale, the same noise in each column, without CFG."""
-    model, info = load_export(export, sampling_device())
+    device = sampling_device()
+    model, info = load_export(export, device)
+    tokenizer = index_tokenizer(info.tokenizer, info.latent, config.sample.tokenizer, device=device)
     sample = config.sample.model_copy(
         update={"num": COLUMNS, "unit_size": COLUMNS, "batch_size": COLUMNS, "labels": "balanced"}
     )
@@ -90,13 +93,14 @@ def _save_scale_grid(config: Config, export: Path, ig_scales: Sequence[float], f
     rows = [("real", _real_by_class(config, len(info.classes)))]
     for scale in ig_scales:
         plan = make_plan(with_guidance(shown, ig_scale=scale, cfg_scale=1.0), info, info.weights_sha256)
-        rows.append((f"IG {scale:g}" if scale != 1 else "unguided", make_unit(model, info, plan, 0)[0]))
+        rows.append((f"IG {scale:g}" if scale != 1 else "unguided", make_unit(model, info, plan, 0, tokenizer)[0]))
     save_grid(rows, file, "the same noise in every column")
 
 
 def _real_by_class(config: Config, num_classes: int) -> NDArray[np.uint8]:
     """Real images in the order of balanced labels: 0, 1, 2, ...; a small class begins anew."""
-    batches = list(index_images(read_index(config.evaluate.reference or config.data.index)))
+    index = read_index(config.evaluate.reference or config.data.index)
+    batches = list(index_images(index, config.sample.tokenizer))
     images, labels = (np.concatenate(column) for column in zip(*batches, strict=True))
     by_class = [np.flatnonzero(labels == label) for label in range(num_classes)]
     chosen = [by_class[i % num_classes][i // num_classes % len(by_class[i % num_classes])] for i in range(COLUMNS)]

@@ -1,43 +1,113 @@
 """Tokenizers: images to latents and back.
 
-A tokenizer is a pair of pure functions and a description. ``pixel`` is the identity up to scale: small images are
-their own latents.
+A tokenizer is a pair of functions and a description. ``pixel`` is the identity up to scale: small images are their own
+latents. The others are autoencoders whose weights lie in a folder or file (``weights.py``) and run on diffusers
+(``vae.py``), which is imported when the first of them is asked for.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ig_dist.data.index import LatentInfo, TokenizerInfo
 from ig_dist.errors import ConfigError
+from ig_dist.latents.weights import canonical_name, find_weights
+
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Images (B, H, W, 3 or 1) uint8 <-> latents (B, C, h, w) fp32."""
+    """Images (B, H, W, channels) uint8 <-> latents (B, C, h, w). Results lie on the device of what was given."""
 
     name: str
     sha256: str
-    """Hash of weights and settings."""
+    """Hash of weights and settings, whatever file they came in and whatever they are run on."""
     downsample: int
-    """Pixels of the image side per latent position; image sizes are multiples of it."""
+    """Side of the image over the side of its latent."""
     image_channels: int | None
-    """Channels of the images that it takes; None: any number."""
+    """None: any."""
     stochastic: bool
-    """Whether ``encode`` gives a posterior: mean and std stacked, (B, 2C, h, w)."""
+    """Whether ``encode`` gives mean and std of a posterior."""
     scale: float | None
-    """The model sees latent * scale; None: (latent - mean) / std by the statistics of the data set, per channel."""
+    """The model sees latent * scale; None: (latent - mean) / std by the data set's statistics per channel."""
     uint8_rule: str
     """How decoded values become uint8; part of every score's protocol."""
     encode: Callable[[Tensor], Tensor]
+    """To fp32 latents, or to mean and std stacked, (B, 2C, h, w), if stochastic."""
     decode: Callable[[Tensor], Tensor]
-    """Latents to uint8 images (B, H, W, channels)."""
+    """Latents of any float type, without the model's normalisation, to uint8 images (B, H, W, channels)."""
+    latent_channels: int | None = None
+    """None: those of the image."""
+
+
+def get_tokenizer(name: str, *, device: str | torch.device = "cpu", precision: Precision = "fp32") -> Tokenizer:
+    """A tokenizer by name, or by the path of its weights. Equal arguments give the same one, loaded once.
+
+    Args:
+        name: ``pixel``, a published autoencoder's name, or a folder or file with the weights of one.
+        device: where the autoencoder runs.
+        precision: arithmetic of the autoencoder; the hash does not depend on it.
+
+    Raises:
+        ConfigError: unknown name, weights that are not there or do not fit, or diffusers is not installed.
+    """
+    if name == "pixel":
+        return PIXEL
+    return _load(canonical_name(name), find_weights(name), str(device), precision)
+
+
+@lru_cache(maxsize=4)
+def _load(name: str, weights: Path, device: str, precision: Precision) -> Tokenizer:
+    from ig_dist.latents.vae import load_vae
+
+    return load_vae(name, weights, torch.device(device), precision)
+
+
+def index_tokenizer(
+    info: TokenizerInfo, latent: LatentInfo, place: str = "", *, device: str | torch.device = "cpu"
+) -> Tokenizer:
+    """The tokenizer that made an index, for decoding (fp32: it is a hundredth of the work of sampling).
+
+    Args:
+        info: the tokenizer as the index names it.
+        latent: the index's latents.
+        place: folder, file or name of the tokenizer where it is not found under the name in the index.
+        device: where it runs.
+
+    Raises:
+        ConfigError: it is not found, another one is found, or it does not make latents of that shape.
+    """
+    if info.name == "pixel" or not place:
+        place = info.name
+    try:
+        tokenizer = get_tokenizer(place, device=device)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (sample.tokenizer=PLACE says where the data's tokenizer is)") from None
+    if tokenizer.sha256 != info.sha256:
+        raise ConfigError(
+            f"the data were encoded by tokenizer {info.name} (sha256 {info.sha256[:16]}), but {place} is another one"
+            f" (sha256 {tokenizer.sha256[:16]}): point sample.tokenizer to the one that encoded them"
+        )
+    channels = tokenizer.latent_channels or info.image_channels
+    side = info.image_size // tokenizer.downsample
+    if latent.shape != (channels, side, side):
+        raise ConfigError(
+            f"tokenizer {tokenizer.name} makes latents of shape {channels}x{side}x{side} from images of side"
+            f" {info.image_size}, the index says {'x'.join(map(str, latent.shape))}: encode again"
+        )
+    return tokenizer
+
+
+_PIXEL_RULE = "clip(round(127.5 (x + 1)), 0, 255) of [-1, 1]"
 
 
 def _pixel_encode(images: Tensor) -> Tensor:
@@ -49,36 +119,14 @@ def _pixel_decode(latents: Tensor) -> Tensor:
     return values.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-_PIXEL_RULE = "clip(round(127.5 (x + 1)), 0, 255) of [-1, 1]"
-_TOKENIZERS = {
-    "pixel": Tokenizer(
-        name="pixel",
-        sha256=hashlib.sha256(f"pixel: x / 127.5 - 1; {_PIXEL_RULE}".encode()).hexdigest(),
-        downsample=1,
-        image_channels=None,
-        stochastic=False,
-        scale=1.0,
-        uint8_rule=_PIXEL_RULE,
-        encode=_pixel_encode,
-        decode=_pixel_decode,
-    )
-}
-
-
-def get_tokenizer(
-    name: str, *, device: torch.device | str = "cpu", precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-) -> Tokenizer:
-    """A tokenizer by name.
-
-    Args:
-        name: which one.
-        device: where its weights lie; it takes and gives tensors there.
-        precision: arithmetic of its networks.
-
-    Raises:
-        ConfigError: unknown name.
-    """
-    if name not in _TOKENIZERS:
-        near = difflib.get_close_matches(name, _TOKENIZERS, n=1, cutoff=0.0)
-        raise ConfigError(f"unknown tokenizer {name!r}; did you mean {near[0]!r}?")
-    return _TOKENIZERS[name]
+PIXEL = Tokenizer(
+    name="pixel",
+    sha256=hashlib.sha256(f"pixel: x / 127.5 - 1; {_PIXEL_RULE}".encode()).hexdigest(),
+    downsample=1,
+    image_channels=None,
+    stochastic=False,
+    scale=1.0,
+    uint8_rule=_PIXEL_RULE,
+    encode=_pixel_encode,
+    decode=_pixel_decode,
+)

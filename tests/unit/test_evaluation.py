@@ -11,6 +11,7 @@ from ig_dist.evaluation.generate import generate, make_unit
 from ig_dist.evaluation.plan import Plan
 from ig_dist.evaluation.scores import frechet_distance
 from ig_dist.export import ExportInfo
+from ig_dist.latents.tokenizers import PIXEL
 from ig_dist.models.dit import DiT, DiTConfig, initialize
 
 RNG = np.random.default_rng(0)
@@ -141,12 +142,12 @@ def model() -> tuple[DiT, ExportInfo]:
 @pytest.mark.parametrize("solver", ["euler", "heun", "euler_maruyama"])
 def test_an_image_depends_on_seed_and_number_only(model: tuple[DiT, ExportInfo], solver: str) -> None:
     plan = make_plan(solver=solver)
-    images, labels = make_unit(*model, plan, 1)
+    images, labels = make_unit(*model, plan, 1, PIXEL)
     assert images.shape == (16, 8, 8, 1) and images.dtype == np.uint8
     assert labels.tolist() == [i % 10 for i in range(16, 32)]
     numbers = torch.arange(20, 23)
-    some = generate(*model, plan, numbers, plan.image_labels(numbers)).numpy()
+    some = generate(*model, plan, numbers, plan.image_labels(numbers), PIXEL).numpy()
     assert np.abs(some.astype(int) - images[4:7]).max() <= 1  # another batch: within rounding
     assert len({image.tobytes() for image in images}) == 16
-    other, _ = make_unit(*model, make_plan(solver=solver, seed=1), 1)
+    other, _ = make_unit(*model, make_plan(solver=solver, seed=1), 1, PIXEL)
     assert (other != images).mean() > 0.5

@@ -12,6 +12,7 @@ import torch
 from ig_dist.data.index import SampleTable, ShardIndex, read_index, write_index
 from ig_dist.data.latents import model_latents, tokenizer_latents
 from ig_dist.data.order import SampleOrder
+from ig_dist.data.reader import ShardReader
 from ig_dist.data.shards import pack_shard, scan_shard
 from ig_dist.data.stream import Batch, BatchStream, check_window_memory
 from ig_dist.errors import ConfigError, DataError
@@ -119,9 +120,9 @@ def test_a_quarantined_sample_is_replaced_within_its_window_and_counted(index: S
     order = make_order(index)
     whole = [order.batch(number) for number in range(9)]  # a little more than an epoch
     damage(index, 50)
-    stream = BatchStream(index, order, workers=workers, on_corrupt="skip")
+    stream = BatchStream(index, order, workers=workers, reader=ShardReader(index, "skip"))
     batches = take(stream, 9)
-    assert stream.quarantined == {50}
+    assert stream.reader.quarantined == {50}
     for batch, (ids, epochs) in zip(batches, whole, strict=True):
         keep = ids != 50
         assert (batch.ids.numpy()[keep] == ids[keep]).all()  # nothing else moves
@@ -139,13 +140,13 @@ def test_a_window_without_a_good_sample_is_fatal(index: ShardIndex) -> None:
     for sample in range(sum(SIZES)):
         damage(index, sample)
     with pytest.raises(DataError, match="all .* samples of a window are damaged"):
-        take(BatchStream(index, make_order(index), on_corrupt="skip"), 1)
+        take(BatchStream(index, make_order(index), reader=ShardReader(index, "skip")), 1)
 
 
 def test_a_shard_that_disappears_is_fatal_even_under_skip(index: ShardIndex) -> None:
     (Path(index.folder) / "shard-000002.tar").unlink()
     with pytest.raises(DataError, match="shard-000002.tar is gone"):
-        take(BatchStream(index, make_order(index), on_corrupt="skip", workers=2), 20)
+        take(BatchStream(index, make_order(index), reader=ShardReader(index, "skip"), workers=2), 20)
 
 
 def test_an_index_that_does_not_match_its_shards_is_refused(index: ShardIndex) -> None:
@@ -170,7 +171,7 @@ def test_window_memory_is_bounded(index: ShardIndex) -> None:
     limits = {"streams": 4, "window_samples": 16, "nodes": 1}
     check_window_memory(index, **limits, window_bytes=2**20)
     with pytest.raises(ConfigError, match=r"use data.window_samples=\d+ or data.window_bytes=\d+"):
-        check_window_memory(index, **limits, window_bytes=2**15)
+        check_window_memory(index, **limits, window_bytes=2**11)
 
 
 def test_posterior_draws_are_keyed_by_position(tmp_path: Path) -> None:

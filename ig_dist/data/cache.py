@@ -1,0 +1,79 @@
+"""A node-local cache of shards, in blocks, shared by the processes of a node.
+
+Which shards are kept is a function of the index and the byte cap alone: the first ones that fit. Nothing is counted,
+locked or evicted. (Every epoch visits every shard once, in another order: whatever fits is hit once an epoch, and no
+rule of eviction does better.) A block appears whole by a rename, so processes that read the same one at once write
+the same bytes; it is read back by mmap. Damage is found by the reader, which checks every sample that it hands out.
+"""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import numpy as np
+
+from ig_dist.data.index import ShardIndex
+from ig_dist.errors import ConfigError
+from ig_dist.storage import LOCAL, write_whole
+from ig_dist.terminal import console
+
+
+class BlockCache:
+    """Blocks of an index' shards in a local folder.
+
+    Args:
+        folder: of all caches; each index has a folder of its own in it.
+        cap: bound on the bytes kept of this index.
+        index: the opened shard index.
+
+    Raises:
+        ConfigError: the folder cannot be made or written.
+    """
+
+    def __init__(self, folder: str, cap: int, index: ShardIndex) -> None:
+        self._folder = Path(folder).expanduser() / index.sha256[:16]
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_whole(LOCAL, str(self._folder / "index.json"), index.info.model_dump_json().encode())
+        except OSError as error:
+            raise ConfigError(
+                f"data.cache_dir {folder}: {error.strerror}: choose a folder on a local disk that you may write"
+            ) from None
+        # offsets and names are known: a shard's last byte counts, its tar padding does too
+        self._kept = int(np.searchsorted(np.cumsum([shard.bytes for shard in index.info.shards]), cap, side="right"))
+        self._full = False
+
+    def holds(self, shard: int) -> bool:
+        """Whether blocks of this shard are kept."""
+        return shard < self._kept
+
+    def get(self, shard: int, block: int, size: int) -> memoryview | None:
+        """The block, mapped into memory; None: not there, or of another size."""
+        try:
+            with self._file(shard, block).open("rb") as file:
+                mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except (OSError, ValueError):  # ValueError: an empty file
+            return None
+        return mapped if len(mapped) == size else None
+
+    def put(self, shard: int, block: int, data: memoryview) -> None:
+        """Keep a block. When the disk is full, this process says so once and keeps no more."""
+        if self._full:
+            return
+        try:
+            write_whole(LOCAL, str(self._file(shard, block)), data)
+        except OSError as error:
+            self._full = True
+            console.print(
+                f"data.cache_dir {self._folder}: {error.strerror}: goes on without keeping more;"
+                " free space, or lower data.cache_bytes",
+                markup=False,
+            )
+
+    def drop(self, shard: int, block: int) -> None:
+        """Forget a block that turned out damaged."""
+        self._file(shard, block).unlink(missing_ok=True)
+
+    def _file(self, shard: int, block: int) -> Path:
+        return self._folder / f"{shard:06d}-{block:05d}.bin"

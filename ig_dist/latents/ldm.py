@@ -1,0 +1,126 @@
+"""Autoencoders in the layout of latent diffusion (LDM): reading a checkpoint, its settings and its names.
+
+VA-VAE is published so (``encoder.down.0.block.0.conv1.weight``). The network is that of diffusers' AutoencoderKL under
+other names: the decoder's levels are counted from the image instead of the latent, and the projections of an attention
+are 1 x 1 convolutions.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ig_dist.errors import ConfigError
+
+# Of the training around the autoencoder.
+OTHER_PARTS = ("loss.", "discriminator.", "foundation_model.", "linear_proj.")
+
+# diffusers' name -> LDM's, in this order; the decoder's levels come before (ldm_name)
+_RENAMES = [
+    (r"^encoder\.down_blocks\.", "encoder.down."),
+    (r"mid_block\.resnets\.0\.", "mid.block_1."),
+    (r"mid_block\.resnets\.1\.", "mid.block_2."),
+    (r"mid_block\.attentions\.0\.", "mid.attn_1."),
+    (r"\.resnets\.", ".block."),
+    (r"\.attentions\.", ".attn."),
+    (r"\.downsamplers\.0\.", ".downsample."),
+    (r"\.upsamplers\.0\.", ".upsample."),
+    (r"\.conv_norm_out\.", ".norm_out."),
+    (r"\.conv_shortcut\.", ".nin_shortcut."),
+    (r"\.group_norm\.", ".norm."),
+    (r"\.to_([qkv])\.", r".\1."),
+    (r"\.to_out\.0\.", ".proj_out."),
+]
+
+
+def ldm_name(name: str, levels: int) -> str:
+    """LDM's name of a diffusers tensor, for an autoencoder of that many levels."""
+    name = re.sub(r"^decoder\.up_blocks\.(\d+)\.", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.", name)
+    for pattern, replacement in _RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def ldm_settings(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
+    """The arguments of diffusers' AutoencoderKL, from the names and shapes of a checkpoint.
+
+    Raises:
+        ConfigError: a tensor that says them is not there, or is no convolution.
+    """
+
+    def channels(name: str) -> tuple[int, int]:
+        """Output and input channels of a convolution."""
+        if name not in tensors:
+            other = " (these are diffusers' names: give the folder)" if any("_blocks." in n for n in tensors) else ""
+            raise ConfigError(f"{where} holds no autoencoder in the LDM layout: {name} is missing{other}")
+        if tensors[name].ndim != 4:
+            raise ConfigError(f"{where}: {name} has shape {tuple(tensors[name].shape)}, it should be a convolution's")
+        return tensors[name].shape[0], tensors[name].shape[1]
+
+    widths, levels = [channels("encoder.down.0.block.0.conv1.weight")[0]], 1
+    while f"encoder.down.{levels}.block.0.conv1.weight" in tensors:
+        widths.append(channels(f"encoder.down.{levels}.block.0.conv1.weight")[0])
+        levels += 1
+    layers = 1
+    while f"encoder.down.0.block.{layers}.conv1.weight" in tensors:
+        layers += 1
+    down = ["Attn" * (f"encoder.down.{i}.attn.0.q.weight" in tensors) + "DownEncoderBlock2D" for i in range(levels)]
+    up = ["Attn" * (f"decoder.up.{i}.attn.0.q.weight" in tensors) + "UpDecoderBlock2D" for i in range(levels)]
+    return {
+        "in_channels": channels("encoder.conv_in.weight")[1],
+        "out_channels": channels("decoder.conv_out.weight")[0],
+        "latent_channels": channels("decoder.conv_in.weight")[1],
+        "block_out_channels": tuple(widths),
+        "layers_per_block": layers,
+        "down_block_types": tuple(down),
+        "up_block_types": tuple(reversed(up)),
+        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in tensors,
+        "norm_num_groups": 32,
+    }
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The autoencoder's tensors in a checkpoint (.safetensors, or PyTorch's format without any object in it).
+
+    Raises:
+        ConfigError: it cannot be read, or holds more than tensors.
+    """
+    found = read_safetensors(path) if path.suffix == ".safetensors" else _read_state_dict(path)
+    return {name: tensor for name, tensor in found.items() if not name.startswith(OTHER_PARTS)}
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of pickle dialects, about files that are refused anyway
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged file can make it raise anything; its own messages are pages
+        raise ConfigError(
+            f"{path} is damaged, or holds more than tensors and is not read because that could run code:"
+            " where you trust it, save its state_dict alone, as .safetensors"
+        ) from None
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds no state_dict: save the autoencoder's state_dict in it")
+    return {name: tensor for name, tensor in found.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ConfigError: it is not there, cannot be read, or is damaged.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}: download or save it again") from None
+    except safetensors.SafetensorError as error:
+        raise ConfigError(f"{path} is damaged ({error}): download or save it again") from None

@@ -1,0 +1,146 @@
+"""Where the weights of a tokenizer are: a path, the tokenizers' folder, or the Hugging Face cache and hub."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ig_dist.errors import ConfigError
+
+ROOT_VARIABLE = "IG_DIST_TOKENIZERS"
+FOLDER_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+"""What diffusers' ``AutoencoderKL.save_pretrained`` writes."""
+HUB_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published autoencoder."""
+
+    name: str
+    """As it stands in an index."""
+    short: str
+    """Another name for it, and its folder among the tokenizers."""
+    repo: str
+    """On the Hugging Face hub."""
+    files: tuple[str, ...]
+    automatic: bool
+    """Whether the hub is asked for it."""
+
+
+PUBLISHED = [
+    *(
+        Published(f"stabilityai/{short}", short, f"stabilityai/{short}", FOLDER_FILES, automatic=True)
+        for short in ("sd-vae-ft-ema", "sd-vae-ft-mse")
+    ),
+    Published(
+        "va-vae-f16d32",
+        "va-vae-f16d32",
+        "hustvl/vavae-imagenet256-f16d32-dinov2",
+        ("vavae-imagenet256-f16d32-dinov2.pt",),
+        automatic=False,
+    ),
+]
+
+
+def tokenizer_root() -> Path:
+    """The folder of the tokenizers: ``$IG_DIST_TOKENIZERS``, or ``~/.cache/ig_dist/tokenizers``."""
+    given = os.environ.get(ROOT_VARIABLE)
+    return Path(given).expanduser() if given else Path.home() / ".cache/ig_dist/tokenizers"
+
+
+def canonical_name(name: str) -> str:
+    """The name that stands in an index: short names are written out, others stay."""
+    known = _published(name)
+    return name if known is None else known.name
+
+
+def find_weights(name: str) -> Path:
+    """The folder or file with a tokenizer's weights.
+
+    Looked for in this order: the path ``name``, then ``name`` in the tokenizers' folder, then, for the Stable Diffusion
+    autoencoders, the Hugging Face cache and hub.
+
+    Raises:
+        ConfigError: unknown name, or its weights are in none of these places.
+    """
+    known, root = _published(name), tokenizer_root()
+    inside = [name] if known is None else [known.name, known.short]
+    for place in [Path(name).expanduser(), *(root / folder for folder in inside)]:
+        if name and _exists(place):
+            return place
+    if known is None:
+        names = ["pixel", *(p.name for p in PUBLISHED), *(p.short for p in PUBLISHED)]
+        near = list(dict.fromkeys(difflib.get_close_matches(name, names, n=3, cutoff=0.0)))
+        raise ConfigError(
+            f"unknown tokenizer {name!r}: no such path, nothing of that name in {root};"
+            f" the nearest names are {', '.join(map(repr, near))}"
+        )
+    if known.automatic:
+        return _from_hub(known)
+    raise _not_found(known, f"it is not in {root / known.short}")
+
+
+def _published(name: str) -> Published | None:
+    return next((p for p in PUBLISHED if name in (p.name, p.short)), None)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long for a path, or in a folder that may not be read
+        return False
+
+
+def _from_hub(known: Published) -> Path:
+    """The folder of the downloaded files in the Hugging Face cache, downloaded if need be.
+
+    Raises:
+        ConfigError: they are neither in the cache nor to be had.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import get_session
+    except ImportError:
+        raise missing_diffusers(known.name) from None
+
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+
+    def fetch(**options: Any) -> Path:
+        files = [hf_hub_download(known.repo, file, endpoint=endpoint, **options) for file in known.files]
+        return Path(files[0]).parent
+
+    try:
+        return fetch(local_files_only=True)
+    except FileNotFoundError:
+        pass
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        raise _not_found(known, "it is not in the Hugging Face cache, and HF_HUB_OFFLINE is set")
+    try:
+        # The hub's own client tries for minutes where there is no network: one request says whether there is.
+        answer = get_session().head(f"{endpoint}/{known.repo}/resolve/main/{known.files[0]}", timeout=HUB_TIMEOUT_S)
+        if answer.status_code >= 400:
+            raise OSError(f"status {answer.status_code}")
+        return fetch(etag_timeout=HUB_TIMEOUT_S)
+    except Exception as error:  # of the network, of the hub, or of the disk: each library has its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise _not_found(known, f"it is not in the Hugging Face cache, and {endpoint} gave nothing: {reason}") from None
+
+
+def _not_found(known: Published, why: str) -> ConfigError:
+    command = shlex.join(
+        ["hf", "download", known.repo, *known.files, "--local-dir", str(tokenizer_root() / known.short)]
+    )
+    return ConfigError(
+        f"no weights of tokenizer {known.name}: {why}; where there is a network run `{command}`"
+        f" (or put the files into another folder and set {ROOT_VARIABLE} to its parent)"
+    )
+
+
+def missing_diffusers(name: str) -> ConfigError:
+    """What is said where diffusers, with the hub's client in its wake, is not installed."""
+    return ConfigError(f"tokenizer {name} needs diffusers: pip install 'ig-dist[vae]'")
