@@ -90,7 +90,7 @@ def encode(job: Job) -> ShardIndex:
         if not ledger.ended and not complete:
             job.dest.create()
             _make_missing(job, ledger, order)
-        elif ledger.ended or gather(job.dest, job.settings, job.source, job.where, job.tokenizer, job.shape, shards):
+        elif ledger.ended or gather(job.dest, job.source, job.where, job.tokenizer, job.shape, shards):
             index = finished_index(job.dest, job.settings)
             if index is not None:
                 return index

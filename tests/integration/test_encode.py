@@ -42,6 +42,7 @@ from tests.imagenet_like import CORRUPT, TRUNCATED
 SCRIPT = "data_prep/encode_latents.py"
 SIZE = 16
 SHARDS = 15  # 240 files in shards of 16
+USUAL = f"--image-size {SIZE} --samples-per-shard 16 --workers 0"
 Encode = Callable[..., tuple[int, str, str]]
 
 
@@ -50,9 +51,8 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: make(tmp_path_factory.mktemp("form") / name) for name, make in imagenet_like.FORMS.items()}
 
 
-def arguments(source: Path | str, dest: Path | str, options: str) -> list[str]:
+def arguments(source: Path | str, dest: Path | str, options: str, usual: str = USUAL) -> list[str]:
     """The command; of an option given twice the last counts."""
-    usual = f"--image-size {SIZE} --samples-per-shard 16 --workers 0"
     return [SCRIPT, "--source", str(source), "--dest", str(dest), *shlex.split(f"{usual} {options}")]
 
 
@@ -62,8 +62,10 @@ def encode(
 ) -> Encode:
     """Runs the command in this process: exit code, stdout, stderr."""
 
-    def run(dest: Path | str, options: str = "", *, source: Path | str = forms["ImageFolder"]) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", arguments(source, dest, f"--spool {tmp_path}/spool {options}"))
+    def run(
+        dest: Path | str, options: str = "", *, source: Path | str = forms["ImageFolder"], usual: str = USUAL
+    ) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", arguments(source, dest, f"--spool {tmp_path}/spool {options}", usual))
         code = 0
         try:
             runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
@@ -145,7 +147,7 @@ def test_the_summary_says_what_is_there(encode: Encode, tmp_path: Path) -> None:
         assert np.abs(value - found).max() < 1e-3
         assert " ".join(f"{number:.3f}" for number in found) in said
     assert f"index: {tmp_path}/out/index.json" in said
-    assert f"next: ig-dist train CONFIG data.index={tmp_path}/out" in said
+    assert f"next: ig-dist train configs/digits.yaml data.index={tmp_path}/out run.dir=runs/out-run" in said
     assert index.info.rejected == 2 and index.info.class_names is not None
     assert index.info.class_names[0] == "tench, Tinca tinca"
 
@@ -216,7 +218,9 @@ def test_what_is_complete_is_left_alone_and_what_is_not_is_made_again(
     assert {path: path.stat().st_mtime_ns for path in kept} == before
 
 
-def test_finished_is_finished(encode: Encode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_finished_is_finished(
+    forms: dict[str, Path], encode: Encode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     dest = tmp_path / "out"
     assert encode(dest)[0] == 0
     before = contents(dest)
@@ -226,11 +230,9 @@ def test_finished_is_finished(encode: Encode, monkeypatch: pytest.MonkeyPatch, t
     code, said, _ = encode(dest)
     assert code == 0 and "complete: 238 samples in 15 shards, nothing to do" in said
     assert contents(dest) == before and not (dest / "parts").exists()
-    # the size of shards need not be repeated
-    for options in ("--samples-per-shard 16", ""):
-        monkeypatch.setattr(sys, "argv", [SCRIPT])
-        code, said, _ = encode(dest, options)
-        assert code == 0 and "nothing to do" in said
+    # the same files by another name are the same images, and the size of shards need not be repeated
+    code, said, errors = encode(dest, source=forms["class tars"], usual="--image-size 16 --workers 0")
+    assert code == 0 and "nothing to do" in said, errors
     for options, words in (
         ("--seed 5", "(seed: 0 there, 5 here)"),
         ("--flips", "(flips: False there, True here)"),
@@ -307,6 +309,7 @@ STOCHASTIC = Tokenizer(
     uint8_rule="none",
     encode=_posterior,
     decode=lambda latents: latents,
+    latent_channels=3,
 )
 
 
