@@ -8,14 +8,14 @@ import threading
 from multiprocessing.context import ForkServerContext
 
 
-def helpers(module: str) -> ForkServerContext:
+def helpers() -> ForkServerContext:
     """How to start helper processes.
 
     They are not forked from this process: torch's threads, and a GPU's context, do not survive that. The server that
-    forks them has imported ``module`` and nothing else.
+    forks them has imported torch and nothing else; there is one for all.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([module])
+    context.set_forkserver_preload(["ig_dist.encoding.loader"])
     return context
 
 

@@ -77,7 +77,7 @@ def image_batches(
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         pin_memory=pin,
-        multiprocessing_context=helpers(__name__) if workers else None,
+        multiprocessing_context=helpers() if workers else None,
         worker_init_fn=end_with_parent,
     )
     try:

@@ -69,6 +69,8 @@ def choose_image_size(source: str, image_size: int | None, tokenizer: Tokenizer)
         if tokenizer.image_channels not in (None, 1):
             raise ConfigError(f"--tokenizer {tokenizer.name} takes colour images, the digits are grey: use pixel")
         return 8
+    if tokenizer.image_channels not in (None, 3):
+        raise ConfigError(f"--tokenizer {tokenizer.name} takes no colour images: use another, e.g. sd-vae-ft-ema")
     if image_size is None and tokenizer.downsample > 1:
         image_size = VAE_IMAGE_SIZE
     if image_size is None:

@@ -106,7 +106,7 @@ def shard_name(number: int) -> str:
 
 
 def _without_place(source: str) -> str:
-    found = re.search(r"\d+ files, sha256 [0-9a-f]{64}.*", source)
+    found = re.search(r"\d+ files, sha256 [0-9a-f]{64}", source)  # the size behind it is a setting of its own
     return found[0] if found else source
 
 

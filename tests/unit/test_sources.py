@@ -163,6 +163,14 @@ def test_a_file_that_changed_since_it_was_listed_is_no_verdict(tmp_path: Path) -
         read_bytes(ByteRange(str(file), 0, NO_FILE))
 
 
+def test_a_folder_of_links_as_in_the_hubs_cache(forms: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "snapshot/data").mkdir(parents=True)
+    for file in (forms["parquet"] / "data").iterdir():
+        (tmp_path / "snapshot/data" / file.name).symlink_to(file)
+    found = find_source(str(tmp_path / "snapshot"), str(tmp_path / "spool"))
+    assert found.kind.startswith("2 parquet files, ") and len(found.open().labels) == 240
+
+
 def test_links_to_nowhere_and_pipes_are_listed_and_not_opened(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a/link.jpg").symlink_to(tmp_path / "nowhere.jpg")

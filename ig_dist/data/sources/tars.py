@@ -163,7 +163,7 @@ def _of_each(
         results: Iterator[_Result] = map(function, tars)
         if size > MANY_BYTES:
             cores = min(_MAX_PROCESSES, len(os.sched_getaffinity(0)))
-            pool = ProcessPoolExecutor(cores, mp_context=helpers(__name__), initializer=end_with_parent)
+            pool = ProcessPoolExecutor(cores, mp_context=helpers(), initializer=end_with_parent)
             results = stack.enter_context(pool).map(function, tars)
         for number, result in enumerate(results):
             on_progress(number + 1)
