@@ -3,7 +3,7 @@
     python data_prep/encode_latents.py --source digits --dest runs/digits-data --tokenizer pixel
     python data_prep/encode_latents.py --source pictures --dest runs/pictures-data --tokenizer pixel --image-size 16
     torchrun --nproc-per-node 8 data_prep/encode_latents.py --source ILSVRC2012_img_train.tar \
-        --dest s3://bucket/imagenet-256 --tokenizer stabilityai/sd-vae-ft-ema
+        --dest s3://bucket/imagenet-256 --tokenizer sd-vae-ft-ema
 
 Images are shuffled globally by the seed; shard k is made of places k S to (k + 1) S of that order. Any number of
 processes may run the same command, on one machine or many: each makes shards that are missing. A shard is written
@@ -40,7 +40,7 @@ def main(
     ],
     dest: Annotated[str, typer.Option(help="Folder for shards and index: a path or any fsspec URL.")],
     tokenizer: Annotated[
-        str, typer.Option(help="`pixel`, stabilityai/sd-vae-ft-ema, va-vae-f16d32, a local folder or file.")
+        str, typer.Option(help="`pixel`, sd-vae-ft-ema, sd-vae-ft-mse, va-vae-f16d32, or the path of weights.")
     ] = "pixel",
     image_size: Annotated[
         int | None, typer.Option(help="Side of the square images cut from pictures. Default with a VAE: 256.")
@@ -88,11 +88,11 @@ def main(
     # what is wrong with the options is said before any picture is read
     if not 0 <= max_rejected <= 1:
         raise ConfigError(f"--max-rejected {max_rejected:g} is not a fraction: use 0 to 1")
+    refuse_missing(source)
     me = this_worker(worker)
     device = prepare.choose_device(me)
     arithmetic = prepare.choose_precision(precision, tokenizer, device)
     encoder = get_tokenizer(tokenizer, device=device, precision=arithmetic)
-    refuse_missing(source)
     size = prepare.choose_image_size(source, image_size, encoder)
     what = prepare.choose_store(store, encoder)
     prepare.refuse_dest_in_source(source, dest)
@@ -120,7 +120,7 @@ def main(
             shards = len(index.info.shards)
             say(f"{dest} is complete: {index.num_samples} samples in {shards} shards, nothing to do")
             return
-    shape = prepare.latent_shape(encoder, settings, device)
+    shape = prepare.latent_shape(encoder, settings)
     sample_bytes = sample_tar_bytes(shape, settings)
     with tempfile.TemporaryDirectory() as scratch:
         images, share = found.open_part(scratch) if dry_run and found.open_part else (found.open(), 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
+from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Self
 
@@ -84,8 +85,17 @@ def summary(index: ShardIndex) -> list[str]:
         f"latents as the model sees them, per channel: mean {_numbers(info.statistics.mean)},"
         f" std {_numbers(info.statistics.std)}",
         f"index: {index.folder}/index.json",
-        f"next: ig-dist train CONFIG data.index={index.folder}",
+        f"next: ig-dist train {_config(index)}",
     ]
+
+
+def _config(index: ShardIndex) -> str:
+    """The config that fits the latents, with what must be said beside it."""
+    info, name = index.info, PurePosixPath(index.folder).name
+    run = name.removesuffix("-data") if name.endswith("-data") else f"{name}-run"
+    fitting = {(4, 32, 32): "configs/sit_xl2_ig.yaml"}.get(info.latent.shape, "CONFIG")
+    file = "configs/digits.yaml" if info.tokenizer.name == "pixel" else fitting
+    return f"{file} data.index={index.folder} run.dir=runs/{run}"
 
 
 def _numbers(values: list[float]) -> str:

@@ -13,7 +13,7 @@ from ig_dist.encoding.display import Display
 from ig_dist.encoding.encoder import latent_batches
 from ig_dist.encoding.gather import gather, refuse_too_many
 from ig_dist.encoding.loader import image_batches
-from ig_dist.encoding.records import Dest, Ledger, refuse_others
+from ig_dist.encoding.records import PARTS, Dest, Ledger, refuse_others
 from ig_dist.encoding.settings import Settings, settings_of, shard_count, shard_places
 from ig_dist.encoding.shards import OpenShard, finish_shard
 from ig_dist.encoding.walk import Worker, requests
@@ -49,7 +49,7 @@ def existing_settings(dest: Dest) -> Settings | None:
     """
     if dest.has_index():
         return settings_of(read_index(dest.url).info)
-    for name in sorted(dest.sizes("parts")):
+    for name in sorted(dest.sizes(PARTS)):
         number = name.removeprefix("shard-").removesuffix(".json")
         record = dest.read_record(int(number)) if number.isdecimal() else None
         if record is not None:
@@ -67,8 +67,7 @@ def finished_index(dest: Dest, settings: Settings) -> ShardIndex | None:
         return None
     index = read_index(dest.url)
     refuse_others(dest, settings_of(index.info), settings)
-    if dest.sizes("parts"):
-        dest.sweep()
+    dest.sweep()
     return index
 
 
@@ -89,8 +88,9 @@ def encode(job: Job) -> ShardIndex:
         refuse_too_many(ledger.rejected, total, job.max_rejected, job.dest, job.where)
         complete = len(ledger.finished) == shards
         if not ledger.ended and not complete:
+            job.dest.create()
             _make_missing(job, ledger, order)
-        elif ledger.ended or gather(job.dest, job.settings, job.source, job.where, job.tokenizer, job.shape, shards):
+        elif ledger.ended or gather(job.dest, job.source, job.where, job.tokenizer, job.shape, shards):
             index = finished_index(job.dest, job.settings)
             if index is not None:
                 return index

@@ -16,6 +16,7 @@ from ig_dist.encoding.records import Dest, Rejected, ShardRecord, Superseded, To
 from ig_dist.encoding.settings import Settings
 from ig_dist.errors import ConfigError
 from ig_dist.latents.tokenizers import Tokenizer
+from ig_dist.storage import read_range
 
 _THREADS = 8
 _CHECKED_SAMPLES = 4  # of each shard
@@ -23,7 +24,6 @@ _CHECKED_SAMPLES = 4  # of each shard
 
 def gather(
     dest: Dest,
-    settings: Settings,
     source: Source,
     where: str,
     tokenizer: Tokenizer,
@@ -34,7 +34,6 @@ def gather(
 
     Args:
         dest: where all shards are finished.
-        settings: of the shards.
         source: what was encoded.
         where: the same as the user gave it.
         tokenizer: what encoded it.
@@ -63,7 +62,9 @@ def gather(
     try:
         dest.write_rejected(rejected)
         refuse_empty_classes(source, labels, rejected, where)
-        write_index(dest.url, _index(settings, source, tokenizer, shape, whole), SampleTable.from_rows(rows))
+        # the first record's settings: a tokenizer may have another name (a path) for each worker
+        info = _index(whole[0].settings, source, tokenizer, shape, whole)
+        write_index(dest.url, info, SampleTable.from_rows(rows))
     except (Superseded, FileNotFoundError):  # swept away by another worker, which has written the same
         if not dest.has_index():
             raise
@@ -118,7 +119,7 @@ def _is_sound(dest: Dest, record: ShardRecord, shape: tuple[int, int, int], size
 
 
 def _crc(dest: Dest, name: str, row: SampleRow, count: int) -> int:
-    return zlib.crc32(dest.fs.cat_file(f"{dest.path}/{name}", start=row.offset, end=row.offset + count))
+    return zlib.crc32(read_range(dest.fs, f"{dest.path}/{name}", row.offset, row.offset + count))
 
 
 def _index(

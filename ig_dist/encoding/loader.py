@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from ig_dist.data.images import RejectedImage, center_crop, load_rgb
 from ig_dist.data.sources.source import Item, read_bytes
 from ig_dist.errors import DataError
+from ig_dist.processes import end_with_parent, helpers
 
 PREFETCH = 2  # batches that each process decodes ahead
 
@@ -71,11 +69,6 @@ def image_batches(
     Raises:
         DataError: an image cannot be read, or a process died.
     """
-    # Not forked from this process: torch's threads, and a GPU's context, do not survive that. The server that forks
-    # them has imported torch and nothing else.
-    context = multiprocessing.get_context("forkserver") if workers else None
-    if context is not None:
-        context.set_forkserver_preload([__name__])
     loader: DataLoader[ImageBatch] = DataLoader(
         _Images(size, channels),
         sampler=requests,
@@ -84,8 +77,8 @@ def image_batches(
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         pin_memory=pin,
-        multiprocessing_context=context,
-        worker_init_fn=_end_with_parent,
+        multiprocessing_context=helpers() if workers else None,
+        worker_init_fn=end_with_parent,
     )
     try:
         for batch in loader:
@@ -134,22 +127,6 @@ def decode(request: Request, size: int, channels: int) -> ImageBatch:
         upscaled,
         failure,
     )
-
-
-def _end_with_parent(worker: int) -> None:
-    """End when the process that wants the images is killed.
-
-    The DataLoader's own watch looks at the process that forked this one, which is the server, and that lives as long
-    as this one does.
-    """
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _as_it_is(batch: Any) -> Any:

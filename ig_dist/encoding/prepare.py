@@ -11,10 +11,10 @@ import torch
 from rich.filesize import decimal
 
 from ig_dist.encoding.records import Dest
-from ig_dist.encoding.settings import Precision, Settings, Store
+from ig_dist.encoding.settings import Settings, Store
 from ig_dist.encoding.walk import Worker
 from ig_dist.errors import ConfigError
-from ig_dist.latents.tokenizers import Tokenizer
+from ig_dist.latents.tokenizers import Precision, Tokenizer
 from ig_dist.storage import is_local
 
 MAX_DECODERS = 16
@@ -69,6 +69,8 @@ def choose_image_size(source: str, image_size: int | None, tokenizer: Tokenizer)
         if tokenizer.image_channels not in (None, 1):
             raise ConfigError(f"--tokenizer {tokenizer.name} takes colour images, the digits are grey: use pixel")
         return 8
+    if tokenizer.image_channels not in (None, 3):
+        raise ConfigError(f"--tokenizer {tokenizer.name} takes no colour images: use another, e.g. sd-vae-ft-ema")
     if image_size is None and tokenizer.downsample > 1:
         image_size = VAE_IMAGE_SIZE
     if image_size is None:
@@ -92,15 +94,10 @@ def choose_decoders(workers: int | None, worker: Worker, images: int) -> int:
     return 0 if images < FEW_IMAGES else max(1, min(MAX_DECODERS, cores))
 
 
-def latent_shape(tokenizer: Tokenizer, settings: Settings, device: torch.device) -> tuple[int, int, int]:
+def latent_shape(tokenizer: Tokenizer, settings: Settings) -> tuple[int, int, int]:
     """Shape of a latent that the model sees, (C, h, w)."""
-    size = settings.image_size
-    with torch.inference_mode():
-        encoded = tokenizer.encode(
-            torch.zeros(1, size, size, settings.image_channels, dtype=torch.uint8, device=device)
-        )
-    channels, height, width = encoded.shape[1:]
-    return channels // 2 if tokenizer.stochastic else channels, height, width
+    side = settings.image_size // tokenizer.downsample
+    return tokenizer.latent_channels or settings.image_channels, side, side
 
 
 def refuse_dest_in_source(source: str, dest: str) -> None:

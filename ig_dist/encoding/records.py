@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ig_dist.data.shards import SampleRow
 from ig_dist.encoding.settings import Settings, shard_name
 from ig_dist.errors import ConfigError, DataError, IgDistError
-from ig_dist.storage import is_local, open_url, write_whole
+from ig_dist.storage import is_local, list_sizes, open_url, read_file, retried, write_whole
 
 PARTS = "parts"
 REJECTED_NAME = "rejected.csv"
@@ -89,35 +89,51 @@ class Dest:
             ConfigError: it cannot be listed.
         """
         self.fs.invalidate_cache()
-        path = f"{self.path}/{folder}".rstrip("/")
         try:
-            entries = self.fs.ls(path, detail=True)
-        except FileNotFoundError:
-            return {}
+            return list_sizes(self.fs, f"{self.path}/{folder}".rstrip("/"))
+        except NotADirectoryError:
+            raise ConfigError(f"--dest {self.url} is a file: choose a folder") from None
         except OSError as error:
             raise ConfigError(
                 f"--dest {self.url} cannot be used ({_reason(error)}): choose a folder, or make it accessible"
             ) from None
-        if any(entry["name"].rstrip("/") == path.rstrip("/") and entry["type"] == "file" for entry in entries):
-            raise ConfigError(f"--dest {self.url} is a file: choose a folder")
-        return {PurePosixPath(entry["name"]).name: int(entry["size"] or 0) for entry in entries}
+
+    def exists(self, name: str) -> bool:
+        """Whether a file is there."""
+        self.fs.invalidate_cache()
+        path = f"{self.path}/{name}"
+        return bool(retried(self.fs, path, lambda: self.fs.exists(path)))
 
     def has_index(self) -> bool:
         """Whether everything is finished."""
-        self.fs.invalidate_cache()
-        return bool(self.fs.exists(f"{self.path}/index.json"))
+        return self.exists("index.json")
 
     def is_complete(self, number: int) -> bool:
         """Whether a shard is finished."""
         record = self.read_record(number)
-        return record is not None and (record.samples == 0 or bool(self.fs.exists(f"{self.path}/{record.name}")))
+        return record is not None and (record.samples == 0 or self.exists(record.name))
 
     def read_record(self, number: int) -> ShardRecord | None:
         """The record of a shard; None: it is gone, or no record (the shard is then made again)."""
         try:
-            return ShardRecord.model_validate_json(self.fs.cat_file(f"{self.path}/{record_name(number)}"))
+            return ShardRecord.model_validate_json(read_file(self.fs, f"{self.path}/{record_name(number)}"))
         except (FileNotFoundError, ValidationError):
             return None
+
+    def create(self) -> None:
+        """Make the folder.
+
+        Raises:
+            ConfigError: it cannot be made.
+        """
+        if not is_local(self.fs):
+            return  # an object needs no folder
+        try:
+            self.fs.makedirs(f"{self.path}/{PARTS}", exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"--dest {self.url} cannot be made ({_reason(error)}): choose another, or mend that"
+            ) from None
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file whole.
@@ -127,7 +143,6 @@ class Dest:
             DataError: the storage does not take it.
         """
         try:
-            self.fs.makedirs(f"{self.path}/{PurePosixPath(name).parent}".removesuffix("/."), exist_ok=True)
             write_whole(self.fs, f"{self.path}/{name}", data)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and self.has_index():
@@ -148,8 +163,9 @@ class Dest:
                 self.fs.rmdir(f"{self.path}/{PARTS}")
 
     def _remove(self, name: str) -> None:
+        path = f"{self.path}/{name}"
         with contextlib.suppress(FileNotFoundError):
-            self.fs.rm_file(f"{self.path}/{name}")
+            retried(self.fs, path, lambda: self.fs.rm_file(path))
 
     def remove_record(self, number: int) -> None:
         """Have a shard made again."""
@@ -176,10 +192,10 @@ def refuse_others(dest: Dest, theirs: Settings, mine: Settings) -> None:
     Raises:
         ConfigError: they are not.
     """
-    if theirs != mine:
-        differences = "; ".join(theirs.differences(mine))
+    differences = theirs.differences(mine)
+    if differences:
         raise ConfigError(
-            f"--dest {dest.url} holds shards made with other settings or images ({differences}):"
+            f"--dest {dest.url} holds shards made with other settings or images ({'; '.join(differences)}):"
             " choose another, or delete it"
         )
 
@@ -225,4 +241,6 @@ class Ledger:
 
 
 def _reason(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "there is no such folder or bucket"
     return error.strerror or " ".join(str(error).split()) or type(error).__name__

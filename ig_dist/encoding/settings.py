@@ -9,12 +9,12 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from ig_dist.data.index import IndexFile
+from ig_dist.latents.tokenizers import Precision
 
 SHARD_BYTES = 256 * 2**20
 _MIN_SHARD = 256  # samples; small sets are cut into at least _MIN_SHARDS of these, so that some can be held out
 _MIN_SHARDS = 8
 
-Precision = Literal["fp32", "bf16", "fp16"]
 Store = Literal["moments", "sample"]
 
 
@@ -37,12 +37,17 @@ class Settings(BaseModel):
     """Places of a shard in the shuffle."""
 
     def differences(self, other: Settings) -> list[str]:
-        """What differs, as "seed: 0 there, 5 here"; ``other`` is here."""
-        return [
-            f"{name}: {_short(mine)} there, {_short(getattr(other, name))} here"
-            for name, mine in self
-            if mine != getattr(other, name)
-        ]
+        """What differs, as "seed: 0 there, 5 here"; ``other`` is here.
+
+        Tokenizer and source are known by their hashes: weights may lie elsewhere on another machine, a folder may be
+        renamed or named by a glob.
+        """
+        names = [name for name, mine in self if mine != getattr(other, name)]
+        if self.tokenizer_sha256 == other.tokenizer_sha256:
+            names = [name for name in names if name != "tokenizer"]
+        if _without_place(self.source) == _without_place(other.source):
+            names = [name for name in names if name != "source"]
+        return [f"{name}: {_short(getattr(self, name))} there, {_short(getattr(other, name))} here" for name in names]
 
 
 def settings_of(index: IndexFile) -> Settings:
@@ -98,6 +103,11 @@ def shard_places(number: int, images: int, samples_per_shard: int) -> range:
 def shard_name(number: int) -> str:
     """The file of a shard."""
     return f"shard-{number:06d}.tar"
+
+
+def _without_place(source: str) -> str:
+    found = re.search(r"\d+ files, sha256 [0-9a-f]{64}", source)  # the size behind it is a setting of its own
+    return found[0] if found else source
 
 
 def _short(value: object) -> str:

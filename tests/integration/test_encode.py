@@ -3,89 +3,29 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
+import errno
 import json
-import os
 import re
-import runpy
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
 import pytest
-import torch
-import webdataset
-from torch import Tensor
 
 import ig_dist.encoding.encode
-import ig_dist.latents.tokenizers
 from ig_dist.data.images import decode_image
 from ig_dist.data.index import read_index
-from ig_dist.data.shards import FLIP_SUFFIX, scan_shard
-from ig_dist.encoding.walk import Worker, this_worker
 from ig_dist.evaluation.scores import index_images
-from ig_dist.latents.tokenizers import Tokenizer
-from ig_dist.rng import Purpose, normal
 from tests import imagenet_like
 from tests.conftest import ROOT
+from tests.encoding import SHARDS, SIZE, Encode, arguments, contents
 from tests.imagenet_like import CORRUPT, TRUNCATED
-
-SCRIPT = "data_prep/encode_latents.py"
-SIZE = 16
-SHARDS = 15  # 240 files in shards of 16
-Encode = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: make(tmp_path_factory.mktemp("form") / name) for name, make in imagenet_like.FORMS.items()}
-
-
-def arguments(source: Path | str, dest: Path | str, options: str) -> list[str]:
-    """The command; of an option given twice the last counts."""
-    usual = f"--image-size {SIZE} --samples-per-shard 16 --workers 0"
-    return [SCRIPT, "--source", str(source), "--dest", str(dest), *shlex.split(f"{usual} {options}")]
-
-
-@pytest.fixture
-def encode(
-    forms: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Encode:
-    """Runs the command in this process: exit code, stdout, stderr."""
-
-    def run(dest: Path | str, options: str = "", *, source: Path | str = forms["ImageFolder"]) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", arguments(source, dest, f"--spool {tmp_path}/spool {options}"))
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
-        except SystemExit as end:
-            code = int(end.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def undisturbed(forms: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What one worker makes of the class folders."""
-    dest = tmp_path_factory.mktemp("undisturbed") / "out"
-    command = [sys.executable, *arguments(forms["ImageFolder"], dest, "")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return contents(dest)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def stop_before_the_index(encode: Encode, monkeypatch: pytest.MonkeyPatch, dest: Path, options: str = "") -> None:
@@ -144,7 +84,7 @@ def test_the_summary_says_what_is_there(encode: Encode, tmp_path: Path) -> None:
         assert np.abs(value - found).max() < 1e-3
         assert " ".join(f"{number:.3f}" for number in found) in said
     assert f"index: {tmp_path}/out/index.json" in said
-    assert f"next: ig-dist train CONFIG data.index={tmp_path}/out" in said
+    assert f"next: ig-dist train configs/digits.yaml data.index={tmp_path}/out run.dir=runs/out-run" in said
     assert index.info.rejected == 2 and index.info.class_names is not None
     assert index.info.class_names[0] == "tench, Tinca tinca"
 
@@ -215,7 +155,9 @@ def test_what_is_complete_is_left_alone_and_what_is_not_is_made_again(
     assert {path: path.stat().st_mtime_ns for path in kept} == before
 
 
-def test_finished_is_finished(encode: Encode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_finished_is_finished(
+    forms: dict[str, Path], encode: Encode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     dest = tmp_path / "out"
     assert encode(dest)[0] == 0
     before = contents(dest)
@@ -225,11 +167,9 @@ def test_finished_is_finished(encode: Encode, monkeypatch: pytest.MonkeyPatch, t
     code, said, _ = encode(dest)
     assert code == 0 and "complete: 238 samples in 15 shards, nothing to do" in said
     assert contents(dest) == before and not (dest / "parts").exists()
-    # the size of shards need not be repeated
-    for options in ("--samples-per-shard 16", ""):
-        monkeypatch.setattr(sys, "argv", [SCRIPT])
-        code, said, _ = encode(dest, options)
-        assert code == 0 and "nothing to do" in said
+    # the same files by another name are the same images, and the size of shards need not be repeated
+    code, said, errors = encode(dest, source=forms["class tars"], usual="--image-size 16 --workers 0")
+    assert code == 0 and "nothing to do" in said, errors
     for options, words in (
         ("--seed 5", "(seed: 0 there, 5 here)"),
         ("--flips", "(flips: False there, True here)"),
@@ -271,101 +211,6 @@ def test_a_straggler_ends_well(
     code, said, errors = encode(dest)
     assert code == 0 and "238 images" in said, errors
     assert contents(dest) == undisturbed
-
-
-def test_flips_are_the_latents_of_the_mirrored_images(encode: Encode, tmp_path: Path) -> None:
-    assert encode(tmp_path / "out", "--flips")[0] == 0
-    index = read_index(str(tmp_path / "out"))
-    assert index.info.latent.flips and index.table.flip_offset is not None
-    urls = [str(tmp_path / "out" / shard.name) for shard in index.info.shards]
-    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
-    assert len(samples) == 238
-    for sample in samples:
-        assert np.array_equal(sample["latent_flip.npy"], sample["latent.npy"][..., ::-1])
-    with (tmp_path / "out" / index.info.shards[0].name).open("rb") as file:
-        rows = scan_shard(file, np.dtype(np.float16), (3, SIZE, SIZE), flip_suffix=FLIP_SUFFIX)
-    count = len(rows)
-    assert [row.flip_offset for row in rows] == index.table.flip_offset[:count].tolist()
-    # what is not mirrored is the same as without
-    assert encode(tmp_path / "plain")[0] == 0
-    assert read_index(str(tmp_path / "plain")).table.crc32.tolist() == index.table.crc32.tolist()
-
-
-def _posterior(images: Tensor) -> Tensor:
-    mean = images.float().permute(0, 3, 1, 2)[:, :, ::2, ::2] / 64
-    return torch.cat([mean, 0.1 + mean / 8], dim=1)
-
-
-STOCHASTIC = Tokenizer(
-    name="toy-vae",
-    sha256="0" * 64,
-    downsample=2,
-    image_channels=3,
-    stochastic=True,
-    scale=None,
-    uint8_rule="none",
-    encode=_posterior,
-    decode=lambda latents: latents,
-)
-
-
-@pytest.fixture
-def toy_vae(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ig_dist.latents.tokenizers, "get_tokenizer", lambda name, **_: STOCHASTIC)
-
-
-def stored(folder: Path, flips: bool = False) -> dict[int, Any]:
-    """Latents by image number."""
-    urls = [str(folder / shard.name) for shard in read_index(str(folder)).info.shards]
-    samples = webdataset.WebDataset(urls, shardshuffle=False).decode()
-    field = "latent_flip.npy" if flips else "latent.npy"
-    return {int(sample["__key__"]): sample[field] for sample in samples}
-
-
-@pytest.mark.usefixtures("toy_vae")
-def test_moments_and_stored_samples(encode: Encode, tmp_path: Path) -> None:
-    code, said, errors = encode(tmp_path / "moments", "--tokenizer toy-vae --flips")
-    assert code == 0 and "posterior moments of 3x8x8 latents, and those of the mirrored images" in said, errors
-    assert encode(tmp_path / "sample", "--tokenizer toy-vae --flips --store sample --seed 3")[0] == 0
-    info = read_index(str(tmp_path / "moments")).info
-    assert info.latent.kind == "moments" and info.latent.shape == (3, 8, 8)
-    assert read_index(str(tmp_path / "sample")).info.latent.kind == "sample"
-    files = imagenet_like.files()
-    kept = [i for i, file in enumerate(files) if file.name not in (CORRUPT, TRUNCATED)]
-    images = torch.from_numpy(np.stack([decode_image(files[i].data, SIZE) for i in kept]))
-    numbers = torch.tensor(kept)
-    everything = []
-    for step, view in enumerate((images, images.flip(2))):
-        moments = _posterior(view)
-        everything.append(moments)
-        found = stored(tmp_path / "moments", flips=step == 1)
-        assert sorted(found) == kept
-        assert np.array_equal(np.stack([found[i] for i in kept]), moments.half().numpy())
-        mean, std = moments.chunk(2, dim=1)
-        draw = mean + std * normal(3, Purpose.ENCODE_POSTERIOR, numbers, (3, 8, 8), step=step)
-        found = stored(tmp_path / "sample", flips=step == 1)
-        assert np.array_equal(np.stack([found[i] for i in kept]), draw.half().numpy())
-    # of a draw: E[x] = E[mean], Var[x] = E[std^2] + Var[mean]; without a scale of its own, the data set gives one
-    mean, std = torch.cat(everything).double().chunk(2, dim=1)
-    expected = mean.mean((0, 2, 3)), (std.square().mean((0, 2, 3)) + mean.var((0, 2, 3), correction=0)).sqrt()
-    assert np.abs(np.array(info.latent.shift) - expected[0].numpy()).max() < 1e-3
-    assert np.abs(1 / np.array(info.latent.scale) - expected[1].numpy()).max() < 1e-3
-    assert np.abs(info.statistics.mean).max() < 1e-9 and np.abs(np.array(info.statistics.std) - 1).max() < 1e-9
-
-
-@pytest.mark.usefixtures("toy_vae")
-def test_image_sizes_that_a_tokenizer_does_not_take(encode: Encode, tmp_path: Path) -> None:
-    code, _, errors = encode(tmp_path / "out", "--tokenizer toy-vae --image-size 17")
-    assert code == 2 and "--image-size 17 is not a multiple of 2" in errors and "--image-size 16" in errors
-    code, _, errors = encode(tmp_path / "out", "--tokenizer toy-vae", source="digits")
-    assert code == 2 and "--image-size" in errors and not (tmp_path / "out").exists()
-
-
-def test_latents_beyond_float16_are_an_error(encode: Encode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    big = dataclasses.replace(STOCHASTIC, encode=lambda images: _posterior(images) * 1e6)
-    monkeypatch.setattr(ig_dist.latents.tokenizers, "get_tokenizer", lambda name, **_: big)
-    code, _, errors = encode(tmp_path / "out", "--tokenizer toy-vae")
-    assert code == 4 and errors.count("\n") == 1 and "not finite" in errors and "--precision fp32" in errors
 
 
 def test_a_dry_run_counts_and_writes_nothing(
@@ -411,6 +256,30 @@ def test_a_shard_of_rejected_files_only(encode: Encode, tmp_path: Path) -> None:
     assert index.num_samples == 238 == len(index.info.shards) == len(list(tmp_path.glob("out/*.tar")))
 
 
+def test_a_full_disk_is_one_line_before_and_in_the_middle(
+    encode: Encode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+        code, _, errors = encode(tmp_path / "out")
+    assert code == 2 and errors.count("\n") == 1 and "needs about 860.2 kB, 100.0 kB are free" in errors
+    assert not (tmp_path / "out").exists()
+    write_bytes = Path.write_bytes
+
+    def full(self: Path, data: bytes) -> int:
+        if "shard-000005.tar" in self.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_bytes(self, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        code, _, errors = encode(tmp_path / "out")
+    assert code == 4 and errors.count("\n") == 1, errors
+    assert "shard-000005.tar cannot be written (No space left on device)" in errors and "run the same command" in errors
+    assert encode(tmp_path / "out")[0] == 0
+
+
 def test_sources_and_shards_in_an_object_store(
     forms: dict[str, Path], undisturbed: dict[str, bytes], encode: Encode, tmp_path: Path
 ) -> None:
@@ -426,26 +295,6 @@ def test_sources_and_shards_in_an_object_store(
     shutil.rmtree(tmp_path / "spool")  # nor is it needed to see that all is done
     code, said, _ = encode(dest, source=f"memory://{tmp_path.name}/in")
     assert code == 0 and "nothing to do" in said and not (tmp_path / "spool").exists()
-
-
-def test_torchrun_and_slurm_tell_a_worker_which_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.startswith("SLURM") or "RANK" in name or name == "WORLD_SIZE":
-            monkeypatch.delenv(name)
-
-    def told(option: str | None = None, **environment: int) -> Worker:
-        with monkeypatch.context() as patch:
-            for name, value in environment.items():
-                patch.setenv(name, str(value))
-            return this_worker(option)
-
-    assert told() == (0, 1, 0, 1)
-    assert told("3/5", RANK=1, WORLD_SIZE=2) == (3, 5, 0, 1)
-    assert told(RANK=9, WORLD_SIZE=16, LOCAL_RANK=1, LOCAL_WORLD_SIZE=8) == (9, 16, 1, 8)
-    array = {"SLURM_ARRAY_TASK_MIN": 10, "SLURM_ARRAY_TASK_MAX": 16, "SLURM_ARRAY_TASK_COUNT": 4}
-    assert [told(SLURM_ARRAY_TASK_ID=i, **array)[:2] for i in (10, 12, 14, 16)] == [(0, 4), (1, 4), (2, 4), (3, 4)]
-    assert told(SLURM_ARRAY_TASK_ID=12, SLURM_PROCID=1, SLURM_NTASKS=2, SLURM_LOCALID=1, **array) == (3, 8, 1, 1)
-    assert told(SLURM_PROCID=3, SLURM_NTASKS=8, SLURM_LOCALID=3) == (3, 8, 3, 1)
 
 
 def test_the_records_are_gone_and_the_index_says_all(undisturbed: dict[str, bytes]) -> None:

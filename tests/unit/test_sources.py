@@ -16,7 +16,7 @@ import pytest
 
 from ig_dist.data.classes import class_words, imagenet_classes
 from ig_dist.data.images import RejectedImage
-from ig_dist.data.sources import find_source
+from ig_dist.data.sources import find_source, tars
 from ig_dist.data.sources.source import NO_FILE, ByteRange, Source, read_bytes
 from ig_dist.errors import ConfigError, DataError
 from tests import imagenet_like
@@ -67,6 +67,18 @@ def test_every_form_holds_the_same_files_and_labels(form: str, forms: dict[str, 
     assert source.class_names == (None if form == "WebDataset" else words)
     # again, it is the same source
     assert find_source(str(forms[form]), str(tmp_path)).name == source.name
+
+
+@pytest.mark.parametrize("form", ["class tars", "WebDataset"])
+def test_large_tars_are_listed_by_several_processes(
+    form: str, forms: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = find_source(str(forms[form]))
+    monkeypatch.setattr(tars, "MANY_BYTES", 0)
+    assert find_source(str(forms[form])).name == plain.name
+    tar_of(tmp_path / "a.tar", {"a.jpg": b"1", "a.cls": b"cat"})
+    with pytest.raises(ConfigError, match=r"^--source: a\.cls of a\.tar holds b'cat'"):
+        find_source(str(tmp_path))
 
 
 def test_a_thousand_numbered_classes_are_imagenets(tmp_path: Path) -> None:
@@ -149,6 +161,14 @@ def test_a_file_that_changed_since_it_was_listed_is_no_verdict(tmp_path: Path) -
         read_bytes(ByteRange(str(tmp_path / "gone.jpg"), 0, 5))
     with pytest.raises(RejectedImage, match="not a regular file"):
         read_bytes(ByteRange(str(file), 0, NO_FILE))
+
+
+def test_a_folder_of_links_as_in_the_hubs_cache(forms: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "snapshot/data").mkdir(parents=True)
+    for file in (forms["parquet"] / "data").iterdir():
+        (tmp_path / "snapshot/data" / file.name).symlink_to(file)
+    found = find_source(str(tmp_path / "snapshot"), str(tmp_path / "spool"))
+    assert found.kind.startswith("2 parquet files, ") and len(found.open().labels) == 240
 
 
 def test_links_to_nowhere_and_pipes_are_listed_and_not_opened(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,10 +20,10 @@ from rich.filesize import decimal
 from rich.progress import Progress
 
 from ig_dist.data.sources.folders import find_kaggle, folder_source, kaggle_source
-from ig_dist.data.sources.source import Found, Source, digits, source_name
+from ig_dist.data.sources.source import NO_FILE, Found, Source, digits, file_size, source_name
 from ig_dist.data.sources.spool import Copy, SourceFile, copy_tar, spool, spool_folder
 from ig_dist.errors import ConfigError
-from ig_dist.storage import is_local, open_url
+from ig_dist.storage import is_local, open_url, retried
 from ig_dist.terminal import console, is_main_process
 
 __all__ = ["Found", "Source", "find_source", "refuse_missing"]
@@ -167,12 +168,7 @@ def _listed_files(src: str) -> list[SourceFile]:
     for pattern in patterns:
         path = open_url(pattern, "--source")[1]
         try:
-            if glob.has_magic(path):
-                entries += fs.glob(path, detail=True).values()
-            elif fs.isdir(path):
-                entries += fs.ls(path, detail=True)
-            else:
-                entries.append(fs.info(path))
+            entries += retried(fs, path, partial(_entries, fs, path))
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -180,14 +176,22 @@ def _listed_files(src: str) -> list[SourceFile]:
     return _chosen(src, fs, entries)
 
 
+def _entries(fs: Any, path: str) -> list[dict[str, Any]]:
+    if glob.has_magic(path):
+        return list(fs.glob(path, detail=True).values())
+    return list(fs.ls(path, detail=True)) if fs.isdir(path) else [fs.info(path)]
+
+
 def _chosen(src: str, fs: Any, entries: Sequence[dict[str, Any]]) -> list[SourceFile]:
     """The tars or parquet files among fsspec's entries; of several splits the one called train."""
     found: dict[str, SourceFile] = {}
     for entry in entries:
-        if entry["type"] == "file" and entry["name"].endswith(_SUFFIXES):
+        path, size = entry["name"], entry["size"] if entry["type"] == "file" else NO_FILE
+        if size == NO_FILE and is_local(fs):  # the hub's cache is a folder of links
+            size = file_size(path)
+        if size != NO_FILE and path.endswith(_SUFFIXES):
             version = str(entry.get("ETag") or entry.get("etag") or "").strip('"')
-            name = PurePosixPath(entry["name"]).name
-            found[entry["name"]] = SourceFile(fs, entry["name"], name, int(entry["size"]), version)
+            found[path] = SourceFile(fs, path, PurePosixPath(path).name, int(size), version)
     files = [found[path] for path in sorted(found)]
     if {PurePosixPath(file.name).suffix for file in files} == set(_SUFFIXES):
         raise ConfigError(f"--source {src} holds both .tar and .parquet files: name one kind (e.g. '{src}/*.tar')")

@@ -20,6 +20,7 @@ from rich.filesize import decimal
 from rich.progress import track
 
 from ig_dist.errors import ConfigError, DataError
+from ig_dist.storage import retried
 from ig_dist.terminal import console, is_main_process
 
 _THREADS = 8
@@ -104,6 +105,6 @@ def spool(files: Sequence[SourceFile], folder: Path, copy: Copy) -> list[Path]:
 
 def copy_tar(file: SourceFile, target: Path) -> None:
     """A byte copy."""
-    file.fs.get_file(file.path, str(target))
+    retried(file.fs, file.path, lambda: file.fs.get_file(file.path, str(target)))
     if target.stat().st_size != file.size:
         raise OSError(f"{target.stat().st_size} of {file.size} bytes arrived")
