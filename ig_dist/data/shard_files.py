@@ -26,7 +26,7 @@ from ig_dist.data.shards import SampleRow, scan_shard
 from ig_dist.data.statistics import ChannelSums
 from ig_dist.data.tar import DamagedTar
 from ig_dist.errors import ConfigError, DataError
-from ig_dist.storage import REQUEST_BYTES, Patience, full_url, list_sizes, open_url, read_range, retried
+from ig_dist.storage import REQUEST_BYTES, Patience, full_url, list_sizes, open_url, read_range
 from ig_dist.terminal import console
 
 T = TypeVar("T")
@@ -143,7 +143,7 @@ def find_shards(expression: str) -> FoundShards:
 
 
 def _find(expression: str, fs: Any, path: str) -> FoundShards:
-    if retried(fs, path, lambda: fs.isdir(path)):
+    if fs.isdir(path):
         below = [*_glob(fs, f"{_literal(path)}/*/*.tar")]
         if below:
             raise ConfigError(
@@ -192,7 +192,7 @@ def _literal(path: str) -> str:
 
 
 def _glob(fs: Any, pattern: str) -> list[str]:
-    return [str(file) for file in retried(fs, pattern, lambda: fs.glob(pattern))]
+    return [str(file) for file in fs.glob(pattern)]
 
 
 def in_parallel(work: Callable[[T], R], items: Sequence[T], workers: int, patience: Patience) -> list[R]:
