@@ -110,22 +110,29 @@ def test_a_killed_worker_and_its_replacement_change_no_byte(
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen([sys.executable, "-c", slow], cwd=ROOT, **pipes)
 
-    def records() -> set[str]:
-        return {path.name for path in dest.glob("parts/*.json")}
+    def wait_for(count: int, numbers: range, process: subprocess.Popen[str]) -> set[Path]:
+        """The tars among these shards that are complete, once there are so many."""
+        while True:
+            found = {number for number in numbers if (dest / f"parts/shard-{number:06d}.json").exists()}
+            if len(found) >= count:
+                return {dest / f"shard-{number:06d}.tar" for number in found}
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
 
     first = start("--worker 0/2 --workers 1 --batch-size 7")
+    wait_for(2, range(SHARDS), first)
+    first.send_signal(signal.SIGSTOP)  # so that it leaves something to do, however slow the others start
     victim = start("--worker 1/2 --workers 1 --batch-size 5")
-    while not records() & {f"shard-{number:06d}.json" for number in range(7, SHARDS)}:
-        time.sleep(0.01)
-        assert victim.poll() is None, victim.communicate()
+    wait_for(2, range(7, SHARDS), victim)
     victim.send_signal(signal.SIGKILL)
     victim.communicate(timeout=30)  # its pipes close when the processes that decode for it have ended too
     # a worker that died in the middle of writing
     (dest / f"shard-000014.tar.{'0' * 32}.tmp").write_bytes(b"half")
-    finished = {dest / Path(name).with_suffix(".tar").name for name in records()}
+    finished = wait_for(4, range(SHARDS), first)
     before = {path: path.stat().st_mtime_ns for path in finished}
-    assert before
     replacement = start("--worker 1/2 --batch-size 100")
+    wait_for(len(finished) + 1, range(SHARDS), replacement)
+    first.send_signal(signal.SIGCONT)
     for process in (first, replacement):
         out, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
