@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ig_dist.data.shards import SampleRow
 from ig_dist.encoding.settings import Settings, shard_name
 from ig_dist.errors import ConfigError, DataError, IgDistError
-from ig_dist.storage import is_local, list_sizes, open_url, read_file, retried, write_whole
+from ig_dist.storage import is_local, list_sizes, open_url, read_file, write_whole
 
 PARTS = "parts"
 REJECTED_NAME = "rejected.csv"
@@ -101,8 +101,7 @@ class Dest:
     def exists(self, name: str) -> bool:
         """Whether a file is there."""
         self.fs.invalidate_cache()
-        path = f"{self.path}/{name}"
-        return bool(retried(self.fs, path, lambda: self.fs.exists(path)))
+        return bool(self.fs.exists(f"{self.path}/{name}"))
 
     def has_index(self) -> bool:
         """Whether everything is finished."""
@@ -163,9 +162,8 @@ class Dest:
                 self.fs.rmdir(f"{self.path}/{PARTS}")
 
     def _remove(self, name: str) -> None:
-        path = f"{self.path}/{name}"
         with contextlib.suppress(FileNotFoundError):
-            retried(self.fs, path, lambda: self.fs.rm_file(path))
+            self.fs.rm_file(f"{self.path}/{name}")
 
     def remove_record(self, number: int) -> None:
         """Have a shard made again."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,7 +22,7 @@ from ig_dist.data.sources.folders import find_kaggle, folder_source, kaggle_sour
 from ig_dist.data.sources.source import NO_FILE, Found, Source, digits, file_size, source_name
 from ig_dist.data.sources.spool import Copy, SourceFile, copy_tar, spool, spool_folder
 from ig_dist.errors import ConfigError
-from ig_dist.storage import is_local, open_url, retried
+from ig_dist.storage import is_local, open_url
 from ig_dist.terminal import console, is_main_process
 
 __all__ = ["Found", "Source", "find_source", "refuse_missing"]
@@ -168,18 +167,15 @@ def _listed_files(src: str) -> list[SourceFile]:
     for pattern in patterns:
         path = open_url(pattern, "--source")[1]
         try:
-            entries += retried(fs, path, partial(_entries, fs, path))
+            if glob.has_magic(path):
+                entries += fs.glob(path, detail=True).values()
+            else:
+                entries += fs.ls(path, detail=True) if fs.isdir(path) else [fs.info(path)]
         except FileNotFoundError:
             continue
         except OSError as error:
             raise ConfigError(f"--source {src} cannot be read ({' '.join(str(error).split())})") from None
     return _chosen(src, fs, entries)
-
-
-def _entries(fs: Any, path: str) -> list[dict[str, Any]]:
-    if glob.has_magic(path):
-        return list(fs.glob(path, detail=True).values())
-    return list(fs.ls(path, detail=True)) if fs.isdir(path) else [fs.info(path)]
 
 
 def _chosen(src: str, fs: Any, entries: Sequence[dict[str, Any]]) -> list[SourceFile]:
