@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import sys
 import threading
@@ -33,7 +34,14 @@ LOCAL = fsspec.filesystem("file")
 
 _SINGLE_PUT_BYTES = 5 * 2**30  # S3's limit. One PUT is atomic and leaves no half upload behind.
 _LOG_EVERY_S = 5.0
-_TRANSIENT_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "SlowDown", "XAmzContentSHA256Mismatch"}
+_TRANSIENT_CODES = {
+    "BadDigest",
+    "ConditionalRequestConflict",
+    "IncompleteBody",
+    "RequestTimeout",
+    "SlowDown",
+    "XAmzContentSHA256Mismatch",
+}
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError"}
 
 _LASTING = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
@@ -164,7 +172,7 @@ def read_range(fs: Any, path: str, start: int, stop: int, patience: Patience = P
         if is_local(fs):
             data = _read_local(path, start, stop)
         else:
-            data = memoryview(fs.cat_file(path, start=start, end=stop, **_timeout(fs, stop - start, patience)))
+            data = memoryview(fs.cat_file(path, start=start, end=stop, **request_timeout(fs, stop - start, patience)))
         if len(data) != stop - start:  # a proxy's short body with a consistent length looks like success
             raise ShortReadError(f"got {len(data)} of {stop - start} bytes at {start}")
         return data
@@ -181,7 +189,7 @@ def read_file(fs: Any, path: str, patience: Patience = PATIENCE) -> bytes:
     Raises:
         FileNotFoundError: there is no such file; others as ``retried``.
     """
-    data: bytes = retried(fs, path, lambda: fs.cat_file(path, **_timeout(fs, 0, patience)), patience)
+    data: bytes = retried(fs, path, lambda: fs.cat_file(path, **request_timeout(fs, 0, patience)), patience)
     return data
 
 
@@ -204,14 +212,14 @@ def write_whole(fs: Any, path: str, data: bytes | memoryview, patience: Patience
         finally:
             temporary.unlink(missing_ok=True)
         return
-    options = _timeout(fs, len(data), patience)
+    options = request_timeout(fs, len(data), patience)
     if "s3" in fs.protocol:
         digest = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
         options |= {"chunksize": _SINGLE_PUT_BYTES, "ContentMD5": digest}  # the store refuses what changed on the way
     retried(fs, path, lambda: fs.pipe_file(path, data, **options), patience)
 
 
-def abort_orphaned_uploads(fs: Any, path: str) -> int:
+def abort_orphaned_uploads(fs: Any, path: str, patience: Patience = PATIENCE) -> int:
     """Abort the multipart uploads below a path that nobody will finish; the number of them.
 
     A process that is killed while it uploads leaves parts that cost storage and are listed nowhere. Call it only
@@ -220,11 +228,20 @@ def abort_orphaned_uploads(fs: Any, path: str) -> int:
     if "s3" not in fs.protocol:
         return 0
     bucket, prefix, _ = fs.split_path(f"{path}/")
-    listed = retried(fs, path, lambda: fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix))
-    uploads = listed.get("Uploads") or []
-    for upload in uploads:
-        fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-    return len(uploads)
+
+    def call(method: str, **arguments: Any) -> Any:
+        return retried(fs, path, lambda: fs.call_s3(method, Bucket=bucket, **arguments), patience)
+
+    count, page = 0, {"IsTruncated": True}
+    markers: dict[str, str] = {}
+    while page.get("IsTruncated"):  # at most 1,000 a page
+        page = call("list_multipart_uploads", Prefix=prefix, **markers)
+        for upload in page.get("Uploads") or []:
+            with contextlib.suppress(FileNotFoundError):  # it is gone, and the answer was lost
+                call("abort_multipart_upload", Key=upload["Key"], UploadId=upload["UploadId"])
+            count += 1
+        markers = {"KeyMarker": page.get("NextKeyMarker", ""), "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+    return count
 
 
 def _read_local(path: str, start: int, stop: int) -> memoryview:
@@ -240,7 +257,7 @@ class ShortReadError(OSError):
     """Fewer bytes than were asked for."""
 
 
-def _timeout(fs: Any, size: int, patience: Patience) -> dict[str, Any]:
+def request_timeout(fs: Any, size: int, patience: Patience) -> dict[str, Any]:
     """The bound on one request, for file systems that know one: their synchronous calls wait on an event loop."""
     return {"timeout": patience.stall_s * max(1.0, size / REQUEST_BYTES)} if fs.async_impl else {}
 
