@@ -29,7 +29,7 @@ from ig_dist.errors import ConfigError, DataError
 from ig_dist.manifest import MANIFEST as MANIFEST
 from ig_dist.manifest import check_pieces, folder_name, inspect
 from ig_dist.parallel.dist import Dist, from_main
-from ig_dist.snapshot import DTYPE_NAMES, DTYPES
+from ig_dist.snapshot import DTYPE_NAMES, DTYPES, SMALL_BYTES
 from ig_dist.snapshot import Piece as Piece
 from ig_dist.storage import (
     REQUEST_BYTES,
@@ -42,6 +42,7 @@ from ig_dist.storage import (
     retried,
 )
 
+_MOST_BLOCKS = 64
 log = logging.getLogger(__name__)
 
 
@@ -53,6 +54,7 @@ class Checkpoint:
     manifest: dict[str, Any]
     patience: Patience = field(default_factory=Patience)
     _headers: dict[str, tuple[int, dict[str, Any]]] = field(default_factory=dict, compare=False, repr=False)
+    _blocks: dict[tuple[str, int], memoryview] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def step(self) -> int:
@@ -93,28 +95,45 @@ class Checkpoint:
         check_pieces(name, entry)
         flat = torch.empty(entry["shape"], dtype=DTYPE_NAMES[entry["dtype"]]).view(-1)
         for file, start, stop in entry["pieces"]:
-            flat[start:stop] = self._read_piece(self.manifest["files"][file]["name"], name, flat.dtype)
+            flat[start:stop] = self._read_piece(self.manifest["files"][file], name, flat.dtype)
         return flat.view(entry["shape"])
 
-    def _read_piece(self, file: str, name: str, dtype: torch.dtype) -> Tensor:
+    def _read_piece(self, file: dict[str, Any], name: str, dtype: torch.dtype) -> Tensor:
         """The elements of a tensor in one file: through mmap, or by their byte range."""
-        fs, path = open_url(f"{self.url}/{file}", "checkpoint.url", self.patience)
+        fs, path = open_url(f"{self.url}/{file['name']}", "checkpoint.url", self.patience)
         if is_local(fs):
             with safetensors.safe_open(path, framework="pt") as opened:
                 return opened.get_tensor(name).view(-1)  # type: ignore[no-any-return]
-        if file not in self._headers:
-            length = int.from_bytes(read_range(fs, path, 0, 8, self.patience), "little")
-            self._headers[file] = 8 + length, json.loads(bytes(read_range(fs, path, 8, 8 + length, self.patience)))
-        first, header = self._headers[file]
+        if path not in self._headers:
+            length = int.from_bytes(self._range(fs, path, 0, 8, file["bytes"]), "little")
+            self._headers[path] = 8 + length, json.loads(self._range(fs, path, 8, 8 + length, file["bytes"]))
+        first, header = self._headers[path]
         if header[name]["dtype"] != DTYPES[dtype]:
-            raise DataError(f"{self.url}/{file}: tensor {name!r} is {header[name]['dtype']}, not {DTYPES[dtype]}")
+            raise DataError(f"{self.url}: tensor {name!r} is {header[name]['dtype']}, not {DTYPES[dtype]}")
         begin, end = (first + offset for offset in header[name]["data_offsets"])
-        data = torch.empty(end - begin, dtype=torch.uint8)
-        view = data.numpy().data
+        data = self._range(fs, path, begin, end, file["bytes"])
+        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+    def _range(self, fs: Any, path: str, begin: int, end: int, size: int) -> bytearray:
+        """Bytes ``begin`` to ``end`` of a file of ``size``; small ranges by blocks, in which their neighbours lie."""
+        if end - begin < SMALL_BYTES:
+            numbers = range(begin // SMALL_BYTES, -(-end // SMALL_BYTES))
+            skipped = numbers.start * SMALL_BYTES
+            blocks = b"".join(self._block(fs, path, number, size) for number in numbers)
+            return bytearray(blocks[begin - skipped : end - skipped])
+        data = bytearray(end - begin)
         for start in range(begin, end, REQUEST_BYTES):
             stop = min(start + REQUEST_BYTES, end)
-            view[start - begin : stop - begin] = read_range(fs, path, start, stop, self.patience)
-        return data.view(dtype)
+            data[start - begin : stop - begin] = read_range(fs, path, start, stop, self.patience)
+        return data
+
+    def _block(self, fs: Any, path: str, number: int, size: int) -> memoryview:
+        if (path, number) not in self._blocks:
+            if len(self._blocks) == _MOST_BLOCKS:
+                self._blocks.clear()
+            start = number * SMALL_BYTES
+            self._blocks[path, number] = read_range(fs, path, start, min(start + SMALL_BYTES, size), self.patience)
+        return self._blocks[path, number]
 
 
 class CheckpointStore:

@@ -80,6 +80,11 @@ class Saver:
         save = _Save(step, token, described(pieces), meta, then)
         self._under_way = in_background(partial(self._run, save))
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way on this rank."""
+        return self._under_way is not None and not self._under_way.done()
+
     def wait(self) -> None:
         """Return when the last save is done, what follows it included. COLLECTIVE.
 
@@ -153,7 +158,9 @@ class Saver:
         if save.step in store.damaged and folders.get(save.step):
             store.remove(f"{folder}/{MANIFEST}")
         own = {"file": self._write_file(save), "tensors": save.tensors}
-        patience_s = store.patience.deadline_s + time.monotonic() - began  # others may be as slow as this rank was
+        # the others may be as slow as this rank was, and give up their last request this much later
+        patience = store.patience
+        patience_s = time.monotonic() - began + patience.deadline_s + patience.stall_s + _LAST_WORD_S
         manifest = make_manifest(save.step, [own, *self._records(save, patience_s)], save.meta)
         sizes = list_sizes(store.fs, folder, store.patience)
         for file in manifest["files"]:

@@ -19,6 +19,8 @@ from torch import Tensor
 
 CHUNK_BYTES = 32 * 2**20
 """A power of two: torch rounds pinned memory up to one."""
+SMALL_BYTES = 2**20
+"""Tensors below this lie together, so that one request to an object store reads many of them."""
 
 DTYPES = {
     torch.float64: "F64",
@@ -57,8 +59,12 @@ class Snapshot:
         """Copy the pieces. They may change as soon as this returns; it waits for the device."""
         header: dict[str, Any] = {}
         end = 0
-        # the widest types first: every tensor is then aligned, and can be mapped from the file
-        ordered = sorted(pieces.items(), key=lambda item: (-item[1].data.element_size(), item[0]))
+
+        def place(item: tuple[str, Piece]) -> tuple[int, bool, str]:
+            # the widest types first: every tensor is then aligned, and can be mapped from the file
+            return -item[1].data.element_size(), item[1].data.nbytes >= SMALL_BYTES, item[0]
+
+        ordered = sorted(pieces.items(), key=place)
         for name, piece in ordered:
             begin, end = end, end + piece.data.numel() * piece.data.element_size()
             header[name] = {
