@@ -43,6 +43,7 @@ from ig_dist.storage import (
 )
 
 _MOST_BLOCKS = 64
+_TIDYING_S = 30.0  # how long is tried what need not succeed
 log = logging.getLogger(__name__)
 
 
@@ -180,6 +181,17 @@ class CheckpointStore:
             raise ConfigError(f"{self.url} has no whole checkpoint of step {step} ({problem}); there are: {there}")
         return self._opened(manifest)
 
+    def agreed_steps(self, dist: Dist) -> list[int]:
+        """``steps``, as rank 0 sees them. COLLECTIVE.
+
+        Raises:
+            DataError: the storage fails beyond the deadline.
+        """
+        found: list[int] | str = self._on_main(self.steps, dist)
+        if isinstance(found, str):
+            raise DataError(found)
+        return found
+
     def steps(self) -> list[int]:
         """Steps that have a manifest, ascending; they need not be whole."""
         return [step for step, whole in sorted(self.folders().items()) if whole]
@@ -218,8 +230,9 @@ class CheckpointStore:
 
     def abort_orphans(self, path: str = "") -> None:
         """Abort uploads below a path (all) that killed processes left. Only while nobody saves there."""
+        patience = Patience(self.patience.stall_s, min(self.patience.deadline_s, _TIDYING_S), self.patience.stop)
         try:
-            abort_orphaned_uploads(self.fs, path or self.path, self.patience)
+            abort_orphaned_uploads(self.fs, path or self.path, patience)
         except (OSError, DataError) as error:  # they cost money, not the run
             log.warning("uploads that were cut off in %s were not deleted: %s", self.url, error)
 

@@ -121,7 +121,8 @@ class Saver:
             if self._dist.is_main:
                 self.failed_saves += 1
                 console.print(f"{problem}; what was saved before is untouched", markup=False)
-                self._attempt("what is left of it was not deleted", partial(self._undo, save))
+                if is_local(self._store.fs):  # for the space; a storage may be out of reach: the next save tidies up
+                    self._attempt("what is left of it was not deleted", partial(self._undo, save))
             return problem
         finally:
             self.write_s = time.monotonic() - began
@@ -168,6 +169,7 @@ class Saver:
                 raise DataError(f"{store.url}/{folder_name(save.step)}/{file['name']} has disappeared or is cut short")
         data = json.dumps(manifest).encode()
         if not create_file(store.fs, f"{folder}/{MANIFEST}", data, store.patience):
+            self._attempt("what is left of it was not deleted", partial(self._undo, save))
             raise DataError(
                 f"{store.url}/{folder_name(save.step)} was saved by another run meanwhile: give each run its own"
                 " checkpoint.url"
@@ -218,14 +220,12 @@ class Saver:
         return f"{self._store.folder(save.step)}/rank_{rank:05d}.{save.token}.json"
 
     def _undo(self, save: _Save) -> None:
-        """Delete what a failed save left, for the space; not what another run saved there."""
+        """Delete what a failed save left; not what another run saved there."""
         store, folder = self._store, self._store.folder(save.step)
-        if not is_local(store.fs):  # space is no matter there, and it may be out of reach: the next save tidies up
-            return
-        names = list_sizes(store.fs, folder)
+        names = list_sizes(store.fs, folder, store.patience)
         kept: set[str] = set()
         if MANIFEST in names:
-            manifest = json.loads(read_file(store.fs, f"{folder}/{MANIFEST}"))
+            manifest = json.loads(read_file(store.fs, f"{folder}/{MANIFEST}", store.patience))
             kept = {MANIFEST, *(file["name"] for file in manifest["files"])}
         for name in names.keys() - kept:
             store.remove(f"{folder}/{name}")

@@ -73,12 +73,12 @@ def train(config: Config, *, force: bool = False) -> None:
         model = DiT(config.model.to_dit())
         initialize(model, config.run.seed)
         store = checkpoint_store(config)
-        seen = from_main(store.steps(), dist)
+        seen = store.agreed_steps(dist)
         checkpoint = find_checkpoint(store, config, index, dist)
         if checkpoint is None and config.train.init_from:
             load_weights(model, config.train.init_from)
         path = cleanup.enter_context(_claimed_by_main(config, dist, force))
-        if from_main(store.steps(), dist) != seen:  # whoever held the run until now has saved once more
+        if store.agreed_steps(dist) != seen:  # whoever held the run until now has saved once more
             checkpoint = find_checkpoint(store, config, index, dist)
         start, total = checkpoint.step if checkpoint else 0, config.total_steps(order.num_samples)
         if dist.is_main:

@@ -128,6 +128,7 @@ def test_of_two_writers_of_a_step_the_first_stays(url: str) -> None:
     with pytest.raises(DataError, match=rf"{url}/step_0000000005 was saved by another run meanwhile"):
         saver.wait()
     check(first, 5)
+    assert keys(url) == before
     save(second, 6)  # and the next one of either run is whole
     check(first, 6)
 
@@ -263,7 +264,7 @@ def test_a_run_on_a_full_disk_ends_with_exit_code_4(tiny_config: Write, tmp_path
     assert run_command(["ig-dist", "train", config]).returncode == 0
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(30, marks=pytest.mark.full)])
+@pytest.mark.parametrize("kills", [6, pytest.param(30, marks=[pytest.mark.full, pytest.mark.timeout(1800)])])
 def test_sigkill_within_a_save_leaves_no_trace(
     tiny_config: Write, tmp_path: Path, url: str, fault_proxy: FaultProxy, kills: int
 ) -> None:
