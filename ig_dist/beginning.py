@@ -14,12 +14,15 @@ from ig_dist.data.index import ShardIndex
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT
 from ig_dist.parallel.dist import Dist
+from ig_dist.storage import Patience
 
 
 def checkpoint_store(config: Config) -> CheckpointStore:
     """The checkpoints of a run."""
     url = config.checkpoint.url or f"{config.run.dir}/checkpoints"
-    return CheckpointStore(url, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
+    settings = config.checkpoint
+    patience = Patience(deadline_s=settings.retry_s)
+    return CheckpointStore(url, keep_last=settings.keep_last, keep_every=settings.keep_every, patience=patience)
 
 
 def find_checkpoint(store: CheckpointStore, config: Config, index: ShardIndex, dist: Dist) -> Checkpoint | None:

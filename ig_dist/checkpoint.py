@@ -1,47 +1,51 @@
 """Checkpoints: one format for every engine and world size, whole or not there, and nothing in it is code.
 
-    <url>/step_0000001200/rank_00000.safetensors ...   the pieces that each rank wrote
-    <url>/step_0000001200/manifest.json                written last: names, shapes, pieces, sizes, sha256
+    <url>/step_0000001200/rank_00000.1f0c....safetensors ...   the pieces that each rank wrote, named by their hash
+    <url>/step_0000001200/rank_00001.<save>.json               what that rank says of them; gone after the save
+    <url>/step_0000001200/manifest.json                        written last: names, shapes, pieces, sizes, sha256
 
 The unit is the global tensor; a piece is a range of its flattened elements, which is what every engine's shard is.
 A folder without a manifest does not exist; one whose manifest or files do not match is reported and passed over.
+Saving is in ``saving.py``: here is what is found, read and deleted.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import logging
-import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any
 
-import safetensors.torch
+import safetensors
 import torch
 from torch import Tensor
 
+from ig_dist.background import in_background, meet
 from ig_dist.errors import ConfigError, DataError
-from ig_dist.parallel.dist import Dist, from_main, gather_objects
-from ig_dist.storage import is_local, open_url
+from ig_dist.manifest import MANIFEST as MANIFEST
+from ig_dist.manifest import check_pieces, folder_name, inspect
+from ig_dist.parallel.dist import Dist, from_main
+from ig_dist.snapshot import DTYPE_NAMES, DTYPES, SMALL_BYTES
+from ig_dist.snapshot import Piece as Piece
+from ig_dist.storage import (
+    REQUEST_BYTES,
+    Patience,
+    abort_orphaned_uploads,
+    is_local,
+    list_sizes,
+    once,
+    open_url,
+    read_range,
+    retried,
+)
 
-FORMAT = "ig-dist-checkpoint/1"
-MANIFEST = "manifest.json"
+_MOST_BLOCKS = 64
+_TIDYING_S = 30.0  # how long is tried what need not succeed
 log = logging.getLogger(__name__)
-
-
-class Piece(NamedTuple):
-    """A range of the flattened elements of a global tensor."""
-
-    shape: tuple[int, ...]
-    """Shape of the global tensor."""
-    start: int
-    """Index of the first element."""
-    data: Tensor
-    """The elements, of any shape."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,9 @@ class Checkpoint:
 
     url: str
     manifest: dict[str, Any]
+    patience: Patience = field(default_factory=Patience)
+    _headers: dict[str, tuple[int, dict[str, Any]]] = field(default_factory=dict, compare=False, repr=False)
+    _blocks: dict[tuple[str, int], memoryview] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def step(self) -> int:
@@ -79,213 +86,201 @@ class Checkpoint:
         """A whole tensor, on the CPU.
 
         Raises:
-            DataError: the checkpoint has no such tensor.
+            DataError: the checkpoint has no such tensor, not all of it, or the storage fails beyond the deadline.
         """
         entry = self.manifest["tensors"].get(name)
         if entry is None:
             raise DataError(f"{self.url} holds no tensor {name!r}: it was saved by a run with other settings")
-        flat = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"])).view(-1)
+        if entry["dtype"] not in DTYPE_NAMES:
+            raise DataError(f"{self.url}: tensor {name!r} has an unknown dtype {entry['dtype']!r}")
+        entry = {**entry, "pieces": sorted(entry["pieces"], key=lambda piece: piece[1:])}
+        check_pieces(name, entry)
+        flat = torch.empty(entry["shape"], dtype=DTYPE_NAMES[entry["dtype"]]).view(-1)
         for file, start, stop in entry["pieces"]:
-            flat[start:stop] = _read_tensor(f"{self.url}/{self.manifest['files'][file]['name']}", name).view(-1)
+            flat[start:stop] = self._read_piece(self.manifest["files"][file], name, flat.dtype)
         return flat.view(entry["shape"])
 
+    def _read_piece(self, file: dict[str, Any], name: str, dtype: torch.dtype) -> Tensor:
+        """The elements of a tensor in one file: through mmap, or by their byte range."""
+        fs, path = open_url(f"{self.url}/{file['name']}", "checkpoint.url", self.patience)
+        if is_local(fs):
+            with safetensors.safe_open(path, framework="pt") as opened:
+                return opened.get_tensor(name).view(-1)  # type: ignore[no-any-return]
+        if path not in self._headers:
+            length = int.from_bytes(self._range(fs, path, 0, 8, file["bytes"]), "little")
+            self._headers[path] = 8 + length, json.loads(self._range(fs, path, 8, 8 + length, file["bytes"]))
+        first, header = self._headers[path]
+        if header[name]["dtype"] != DTYPES[dtype]:
+            raise DataError(f"{self.url}: tensor {name!r} is {header[name]['dtype']}, not {DTYPES[dtype]}")
+        begin, end = (first + offset for offset in header[name]["data_offsets"])
+        data = self._range(fs, path, begin, end, file["bytes"])
+        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
-def _read_tensor(url: str, name: str) -> Tensor:
-    """One tensor of a safetensors file: through mmap, or by its byte range."""
-    fs, path = open_url(url, "checkpoint.url")
-    if is_local(fs):
-        with safetensors.safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)  # type: ignore[no-any-return]
-    first, header = _remote_header(url)
-    begin, end = header[name]["data_offsets"]
-    alone = {name: {**header[name], "data_offsets": [0, end - begin]}}
-    packed = json.dumps(alone).encode()
-    data = fs.cat_file(path, start=first + begin, end=first + end)
-    return safetensors.torch.load(len(packed).to_bytes(8, "little") + packed + data)[name]
+    def _range(self, fs: Any, path: str, begin: int, end: int, size: int) -> bytearray:
+        """Bytes ``begin`` to ``end`` of a file of ``size``; small ranges by blocks, in which their neighbours lie."""
+        if end - begin < SMALL_BYTES:
+            numbers = range(begin // SMALL_BYTES, -(-end // SMALL_BYTES))
+            skipped = numbers.start * SMALL_BYTES
+            blocks = b"".join(self._block(fs, path, number, size) for number in numbers)
+            return bytearray(blocks[begin - skipped : end - skipped])
+        data = bytearray(end - begin)
+        for start in range(begin, end, REQUEST_BYTES):
+            stop = min(start + REQUEST_BYTES, end)
+            data[start - begin : stop - begin] = read_range(fs, path, start, stop, self.patience)
+        return data
 
-
-@lru_cache(maxsize=4096)
-def _remote_header(url: str) -> tuple[int, dict[str, Any]]:
-    """Where the data of a safetensors file begin, and its table of tensors."""
-    fs, path = open_url(url, "checkpoint.url")
-    length = int.from_bytes(fs.cat_file(path, start=0, end=8), "little")
-    return 8 + length, json.loads(fs.cat_file(path, start=8, end=8 + length))
+    def _block(self, fs: Any, path: str, number: int, size: int) -> memoryview:
+        if (path, number) not in self._blocks:
+            if len(self._blocks) == _MOST_BLOCKS:
+                self._blocks.clear()
+            start = number * SMALL_BYTES
+            self._blocks[path, number] = read_range(fs, path, start, min(start + SMALL_BYTES, size), self.patience)
+        return self._blocks[path, number]
 
 
 class CheckpointStore:
-    """The checkpoints of a run.
+    """The checkpoints in a folder: what there is, what is whole, what is deleted.
 
     Args:
         url: folder, a path or any fsspec URL.
         keep_last: the newest checkpoints that are kept.
         keep_every: also keep steps that are a multiple of this; 0: none.
+        patience: how long faults of the storage are borne.
     """
 
-    def __init__(self, url: str, *, keep_last: int = 2, keep_every: int = 0) -> None:
-        self._fs, self._path = open_url(url, "checkpoint.url")
-        self._url, self._keep_last, self._keep_every = url.rstrip("/"), keep_last, keep_every
-
-    def save(self, step: int, pieces: Mapping[str, Piece], meta: Mapping[str, Any], dist: Dist) -> None:
-        """Write a checkpoint. COLLECTIVE. The tensors may change as soon as this returns."""
-        folder = f"{self._path}/{_folder(step)}"
-        if dist.is_main and self._fs.exists(folder):  # left by a save that was cut off, or damaged
-            self._fs.rm(folder, recursive=True)
-        from_main(None, dist)
-        self._fs.makedirs(folder, exist_ok=True)
-        name = f"rank_{dist.rank:05d}.safetensors"
-        tensors = {key: piece.data.detach().cpu().contiguous() for key, piece in pieces.items()}
-        entry = {"name": name, **self._write(f"{folder}/{name}", tensors)}
-        described = {
-            key: (piece.shape, str(piece.data.dtype).removeprefix("torch."), piece.start, piece.data.numel())
-            for key, piece in pieces.items()
-        }
-        gathered = gather_objects((entry, described), dist)
-        if dist.is_main:
-            self._commit(folder, step, gathered, meta, dist)
-            self._retain(step)
-        from_main(None, dist)  # nobody goes on before the checkpoint exists
-
-    def wait(self) -> None:
-        """Return when every save that was begun is whole (saving is synchronous: at once)."""
+    def __init__(self, url: str, *, keep_last: int = 2, keep_every: int = 0, patience: Patience | None = None) -> None:
+        self.patience = patience or Patience()
+        fs, self.path = open_url(url, "checkpoint.url", self.patience)
+        self.fs = once(fs)  # each call says what it is worth retrying
+        self.url, self._keep_last, self._keep_every = url.rstrip("/"), keep_last, keep_every
+        self.damaged: set[int] = set()
+        """Steps whose checkpoints were found damaged: they may be written over."""
 
     def latest(self, dist: Dist) -> Checkpoint | None:
         """The newest whole checkpoint; damaged ones are reported and passed over. COLLECTIVE.
 
         Raises:
-            DataError: there are checkpoints, and none of them is whole.
+            DataError: there are checkpoints and none of them is whole, or the storage fails beyond the deadline.
         """
-        found = from_main(self._newest_whole() if dist.is_main else None, dist)
+        found = self._on_main(self._newest_whole, dist)
         if isinstance(found, str):
             raise DataError(found)
-        return None if found is None else Checkpoint(f"{self._url}/{_folder(found['step'])}", found)
+        return None if found is None else self._opened(found)
 
     def at(self, step: int, dist: Dist) -> Checkpoint:
         """The checkpoint of one step. COLLECTIVE.
 
         Raises:
             ConfigError: there is none, or it is damaged.
+            DataError: the storage fails beyond the deadline.
         """
-        found, problem = from_main(self._verify(step) if dist.is_main else None, dist)
-        if found is None:
-            steps = ", ".join(map(str, self.steps())) or "none"
-            raise ConfigError(f"{self._url} has no whole checkpoint of step {step} ({problem}); there are: {steps}")
-        return Checkpoint(f"{self._url}/{_folder(step)}", found)
+        found = self._on_main(partial(self._whole_at, step), dist)
+        if isinstance(found, str):
+            raise DataError(found)
+        manifest, problem, steps = found
+        if manifest is None:
+            there = ", ".join(map(str, steps)) or "none"
+            raise ConfigError(f"{self.url} has no whole checkpoint of step {step} ({problem}); there are: {there}")
+        return self._opened(manifest)
 
-    def _newest_whole(self) -> dict[str, Any] | str | None:
-        damaged = 0
-        for step in reversed(self.steps()):
-            manifest, problem = self._verify(step)
-            if manifest is not None:
-                return manifest
-            damaged += 1
-            log.warning("checkpoint %s/%s is damaged (%s): trying the one before", self._url, _folder(step), problem)
-        if damaged:
-            return (
-                f"none of the {damaged} checkpoints in {self._url} is whole: restore one,"
-                " or delete that folder to start from the beginning"
-            )
-        return None
+    def agreed_steps(self, dist: Dist) -> list[int]:
+        """``steps``, as rank 0 sees them. COLLECTIVE.
+
+        Raises:
+            DataError: the storage fails beyond the deadline.
+        """
+        found: list[int] | str = self._on_main(self.steps, dist)
+        if isinstance(found, str):
+            raise DataError(found)
+        return found
 
     def steps(self) -> list[int]:
         """Steps that have a manifest, ascending; they need not be whole."""
-        return [step for step, whole in sorted(self._folders().items()) if whole]
+        return [step for step, whole in sorted(self.folders().items()) if whole]
 
-    def _folders(self) -> dict[int, bool]:
+    def folders(self) -> dict[int, bool]:
         """Step of each checkpoint folder, and whether it has a manifest."""
-        self._fs.invalidate_cache()
-        if not self._fs.exists(self._path):
-            return {}
-        names = [PurePosixPath(path).name for path in self._fs.ls(self._path, detail=False)]
-        steps = [int(match[1]) for name in names if (match := re.fullmatch(r"step_(\d{10})", name))]
-        return {step: bool(self._fs.exists(f"{self._path}/{_folder(step)}/{MANIFEST}")) for step in steps}
-
-    def _verify(self, step: int) -> tuple[dict[str, Any] | None, str]:
-        """The manifest when everything matches it, else the reason why not."""
-        folder = f"{self._path}/{_folder(step)}"
+        self.fs.invalidate_cache()
         try:
-            manifest = json.loads(self._fs.cat_file(f"{folder}/{MANIFEST}"))
-            if manifest["format"] != FORMAT or manifest["step"] != step:
-                return None, f"{MANIFEST} is of another format or step"
-            if manifest["sha256"] != _manifest_hash(manifest):
-                return None, f"{MANIFEST} has changed"
-            for file in manifest["files"]:
-                path = f"{folder}/{file['name']}"
-                if not self._fs.exists(path):
-                    return None, f"{file['name']} is missing"
-                if self._fs.size(path) != file["bytes"]:
-                    return None, f"{file['name']} has {self._fs.size(path)} bytes, not {file['bytes']}"
-                if self._hash(path) != file["sha256"]:
-                    return None, f"{file['name']} has changed"
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return None, f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return manifest, ""
+            paths = retried(self.fs, self.path, lambda: self.fs.ls(self.path, detail=False), self.patience)
+        except FileNotFoundError:
+            return {}
+        steps = [int(match[1]) for p in paths if (match := re.fullmatch(r"step_(\d{10})", PurePosixPath(p).name))]
+        return {step: MANIFEST in list_sizes(self.fs, self.folder(step), self.patience) for step in steps}
 
-    def _write(self, path: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Write one safetensors file; its size and hash."""
-        data = safetensors.torch.save(tensors)
-        with self._fs.open(path, "wb") as file:
-            file.write(data)
-            _sync(self._fs, file)
-        return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    def folder(self, step: int) -> str:
+        """Path of a step's folder within the file system."""
+        return f"{self.path}/{folder_name(step)}"
 
-    def _hash(self, path: str) -> str:
-        with self._fs.open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+    def delete_torn(self, before: int, folders: dict[int, bool]) -> None:
+        """Delete what older cut-off saves left, before a new one needs the space."""
+        for step in [step for step, whole in folders.items() if not whole and step < before]:
+            self._delete(step, folders.pop(step))
 
-    def _commit(self, folder: str, step: int, gathered: list[Any], meta: Mapping[str, Any], dist: Dist) -> None:
-        tensors: dict[str, Any] = {}
-        for number, (_, described) in enumerate(gathered):
-            for key, (shape, dtype, start, count) in described.items():
-                entry = tensors.setdefault(key, {"shape": list(shape), "dtype": dtype, "pieces": []})
-                entry["pieces"].append([number, start, start + count])
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "world_size": dist.world_size,
-            "meta": dict(meta),
-            "files": [entry for entry, _ in gathered],
-            "tensors": dict(sorted(tensors.items())),
-        }
-        manifest["sha256"] = _manifest_hash(manifest)
-        data = json.dumps(manifest).encode()
-        if not is_local(self._fs):
-            self._fs.pipe_file(f"{folder}/{MANIFEST}", data)
-            return
-        temporary = f"{folder}/{MANIFEST}.tmp"
-        with self._fs.open(temporary, "wb") as file:
-            file.write(data)
-            _sync(self._fs, file)
-        Path(temporary).replace(f"{folder}/{MANIFEST}")
-
-    def _retain(self, newest: int) -> None:
-        """Delete what the retention rule does not keep, and what older cut-off saves left.
+    def retain(self, newest: int, folders: dict[int, bool]) -> None:
+        """Delete what the retention rule does not keep.
 
         What is newer than the checkpoint just written was found damaged: it does not count, and is written over.
         """
-        folders = self._folders()
         whole = [step for step in sorted(folders) if folders[step] and step <= newest]
         keep = set(whole[-self._keep_last :])
         if self._keep_every:
             keep |= {step for step in whole if step % self._keep_every == 0}
-        for step in folders:
+        for step, has_manifest in folders.items():
             if step not in keep and step < newest:
-                folder = f"{self._path}/{_folder(step)}"
-                if folders[step]:
-                    self._fs.rm(f"{folder}/{MANIFEST}")  # first: what is half deleted must not exist
-                self._fs.rm(folder, recursive=True)
+                self._delete(step, has_manifest)
 
+    def abort_orphans(self, path: str = "") -> None:
+        """Abort uploads below a path (all) that killed processes left. Only while nobody saves there."""
+        patience = Patience(self.patience.stall_s, min(self.patience.deadline_s, _TIDYING_S), self.patience.stop)
+        try:
+            abort_orphaned_uploads(self.fs, path or self.path, patience)
+        except (OSError, DataError) as error:  # they cost money, not the run
+            log.warning("uploads that were cut off in %s were not deleted: %s", self.url, error)
 
-def _folder(step: int) -> str:
-    return f"step_{step:010d}"
+    def remove(self, path: str) -> None:
+        """Delete a file, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            retried(self.fs, path, lambda: self.fs.rm_file(path), self.patience)
 
+    def _delete(self, step: int, has_manifest: bool) -> None:
+        folder = self.folder(step)
+        if has_manifest:
+            self.remove(f"{folder}/{MANIFEST}")  # first: what is half deleted must not exist
+        with contextlib.suppress(FileNotFoundError):
+            retried(self.fs, folder, lambda: self.fs.rm(folder, recursive=True), self.patience)
+        self.abort_orphans(folder)
 
-def _manifest_hash(manifest: Mapping[str, Any]) -> str:
-    body = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    def _opened(self, manifest: dict[str, Any]) -> Checkpoint:
+        return Checkpoint(f"{self.url}/{folder_name(manifest['step'])}", manifest, self.patience)
 
+    def _on_main(self, function: Any, dist: Dist) -> Any:
+        """What a function finds on rank 0, or the words of its DataError. COLLECTIVE, however long it takes."""
+        work = in_background(function) if dist.is_main else None
+        meet(work, dist)
+        try:
+            found = None if work is None else work.result()
+        except DataError as error:
+            found = str(error)
+        except OSError as error:
+            found = f"{self.url}: {error.strerror or error}: see that the folder can be read"
+        return from_main(found, dist)
 
-def _sync(fs: Any, file: Any) -> None:
-    """A local file is on disk before the manifest names it; a closed object is stored."""
-    if is_local(fs):
-        file.flush()
-        os.fsync(file.fileno())
+    def _whole_at(self, step: int) -> tuple[dict[str, Any] | None, str, list[int]]:
+        manifest, problem = inspect(self.fs, self.folder(step), step, self.patience)
+        return manifest, problem, [] if manifest else self.steps()
+
+    def _newest_whole(self) -> dict[str, Any] | str | None:
+        for step in reversed(self.steps()):
+            manifest, problem = inspect(self.fs, self.folder(step), step, self.patience)
+            if manifest is not None:
+                self.damaged.discard(step)
+                return manifest
+            self.damaged.add(step)
+            log.warning("checkpoint %s/%s is damaged (%s): trying the one before", self.url, folder_name(step), problem)
+        if self.damaged:
+            return (
+                f"none of the {len(self.damaged)} checkpoints in {self.url} is whole: restore one,"
+                " or delete that folder to start from the beginning"
+            )
+        return None

@@ -228,6 +228,11 @@ class CheckpointConfig(_Group):
     """The newest checkpoints that are kept."""
     keep_every: NonNegative = 0
     """Also keep every checkpoint whose step is a multiple of this; 0: none."""
+    export_every: NonNegative = 0
+    """Export every so many checkpoints, as ``ig-dist export`` does; 0: only the one at the end of the run."""
+    retry_s: PositiveFloat = 600.0
+    """Requests to the storage that fail are made again for this long. Then that save is given up and the run goes on;
+    at the start and at the end of a run it ends with exit code 4."""
 
 
 class GuidanceConfig(_Group):

@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ig_dist.beginning import checkpoint_store
+from ig_dist.checkpoint import Checkpoint
 from ig_dist.config import Config
 from ig_dist.data.index import LatentInfo, ShardIndex, TokenizerInfo, read_index
 from ig_dist.errors import ConfigError
@@ -78,6 +79,11 @@ def export_run(config: Config, *, ema: float | None = None, raw: bool = False) -
     checkpoint = checkpoint_store(config).latest(ALONE)
     if checkpoint is None:
         raise ConfigError(f"{config.run.dir} has no checkpoint: train it first with `ig-dist train`")
+    return export_checkpoint(checkpoint, config, ema=ema, raw=raw)
+
+
+def export_checkpoint(checkpoint: Checkpoint, config: Config, *, ema: float | None = None, raw: bool = False) -> Path:
+    """Export one checkpoint of a run; otherwise as ``export_run``."""
     saved = Config.model_validate(checkpoint.meta["config"])
     if not raw and ema is None:
         ema = saved.ema.decays[0]
@@ -93,9 +99,11 @@ def export_run(config: Config, *, ema: float | None = None, raw: bool = False) -
         raise ConfigError(
             f"the index at {index.folder} is not the one that {checkpoint.url} was trained on: restore it"
         )
-    weights = {key: checkpoint.read(f"model/{key}") for key in checkpoint.names("model")}
-    if ema is not None:
-        weights |= {key: checkpoint.read(f"ema/{ema}/{key}") for key in checkpoint.names(f"ema/{ema}")}
+    averaged = set() if ema is None else set(checkpoint.names(f"ema/{ema}"))  # the rest are buffers
+    weights = {
+        key: checkpoint.read(f"ema/{ema}/{key}" if key in averaged else f"model/{key}")
+        for key in checkpoint.names("model")
+    }
     packed = safetensors.torch.save({key: weights[key] for key in sorted(weights)})
     info = ExportInfo(
         **dict(model_info(saved, index)),

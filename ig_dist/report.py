@@ -160,6 +160,7 @@ def _curves(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[s
     losses = {"total": column("loss"), "final head": column("loss_final"), "auxiliary head": column("loss_aux")}
     held_out = {"total": column("val_loss", validation), "final head": column("val_loss_final", validation)}
     validated = [line["step"] for line in validation]
+    saving = {"the loop stands still": column("checkpoint_stall_s"), "written": column("checkpoint_write_s")}
     charts = [
         curve_chart("Loss", "of the logged step's batch", steps, losses, from_zero=False),
         curve_chart(
@@ -170,6 +171,7 @@ def _curves(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[s
         curve_chart("Throughput", "images/s", steps, {"images/s": column("images_per_s")}, from_zero=True),
         curve_chart("Waiting for data", "% of the time", steps, {"%": waits}, from_zero=True),
         curve_chart("Model FLOPs utilisation", "% of the peak", steps, {"%": mfu}, from_zero=True),
+        curve_chart("Saving a checkpoint", "s, the last save", steps, saving, from_zero=True, exact=True),
     ]
     return [chart for chart in charts if chart is not None]
 

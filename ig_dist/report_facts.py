@@ -105,7 +105,7 @@ def _data_facts(config: Config, index: IndexFile | None, metrics: Metrics) -> Fa
 def _training_facts(config: Config, metrics: Metrics) -> Facts:
     train, optimizer, loss = config.train, config.optimizer, config.loss
     schedule = optimizer.schedule + (f" after {optimizer.warmup_steps:,} steps up" if optimizer.warmup_steps else "")
-    skipped, damaged = (_counted(metrics, key) for key in ("nonfinite_steps", "quarantined"))
+    skipped, damaged, unsaved = (_counted(metrics, key) for key in ("nonfinite_steps", "quarantined", "failed_saves"))
     compiled = ", compiled" if train.compile else ""
     return [
         ("Batch", f"{train.global_batch_size:,} images"),
@@ -113,7 +113,7 @@ def _training_facts(config: Config, metrics: Metrics) -> Facts:
         ("Loss", f"{loss.path} path, auxiliary weight {number(loss.aux_weight)}"),
         ("Precision", f"{train.precision}{compiled}"),
         ("Averages (EMA)", ", ".join(map(str, config.ema.decays)) or "none"),
-        ("Passed over", f"{skipped:,} non-finite steps, {damaged:,} damaged samples"),
+        ("Passed over", f"{skipped:,} non-finite steps, {damaged:,} damaged samples, {unsaved:,} failed saves"),
     ]
 
 

@@ -25,6 +25,8 @@ FREE_KEYS = {
     "checkpoint.every_steps",
     "checkpoint.keep_last",
     "checkpoint.keep_every",
+    "checkpoint.export_every",
+    "checkpoint.retry_s",
     "data.index",  # its content is compared by hash
     "data.workers",
     "data.window_bytes",

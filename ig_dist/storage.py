@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import sys
 import threading
@@ -36,7 +37,14 @@ _SINGLE_PUT_BYTES = 5 * 2**30  # S3's limit. One PUT is atomic and leaves no hal
 _CHUNK_BYTES = 2**20
 _CLIENT_LOCK = threading.Lock()
 _LOG_EVERY_S = 5.0
-_TRANSIENT_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "SlowDown", "XAmzContentSHA256Mismatch"}
+_TRANSIENT_CODES = {
+    "BadDigest",
+    "ConditionalRequestConflict",
+    "IncompleteBody",
+    "RequestTimeout",
+    "SlowDown",
+    "XAmzContentSHA256Mismatch",
+}
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError"}
 
 _LASTING = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
@@ -114,6 +122,11 @@ class _Persistent:
             return retried(self.wrapped, path, lambda: call(path, *arguments, **options), self._patience)
 
         return persistent
+
+
+def once(fs: Any) -> Any:
+    """The file system that tries once, for who retries with a patience of their own."""
+    return getattr(fs, "wrapped", fs)
 
 
 def is_local(fs: Any) -> bool:
@@ -205,14 +218,16 @@ def read_file(fs: Any, path: str, patience: Patience = PATIENCE) -> bytes:
     Raises:
         FileNotFoundError: there is no such file; others as ``retried``.
     """
-    data: bytes = fs.cat_file(path, **_timeout(fs, 0, patience))
+    fs = once(fs)
+    data: bytes = retried(fs, path, lambda: fs.cat_file(path, **request_timeout(fs, 0, patience)), patience)
     return data
 
 
-def list_sizes(fs: Any, path: str) -> dict[str, int]:
+def list_sizes(fs: Any, path: str, patience: Patience = PATIENCE) -> dict[str, int]:
     """Name and size of every file of a folder; empty when there is none."""
+    fs = once(fs)
     try:
-        entries = fs.ls(path, detail=True)
+        entries = retried(fs, path, lambda: fs.ls(path, detail=True), patience)
     except FileNotFoundError:
         return {}
     return {PurePosixPath(entry["name"]).name: entry["size"] for entry in entries if entry["type"] == "file"}
@@ -228,14 +243,15 @@ def write_whole(fs: Any, path: str, data: bytes | memoryview, patience: Patience
         finally:
             temporary.unlink(missing_ok=True)
         return
-    options = _timeout(fs, len(data), patience)
+    fs = once(fs)
+    options = request_timeout(fs, len(data), patience)
     if "s3" in fs.protocol:
         digest = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
         options |= {"chunksize": _SINGLE_PUT_BYTES, "ContentMD5": digest}  # the store refuses what changed on the way
-    fs.pipe_file(path, data, **options)
+    retried(fs, path, lambda: fs.pipe_file(path, data, **options), patience)
 
 
-def abort_orphaned_uploads(fs: Any, path: str) -> int:
+def abort_orphaned_uploads(fs: Any, path: str, patience: Patience = PATIENCE) -> int:
     """Abort the multipart uploads below a path that nobody will finish; the number of them.
 
     A process that is killed while it uploads leaves parts that cost storage and are listed nowhere. Call it only
@@ -244,11 +260,20 @@ def abort_orphaned_uploads(fs: Any, path: str) -> int:
     if "s3" not in fs.protocol:
         return 0
     bucket, prefix, _ = fs.split_path(f"{path}/")
-    listed = retried(fs, path, lambda: fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix))
-    uploads = listed.get("Uploads") or []
-    for upload in uploads:
-        fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-    return len(uploads)
+
+    def call(method: str, **arguments: Any) -> Any:
+        return retried(fs, path, lambda: fs.call_s3(method, Bucket=bucket, **arguments), patience)
+
+    count, page = 0, {"IsTruncated": True}
+    markers: dict[str, str] = {}
+    while page.get("IsTruncated"):  # at most 1,000 a page
+        page = call("list_multipart_uploads", Prefix=prefix, **markers)
+        for upload in page.get("Uploads") or []:
+            with contextlib.suppress(FileNotFoundError):  # it is gone, and the answer was lost
+                call("abort_multipart_upload", Key=upload["Key"], UploadId=upload["UploadId"])
+            count += 1
+        markers = {"KeyMarker": page.get("NextKeyMarker", ""), "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+    return count
 
 
 def _chunks(fs: Any, path: str, start: int, into: memoryview, patience: Patience) -> Iterator[int]:
@@ -260,9 +285,8 @@ def _chunks(fs: Any, path: str, start: int, into: memoryview, patience: Patience
     elif "s3" in fs.protocol:
         yield from _s3_chunks(fs, path, start, into, patience)
     else:
-        data = getattr(fs, "wrapped", fs).cat_file(
-            path, start=start, end=start + len(into), **_timeout(fs, len(into), patience)
-        )
+        fs = once(fs)
+        data = fs.cat_file(path, start=start, end=start + len(into), **request_timeout(fs, len(into), patience))
         into[: len(data)] = data
         yield len(data)
 
@@ -294,7 +318,7 @@ def _s3_client(fs: Any, patience: Patience) -> Any:
     import botocore.config
     import botocore.session
 
-    fs = getattr(fs, "wrapped", fs)
+    fs = once(fs)
     with _CLIENT_LOCK:
         if not hasattr(fs, "synchronous_client"):  # lives as long as the file system, which fsspec keeps
             config = botocore.config.Config(
@@ -325,7 +349,7 @@ class ShortReadError(OSError):
     """Fewer bytes than were asked for."""
 
 
-def _timeout(fs: Any, size: int, patience: Patience) -> dict[str, Any]:
+def request_timeout(fs: Any, size: int, patience: Patience) -> dict[str, Any]:
     """The bound on one request, for file systems that know one: their synchronous calls wait on an event loop."""
     return {"timeout": patience.stall_s * max(1.0, size / REQUEST_BYTES)} if fs.async_impl else {}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ig_dist.data.reader import ShardReader
 from ig_dist.data.stream import Batch, BatchStream, check_window_memory
 from ig_dist.ema import EMA
 from ig_dist.errors import ConfigError, NonFiniteError, Preempted
+from ig_dist.export import export_checkpoint
 from ig_dist.metrics import RunLog, model_flops_utilisation
 from ig_dist.models.dit import DiT, count_parameters, initialize
 from ig_dist.models.presets import forward_flops
@@ -42,6 +44,7 @@ from ig_dist.parallel.dist import (
 )
 from ig_dist.parallel.engine import Engine, StepResult
 from ig_dist.run_dir import claim
+from ig_dist.saving import Saver
 from ig_dist.terminal import console
 
 
@@ -70,18 +73,22 @@ def train(config: Config, *, force: bool = False) -> None:
         model = DiT(config.model.to_dit())
         initialize(model, config.run.seed)
         store = checkpoint_store(config)
-        seen = from_main(store.steps(), dist)
+        seen = store.agreed_steps(dist)
         checkpoint = find_checkpoint(store, config, index, dist)
         if checkpoint is None and config.train.init_from:
             load_weights(model, config.train.init_from)
         path = cleanup.enter_context(_claimed_by_main(config, dist, force))
-        if from_main(store.steps(), dist) != seen:  # whoever held the run until now has saved once more
+        if store.agreed_steps(dist) != seen:  # whoever held the run until now has saved once more
             checkpoint = find_checkpoint(store, config, index, dist)
         start, total = checkpoint.step if checkpoint else 0, config.total_steps(order.num_samples)
         if dist.is_main:
             console.print(f"{config.run.dir}: {'resume at' if start else 'start from'} step {start} of {total}")
         if start >= total:
             return
+        if dist.is_main:
+            store.abort_orphans()
+        saver = Saver(store, dist)
+        cleanup.callback(saver.close)
         stop_flag = StopFlag(dist)
         if dist.is_main:
             console.print(f"{count_parameters(model):,} parameters on {dist.world_size} x {dist.device.type}")
@@ -113,7 +120,8 @@ def train(config: Config, *, force: bool = False) -> None:
             stopping = stop_flag.agreed(final=last)
             if last or step % config.log.every_steps == 0:
                 measured = meter.read(losses, result, batch, step, stream.reader)
-                run_log.write({"step": step, **measured, "lr": lr})
+                saves = {"checkpoint_write_s": saver.write_s, "failed_saves": saver.failed_saves}
+                run_log.write({"step": step, **measured, **saves, "lr": lr})
             if _due(step, config.log.validate_every_steps, last):
                 run_log.add(step, validate(model, ema, index, config, dist))
                 meter.pause()
@@ -121,12 +129,15 @@ def train(config: Config, *, force: bool = False) -> None:
                 run_log.add_picture(step, sample_grid(model, ema, index, config, dist.device))
                 meter.pause()
             if last or stopping or step % config.checkpoint.every_steps == 0:
-                store.save(step, *_snapshot(engine, ema, model, config, index, step, dist), dist)
-                meter.pause()
+                exported = last or _due(step, config.checkpoint.every_steps * config.checkpoint.export_every, last)
+                with meter.saving():
+                    pieces, meta = _snapshot(engine, ema, model, config, index, step, dist)
+                    saver.save(step, pieces, meta, partial(export_checkpoint, config=config) if exported else None)
             run_log.advance(step)
             if stopping and not last:
+                saver.wait()
                 raise Preempted(f"saved at step {step} of {total}; run the same command again to go on")
-        store.wait()
+        saver.wait()
 
 
 def _due(step: int, every: int, last: bool) -> bool:
@@ -227,11 +238,20 @@ class _Meter:
         self._train_flops = 3 * forward_flops(model.config)  # backward costs twice the forward
         self._streak = torch.zeros((), device=dist.device)
         self._skipped = torch.zeros((), device=dist.device)
+        self._stall: float | None = None
         self.pause()
 
     def pause(self) -> None:
         """Begin to count anew: what lies behind (a save, the start) is not throughput."""
         self._began, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """The loop stands still for a save."""
+        began = time.perf_counter()
+        yield
+        self._stall = time.perf_counter() - began
+        self.pause()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -278,6 +298,7 @@ class _Meter:
             "nonfinite_steps": skipped,
             "quarantined": quarantined,
             "storage_faults": faults,
+            "checkpoint_stall_s": self._stall,
             "batch_fingerprint": fingerprint,
         }
         self.pause()

@@ -1,0 +1,115 @@
+"""The manifest of a checkpoint: what makes it exist, and how it is told from a damaged one.
+
+{"format", "step", "world_size", "meta", "files": [{"name", "bytes", "sha256"}],
+ "tensors": {name: {"shape", "dtype", "pieces": [[file, start, stop]]}}, "sha256"}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ig_dist.errors import DataError
+from ig_dist.storage import REQUEST_BYTES, Patience, is_local, list_sizes, read_file, read_range
+
+FORMAT = "ig-dist-checkpoint/1"
+MANIFEST = "manifest.json"
+
+
+def folder_name(step: int) -> str:
+    """Of the checkpoint of a step."""
+    return f"step_{step:010d}"
+
+
+def make_manifest(step: int, records: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of the files that the ranks have written.
+
+    Args:
+        step: global batches consumed.
+        records: of each rank, ``file`` (name, bytes, sha256) and the ``tensors`` in it (``snapshot.described``).
+        meta: stored as it is.
+
+    Raises:
+        DataError: the pieces of a tensor do not make it whole.
+    """
+    tensors: dict[str, Any] = {}
+    for number, record in enumerate(records):
+        for key, (shape, dtype, start, stop) in record["tensors"].items():
+            entry = tensors.setdefault(key, {"shape": shape, "dtype": dtype, "pieces": []})
+            entry["pieces"].append([number, start, stop])
+    for key, entry in tensors.items():
+        entry["pieces"].sort(key=lambda piece: piece[1:])
+        check_pieces(key, entry)
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "world_size": len(records),
+        "meta": dict(meta),
+        "files": [record["file"] for record in records],
+        "tensors": dict(sorted(tensors.items())),
+    }
+    return {**manifest, "sha256": manifest_hash(manifest)}
+
+
+def manifest_hash(manifest: Mapping[str, Any]) -> str:
+    """Of everything in it but the hash itself."""
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def check_pieces(name: str, entry: Mapping[str, Any]) -> None:
+    """Refuse a tensor of which a part would be whatever was in memory.
+
+    Raises:
+        DataError: its pieces leave elements out.
+    """
+    end = 0
+    for _, start, stop in entry["pieces"]:
+        if start > end:
+            break
+        end = max(end, stop)
+    if end != math.prod(entry["shape"]):
+        raise DataError(f"tensor {name!r} of shape {entry['shape']} is not whole: element {end} is in no piece")
+
+
+def inspect(fs: Any, folder: str, step: int, patience: Patience) -> tuple[dict[str, Any] | None, str]:
+    """The manifest in a folder when every file matches it, else the reason why not.
+
+    Raises:
+        DataError: the storage fails beyond the deadline.
+    """
+    manifest, problem = _inspect_once(fs, folder, step, patience)
+    if manifest is None and not is_local(fs):  # it may have suffered on the way
+        manifest, problem = _inspect_once(fs, folder, step, patience)
+    return manifest, problem
+
+
+def _inspect_once(fs: Any, folder: str, step: int, patience: Patience) -> tuple[dict[str, Any] | None, str]:
+    try:
+        manifest = json.loads(read_file(fs, f"{folder}/{MANIFEST}", patience))
+        if manifest["format"] != FORMAT or manifest["step"] != step:
+            return None, f"{MANIFEST} is of another format or step"
+        if manifest["sha256"] != manifest_hash(manifest):
+            return None, f"{MANIFEST} has changed"
+        sizes = list_sizes(fs, folder, patience)
+        for file in manifest["files"]:
+            name, size = file["name"], file["bytes"]
+            if name not in sizes:
+                return None, f"{name} is missing"
+            if sizes[name] != size:
+                return None, f"{name} has {sizes[name]} bytes, not {size}"
+            if _hash(fs, f"{folder}/{name}", size, patience) != file["sha256"]:
+                return None, f"{name} has changed"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return None, f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return manifest, ""
+
+
+def _hash(fs: Any, path: str, size: int, patience: Patience) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, size, REQUEST_BYTES):
+        digest.update(read_range(fs, path, start, min(start + REQUEST_BYTES, size), patience))
+    return digest.hexdigest()

@@ -1,0 +1,245 @@
+"""Saving in the background: the loop stands still for the snapshot only, and no failure is lost.
+
+Each rank's thread writes its file and then a small record beside it; rank 0's thread waits for the records, writes the
+manifest, and deletes what retention does not keep. The threads speak through the storage alone: collectives belong to
+the training loop.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import errno
+import json
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ig_dist.background import in_background, meet
+from ig_dist.checkpoint import Checkpoint, CheckpointStore, Piece
+from ig_dist.errors import DataError, IgDistError
+from ig_dist.manifest import MANIFEST, folder_name, make_manifest
+from ig_dist.parallel.dist import Dist, from_main
+from ig_dist.snapshot import Snapshot, described
+from ig_dist.storage import Patience, is_local, list_sizes, read_file, write_whole
+from ig_dist.terminal import console
+from ig_dist.writes import create_file, write_hashed
+
+CLOSE_S = 5.0  # less than a launcher gives the other ranks when one has failed
+_LAST_WORD_S = 10.0  # how long a rank that failed tries to tell rank 0
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_POLL_S = (0.02, 1.0)  # the first and the longest pause between looks for the records
+
+Then = Callable[[Checkpoint], object]
+
+
+@dataclass(frozen=True)
+class _Save:
+    step: int
+    token: str
+    """Drawn anew for each save: tells its records from those of one that was cut off."""
+    tensors: dict[str, Any]
+    meta: Mapping[str, Any]
+    then: Then | None
+
+
+class Saver:
+    """Saves the checkpoints of a run.
+
+    Args:
+        store: where they go.
+        dist: this process; every rank has a saver.
+    """
+
+    def __init__(self, store: CheckpointStore, dist: Dist) -> None:
+        self._store, self._dist = store, dist
+        self._snapshot = Snapshot()
+        self._under_way: Future[str | None] | None = None
+        self.write_s: float | None = None
+        """Seconds that the last save took in the background, until its manifest was written; None: none has."""
+        self.failed_saves = 0
+        """Saves of this start that failed, as rank 0 knows them."""
+
+    def save(self, step: int, pieces: Mapping[str, Piece], meta: Mapping[str, Any], then: Then | None = None) -> None:
+        """Begin a save. COLLECTIVE. The tensors may change as soon as this returns.
+
+        Waits for the save before it, if that is not done. A failed one is logged and counted, nothing more.
+
+        Args:
+            step: global batches consumed.
+            pieces: what this rank writes.
+            meta: what stands beside the tensors.
+            then: called with the checkpoint on rank 0, in the background, before the next save.
+        """
+        self._settle()
+        token = from_main(uuid.uuid4().hex[:12], self._dist)
+        self._snapshot.take(pieces)
+        save = _Save(step, token, described(pieces), meta, then)
+        self._under_way = in_background(partial(self._run, save))
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way on this rank."""
+        return self._under_way is not None and not self._under_way.done()
+
+    def wait(self) -> None:
+        """Return when the last save is done, what follows it included. COLLECTIVE.
+
+        Raises:
+            DataError: it failed.
+        """
+        problem = from_main(self._settle(), self._dist)
+        if problem is not None:
+            raise DataError(f"{problem}; run the same command again to go on from the one before")
+
+    def close(self) -> None:
+        """Leave a save under way after a moment: for runs that end with an error."""
+        if self._under_way is not None:
+            concurrent.futures.wait([self._under_way], timeout=CLOSE_S)
+            self._store.patience.stop.set()
+
+    def _settle(self) -> str | None:
+        """Wait for the save under way on all ranks; why it failed, as this rank knows it."""
+        if self._under_way is None:
+            return None
+        meet(self._under_way, self._dist)
+        return self._under_way.result()
+
+    def _run(self, save: _Save) -> str | None:
+        """The whole of a save on this rank; why it failed."""
+        began = time.monotonic()
+        try:
+            if not self._dist.is_main:
+                self._write_part(save)
+                return None
+            checkpoint, folders = self._write_main(save)
+        except (OSError, IgDistError) as error:
+            problem = f"the checkpoint of step {save.step} was not saved: {self._explained(error)}"
+            if self._dist.is_main:
+                self.failed_saves += 1
+                console.print(f"{problem}; what was saved before is untouched", markup=False)
+                if is_local(self._store.fs):  # for the space; a storage may be out of reach: the next save tidies up
+                    self._attempt("what is left of it was not deleted", partial(self._undo, save))
+            return problem
+        finally:
+            self.write_s = time.monotonic() - began
+        where = f"{checkpoint.url} is saved, but"
+        self._attempt(f"{where} older ones were not deleted", partial(self._store.retain, save.step, folders))
+        if save.then is not None:
+            self._attempt(f"{where} not exported (`ig-dist export` does it)", partial(save.then, checkpoint))
+        return None
+
+    def _write_part(self, save: _Save) -> None:
+        """This rank's file, then the record of it; also when there is no file, for rank 0 to say why."""
+        store, patience = self._store, self._store.patience
+        record: dict[str, Any]
+        failure: Exception | None = None
+        try:
+            record = {"file": self._write_file(save), "tensors": save.tensors}
+        except (OSError, IgDistError) as error:
+            failure, record = error, {"problem": self._explained(error)}
+            patience = Patience(patience.stall_s, min(patience.deadline_s, _LAST_WORD_S), patience.stop)
+        try:
+            write_whole(store.fs, self._record_path(save, self._dist.rank), json.dumps(record).encode(), patience)
+        except (OSError, IgDistError) as error:
+            console.print(f"rank {self._dist.rank}: {self._explained(failure or error)}", markup=False)
+            raise
+        if failure is not None:
+            raise failure
+
+    def _write_main(self, save: _Save) -> tuple[Checkpoint, dict[int, bool]]:
+        """Rank 0's file, and the manifest of all; the folders that there are now."""
+        store, began = self._store, time.monotonic()
+        folder = store.folder(save.step)
+        folders = store.folders()
+        self._attempt("saves that were cut off were not deleted", partial(store.delete_torn, save.step, folders))
+        if save.step in store.damaged and folders.get(save.step):
+            store.remove(f"{folder}/{MANIFEST}")
+        own = {"file": self._write_file(save), "tensors": save.tensors}
+        # the others may be as slow as this rank was, and give up their last request this much later
+        patience = store.patience
+        patience_s = time.monotonic() - began + patience.deadline_s + patience.stall_s + _LAST_WORD_S
+        manifest = make_manifest(save.step, [own, *self._records(save, patience_s)], save.meta)
+        sizes = list_sizes(store.fs, folder, store.patience)
+        for file in manifest["files"]:
+            if sizes.get(file["name"]) != file["bytes"]:
+                raise DataError(f"{store.url}/{folder_name(save.step)}/{file['name']} has disappeared or is cut short")
+        data = json.dumps(manifest).encode()
+        if not create_file(store.fs, f"{folder}/{MANIFEST}", data, store.patience):
+            self._attempt("what is left of it was not deleted", partial(self._undo, save))
+            raise DataError(
+                f"{store.url}/{folder_name(save.step)} was saved by another run meanwhile: give each run its own"
+                " checkpoint.url"
+            )
+        for name in sizes.keys() - {file["name"] for file in manifest["files"]} - {MANIFEST}:
+            store.remove(f"{folder}/{name}")  # records, and files of a save that was cut off
+        folders[save.step] = True
+        store.damaged.discard(save.step)
+        return Checkpoint(f"{store.url}/{folder_name(save.step)}", manifest, store.patience), folders
+
+    def _write_file(self, save: _Save) -> dict[str, Any]:
+        store = self._store
+        folder = store.folder(save.step)
+        if is_local(store.fs):
+            store.fs.makedirs(folder, exist_ok=True)
+        prefix = f"rank_{self._dist.rank:05d}"
+        return write_hashed(store.fs, folder, prefix, self._snapshot.chunks(), store.patience)
+
+    def _records(self, save: _Save, patience_s: float) -> list[dict[str, Any]]:
+        """What the other ranks say of their files, in rank order.
+
+        Raises:
+            DataError: one of them failed, or said nothing for too long.
+        """
+        store = self._store
+        records: dict[int, dict[str, Any]] = {}
+        missing = set(range(1, self._dist.world_size))
+        give_up, pause = time.monotonic() + patience_s, _POLL_S[0]
+        while missing:
+            store.fs.invalidate_cache()
+            names = list_sizes(store.fs, store.folder(save.step), store.patience)
+            for rank in sorted(missing):
+                path = self._record_path(save, rank)
+                if path.rpartition("/")[2] not in names:
+                    continue
+                record = json.loads(read_file(store.fs, path, store.patience))
+                if "problem" in record:
+                    raise DataError(f"rank {rank}: {record['problem']}")
+                records[rank] = record
+            missing -= records.keys()
+            if missing and (time.monotonic() > give_up or store.patience.stop.wait(pause)):
+                ranks = ", ".join(map(str, sorted(missing)))
+                raise DataError(f"no word from rank {ranks} for {patience_s:.0f} s: its own output says why")
+            pause = min(1.5 * pause, _POLL_S[1])
+        return [records[rank] for rank in sorted(records)]
+
+    def _record_path(self, save: _Save, rank: int) -> str:
+        return f"{self._store.folder(save.step)}/rank_{rank:05d}.{save.token}.json"
+
+    def _undo(self, save: _Save) -> None:
+        """Delete what a failed save left; not what another run saved there."""
+        store, folder = self._store, self._store.folder(save.step)
+        names = list_sizes(store.fs, folder, store.patience)
+        kept: set[str] = set()
+        if MANIFEST in names:
+            manifest = json.loads(read_file(store.fs, f"{folder}/{MANIFEST}", store.patience))
+            kept = {MANIFEST, *(file["name"] for file in manifest["files"])}
+        for name in names.keys() - kept:
+            store.remove(f"{folder}/{name}")
+
+    def _attempt(self, failure: str, action: Callable[[], object]) -> None:
+        """Do what may fail without harm; then one line says so."""
+        try:
+            action()
+        except (OSError, IgDistError) as error:
+            console.print(f"{failure}: {self._explained(error)}", markup=False)
+
+    def _explained(self, error: Exception) -> str:
+        """What is wrong, where, and how to mend it, while the run goes on."""
+        if not isinstance(error, OSError):
+            return str(error).removesuffix(", then run the same command again")
+        remedy = "free some space" if error.errno in _FULL else "see that it can be written"
+        return f"{self._store.url}: {error.strerror or error}: {remedy}"

@@ -1,0 +1,110 @@
+"""The state of a rank at one step, in host memory, as the safetensors file that is written of it.
+
+    8 bytes     length of the header, little endian
+    header      JSON: name -> {"dtype", "shape", "data_offsets"}, padded with spaces
+    data        the tensors' bytes, one after the other
+
+The device's tensors are copied straight to their places in the file, so what is hashed and written later in the
+background is the only copy there is: host memory holds this rank's share of the state once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 32 * 2**20
+"""A power of two: torch rounds pinned memory up to one."""
+SMALL_BYTES = 2**20
+"""Tensors below this lie together, so that one request to an object store reads many of them."""
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+
+
+class Piece(NamedTuple):
+    """A range of the flattened elements of a global tensor."""
+
+    shape: tuple[int, ...]
+    """Shape of the global tensor."""
+    start: int
+    """Index of the first element."""
+    data: Tensor
+    """The elements, of any shape."""
+
+
+class Snapshot:
+    """The file, in buffers that the next snapshot uses again; pinned where there is a GPU to copy from."""
+
+    def __init__(self) -> None:
+        self._buffers: list[Tensor] = []
+        self._bytes = 0
+
+    def take(self, pieces: Mapping[str, Piece]) -> None:
+        """Copy the pieces. They may change as soon as this returns; it waits for the device."""
+        header: dict[str, Any] = {}
+        end = 0
+
+        def place(item: tuple[str, Piece]) -> tuple[int, bool, str]:
+            # the widest types first: every tensor is then aligned, and can be mapped from the file
+            return -item[1].data.element_size(), item[1].data.nbytes >= SMALL_BYTES, item[0]
+
+        ordered = sorted(pieces.items(), key=place)
+        for name, piece in ordered:
+            begin, end = end, end + piece.data.numel() * piece.data.element_size()
+            header[name] = {
+                "dtype": DTYPES[piece.data.dtype],
+                "shape": list(piece.data.shape),
+                "data_offsets": [begin, end],
+            }
+        packed = json.dumps(header).encode()
+        packed += b" " * (-len(packed) % 8)
+        self._bytes = 8 + len(packed) + end
+        devices = {piece.data.device for piece in pieces.values() if piece.data.is_cuda}
+        while len(self._buffers) * CHUNK_BYTES < self._bytes:
+            self._buffers.append(torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=bool(devices)))
+        first = len(packed).to_bytes(8, "little") + packed
+        self._put(0, torch.frombuffer(bytearray(first), dtype=torch.uint8))
+        for name, piece in ordered:
+            flat = piece.data.detach().contiguous().reshape(-1)
+            self._put(len(first) + header[name]["data_offsets"][0], flat.view(torch.uint8))
+        for device in devices:
+            torch.cuda.current_stream(device).synchronize()
+
+    def chunks(self) -> list[memoryview]:
+        """The bytes of the file, without a copy; the next ``take`` overwrites them."""
+        counts = [
+            min(CHUNK_BYTES, self._bytes - number * CHUNK_BYTES) for number in range(-(-self._bytes // CHUNK_BYTES))
+        ]
+        return [buffer[:count].numpy().data for buffer, count in zip(self._buffers, counts, strict=False)]
+
+    def _put(self, at: int, data: Tensor) -> None:
+        done = 0
+        while done < len(data):
+            number, begin = divmod(at + done, CHUNK_BYTES)
+            count = min(CHUNK_BYTES - begin, len(data) - done)
+            self._buffers[number][begin : begin + count].copy_(data[done : done + count], non_blocking=True)
+            done += count
+
+
+def described(pieces: Mapping[str, Piece]) -> dict[str, list[Any]]:
+    """Of each piece: shape and dtype of its tensor, and its first element and the one after its last."""
+    return {
+        name: [list(p.shape), str(p.data.dtype).removeprefix("torch."), p.start, p.start + p.data.numel()]
+        for name, p in pieces.items()
+    }

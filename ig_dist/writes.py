@@ -1,0 +1,161 @@
+"""Files that are there whole or not at all, and stay: synced to disk, or uploaded in pieces that are sent again."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ig_dist.background import at_once
+from ig_dist.storage import Patience, is_local, read_file, request_timeout, retried, write_whole
+
+_PARALLEL_PARTS = 4
+_MOST_PARTS = 10_000  # of one upload to S3; each but the last has 5 MiB at least
+
+
+def write_hashed(fs: Any, folder: str, prefix: str, chunks: Sequence[memoryview], patience: Patience) -> dict[str, Any]:
+    """Write a file named after its content, ``<prefix>.<hash>.safetensors``.
+
+    The name makes it the same file whoever writes it: two writers of one folder with other contents do not touch
+    each other's files. Beyond ``chunks`` it needs the memory of four of them.
+
+    Args:
+        fs: file system.
+        folder: an existing folder (object stores need none).
+        prefix: begins the file's name.
+        chunks: the content; what is uploaded in several requests is cut there.
+        patience: how long faults are borne.
+
+    Returns:
+        ``name``, ``bytes`` and ``sha256`` of the file.
+    """
+    digest = hashlib.sha256()
+
+    def name() -> str:
+        return f"{prefix}.{digest.hexdigest()[:16]}.safetensors"
+
+    if is_local(fs):
+        temporary = Path(folder, f"{prefix}.{uuid.uuid4().hex}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                for chunk in chunks:
+                    digest.update(chunk)
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(Path(folder, name()))
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(folder)
+    else:
+        for chunk in chunks:
+            digest.update(chunk)
+        _upload(fs, f"{folder}/{name()}", chunks, patience)
+    return {"name": name(), "bytes": sum(map(len, chunks)), "sha256": digest.hexdigest()}
+
+
+def create_file(fs: Any, path: str, data: bytes, patience: Patience) -> bool:
+    """Write a small file where there is none, durably; of several writers one wins.
+
+    Returns:
+        Whether the file holds ``data`` now: also when it did before, for the answer to an upload can be lost.
+    """
+    if is_local(fs):
+        return _create_local(Path(path), data)
+    digest = {"ContentMD5": _md5(data)} if "s3" in fs.protocol else {}
+    options = {**request_timeout(fs, len(data), patience), **digest}
+    try:
+        retried(fs, path, lambda: fs.pipe_file(path, data, mode="create", **options), patience)
+    except OSError:  # of s3fs EINVAL when there is one; what is there decides
+        try:
+            there = read_file(fs, path, patience)
+        except FileNotFoundError:
+            there = None
+        if there is None:
+            raise
+        return there == data
+    return True
+
+
+def _create_local(path: Path, data: bytes) -> bool:
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return path.read_bytes() == data
+        except OSError:  # a file system without hard links
+            if path.exists():
+                return path.read_bytes() == data
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(str(path.parent))
+    return True
+
+
+def _sync_folder(folder: str) -> None:
+    """Names last like the files that they name; network file systems that cannot sync a folder keep both anyway."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _upload(fs: Any, path: str, chunks: Sequence[memoryview], patience: Patience) -> None:
+    if len(chunks) == 1:
+        write_whole(fs, path, bytes(chunks[0]), patience)
+    elif "s3" in fs.protocol:
+        _upload_parts(fs, path, chunks, patience)
+    else:
+
+        def stream() -> None:
+            with fs.open(path, "wb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+
+        retried(fs, path, stream, patience)
+
+
+def _upload_parts(fs: Any, path: str, chunks: Sequence[memoryview], patience: Patience) -> None:
+    """An upload to S3 whose parts are sent again one by one; S3's single PUT ends at 5 GiB."""
+    bucket, key, _ = fs.split_path(path)
+    together = -(-len(chunks) // _MOST_PARTS)
+
+    def call(method: str, size: int = 0, **arguments: Any) -> Any:
+        options = {"Bucket": bucket, "Key": key, **arguments, **request_timeout(fs, size, patience)}
+        return retried(fs, path, lambda: fs.call_s3(method, **options), patience)
+
+    upload = call("create_multipart_upload")["UploadId"]
+    etags: dict[int, str] = {}
+
+    def send(number: int) -> None:
+        body = b"".join(chunks[number * together : (number + 1) * together])
+        part = {"PartNumber": number + 1, "UploadId": upload}
+        etags[number + 1] = call("upload_part", len(body), Body=body, ContentMD5=_md5(body), **part)["ETag"]
+
+    try:
+        at_once(send, -(-len(chunks) // together), _PARALLEL_PARTS)
+        parts = {"Parts": [{"PartNumber": number, "ETag": etag} for number, etag in sorted(etags.items())]}
+        with contextlib.suppress(FileNotFoundError):  # it was completed, and the answer lost: the caller looks at sizes
+            call("complete_multipart_upload", UploadId=upload, MultipartUpload=parts)
+    except BaseException:
+        with contextlib.suppress(Exception):  # what is left is aborted at the next start
+            fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload, timeout=10)
+        raise
+
+
+def _md5(data: bytes) -> str:
+    """S3 refuses what changed on the way."""
+    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
