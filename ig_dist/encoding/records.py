@@ -128,7 +128,7 @@ class Dest:
         if not is_local(self.fs):
             return  # an object needs no folder
         try:
-            self.fs.makedirs(f"{self.path}/{PARTS}", exist_ok=True)
+            self.fs.makedirs(self.path, exist_ok=True)
         except OSError as error:
             raise ConfigError(
                 f"--dest {self.url} cannot be made ({_reason(error)}): choose another, or mend that"
@@ -141,8 +141,11 @@ class Dest:
             Superseded: the index was written meanwhile, and what was in the way of it swept away.
             DataError: the storage does not take it.
         """
+        path = f"{self.path}/{name}"
         try:
-            write_whole(self.fs, f"{self.path}/{name}", data)
+            if is_local(self.fs) and not self.has_index():  # with the index, the folder of the records is gone for good
+                self.fs.makedirs(str(PurePosixPath(path).parent), exist_ok=True)
+            write_whole(self.fs, path, data)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and self.has_index():
                 raise Superseded from None
