@@ -203,7 +203,7 @@ class CheckpointStore:
         self.fs.invalidate_cache()
         try:
             paths = retried(self.fs, self.path, lambda: self.fs.ls(self.path, detail=False), self.patience)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # what is in the way is said when the run directory is claimed
             return {}
         steps = [int(match[1]) for p in paths if (match := re.fullmatch(r"step_(\d{10})", PurePosixPath(p).name))]
         return {step: MANIFEST in list_sizes(self.fs, self.folder(step), self.patience) for step in steps}

@@ -157,6 +157,8 @@ class TrainConfig(_Group):
     """Arithmetic of forward and backward; weights, moments and EMAs are fp32 always."""
     compile: bool = False
     """torch.compile each block."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of each block and compute it again in backward: less memory, a third more work."""
     max_nonfinite_steps: Positive = 20
     """End the run (exit code 3) after this many non-finite steps in a row; each is skipped and counted."""
     init_from: str = ""
@@ -213,8 +215,21 @@ class EMAConfig(_Group):
 class EngineConfig(_Group):
     """How the model is spread over the ranks."""
 
-    kind: Literal["ddp"] = "ddp"
-    """ddp: every rank holds the whole model."""
+    kind: Literal["ddp", "fsdp2"] = "ddp"
+    """ddp: every rank holds the whole model. fsdp2: the state is cut over the ranks, for what does not fit.
+    It may change whenever a run goes on."""
+    reshard_after_forward: bool | None = None
+    """Of fsdp2: free a block's weights after its forward and gather them again for its backward (null: true); false
+    keeps them, which costs memory and saves communication."""
+
+    @model_validator(mode="after")
+    def _keys_of_the_kind(self) -> Self:
+        if self.reshard_after_forward is not None and self.kind != "fsdp2":
+            raise ValueError(
+                f"engine.reshard_after_forward is FSDP2's, engine.kind is {self.kind}: set engine.kind=fsdp2 or"
+                " engine.reshard_after_forward=null"
+            )
+        return self
 
 
 class CheckpointConfig(_Group):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,10 +17,17 @@ class EMA:
     Args:
         masters: the weights, this rank's shards; the averages start as copies of them.
         decays: the decays.
+        masters_written: called after an average was written into the weights, and after they were put back.
     """
 
-    def __init__(self, masters: Mapping[str, Tensor], decays: Sequence[float]) -> None:
+    def __init__(
+        self,
+        masters: Mapping[str, Tensor],
+        decays: Sequence[float],
+        masters_written: Callable[[], None] = lambda: None,
+    ) -> None:
         self._masters = dict(masters)
+        self._masters_written = masters_written
         self.averages = {decay: {name: w.clone() for name, w in masters.items()} for decay in decays}
 
     def load(self, decay: float, shards: Mapping[str, Tensor]) -> None:
@@ -43,6 +50,7 @@ class EMA:
             kept = self._masters[name].clone()
             self._masters[name].copy_(average)
             average.copy_(kept)
+        self._masters_written()
 
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:

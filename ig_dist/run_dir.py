@@ -37,6 +37,7 @@ FREE_KEYS = {
     "data.retry_s",
     "train.accumulation",
     "train.compile",
+    "train.activation_checkpointing",
     "train.max_nonfinite_steps",
     "train.peak_tflops",
     "train.timeout_s",

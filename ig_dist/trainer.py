@@ -205,7 +205,7 @@ def _claimed_by_main(config: Config, dist: Dist, force: bool) -> Iterator[Any]:
 
 
 def _build_ema(engine: Engine, config: Config, checkpoint: Checkpoint | None) -> EMA:
-    ema = EMA(engine.masters(), config.ema.decays)
+    ema = EMA(engine.masters(), config.ema.decays, engine.masters_written)
     if checkpoint is not None:
         for decay in config.ema.decays:
             ema.load(decay, engine.shard(lambda name, decay=decay: checkpoint.read(f"ema/{decay}/{name}")))  # type: ignore[misc]

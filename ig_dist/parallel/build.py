@@ -6,14 +6,14 @@ import torch
 
 from ig_dist.config import Config
 from ig_dist.models.dit import DiT
-from ig_dist.parallel.apply import apply_compile, apply_precision
+from ig_dist.parallel.apply import apply_activation_checkpointing, apply_compile, apply_precision
 from ig_dist.parallel.ddp import DDPEngine
 from ig_dist.parallel.dist import Dist
 from ig_dist.parallel.engine import Engine, LoadedState
 
 
 def build_engine(model: DiT, config: Config, state: LoadedState | None, dist: Dist) -> Engine:
-    """Apply precision and compilation, then hand the model to the configured engine. COLLECTIVE.
+    """Apply precision, compilation and checkpointing, then hand the model to the configured engine. COLLECTIVE.
 
     Args:
         model: initialised on the CPU, the same on every rank.
@@ -23,12 +23,18 @@ def build_engine(model: DiT, config: Config, state: LoadedState | None, dist: Di
     """
     if state is not None:
         model.load_state_dict({name: state.read(f"model/{name}") for name in model.state_dict()})
-    model.to(dist.device)
     apply_precision(model, config.train.precision, dist.device)
     if config.train.compile:
         apply_compile(model)
-    engine = DDPEngine(model, config.optimizer, state, dist)
+    if config.train.activation_checkpointing:
+        apply_activation_checkpointing(model)
     micro = config.train.global_batch_size // dist.world_size // config.train.accumulation
+    if config.engine.kind == "fsdp2":
+        from ig_dist.parallel.fsdp2 import FSDP2Engine  # 1.3 s, for DTensor, that DDP need not wait for
+
+        reshard = config.engine.reshard_after_forward is not False
+        return FSDP2Engine(model, config.optimizer, config.train.precision, reshard, state, dist)
+    engine = DDPEngine(model, config.optimizer, state, dist)
     warm_up(engine, model, micro, dist.device)
     return engine
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,8 +16,7 @@ from ig_dist.models.dit import DiT
 from ig_dist.optim import build_optimizer
 from ig_dist.parallel.dist import Dist
 from ig_dist.parallel.engine import LoadedState, StepResult
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from ig_dist.parallel.sharded import MOMENTS, clip_and_gate, moments_of, set_state, steps_of
 
 
 class DDPEngine:
@@ -26,6 +24,7 @@ class DDPEngine:
 
     def __init__(self, model: DiT, config: OptimizerConfig, state: LoadedState | None, dist: Dist) -> None:
         self._dist, self._grad_clip = dist, config.grad_clip
+        model.to(dist.device)
         self._parameters = dict(model.named_parameters())
         self.module: nn.Module = model
         self._ddp: DistributedDataParallel | None = None
@@ -39,9 +38,8 @@ class DDPEngine:
         self._optimizer = build_optimizer(list(self._parameters.values()), config)
         if state is not None and state.optimizer_steps:
             for name, parameter in self._parameters.items():
-                step = torch.tensor(float(state.optimizer_steps), device=dist.device)
-                moments = {m: state.read(f"{m}/{name}").to(dist.device) for m in MOMENTS}
-                self._optimizer.state[parameter] = {"step": step, **moments}
+                moments = {moment: state.read(f"{moment}/{name}").to(dist.device) for moment in MOMENTS}
+                set_state(self._optimizer, parameter, state.optimizer_steps, moments)
 
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
@@ -55,17 +53,11 @@ class DDPEngine:
         loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, lr: float) -> StepResult:
-        parameters = list(self._parameters.values())
-        grads = [p.grad for p in parameters if p.grad is not None]
+        grads = [p.grad for p in self._parameters.values() if p.grad is not None]
         grad_norm = nn.utils.get_total_norm(grads)
-        finite = grad_norm.isfinite().float()
-        if self._grad_clip is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self._grad_clip, grad_norm)
+        finite = clip_and_gate(self._optimizer, grad_norm, self._grad_clip)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        # The fused kernels read this flag on the device and then change nothing, Adam's step count included: the
-        # gate costs no synchronisation. The norm is the same on all ranks, so all ranks decide alike.
-        self._optimizer.found_inf = 1.0 - finite  # type: ignore[attr-defined]
         self._optimizer.step()
         self._optimizer.zero_grad()
         return StepResult(grad_norm, finite)
@@ -73,18 +65,15 @@ class DDPEngine:
     def masters(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self._parameters.items()}
 
+    def masters_written(self) -> None:
+        pass  # forward uses the masters themselves
+
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        state = self._optimizer.state
-        return {
-            moment: {
-                name: state[p][moment] if p in state else torch.zeros_like(p) for name, p in self._parameters.items()
-            }
-            for moment in MOMENTS
-        }
+        of = {name: moments_of(self._optimizer, parameter) for name, parameter in self._parameters.items()}
+        return {moment: {name: of[name][moment] for name in of} for moment in MOMENTS}
 
     def optimizer_steps(self) -> int:
-        states = list(self._optimizer.state.values())
-        return int(states[0]["step"]) if states else 0
+        return steps_of(self._optimizer)
 
     def shard(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         return {name: read(name).to(self._dist.device) for name in self._parameters}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore  # torch.distributed does not name it as its own
 
 from ig_dist.errors import ConfigError, LostPeerError
 
@@ -73,6 +74,13 @@ def init_distributed(timeout_s: int) -> Dist:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         torch_dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return Dist(rank, world_size, local_rank, local_world_size, device)
+
+
+def ensure_process_group(dist: Dist) -> None:
+    """A process group also for one process alone, for libraries that know no other way."""
+    if not torch_dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if dist.device.type == "cuda" else "gloo"
+        torch_dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
 
 @contextmanager

@@ -52,7 +52,11 @@ class Engine(Protocol):
         ...
 
     def masters(self) -> dict[str, Tensor]:
-        """This rank's fp32 shards of the trained weights by canonical name, in stable order."""
+        """This rank's fp32 shards of the trained weights by canonical name, in stable order; no empty ones."""
+        ...
+
+    def masters_written(self) -> None:
+        """Let forward passes see what was written into ``masters()`` from outside. COLLECTIVE."""
         ...
 
     def moments(self) -> dict[str, dict[str, Tensor]]:

@@ -102,6 +102,12 @@ def test_no_override_gives_a_traceback(overrides: list[str]) -> None:
         assert error.exit_code == 2 and "\n" not in str(error)
 
 
+def test_keys_of_another_engine_are_refused(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"set engine\.kind=fsdp2 or engine\.reshard_after_forward=null"):
+        load_config(file, ["engine.reshard_after_forward=false"])
+    assert load_config(file, ["engine.kind=fsdp2", "engine.reshard_after_forward=false"]).engine.kind == "fsdp2"
+
+
 def test_every_field_is_described() -> None:
     def walk(schema: dict[str, Any]) -> None:
         for definition in schema["$defs"].values():

@@ -1,0 +1,221 @@
+"""DDP and FSDP2: one config line apart, one curve, one checkpoint format.
+
+The model has patches of one pixel: the output layer has one row, so that some ranks hold nothing of it, and the label
+table has eleven, which nothing divides.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ig_dist.checkpoint import CheckpointStore
+from ig_dist.export import ALONE
+from tests.conftest import ROOT, TINY, run_command
+from tests.distributed.test_training import local, metrics
+
+ENGINES = {
+    "ddp": ["engine.kind=ddp"],
+    "fsdp2": ["engine.kind=fsdp2"],
+}
+SHARDED = [name for name in ENGINES if name != "ddp"]
+LOSSES = ("loss", "loss_final", "loss_aux")
+STEPS, SAVED = 50, 20
+Job = dict[str, Any]
+
+
+def launch(jobs: Sequence[Job], processes: int, folder: Path) -> None:
+    """Do the jobs on new processes."""
+    file = folder / f"jobs{processes}_{len(list(folder.glob('jobs*')))}.json"
+    file.write_text(json.dumps(jobs))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
+    shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed.engine_worker", str(file)],
+            cwd=ROOT,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    outputs = [rank.communicate(timeout=500)[0] for rank in ranks]
+    assert not any(rank.returncode for rank in ranks), "\n".join(output[-3000:] for output in outputs)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, digits_index: Path) -> Path:
+    folder = tmp_path_factory.mktemp("engines")
+    tree = {group: dict(values) for group, values in TINY.items()}
+    tree["model"]["patch_size"] = 1
+    tree["data"] |= {"index": str(digits_index), "validation_shards": 1}
+    tree["train"]["steps"] = STEPS
+    tree["checkpoint"] = {"every_steps": SAVED, "keep_last": 9}
+    (folder / "engines.yaml").write_text(yaml.safe_dump(tree))
+    return folder
+
+
+def run(folder: Path, name: str, *overrides: str) -> Job:
+    return {"config": str(folder / "engines.yaml"), "overrides": [f"run.dir={folder / name}", *overrides]}
+
+
+BLOWN = ["optimizer.lr=1e30", "optimizer.warmup_steps=0", "train.max_nonfinite_steps=5", "checkpoint.every_steps=1"]
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> Path:
+    """Runs of every engine on two processes, all of one launch."""
+    few, jobs = "train.steps=20", []
+    for name, engine in ENGINES.items():
+        jobs.append(run(folder, name, *engine))
+        jobs.append(run(folder, f"{name}-bf16", *engine, few, "train.precision=bf16"))
+        jobs.append(run(folder, f"{name}-again", *engine, few, "train.activation_checkpointing=true"))
+        watched = ["log.validate_every_steps=10", "log.sample_every_steps=10"]
+        jobs.append(run(folder, f"{name}-watched", *engine, few, *watched))
+        if name != "ddp":
+            jobs.append(run(folder, f"{name}-accumulated", *engine, few, "train.accumulation=2"))
+            jobs.append(run(folder, f"{name}-restarted", *engine, f"run.fork_from={folder / name}@{SAVED}"))
+            jobs.append({**run(folder, f"{name}-blown", *engine, *BLOWN), "blows_up": True})
+    launch(jobs, 2, folder)
+    return folder
+
+
+def saved(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """Weights, averages and moments of a checkpoint."""
+    checkpoint = CheckpointStore(str(run / "checkpoints")).at(step, ALONE)
+    return {name: checkpoint.read(name) for name in checkpoint.manifest["tensors"]}
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def assert_curve(found: Path, expected: Path, rel: float) -> None:
+    """The lines of ``found`` are those of ``expected`` of the same steps, to ``rel``."""
+    theirs = {line["step"]: line for line in metrics(expected)}
+    lines = metrics(found)
+    assert len(lines) >= 20
+    for line in lines:
+        assert line["batch_fingerprint"] == theirs[line["step"]]["batch_fingerprint"]
+        for key in LOSSES:
+            assert line[key] == pytest.approx(theirs[line["step"]][key], rel=rel), (found, line["step"], key)
+        norm = theirs[line["step"]]["grad_norm"]  # it shows a difference of the weights tenfold
+        assert line["grad_norm"] == pytest.approx(norm, rel=10 * rel), (found, line["step"])
+
+
+@pytest.mark.parametrize("engine", SHARDED)
+def test_every_engine_follows_ddp(two: Path, engine: str) -> None:
+    assert_curve(two / engine, two / "ddp", rel=1e-5)
+    assert len(metrics(two / engine)) == STEPS
+    assert metrics(two / engine)[-1]["loss"] < 0.9 * metrics(two / engine)[0]["loss"]
+
+
+@pytest.mark.parametrize("engine", SHARDED)
+def test_bf16_follows_bf16_of_ddp(two: Path, engine: str) -> None:
+    """Autocast rounds the same numbers under every engine; sums in another order make some of them round otherwise."""
+    assert_curve(two / f"{engine}-bf16", two / "ddp-bf16", rel=1e-3)
+    assert metrics(two / f"{engine}-bf16")[-1]["loss"] != metrics(two / engine)[19]["loss"]
+
+
+@pytest.mark.parametrize("engine", SHARDED)
+def test_accumulation_changes_nothing(two: Path, engine: str) -> None:
+    assert_curve(two / f"{engine}-accumulated", two / engine, rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_activation_checkpointing_changes_no_bit(two: Path, engine: str) -> None:
+    assert_equal(saved(two / f"{engine}-again", SAVED), saved(two / engine, SAVED))
+
+
+@pytest.mark.parametrize("engine", SHARDED)
+def test_a_restart_is_exact(two: Path, engine: str) -> None:
+    assert_equal(saved(two / f"{engine}-restarted", STEPS), saved(two / engine, STEPS))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_watching_works_on_shards_and_does_not_touch_the_run(two: Path, engine: str) -> None:
+    losses, expected = (
+        [line["val_loss"] for line in metrics(two / f"{name}-watched") if "val_loss" in line]
+        for name in (engine, "ddp")
+    )
+    assert losses == pytest.approx(expected, rel=1e-5) and losses[1] < losses[0]
+    assert_equal(saved(two / f"{engine}-watched", SAVED), saved(two / engine, SAVED))
+
+
+@pytest.mark.parametrize("engine", SHARDED)
+def test_a_non_finite_step_is_skipped_on_all_ranks_alike(two: Path, engine: str) -> None:
+    steps = CheckpointStore(str(two / f"{engine}-blown" / "checkpoints")).steps()
+    first = next(line["step"] for line in metrics(two / f"{engine}-blown") if line["nonfinite_steps"])
+    assert steps[-1] > first
+    assert_equal(saved(two / f"{engine}-blown", steps[-1]), saved(two / f"{engine}-blown", first - 1))
+
+
+def reload_and_go_on(folder: Path, source: str, target: str, processes: int) -> list[Job]:
+    """Load what ``source`` saved and save it again; then go on with it for 20 steps."""
+    name = f"{source}-{target}{processes}"
+    go_on = run(folder, name, *ENGINES[target], f"run.fork_from={folder / source}@{SAVED}", "train.steps=40")
+    store = {"source": str(folder / source / "checkpoints"), "dest": str(folder / f"{name}-reload" / "checkpoints")}
+    return [{**go_on, **store, "step": SAVED}, go_on]
+
+
+def assert_went_on(folder: Path, source: str, target: str, processes: int) -> None:
+    name = f"{source}-{target}{processes}"
+    assert_equal(saved(folder / f"{name}-reload", SAVED), saved(folder / source, SAVED))
+    checkpoints = [CheckpointStore(str(folder / n / "checkpoints")) for n in (f"{name}-reload", source)]
+    metas = [{**store.at(SAVED, ALONE).meta, "config": None} for store in checkpoints]
+    assert metas[0] == metas[1] and metas[0]["optimizer_steps"] == SAVED
+    assert_curve(folder / name, folder / source, rel=1e-4)
+
+
+def test_each_engine_goes_on_from_another_on_four_processes(two: Path) -> None:
+    names = list(ENGINES)
+    pairs = list(zip(names, [*names[1:], names[0]], strict=True))
+    launch([job for pair in pairs for job in reload_and_go_on(two, *pair, 4)], 4, two)
+    for pair in pairs:
+        assert_went_on(two, *pair, 4)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_any_checkpoint_under_any_engine(two: Path, tmp_path: Path, processes: int) -> None:
+    pairs = [(source, target) for source in ENGINES for target in ENGINES]
+    folder = tmp_path
+    (folder / "engines.yaml").write_bytes((two / "engines.yaml").read_bytes())
+    for name in ENGINES:
+        (folder / name).symlink_to(two / name)
+    launch([job for pair in pairs for job in reload_and_go_on(folder, *pair, processes)], processes, folder)
+    for pair in pairs:
+        assert_went_on(folder, *pair, processes)
+
+
+@pytest.mark.full
+def test_every_engine_follows_ddp_on_four_processes(folder: Path) -> None:
+    launch([run(folder, f"{name}-four", *engine) for name, engine in ENGINES.items()], 4, folder)
+    for engine in SHARDED:
+        assert_curve(folder / f"{engine}-four", folder / "ddp-four", rel=1e-5)
+
+
+def test_the_engine_is_changed_in_the_middle_of_a_run(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    config = tiny_config("changed")
+    first = ["engine.kind=fsdp2", "engine.reshard_after_forward=false", "train.steps=10"]
+    for command in (local(config, 2, *first), ["ig-dist", "train", str(config), "engine.kind=fsdp2"]):
+        done = run_command(command)
+        assert done.returncode == 0, done.stderr
+    assert "resume at step 10 of 50" in done.stdout
+    assert [line["step"] for line in metrics(tmp_path / "runs" / "changed")] == list(range(1, 51))
