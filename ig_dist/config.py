@@ -215,15 +215,22 @@ class EMAConfig(_Group):
 class EngineConfig(_Group):
     """How the model is spread over the ranks."""
 
-    kind: Literal["ddp", "fsdp2"] = "ddp"
-    """ddp: every rank holds the whole model. fsdp2: the state is cut over the ranks, for what does not fit.
+    kind: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
+    """ddp: every rank holds the whole model. fsdp2, deepspeed: the state is cut over the ranks, for what does not fit.
     It may change whenever a run goes on."""
     reshard_after_forward: bool | None = None
     """Of fsdp2: free a block's weights after its forward and gather them again for its backward (null: true); false
     keeps them, which costs memory and saves communication."""
+    zero_stage: Literal[1, 2, 3] | None = None
+    """Of deepspeed: cut averages and moments (1), gradients too (2), weights too (3). null: 2."""
 
     @model_validator(mode="after")
     def _keys_of_the_kind(self) -> Self:
+        if self.zero_stage is not None and self.kind != "deepspeed":
+            raise ValueError(
+                f"engine.zero_stage is DeepSpeed's, engine.kind is {self.kind}: set engine.kind=deepspeed or"
+                " engine.zero_stage=null"
+            )
         if self.reshard_after_forward is not None and self.kind != "fsdp2":
             raise ValueError(
                 f"engine.reshard_after_forward is FSDP2's, engine.kind is {self.kind}: set engine.kind=fsdp2 or"

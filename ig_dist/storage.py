@@ -180,6 +180,9 @@ def retried(fs: Any, path: str, operation: Callable[[], T], patience: Patience =
                 f"{url}: {_words(error)}: set AWS_PROFILE or AWS_ACCESS_KEY_ID, or run `aws login`"
             ) from None
         if not _is_transient(error):
+            if isinstance(error, ValueError) or type(error).__module__.startswith("botocore"):
+                remedy = "check the URL, AWS_ENDPOINT_URL, AWS_PROFILE and ~/.aws; with SSO, log in again"
+                raise ConfigError(f"{url}: {_words(error)}: {remedy}") from None
             raise
         raise DataError(
             f"{url}: the storage has failed for {patience.deadline_s:g} s, last with: {_words(error)}: see that it is"
@@ -367,7 +370,8 @@ def _is_transient(error: BaseException) -> bool:
         return False
     types: list[type[BaseException]] = [OSError, asyncio.TimeoutError]
     # of the clients that are in use: a connection that fails before or in the answer is no OSError there
-    for module, name in (("botocore.exceptions", "BotoCoreError"), ("aiohttp", "ClientError")):
+    clients = (("botocore.exceptions", "HTTPClientError"), ("botocore.exceptions", "ConnectionError"))
+    for module, name in (*clients, ("botocore.exceptions", "IncompleteReadError"), ("aiohttp", "ClientError")):
         if module in sys.modules:
             types.append(getattr(sys.modules[module], name))
     return isinstance(error, tuple(types))

@@ -32,7 +32,7 @@ from ig_dist.models.presets import forward_flops
 from ig_dist.monitor import grid_tokenizer, sample_grid, validate
 from ig_dist.objective import open_reader, training_loss
 from ig_dist.optim import learning_rate
-from ig_dist.parallel.build import build_engine
+from ig_dist.parallel.build import build_engine, check_engine
 from ig_dist.parallel.dist import (
     Dist,
     StopFlag,
@@ -65,6 +65,7 @@ def train(config: Config, *, force: bool = False) -> None:
     with ExitStack() as cleanup:
         cleanup.callback(shut_down)
         cleanup.enter_context(lost_peers_explained(dist))
+        check_engine(config)
         index = read_index(config.data.index)
         config = config.with_data(index.info.latent.shape, len(index.info.classes))
         if config.log.sample_every_steps:

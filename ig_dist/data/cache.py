@@ -8,7 +8,9 @@ the same bytes; it is read back by mmap. Damage is found by the reader, which ch
 
 from __future__ import annotations
 
+import errno
 import mmap
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,8 @@ from ig_dist.data.index import ShardIndex
 from ig_dist.errors import ConfigError
 from ig_dist.storage import LOCAL, write_whole
 from ig_dist.terminal import console
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BlockCache:
@@ -33,16 +37,21 @@ class BlockCache:
 
     def __init__(self, folder: str, cap: int, index: ShardIndex) -> None:
         self._folder = Path(folder).expanduser() / index.sha256[:16]
+        self._full = False
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_whole(LOCAL, str(self._folder / "index.json"), index.info.model_dump_json().encode())
+            write_whole(LOCAL, str(self._folder / f"{uuid.uuid4().hex}.probe"), b"probe")
         except OSError as error:
-            raise ConfigError(
-                f"data.cache_dir {folder}: {error.strerror}: choose a folder on a local disk that you may write"
-            ) from None
+            if error.errno not in _FULL:
+                raise ConfigError(
+                    f"data.cache_dir {folder}: {error.strerror}: choose a folder on a local disk that you may write"
+                ) from None
+            self._stop_keeping(error)  # what is there already still serves
+        finally:
+            for probe in self._folder.glob("*.probe"):
+                probe.unlink(missing_ok=True)
         # offsets and names are known: a shard's last byte counts, its tar padding does too
         self._kept = int(np.searchsorted(np.cumsum([shard.bytes for shard in index.info.shards]), cap, side="right"))
-        self._full = False
 
     def holds(self, shard: int) -> bool:
         """Whether blocks of this shard are kept."""
@@ -64,12 +73,15 @@ class BlockCache:
         try:
             write_whole(LOCAL, str(self._file(shard, block)), data)
         except OSError as error:
-            self._full = True
-            console.print(
-                f"data.cache_dir {self._folder}: {error.strerror}: goes on without keeping more;"
-                " free space, or lower data.cache_bytes",
-                markup=False,
-            )
+            self._stop_keeping(error)
+
+    def _stop_keeping(self, error: OSError) -> None:
+        self._full = True
+        console.print(
+            f"data.cache_dir {self._folder}: {error.strerror}: goes on without keeping more;"
+            " free space, or lower data.cache_bytes",
+            markup=False,
+        )
 
     def drop(self, shard: int, block: int) -> None:
         """Forget a block that turned out damaged."""

@@ -190,7 +190,7 @@ def read_index_file(url: str) -> tuple[str, IndexFile, str]:
     Raises:
         ConfigError: no index there, or not an index.
     """
-    folder = str(url).removesuffix("/index.json").rstrip("/")
+    folder = str(url).removesuffix("index.json").rstrip("/") or "."
     fs, path = open_url(folder, "data.index")
     try:
         raw = read_file(fs, f"{path}/index.json")

@@ -16,6 +16,8 @@ from ig_dist.storage import REQUEST_BYTES, Patience, full_url, open_url, read_ra
 
 Samples = NDArray[Any]
 
+_READ_AGAIN = 3
+
 
 class _Bytes(NamedTuple):
     """Bytes of a shard from ``begin`` on."""
@@ -93,12 +95,16 @@ class ShardReader:
             wanted = range(max(part.start, start), min(part.stop, stop))
             here = slice(wanted.start - start, wanted.stop - start)
             good[here] = self._copy(self._fetch(shard, part), shard, wanted, flips[here], rows, to[here])
-            if not good[here].all():
-                # once more: it may have suffered on the way, or in the cache
+            for _ in range(_READ_AGAIN):
+                # it may have suffered on the way, or in the cache; what was good stays
+                bad = np.flatnonzero(~good[here])
+                if not len(bad):
+                    break
                 source = self._fetch(shard, part, again=True)
-                good[here] = self._copy(source, shard, wanted, flips[here], rows, to[here])
-                for i in np.flatnonzero(~good[here]):
-                    self._quarantine(shard, wanted[i])
+                repaired = self._copy(source, shard, wanted, flips[here], rows, to[here], only=bad)
+                good[here.start + bad] = repaired
+            for i in np.flatnonzero(~good[here]):
+                self._quarantine(shard, wanted[i])
         return rows, good
 
     def _parts(self, shard: int, start: int, stop: int) -> Iterator[range]:
@@ -141,10 +147,12 @@ class ShardReader:
         flips: NDArray[np.bool_],
         out: Samples,
         places: NDArray[np.int64],
+        only: NDArray[np.int64] | None = None,
     ) -> NDArray[np.bool_]:
-        """Copy the wanted samples out of the bytes into their places; which of them have the right CRC."""
+        """Copy the wanted samples (of them ``only`` some) into their places; which of them have the right CRC."""
         table = self._index.table
-        rows = slice(self._first_id[shard] + wanted.start, self._first_id[shard] + wanted.stop)
+        chosen = np.arange(len(wanted)) if only is None else only
+        rows, flips, places = int(self._first_id[shard]) + wanted.start + chosen, flips[chosen], places[chosen]
         offsets, crcs = table.offset[rows], table.crc32[rows]
         if table.flip_offset is not None and table.flip_crc32 is not None:
             offsets = np.where(flips, table.flip_offset[rows], offsets)

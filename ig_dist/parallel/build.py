@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 from ig_dist.config import Config
+from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT
 from ig_dist.parallel.apply import apply_activation_checkpointing, apply_compile, apply_precision
 from ig_dist.parallel.ddp import DDPEngine
 from ig_dist.parallel.dist import Dist
 from ig_dist.parallel.engine import Engine, LoadedState
+
+
+def check_engine(config: Config) -> None:
+    """Raise ConfigError unless the engine's package is installed."""
+    if config.engine.kind == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError("engine.kind=deepspeed needs DeepSpeed: pip install 'ig-dist[deepspeed]', or use fsdp2")
 
 
 def build_engine(model: DiT, config: Config, state: LoadedState | None, dist: Dist) -> Engine:
@@ -34,6 +43,10 @@ def build_engine(model: DiT, config: Config, state: LoadedState | None, dist: Di
 
         reshard = config.engine.reshard_after_forward is not False
         return FSDP2Engine(model, config.optimizer, config.train.precision, reshard, state, dist)
+    if config.engine.kind == "deepspeed":
+        from ig_dist.parallel.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, config.optimizer, config.engine.zero_stage or 2, micro, state, dist)
     engine = DDPEngine(model, config.optimizer, state, dist)
     warm_up(engine, model, micro, dist.device)
     return engine

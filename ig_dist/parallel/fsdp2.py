@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
@@ -122,6 +123,8 @@ def shard_blocks(model: DiT, precision: Literal["fp32", "bf16"], reshard_after_f
     then those of DDP under autocast. The root keeps fp32, because the label table does not pass through autocast, and
     it is about one percent of the weights. No input is cast: t and the residual stream stay fp32.
     """
+    # the velocities may be views of the last layer's output; nobody writes into them
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     ensure_process_group(dist)
     mesh = init_device_mesh(dist.device.type, (dist.world_size,))
     gathered = torch.bfloat16 if precision == "bf16" else None

@@ -49,8 +49,8 @@ def norm_over_ranks(grads: Iterable[Tensor], dist: Dist) -> Tensor:
 
 def moments_of(optimizer: AdamW, parameter: Tensor) -> dict[str, Tensor]:
     """Adam's moments of a parameter; zeros before the first step."""
-    state = optimizer.state.get(parameter, {})
-    return {moment: state.get(moment, torch.zeros_like(parameter)) for moment in MOMENTS}
+    state = optimizer.state.get(parameter)
+    return {moment: state[moment] if state else torch.zeros_like(parameter) for moment in MOMENTS}
 
 
 def steps_of(optimizer: AdamW) -> int:

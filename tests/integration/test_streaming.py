@@ -97,6 +97,18 @@ def test_transient_faults_cost_time_only(
         assert "storage: s3://" in said and ".tar: " in said and "again in" in said
 
 
+def test_flips_in_one_reading_after_another_condemn_no_sample(url: str, fault_proxy: FaultProxy) -> None:
+    index = read_index(url)
+    begin = int(index.table.offset[0])  # where the request for the whole shard begins
+    for sample in (0, 5, 9):
+        fault_proxy.add(Fault("flip", next=1, path="shard-000000", after_bytes=int(index.table.offset[sample]) - begin))
+    reader = ShardReader(index, "skip")
+    samples, good = reader.read(0, 0, SIZES[0])
+    assert [event.kind for event in fault_proxy.log] == 3 * ["flip"]
+    assert good.all() and not reader.quarantined
+    assert samples[:, 0, 0, 0].tolist() == list(range(SIZES[0]))
+
+
 def test_the_index_is_read_through_faults(url: str, fault_proxy: FaultProxy) -> None:
     fault_proxy.add(Fault("status503", next=1, path="index.json"), Fault("reset", next=2), Fault("status500", next=2))
     assert read_index(url).num_samples == sum(SIZES)

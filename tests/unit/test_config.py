@@ -105,6 +105,9 @@ def test_no_override_gives_a_traceback(overrides: list[str]) -> None:
 def test_keys_of_another_engine_are_refused(file: Path) -> None:
     with pytest.raises(ConfigError, match=r"set engine\.kind=fsdp2 or engine\.reshard_after_forward=null"):
         load_config(file, ["engine.reshard_after_forward=false"])
+    with pytest.raises(ConfigError, match=r"set engine\.kind=deepspeed or engine\.zero_stage=null"):
+        load_config(file, ["engine.kind=fsdp2", "engine.zero_stage=3"])
+    assert load_config(file, ["engine.kind=deepspeed", "engine.zero_stage=3"]).engine.zero_stage == 3
     assert load_config(file, ["engine.kind=fsdp2", "engine.reshard_after_forward=false"]).engine.kind == "fsdp2"
 
 

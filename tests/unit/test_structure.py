@@ -41,7 +41,7 @@ FORBIDDEN = {
 }
 ALLOWED = {"ig_dist/parallel/deepspeed.py": ["deepspeed"]}
 # slow to import, or not installed everywhere: never by importing a module of ours
-LAZY = ["diffusers", "huggingface_hub"]
+LAZY = ["diffusers", "huggingface_hub", "deepspeed"]
 
 
 def files(part: str) -> list[Path]:
