@@ -297,8 +297,8 @@ def _chunks(fs: Any, path: str, start: int, into: memoryview, patience: Patience
 def _s3_chunks(fs: Any, path: str, start: int, into: memoryview, patience: Patience) -> Iterator[int]:
     """One streaming GET into memory, in this thread.
 
-    s3fs hands every chunk through the one event loop of the process, joins them, and needs the GIL for each: reader
-    threads of their own with plain sockets read faster and leave the training loop alone (benchmarks/loader.py).
+    s3fs hands every chunk through the one event loop of the process, joins them, and needs the GIL for each; with plain
+    sockets reader threads read side by side, straight into their buffers.
     """
     import botocore.exceptions
     import s3fs.errors
