@@ -153,12 +153,16 @@ def retried(fs: Any, path: str, operation: Callable[[], T], patience: Patience =
     import tenacity
 
     url = full_url(fs, path)
+    failing_since: list[float] = []  # a long operation is not late because it once fails
+
+    def too_late(state: tenacity.RetryCallState) -> bool:
+        failing_since.append(time.monotonic())
+        return patience.stop.is_set() or failing_since[-1] - failing_since[0] >= patience.deadline_s
+
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_is_transient),
         wait=tenacity.wait_exponential_jitter(multiplier=0.1, max=10.0, jitter=0.5),
-        stop=tenacity.stop_any(
-            tenacity.stop_after_delay(patience.deadline_s), tenacity.stop_when_event_set(patience.stop)
-        ),
+        stop=too_late,
         sleep=tenacity.sleep_using_event(patience.stop),
         before_sleep=lambda state: patience.count(
             url,
