@@ -29,8 +29,8 @@ def in_background(function: Callable[[], T]) -> Future[T]:
     return future
 
 
-def meet(work: Future[Any] | None, dist: Dist) -> None:
-    """Return when every rank's work is done, well or not. COLLECTIVE.
+def meet(work: Future[Any] | None, dist: Dist, beat: Callable[[], None] = lambda: None) -> None:
+    """Return when every rank's work is done, well or not; ``beat`` is called while it is not. COLLECTIVE.
 
     The ranks ask each other every half second. One collective at the end would take a rank that is still at work,
     or waits for a storage to come back, for one that hangs.
@@ -43,7 +43,7 @@ def meet(work: Future[Any] | None, dist: Dist) -> None:
         return work.done()
 
     while not all(gather_objects(done(), dist)):
-        pass
+        beat()
 
 
 def at_once(function: Callable[[int], None], count: int, threads: int) -> None:

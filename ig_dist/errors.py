@@ -29,6 +29,12 @@ class DataError(IgDistError):
     exit_code = 4
 
 
+class HangError(IgDistError):
+    """A rank made no progress for longer than it may."""
+
+    exit_code = 5
+
+
 class LostPeerError(IgDistError):
     """Another process of the job ended; its own message says why."""
 

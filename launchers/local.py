@@ -68,7 +68,8 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
     """Wait for all; after the first failure the others get a moment, then they are killed."""
     deadline = float("inf")
-    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
+    # each is asked every time: of a child that is not asked it is not known that it ended
+    while None in [child.poll() for child in children] and time.monotonic() < deadline:
         if deadline == float("inf") and any(child.returncode for child in children):
             deadline = time.monotonic() + GRACE_S  # they may be saving, or about to report the same error
         time.sleep(0.05)
