@@ -9,6 +9,8 @@ class IgDistError(Exception):
     """Base of the errors that end a command with one line instead of a traceback."""
 
     exit_code = 1
+    said = False
+    """Whether the user has been told of it."""
 
 
 class ConfigError(IgDistError):

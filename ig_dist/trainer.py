@@ -116,6 +116,7 @@ def train(config: Config, *, force: bool = False) -> None:
         ledger = Ledger(path, phases, start)
         cleanup.callback(ledger.close)
         phases.last_warm_up = start + 1
+        cleanup.enter_context(lost_peers_explained(dist))  # again: to say so before all this is closed
 
         batches = iter(stream)
         for step in range(start + 1, total + 1):  # step: batches consumed once this one is

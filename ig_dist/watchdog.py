@@ -117,8 +117,10 @@ class _Watchdog:
             seen, last, ticks = now, at, ticks + 1
             limit = self._limits.get(now.phase, self._timeout_s * (1 if self._phases.warm else FIRST_TIMES))
             self._word = _Word(now.entered, now.phase, now.step, idle, limit - idle, ticks)
-            self._asking = idle > limit / 2
-            if self._told or (idle > limit and not self._excused()):
+            self._asking = idle > min(limit, self._timeout_s) / 2
+            # whatever this rank waits for, it will not come from one that does not even answer
+            lost = idle > self._timeout_s and any(self._silent(at) for _, at in self._heard.values())
+            if self._told or lost or (idle > limit and not self._excused()):
                 self._end()
 
     def _talk(self) -> None:

@@ -19,8 +19,16 @@ from torch._C._distributed_c10d import HashStore  # torch.distributed does not n
 from torch.distributed.rendezvous import rendezvous
 
 from ig_dist.errors import ConfigError, HangError, LostPeerError
+from ig_dist.terminal import say
 
 SAME_SIGNAL_S = 1.0
+_PEER_IS_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "remote process exited or there was a network error",  # NCCL
+)
 
 
 @dataclass(frozen=True)
@@ -101,15 +109,20 @@ def ensure_process_group(dist: Dist) -> None:
 
 @contextmanager
 def lost_peers_explained(dist: Dist) -> Iterator[None]:
-    """A collective that fails because another rank is gone is that rank's story: no traceback here."""
+    """A collective that fails because another rank is gone is that rank's story: one line, no traceback.
+
+    The line is said at once: what is closed after it may take longer than a launcher gives the others.
+    """
     try:
         yield
     except RuntimeError as error:  # gloo has no class of its own for it
         if "Timed out waiting" in str(error):
             raise HangError("a collective timed out: a rank hangs; run the same command again to go on") from None
-        if not any(sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer")):
+        if not isinstance(error, torch_dist.DistNetworkError) and not any(sign in str(error) for sign in _PEER_IS_GONE):
             raise
-        raise LostPeerError(f"another of the {dist.world_size} processes ended; its message says why") from None
+        lost = LostPeerError(f"another of the {dist.world_size} processes ended; its message says why")
+        say(lost)
+        raise lost from None
 
 
 def shut_down() -> None:

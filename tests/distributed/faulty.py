@@ -7,12 +7,14 @@
 | ``nan`` | gives a loss that is not a number, for its first sample |
 | ``sleep`` | does not return, in Python |
 | ``read`` | does not return, in a system call without end |
+| ``die`` | kills the process, while the other's threads do not end when they are told to |
 | ``late`` | waits ``FAULT_S`` seconds for its data before |
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -43,6 +45,8 @@ def training_loss(*arguments: Any) -> torch.Tensor:
         losses = losses * torch.tensor([float("nan"), *[1.0] * (losses.shape[1] - 1)])
     elif KIND == "sleep":
         time.sleep(3600)
+    elif KIND == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
     elif KIND == "read":
         os.read(os.pipe()[0], 1)
     return losses
@@ -70,4 +74,6 @@ if __name__ == "__main__":
         sys.exit(launch())
     trainer.training_loss = training_loss
     BatchStream.__iter__ = slow_batches  # type: ignore[method-assign]
+    if KIND == "die":
+        BatchStream.close = lambda self: time.sleep(3600)  # type: ignore[method-assign]
     cli.main()
