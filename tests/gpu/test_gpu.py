@@ -10,7 +10,7 @@ from ig_dist.models.dit import DiT, DiTConfig, initialize
 from ig_dist.parallel.apply import apply_compile, apply_precision
 from ig_dist.rng import Purpose, integers, normal, uniform
 from tests.conftest import run_command
-from tests.distributed.test_training import final_tensors
+from tests.distributed.test_training import final_tensors, metrics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
@@ -53,3 +53,16 @@ def test_resume_is_exact(tiny_config: Callable[..., Path], tmp_path: Path) -> No
     whole, stopped = (final_tensors(tmp_path / "runs" / name) for name in ("whole", "stopped"))
     for key, tensor in whole.items():
         assert torch.equal(tensor, stopped[key]), key
+
+
+def test_a_run_compiles_in_its_first_step_only(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    watched = {"validate_every_steps": 10, "sample_every_steps": 25}  # compiled for themselves, and not counted
+    for engine in ("ddp", "fsdp2"):
+        config = tiny_config(
+            engine, train={"precision": "bf16", "compile": True}, data={"validation_shards": 2}, log=watched
+        )
+        done = run_command(["ig-dist", "train", config, f"engine.kind={engine}"])
+        assert done.returncode == 0, done.stderr
+        lines = [line for line in metrics(tmp_path / "runs" / engine) if "loss" in line]
+        assert [line["recompiles"] for line in lines] == [0] * 50
+        assert all(2**20 < line["peak_memory_bytes"] < 2**34 for line in lines)  # of the GPU, not of the process
