@@ -22,6 +22,7 @@ from ig_dist.terminal import console
 
 IMAGENET_IMAGES, IMAGENET_CLASSES, SD_LATENT = 1_281_167, 1000, (4, 32, 32)
 GIB = 2**30
+ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
 class Memory(NamedTuple):
@@ -70,10 +71,12 @@ def dry_run(config: Config, *, gpus: int, mfu: float, peak_tflops: float) -> Non
         f"{seconds / 86400:.2f} days on {gpus} GPUs at {mfu:.0%} of {peak_tflops:g} TFLOP/s"
         f" ({seconds * gpus / 3600:,.0f} GPU hours)"
     )
-    table = Table("engine", "state GiB", "activations GiB", "on each GPU GiB", title="memory", title_justify="left")
-    for engine in ("ddp", "fsdp2", "zero1", "zero2", "zero3"):
+    columns = ("engine", "state GiB", "activations GiB", "on each GPU GiB", "sent a step GiB")
+    table = Table(*columns, title="memory and communication of each GPU", title_justify="left")
+    for engine in ENGINES:
         memory = memory_per_gpu(engine, model, parameters, config, gpus, micro)
-        table.add_row(engine, *(f"{part / GIB:.2f}" for part in (*memory, memory.total)))
+        sent = communication_bytes(engine, parameters, config, gpus)
+        table.add_row(engine, *(f"{part / GIB:.2f}" for part in (*memory, memory.total, sent)))
     console.print(table)
 
 
@@ -103,6 +106,30 @@ def memory_per_gpu(engine: str, model: DiTConfig, parameters: int, config: Confi
         "zero3": parameters * (kept + 2 * low) // gpus + block,
     }[engine]
     return Memory(state, micro * activation_bytes(model, config.train.precision == "bf16"))
+
+
+def communication_bytes(engine: str, parameters: int, config: Config, gpus: int) -> int:
+    """What each GPU sends in a step (rings: an all-reduce is a reduce-scatter and an all-gather).
+
+    DDP and FSDP2 reduce fp32 gradients once a step, ZeRO in the precision of the forward pass: stage 1 once, 2 and 3
+    after each micro-batch. FSDP2 and ZeRO-3 gather the weights for each micro-batch twice, or once where they are kept.
+
+    Args:
+        engine: ddp, fsdp2, zero1, zero2 or zero3.
+        parameters: number of the model's parameters.
+        config: the run's config.
+        gpus: number of GPUs.
+    """
+    low, micro = 2 if config.train.precision == "bf16" else 4, config.train.accumulation
+    gathers = 2 if config.engine.reshard_after_forward else 1
+    per_parameter = {
+        "ddp": 4 + 4,
+        "fsdp2": 4 + low * gathers * micro,
+        "zero1": low + low,
+        "zero2": low * micro + low,
+        "zero3": low * micro + 2 * low * micro,
+    }[engine]
+    return parameters * per_parameter * (gpus - 1) // gpus
 
 
 def activation_bytes(model: DiTConfig, bf16: bool) -> int:
