@@ -6,8 +6,8 @@
 The first table is computed with the formulae of `ig-dist train CONFIG --dry-run`. The second simulates whole runs:
 failures come at random (exponential) at rates that were measured on large clusters and published (Kokolis et al.,
 "Revisiting Reliability in Large-Scale Machine Learning Research Clusters", arXiv 2410.21680: mean time to failure 47.7
-days of jobs on 8 GPUs, 7.9 hours on 1,024). Each costs the steps since the newest whole checkpoint and a restart; each save
-costs a stall.
+days of jobs on 8 GPUs, 7.9 hours on 1,024). Each costs the steps since the newest whole checkpoint and a restart; each
+save costs a stall.
 """
 
 from __future__ import annotations
