@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as torch_dist
@@ -129,46 +129,52 @@ def sum_over_ranks(values: Tensor, dist: Dist) -> Tensor:
     return values
 
 
+class Votes(NamedTuple):
+    """What some rank says, whichever it is."""
+
+    stop: bool
+    """It was asked to stop."""
+    lacks: bool
+    """It does not have what comes next."""
+    failed: bool
+    """It will not have it."""
+
+
 class StopFlag:
     """SIGTERM and SIGUSR2 ask the run to stop; all ranks agree on the step at which they do.
 
-    The handler only sets a flag. The agreement is an all-reduce that runs beside the step and is read one step
-    later, so that nobody waits for it. A second SIGTERM ends the process at once; one that follows within a moment is
-    the first one again: ``timeout``, systemd and scancel signal the launcher and its ranks, and the launcher passes on.
+    The handler only sets a flag. A second SIGTERM ends the process at once; one that follows within a moment is the
+    first one again: ``timeout``, systemd and scancel signal the launcher and its ranks, and the launcher passes on.
     """
 
     def __init__(self, dist: Dist) -> None:
         self._dist = dist
-        self._asked = torch.zeros((), dtype=torch.int32)
+        self.asked = False
+        """Whether this process was asked to stop."""
         self._asked_at = 0.0
-        self._pending: tuple[torch_dist.Work, Tensor] | None = None
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._asked:
+        if not self.asked:
             self._asked_at = time.monotonic()
         elif number == signal.SIGTERM and time.monotonic() - self._asked_at > SAME_SIGNAL_S:
             os._exit(128 + number)
-        self._asked.fill_(1)
+        self.asked = True
 
-    def agreed(self, *, final: bool) -> bool:
-        """Whether all ranks stop now. COLLECTIVE: call once a step on every rank.
+    def vote(self, *, lacks: bool, failed: bool) -> Callable[[], Votes]:
+        """Begin to ask all ranks; the call of what is returned waits for the answer. COLLECTIVE.
 
-        Args:
-            final: this is the run's last step; nothing is left under way.
+        The all-reduce runs beside what comes between the two.
         """
-        if self._dist.world_size == 1:
-            return bool(self._asked)
-        stop = False
-        if self._pending is not None:
-            work, asked = self._pending
-            work.wait()
-            stop = bool(asked)
-        self._pending = None
-        if not (stop or final):
-            asked = self._asked.clone()
-            work = torch_dist.all_reduce(asked, op=torch_dist.ReduceOp.MAX, async_op=True)
-            assert work is not None
-            self._pending = work, asked
-        return stop
+        votes = torch.tensor([self.asked, lacks, failed], dtype=torch.int32)
+        work = (
+            torch_dist.all_reduce(votes, torch_dist.ReduceOp.MAX, async_op=True) if self._dist.world_size > 1 else None
+        )
+
+        def answer() -> Votes:
+            if work is not None:
+                work.wait()
+            return Votes(*map(bool, votes.tolist()))
+
+        return answer

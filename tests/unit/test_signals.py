@@ -13,7 +13,7 @@ flag = StopFlag(ALONE)
 for pause in {pauses}:
     time.sleep(pause)
     os.kill(os.getpid(), signal.{name})
-print("asked", flag.agreed(final=False), flush=True)
+print("asked", flag.asked, flush=True)
 """
 
 
