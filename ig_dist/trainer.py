@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ig_dist.background import Awaited
 from ig_dist.beginning import checkpoint_store, find_checkpoint, load_weights
 from ig_dist.checkpoint import Checkpoint, Piece
 from ig_dist.config import Config
@@ -33,6 +32,7 @@ from ig_dist.models.presets import forward_flops
 from ig_dist.monitor import grid_tokenizer, sample_grid, validate
 from ig_dist.objective import open_reader, training_loss
 from ig_dist.optim import learning_rate
+from ig_dist.parallel.agreement import Awaited
 from ig_dist.parallel.build import build_engine, check_engine
 from ig_dist.parallel.dist import (
     Dist,
