@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -23,6 +23,22 @@ def in_background(function: Callable[[], T]) -> Future[T]:
 
     threading.Thread(target=run, daemon=True).start()
     return future
+
+
+def in_turn(calls: Iterable[Callable[[], T]]) -> Callable[[float], T | None]:
+    """Calls one after another in the background: asked again and again, gives the next result or, in time, None."""
+    left = iter(calls)
+    under_way: Future[T] | None = None
+
+    def get(timeout_s: float) -> T | None:
+        nonlocal under_way
+        under_way = under_way or in_background(next(left))
+        if not concurrent.futures.wait([under_way], timeout=timeout_s).done:
+            return None
+        done, under_way = under_way, None
+        return done.result()
+
+    return get
 
 
 def at_once(function: Callable[[int], None], count: int, threads: int) -> None:

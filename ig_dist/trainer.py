@@ -91,7 +91,7 @@ def train(config: Config, *, force: bool = False) -> None:
             store.abort_orphans()
         saver = Saver(store, dist)
         cleanup.callback(saver.close)
-        stop_flag = StopFlag(dist)
+        stop_flag = StopFlag()
         if dist.is_main:
             console.print(f"{count_parameters(model):,} parameters on {dist.world_size} x {dist.device.type}")
         engine = build_engine(model, config, checkpoint, dist)
@@ -132,7 +132,7 @@ def train(config: Config, *, force: bool = False) -> None:
                     saves = {"checkpoint_write_s": saver.write_s, "failed_saves": saver.failed_saves}
                     run_log.write({"step": step, **measured, **saves, "lr": lr})
                 if _due(step, config.log.validate_every_steps, last):
-                    run_log.add(step, validate(model, ema, index, config, dist))
+                    run_log.add(step, validate(model, ema, index, config, stream.reader, dist, stop_flag))
                     meter.pause()
                 if _due(step, config.log.sample_every_steps, last):
                     run_log.add_picture(step, sample_grid(model, ema, index, config, dist.device))
@@ -145,7 +145,7 @@ def train(config: Config, *, force: bool = False) -> None:
             saver.wait()
         except Ending as ending:
             if done > saved:
-                save(done)
+                save(done, exported=done == total)
             _end(ending, saver, done, total)
 
 

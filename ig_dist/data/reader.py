@@ -109,6 +109,16 @@ class ShardReader:
                 self._quarantine(shard, wanted[i])
         return rows, good
 
+    def read_ids(self, start: int, stop: int) -> tuple[Samples, NDArray[np.bool_]]:
+        """Samples of consecutive ids, ``start`` to ``stop`` (exclusive), of one shard or several; as ``read``."""
+        rows, good = np.empty((stop - start, *self._shape), self._dtype), np.empty(stop - start, dtype=bool)
+        for shard in range(len(self._index.shard_sizes)):
+            first, after = max(start, int(self._first_id[shard])), min(stop, int(self._first_id[shard + 1]))
+            if first < after:
+                places, begin = np.arange(first - start, after - start), int(self._first_id[shard])
+                good[places] = self.read(shard, first - begin, after - begin, out=rows, places=places)[1]
+        return rows, good
+
     def _parts(self, shard: int, start: int, stop: int) -> Iterator[range]:
         """The samples that are read at once: exactly those asked for, or whole blocks where the cache keeps them."""
         if not (self._cache and self._cache.holds(shard)):

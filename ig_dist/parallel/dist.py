@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
@@ -129,26 +129,30 @@ def sum_over_ranks(values: Tensor, dist: Dist) -> Tensor:
     return values
 
 
-class Votes(NamedTuple):
-    """What some rank says, whichever it is."""
+def begin_any(flags: Sequence[bool], dist: Dist) -> Callable[[], list[bool]]:
+    """Begin to ask whether some rank has each flag set; the call of what is returned waits for the answer. COLLECTIVE.
 
-    stop: bool
-    """It was asked to stop."""
-    lacks: bool
-    """It does not have what comes next."""
-    failed: bool
-    """It will not have it."""
+    The all-reduce runs beside what comes between the two.
+    """
+    found = torch.tensor(flags, dtype=torch.int32)
+    work = torch_dist.all_reduce(found, torch_dist.ReduceOp.MAX, async_op=True) if dist.world_size > 1 else None
+
+    def answer() -> list[bool]:
+        if work is not None:
+            work.wait()
+        return list(map(bool, found.tolist()))
+
+    return answer
 
 
 class StopFlag:
-    """SIGTERM and SIGUSR2 ask the run to stop; all ranks agree on the step at which they do.
+    """SIGTERM and SIGUSR2 ask the run to stop: this process knows of it, and its ranks agree on when.
 
     The handler only sets a flag. A second SIGTERM ends the process at once; one that follows within a moment is the
     first one again: ``timeout``, systemd and scancel signal the launcher and its ranks, and the launcher passes on.
     """
 
-    def __init__(self, dist: Dist) -> None:
-        self._dist = dist
+    def __init__(self) -> None:
         self.asked = False
         """Whether this process was asked to stop."""
         self._asked_at = 0.0
@@ -161,20 +165,3 @@ class StopFlag:
         elif number == signal.SIGTERM and time.monotonic() - self._asked_at > SAME_SIGNAL_S:
             os._exit(128 + number)
         self.asked = True
-
-    def vote(self, *, lacks: bool, failed: bool) -> Callable[[], Votes]:
-        """Begin to ask all ranks; the call of what is returned waits for the answer. COLLECTIVE.
-
-        The all-reduce runs beside what comes between the two.
-        """
-        votes = torch.tensor([self.asked, lacks, failed], dtype=torch.int32)
-        work = (
-            torch_dist.all_reduce(votes, torch_dist.ReduceOp.MAX, async_op=True) if self._dist.world_size > 1 else None
-        )
-
-        def answer() -> Votes:
-            if work is not None:
-                work.wait()
-            return Votes(*map(bool, votes.tolist()))
-
-        return answer

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from ig_dist.data.index import read_index
 from ig_dist.storage import open_url, write_whole
 from tests.conftest import ROOT
 from tests.fault_proxy import Fault, FaultProxy
@@ -160,3 +161,21 @@ def test_an_outage_beyond_the_deadline_saves_before_it_ends_the_run(
     ends = end(ranks)
     assert [code for code, _, _ in ends] == [75] * len(ranks), ends
     assert f"resume at step {done} of" in ends[0][1]
+
+
+def test_a_stop_while_validation_waits_for_the_storage(
+    tiny_config: Write, tmp_path: Path, url: str, object_store: ObjectStore, fault_proxy: FaultProxy
+) -> None:
+    run = tmp_path / "runs" / "outage"
+    held_out = read_index(url).info.shards[-1].name
+    settings = {"index": url, "validation_shards": 1, "stall_s": 100}
+    log = {"validate_every_steps": 15}
+    config = tiny_config("outage", train={"steps": 100}, data=settings, checkpoint={"every_steps": 100}, log=log)
+    ranks = start(config, [object_store.endpoint, fault_proxy.endpoint])
+    fault_proxy.add(Fault("hang", path=held_out))
+    wait_until(lambda: len(fault_proxy.log) > 0, ranks)
+    time.sleep(1.0)
+    ranks[0].send_signal(signal.SIGTERM)
+    ends = end(ranks)
+    assert [code for code, _, _ in ends] == [75, 75], ends
+    assert steps(run) == 15 and saved(run) == [15]
