@@ -24,10 +24,11 @@ import safetensors
 import torch
 from torch import Tensor
 
-from ig_dist.background import in_background, meet
+from ig_dist.background import in_background
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.manifest import MANIFEST as MANIFEST
 from ig_dist.manifest import check_pieces, folder_name, inspect
+from ig_dist.parallel.agreement import meet
 from ig_dist.parallel.dist import Dist, from_main
 from ig_dist.snapshot import DTYPE_NAMES, DTYPES, SMALL_BYTES
 from ig_dist.snapshot import Piece as Piece

@@ -122,7 +122,7 @@ class DataConfig(_Group):
     window_bytes: Positive = 16 * 2**30
     """Bound on the memory of all windows of one node, in bytes."""
     workers: NonNegative = 2
-    """Background reader threads per process; 0 reads in the training loop. The order does not depend on it."""
+    """Reader threads per process; 0: the thread that assembles batches reads too. The order does not depend on it."""
     on_corrupt: Literal["fail", "skip"] = "fail"
     """A damaged sample ends the run, or is replaced by the next good one of its window and counted."""
     validation_shards: NonNegative = 0

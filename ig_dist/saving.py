@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ig_dist.background import in_background, meet
+from ig_dist.background import in_background
 from ig_dist.checkpoint import Checkpoint, CheckpointStore, Piece
 from ig_dist.errors import DataError, IgDistError
 from ig_dist.manifest import MANIFEST, folder_name, make_manifest
+from ig_dist.parallel.agreement import meet
 from ig_dist.parallel.dist import Dist, from_main
 from ig_dist.snapshot import Snapshot, described
 from ig_dist.storage import Patience, is_local, list_sizes, read_file, write_whole
