@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ig_dist.parallel.dist import Dist, gather_objects
+from ig_dist.storage import Patience
+
+if TYPE_CHECKING:
+    from ig_dist.parallel.dist import Dist
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 MEET_S = 0.5  # far below any train.timeout_s
 
@@ -35,6 +39,7 @@ def meet(work: Future[Any] | None, dist: Dist) -> None:
     The ranks ask each other every half second. One collective at the end would take a rank that is still at work,
     or waits for a storage to come back, for one that hangs.
     """
+    from ig_dist.parallel.dist import gather_objects  # torch, which the commands for shards do without
 
     def done() -> bool:
         if work is None:
@@ -65,3 +70,27 @@ def at_once(function: Callable[[int], None], count: int, threads: int) -> None:
     concurrent.futures.wait(workers)
     for worker in workers:
         worker.result()
+
+
+def in_parallel(work: Callable[[T], R], items: Sequence[T], threads: int, patience: Patience) -> list[R]:
+    """``work`` on each item, by some threads; results in the order of the items.
+
+    The first error, or a signal, ends it at once: what the threads have begun has no further tries, and nobody waits
+    for it.
+    """
+    numbers, results = iter(range(len(items))), dict[int, R]()  # taking the next number is atomic
+
+    def run() -> None:
+        for number in numbers:
+            if patience.stop.is_set():
+                return
+            results[number] = work(items[number])
+
+    workers = [in_background(run) for _ in range(min(threads, len(items)))]
+    try:
+        for worker in concurrent.futures.wait(workers, return_when=FIRST_EXCEPTION).done:
+            worker.result()
+        return [results[number] for number in range(len(items))]
+    except BaseException:
+        patience.stop.set()
+        raise

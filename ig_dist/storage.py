@@ -250,12 +250,19 @@ def write_whole(fs: Any, path: str, data: bytes | memoryview, patience: Patience
         finally:
             temporary.unlink(missing_ok=True)
         return
-    fs = once(fs)
-    options = request_timeout(fs, len(data), patience)
-    if "s3" in fs.protocol:
-        digest = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
-        options |= {"chunksize": _SINGLE_PUT_BYTES, "ContentMD5": digest}  # the store refuses what changed on the way
+    fs, options = once(fs), upload_options(fs, data, patience)
     retried(fs, path, lambda: fs.pipe_file(path, data, **options), patience)
+
+
+def upload_options(fs: Any, data: bytes | memoryview, patience: Patience) -> dict[str, Any]:
+    """For ``pipe_file``: one request, with a bound on its time; the store refuses what changed on the way."""
+    s3 = {"chunksize": _SINGLE_PUT_BYTES, "ContentMD5": md5(data)} if "s3" in fs.protocol else {}
+    return request_timeout(fs, len(data), patience) | s3
+
+
+def md5(data: bytes | memoryview) -> str:
+    """The hash that S3 holds an upload against."""
+    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
 
 
 def abort_orphaned_uploads(fs: Any, path: str, patience: Patience = PATIENCE) -> int:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ig_dist.data.shards import SampleRow
 from ig_dist.errors import ConfigError
-from ig_dist.storage import full_url, list_sizes, open_url, read_file, write_whole
+from ig_dist.storage import PATIENCE, Patience, full_url, list_sizes, open_url, read_file, write_whole
 
 FORMAT = "ig-dist-index/1"
 TABLE_NAME = "index.samples.safetensors"
@@ -163,13 +163,13 @@ class ShardIndex:
         return [shard.samples for shard in self.info.shards]
 
 
-def write_index(folder: str, info: dict[str, Any], table: SampleTable) -> None:
+def write_index(folder: str, info: dict[str, Any], table: SampleTable, patience: Patience = PATIENCE) -> None:
     """Write the side file, then ``index.json`` (last: what has no index does not exist)."""
-    fs, path = open_url(folder, "--dest")
+    fs, path = open_url(folder, "--dest", patience)
     packed = safetensors.numpy.save({name: column for name, column in vars(table).items() if column is not None})
     file = IndexFile(format=FORMAT, table_sha256=hashlib.sha256(packed).hexdigest(), **info)
-    write_whole(fs, f"{path}/{TABLE_NAME}", packed)
-    write_whole(fs, f"{path}/index.json", (json.dumps(file.model_dump(), indent=1) + "\n").encode())
+    write_whole(fs, f"{path}/{TABLE_NAME}", packed, patience)
+    write_whole(fs, f"{path}/index.json", (json.dumps(file.model_dump(), indent=1) + "\n").encode(), patience)
 
 
 def read_index(url: str) -> ShardIndex:
