@@ -90,6 +90,8 @@ def main(
     if not 0 <= max_rejected <= 1:
         raise ConfigError(f"--max-rejected {max_rejected:g} is not a fraction: use 0 to 1")
     refuse_missing(source)
+    patience = Patience()
+    folder = Dest(dest, patience)
     me = this_worker(worker)
     device = prepare.choose_device(me)
     arithmetic = prepare.choose_precision(precision, tokenizer, device)
@@ -97,8 +99,6 @@ def main(
     size = prepare.choose_image_size(source, image_size, encoder)
     what = prepare.choose_store(store, encoder)
     prepare.refuse_dest_in_source(source, dest)
-    patience = Patience()
-    folder = Dest(dest, patience)
     existing = existing_settings(folder)
 
     found = find_source(source, spool, patience)

@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ig_dist.storage import Patience
-
 if TYPE_CHECKING:
     from ig_dist.parallel.dist import Dist
+    from ig_dist.storage import Patience
 
 T = TypeVar("T")
 R = TypeVar("R")

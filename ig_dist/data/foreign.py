@@ -13,13 +13,12 @@ from ig_dist.data.shard_files import (
     ShardContent,
     ShardFile,
     read_shard,
-    unreadable,
 )
 from ig_dist.data.shards import locate_array, split_name
 from ig_dist.data.tar import DamagedTar, read_tar
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.progress import progress
-from ig_dist.storage import Patience, full_url
+from ig_dist.storage import Patience, full_url, unreadable
 
 if TYPE_CHECKING:
     from ig_dist.latents.tokenizers import Tokenizer

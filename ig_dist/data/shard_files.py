@@ -14,8 +14,8 @@ from ig_dist.data.index import KeyInfo, LatentInfo
 from ig_dist.data.shards import SampleRow, scan_shard
 from ig_dist.data.statistics import ChannelSums
 from ig_dist.data.tar import DamagedTar
-from ig_dist.errors import ConfigError, DataError
-from ig_dist.storage import REQUEST_BYTES, Patience, full_url, list_sizes, open_url, read_range
+from ig_dist.errors import ConfigError
+from ig_dist.storage import REQUEST_BYTES, Patience, full_url, list_sizes, open_url, read_range, unreadable
 
 
 class ShardFile:
@@ -176,12 +176,3 @@ def _literal(path: str) -> str:
 
 def _glob(fs: Any, pattern: str) -> list[str]:
     return [str(file) for file in fs.glob(pattern)]
-
-
-def unreadable(fs: Any, path: str, error: OSError) -> DataError:
-    """What is said of a file that the machine itself cannot read."""
-    gone = isinstance(error, FileNotFoundError)
-    words = error.strerror or " ".join(str(error).split())
-    return DataError(
-        f"{full_url(fs, path)} {'is gone' if gone else f'cannot be read ({words})'}: restore it and run again"
-    )

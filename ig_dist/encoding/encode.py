@@ -132,8 +132,8 @@ def _make_missing(job: Job, ledger: Ledger, order: list[int]) -> None:
                 writing.result()
     except BaseException:
         # also of a signal: a storage that works gets the last shard, one that fails holds nobody up
-        job.dest.patience.stop.set()
         wait([writing] if writing else [], timeout=STOP_S)
+        job.dest.patience.stop.set()
         raise
 
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ig_dist.data.shards import SampleRow
 from ig_dist.encoding.settings import Settings, shard_name
 from ig_dist.errors import ConfigError, DataError, IgDistError
-from ig_dist.storage import Patience, is_local, list_sizes, open_url, read_file, write_whole
+from ig_dist.storage import Patience, is_local, list_sizes, open_url, read_file, unreadable, write_whole
 from ig_dist.writes import create_file
 
 PARTS = "parts"
@@ -124,7 +124,7 @@ class Dest:
         except (FileNotFoundError, ValidationError):
             return None
         except OSError as error:
-            raise DataError(f"{self.url}/{name} cannot be read ({_reason(error)}): mend that, and run again") from None
+            raise unreadable(self.fs, f"{self.path}/{name}", error) from None
 
     def make(self) -> None:
         """Make the folder.

@@ -19,10 +19,10 @@ from rich.filesize import decimal
 from rich.progress import Progress
 
 from ig_dist.data.sources.folders import find_kaggle, folder_source, kaggle_source
-from ig_dist.data.sources.source import NO_FILE, Found, Source, digits, file_size, source_name
+from ig_dist.data.sources.source import Found, Source, digits, source_name
 from ig_dist.data.sources.spool import Copy, SourceFile, copy_tar, file_version, spool, spool_folder
 from ig_dist.errors import ConfigError
-from ig_dist.storage import PATIENCE, Patience, is_local, open_url
+from ig_dist.storage import PATIENCE, Patience, is_file, is_local, open_url, refuse_credentials
 from ig_dist.terminal import console, is_main_process
 
 __all__ = ["Found", "Source", "find_source", "refuse_missing"]
@@ -63,16 +63,18 @@ def find_source(src: str, spool_base: str | None = None, patience: Patience = PA
         return _file_source(src, files, spool_base, patience)
     if path.is_file():
         raise ConfigError(f"--source {src!r} is a file, no .tar or .parquet: use {FORMS}")
-    raise ConfigError(f"--source {src}: no .tar or .parquet files there; use {FORMS}")
+    denied = " (or not for you: ~/.netrc has passwords)" if src.startswith("http") else ""
+    raise ConfigError(f"--source {src}: no .tar or .parquet files there{denied}; use {FORMS}")
 
 
 def refuse_missing(src: str) -> None:
-    """Say at once that a local path is not there.
+    """Say at once that a local path is not there, or that a URL holds credentials.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: so it is.
     """
     pattern = "://" in src or glob.has_magic(src) or "{" in src
+    refuse_credentials(src, "--source")
     if src != "digits" and not pattern and not Path(src).exists():
         raise ConfigError(f"--source {src!r} does not exist: use {FORMS}")
 
@@ -160,17 +162,20 @@ def _listed_files(src: str, patience: Patience) -> list[SourceFile]:
     """The tars or parquet files that SRC names: one, a URL's, a glob's or a brace range's, in sorted order."""
     import braceexpand
 
-    fs, _ = open_url(src, "--source", patience)
+    fs, _ = open_url(src, "--source", patience, web=True)
+    web = "http" in fs.protocol
     try:
         patterns = list(braceexpand.braceexpand(src, escape=False))
     except ValueError:  # a brace that is only a letter
         patterns = [src]
     entries: list[dict[str, Any]] = []
     for pattern in patterns:
-        path = open_url(pattern, "--source")[1]
+        path = open_url(pattern, "--source", patience, web=True)[1]
         try:
             if glob.has_magic(path):
                 entries += fs.glob(path, detail=True).values()
+            elif web:  # looking for a folder would read the file
+                entries.append(fs.info(path))
             else:
                 entries += fs.ls(path, detail=True) if fs.isdir(path) else [fs.info(path)]
         except FileNotFoundError:
@@ -184,11 +189,11 @@ def _chosen(src: str, fs: Any, entries: Sequence[dict[str, Any]]) -> list[Source
     """The tars or parquet files among fsspec's entries; of several splits the one called train."""
     found: dict[str, SourceFile] = {}
     for entry in entries:
-        path, size = entry["name"], entry["size"] if entry["type"] == "file" else NO_FILE
-        if size == NO_FILE and is_local(fs):  # the hub's cache is a folder of links
-            size = file_size(path)
-        if size != NO_FILE and path.endswith(_SUFFIXES):
-            found[path] = SourceFile(fs, path, PurePosixPath(path).name, int(size), file_version(entry))
+        path = entry["name"]
+        if path.endswith(_SUFFIXES) and is_file(entry):  # or a link: the hub's cache is a folder of them
+            if entry["size"] is None:
+                raise ConfigError(f"--source {path}: the server does not tell its size: download it and use the copy")
+            found[path] = SourceFile(fs, path, PurePosixPath(path).name, int(entry["size"]), file_version(entry))
     files = [found[path] for path in sorted(found)]
     if {PurePosixPath(file.name).suffix for file in files} == set(_SUFFIXES):
         raise ConfigError(f"--source {src} holds both .tar and .parquet files: name one kind (e.g. '{src}/*.tar')")

@@ -12,9 +12,9 @@ from typing import Any
 
 from ig_dist.data.sources.spool import SourceFile, SourceReader
 from ig_dist.data.sources.tars import LABEL, PICTURES
-from ig_dist.errors import ConfigError, DataError
+from ig_dist.errors import ConfigError
 from ig_dist.progress import Advance
-from ig_dist.storage import Patience, full_url
+from ig_dist.storage import Patience, unreadable
 
 _ROWS = 256  # read at a time
 
@@ -107,5 +107,4 @@ def _opened(file: SourceFile, patience: Patience, advance: Advance | None = None
     except pyarrow.ArrowInvalid as error:
         raise ConfigError(f"--source: {file.name} is not a readable parquet file ({error}): fetch it again") from None
     except OSError as error:
-        words = error.strerror or " ".join(str(error).split())
-        raise DataError(f"{full_url(file.fs, file.path)} cannot be read ({words}): mend that, and run again") from None
+        raise unreadable(file.fs, file.path, error) from None
