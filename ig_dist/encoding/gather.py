@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
+from zlib_ng import zlib_ng
 
 from ig_dist.background import in_parallel
 from ig_dist.data.index import LatentInfo, SampleTable, write_index
@@ -118,7 +118,7 @@ def _is_sound(dest: Dest, shape: tuple[int, int, int], sizes: dict[str, int], re
 
 
 def _crc(dest: Dest, name: str, row: SampleRow, count: int) -> int:
-    return zlib.crc32(read_range(dest.fs, f"{dest.path}/{name}", row.offset, row.offset + count, dest.patience))
+    return zlib_ng.crc32(read_range(dest.fs, f"{dest.path}/{name}", row.offset, row.offset + count, dest.patience))
 
 
 def _index(
