@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from ig_dist.storage import Patience
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 def in_background(function: Callable[[], T]) -> Future[T]:
@@ -60,3 +64,27 @@ def at_once(function: Callable[[int], None], count: int, threads: int) -> None:
     concurrent.futures.wait(workers)
     for worker in workers:
         worker.result()
+
+
+def in_parallel(work: Callable[[T], R], items: Sequence[T], threads: int, patience: Patience) -> list[R]:
+    """``work`` on each item, by some threads; results in the order of the items.
+
+    The first error, or a signal, ends it at once: what the threads have begun has no further tries, and nobody waits
+    for it.
+    """
+    numbers, results = iter(range(len(items))), dict[int, R]()  # taking the next number is atomic
+
+    def run() -> None:
+        for number in numbers:
+            if patience.stop.is_set():
+                return
+            results[number] = work(items[number])
+
+    workers = [in_background(run) for _ in range(min(threads, len(items)))]
+    try:
+        for worker in concurrent.futures.wait(workers, return_when=FIRST_EXCEPTION).done:
+            worker.result()
+        return [results[number] for number in range(len(items))]
+    except BaseException:
+        patience.stop.set()
+        raise

@@ -11,7 +11,9 @@ from __future__ import annotations
 import errno
 import mmap
 import threading
+import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from ig_dist.errors import ConfigError
 from ig_dist.storage import LOCAL, write_whole
 from ig_dist.terminal import console
 
+_LEFT_S = 3600.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -51,6 +54,10 @@ class BlockCache:
         finally:
             for probe in self._folder.glob("*.probe"):
                 probe.unlink(missing_ok=True)
+            for left in self._folder.glob("*.tmp"):  # of killed processes: writing a block takes no time
+                with suppress(OSError):
+                    if time.time() - left.stat().st_mtime > _LEFT_S:
+                        left.unlink()
         # offsets and names are known: a shard's last byte counts, its tar padding does too
         self._kept = int(np.searchsorted(np.cumsum([shard.bytes for shard in index.info.shards]), cap, side="right"))
 

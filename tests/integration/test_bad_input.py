@@ -119,6 +119,11 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "a run without a checkpoint": (["sample", "FRESH"], ["has no checkpoint", "ig-dist train"]),
     "report of no run": (["report", "nowhere"], ["nowhere"]),
     "checkpoints of an unknown protocol": (["train", GOOD, "checkpoint.url=s4://b/x"], ["checkpoint.url", "s4"]),
+    "a password in a URL": (
+        ["train", GOOD, "checkpoint.url=https://me:hun" + "ter2@host/x"],
+        ["checkpoint.url https://***@host/x: no credentials in a URL", "~/.netrc"],
+    ),
+    "checkpoints over http": (["train", GOOD, "checkpoint.url=https://host/x"], ["checkpoint.url", "http", "s3://"]),
     "samples of an unknown protocol": (["sample", "RUN", "sample.url=s4://b/x"], ["sample.url", "s4"]),
     "fork beyond the end": (
         ["train", GOOD, "run.fork_from=RUN", "train.steps=2"],
