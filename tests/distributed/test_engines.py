@@ -19,8 +19,10 @@ import pytest
 import torch
 import yaml
 
+from ig_dist.beginning import checkpoint_store, find_checkpoint
 from ig_dist.checkpoint import CheckpointStore
 from ig_dist.config_file import load_config
+from ig_dist.data.index import read_index
 from ig_dist.errors import ConfigError
 from ig_dist.export import ALONE
 from ig_dist.parallel.build import check_engine
@@ -100,6 +102,67 @@ def two(folder: Path) -> Path:
             jobs.append({**run(folder, f"{name}-blown", *engine, *BLOWN), "blows_up": True})
     launch(jobs, 2, folder)
     return folder
+
+
+MUON_STEPS = 30
+MUON = ["optimizer.kind=muon", "optimizer.lr=0.02", f"train.steps={MUON_STEPS}"]
+
+
+@pytest.fixture(scope="module")
+def muon(folder: Path) -> Path:
+    """Muon on one process and on two, gone on with from the middle, and blown up."""
+    launch([run(folder, "muon-one", *MUON)], 1, folder)
+    jobs = []
+    for name in ("ddp", "fsdp2"):
+        engine = [*MUON, *ENGINES[name]]
+        jobs.append(run(folder, f"{name}-muon", *engine))
+        jobs.append(run(folder, f"{name}-muon-restarted", *engine, f"run.fork_from={folder / name}-muon@{SAVED}"))
+        jobs.append({**run(folder, f"{name}-muon-blown", *engine, *BLOWN), "blows_up": True})
+    for source, target in (("ddp", "fsdp2"), ("fsdp2", "ddp")):
+        whole = [*MUON, *ENGINES[target], f"run.fork_from={folder / source}-muon@{SAVED}"]
+        store = {
+            "source": str(folder / f"{source}-muon/checkpoints"),
+            "dest": str(folder / f"{source}-{target}-muon/checkpoints"),
+        }
+        jobs.append({**run(folder, f"{source}-{target}-muon", *whole), **store, "step": SAVED})
+    launch(jobs, 2, folder)
+    return folder
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_muon_of_two_processes_follows_muon_of_one(muon: Path, engine: str) -> None:
+    assert_curve(muon / f"{engine}-muon", muon / "muon-one", rel=1e-5)
+    lines = metrics(muon / "muon-one")
+    assert len(lines) == MUON_STEPS and lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+    groups = [name.split("/")[0] for name in saved(muon / f"{engine}-muon", MUON_STEPS)]
+    assert 0 < groups.count("exp_avg_sq") < groups.count("exp_avg")  # matrices have one moment
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_restart_of_muon_is_exact(muon: Path, engine: str) -> None:
+    assert_equal(saved(muon / f"{engine}-muon-restarted", MUON_STEPS), saved(muon / f"{engine}-muon", MUON_STEPS))
+
+
+@pytest.mark.parametrize(("source", "target"), [("ddp", "fsdp2"), ("fsdp2", "ddp")])
+def test_a_checkpoint_of_muon_is_loaded_under_the_other_engine(muon: Path, source: str, target: str) -> None:
+    assert_equal(saved(muon / f"{source}-{target}-muon", SAVED), saved(muon / f"{source}-muon", SAVED))
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_muon_skips_a_non_finite_step(muon: Path, engine: str) -> None:
+    steps = CheckpointStore(str(muon / f"{engine}-muon-blown" / "checkpoints")).steps()
+    first = next(line["step"] for line in metrics(muon / f"{engine}-muon-blown") if line["nonfinite_steps"])
+    assert steps[-1] > first
+    assert_equal(saved(muon / f"{engine}-muon-blown", steps[-1]), saved(muon / f"{engine}-muon-blown", first - 1))
+
+
+def test_the_state_of_another_optimizer_is_refused(muon: Path) -> None:
+    job = run(muon, "other", f"run.fork_from={muon / 'muon-one'}@{SAVED}")
+    config = load_config(job["config"], job["overrides"])
+    index = read_index(config.data.index)
+    config = config.with_data(index.info.latent.shape, len(index.info.classes))
+    with pytest.raises(ConfigError, match=r"has the state of optimizer\.kind=muon, this config has adamw: use that"):
+        find_checkpoint(checkpoint_store(config), config, index, ALONE)
 
 
 def saved(run: Path, step: int) -> dict[str, torch.Tensor]:
