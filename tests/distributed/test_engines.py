@@ -27,6 +27,7 @@ from ig_dist.errors import ConfigError
 from ig_dist.export import ALONE
 from ig_dist.parallel.build import check_engine
 from tests.conftest import ROOT, TINY, run_command
+from tests.distributed.kills import carry_out, kills
 from tests.distributed.test_training import local, metrics
 
 ENGINES = {
@@ -40,32 +41,42 @@ STEPS, SAVED = 50, 20
 Job = dict[str, Any]
 
 
-def launch(jobs: Sequence[Job], processes: int, folder: Path) -> None:
-    """Do the jobs on new processes."""
-    file = folder / f"jobs{processes}_{len(list(folder.glob('jobs*')))}.json"
+def start(jobs: Sequence[Job], processes: int, file: Path) -> list[subprocess.Popen[bytes]]:
+    """Begin to do the jobs on new processes, which write what they say beside ``file``."""
     file.write_text(json.dumps(jobs))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
     shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.engine_worker", str(file)],
-            cwd=ROOT,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
+    ranks = []
+    for rank in range(processes):
+        with log_of(file, rank).open("wb") as log:
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.distributed.engine_worker", str(file)],
+                    cwd=ROOT,
+                    env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    return ranks
+
+
+def log_of(file: Path, rank: int) -> Path:
+    return file.with_suffix(f".{rank}.log")
+
+
+def launch(jobs: Sequence[Job], processes: int, folder: Path) -> None:
+    """Do the jobs on new processes."""
+    file = folder / f"{Path(jobs[0]['overrides'][0]).name}_{processes}.json"  # the first one's run.dir
+    ranks = start(jobs, processes, file)
     try:
-        outputs = [rank.communicate(timeout=500)[0] for rank in ranks]
+        failed = [rank for rank, process in enumerate(ranks) if process.wait(500)]
     finally:
-        for rank in ranks:
-            rank.kill()
-    assert not any(rank.returncode for rank in ranks), "\n".join(output[-3000:] for output in outputs)
-    file.with_suffix(".log").write_text("\n".join(outputs))
+        for process in ranks:
+            process.kill()
+    assert not failed, "\n".join(log_of(file, rank).read_text()[-3000:] for rank in range(processes))
 
 
 @pytest.fixture(scope="module")
@@ -233,8 +244,36 @@ def test_a_non_finite_step_is_skipped_on_all_ranks_alike(two: Path, engine: str)
 
 
 def test_engines_say_nothing_of_their_own(two: Path) -> None:
-    lines = (two / "jobs2_0.log").read_text().splitlines()
+    lines = [line for rank in range(2) for line in log_of(two / "ddp_2.json", rank).read_text().splitlines()]
     assert [line for line in lines if "DeepSpeed" in line or "arning" in line] == []
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(30, marks=[pytest.mark.full, pytest.mark.timeout(1800)])])
+def test_sigkill_at_any_moment_leaves_no_trace_in_the_weights(two: Path, count: int) -> None:
+    """Killed and started again with the same job list, in which what is finished is left alone."""
+    names = {f"{engine}-killed{count}": engine for engine in ENGINES}
+    jobs = [run(two, name, *ENGINES[engine], "checkpoint.every_steps=7") for name, engine in names.items()]
+    resumed, torn = dict.fromkeys(names, 0), 0
+    for number, kill in enumerate(kills(list(names), count, STEPS - 10, 2)):
+        ranks = start(jobs[: list(names).index(kill.run) + 1], 2, two / f"killed{count}_{number}.json")
+        try:
+            left = carry_out(kill, ranks, two / kill.run)
+        finally:
+            for rank in ranks:
+                rank.kill()
+        store = CheckpointStore(str(two / kill.run / "checkpoints"))
+        checkpoint = store.latest(ALONE)
+        step = checkpoint.step if checkpoint else 0
+        assert not store.damaged and step >= resumed[kill.run], kill  # nothing that was whole is lost
+        assert step >= kill.step - 2 * 7, kill  # nor more than the save that was under way and what followed it
+        resumed[kill.run] = step
+        torn += left and kill.kind == "save"
+    assert torn  # the moments are in saves indeed
+    launch(jobs, 2, two)
+    for name, engine in names.items():
+        assert_equal(saved(two / name, STEPS), saved(two / engine, STEPS))
+        for mine, theirs in zip(metrics(two / name), metrics(two / engine), strict=True):
+            assert all(mine[key] == theirs[key] for key in ("step", "batch_fingerprint", *LOSSES)), (name, mine)
 
 
 def reload_and_go_on(folder: Path, source: str, target: str, processes: int, steps: int = 20) -> list[Job]:
