@@ -137,7 +137,7 @@ class DataConfig(_Group):
     cache_bytes: Positive = 64 * 2**30
     """Bound on what is kept in ``cache_dir``, in bytes."""
     stall_s: PositiveFloat = 60.0
-    """A request to the storage (16 MiB at most) that takes longer is made again."""
+    """A request to the storage (32 MiB at most) that takes longer is made again."""
     retry_s: PositiveFloat = 600.0
     """Requests that fail are made again for this long; then the run ends with exit code 4."""
 

@@ -28,7 +28,7 @@ from ig_dist.terminal import console
 
 T = TypeVar("T")
 
-REQUEST_BYTES = 16 * 2**20
+REQUEST_BYTES = 32 * 2**20
 """The most that one request reads: big enough to stream at full speed, small enough to ask for again."""
 
 LOCAL = fsspec.filesystem("file")
@@ -194,21 +194,42 @@ def retried(fs: Any, path: str, operation: Callable[[], T], patience: Patience =
         ) from None
 
 
-def read_range(fs: Any, path: str, start: int, stop: int, patience: Patience = PATIENCE) -> memoryview:
+def read_range(
+    fs: Any,
+    path: str,
+    start: int,
+    stop: int,
+    patience: Patience = PATIENCE,
+    *,
+    into: memoryview | None = None,
+    arrived: Callable[[memoryview, int], None] | None = None,
+) -> memoryview:
     """Bytes ``start`` to ``stop`` (exclusive) of a file, all of them.
+
+    Args:
+        fs: the file system.
+        path: the file.
+        start: first byte.
+        stop: byte after the last.
+        patience: how long faults are borne.
+        into: memory for them, at least as long; None: new memory.
+        arrived: called after each part that came, with the memory and how many of its bytes are there: what is done
+            there overlaps with the sending of the next part.
 
     Raises:
         DataError: as ``retried``, or the file is shorter.
         FileNotFoundError: there is no such file.
     """
     # numpy asks for huge pages: the kernel then clears and maps new memory several times faster
-    buffer = np.empty(stop - start, dtype=np.uint8).data
+    buffer = np.empty(stop - start, dtype=np.uint8).data if into is None else into[: stop - start]
     done = 0  # a try goes on where the one before broke off
 
     def read() -> None:
         nonlocal done
         for count in _chunks(fs, path, start + done, buffer[done:], patience):
             done += count
+            if arrived:
+                arrived(buffer, done)
         if done != len(buffer):  # a proxy's short body with a consistent length looks like success
             raise ShortReadError(f"got {done} of {len(buffer)} bytes at {start}")
 

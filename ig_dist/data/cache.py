@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import threading
 import uuid
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class BlockCache:
 
     def __init__(self, folder: str, cap: int, index: ShardIndex) -> None:
         self._folder = Path(folder).expanduser() / index.sha256[:16]
-        self._full = False
+        self._full, self._lock = False, threading.Lock()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_whole(LOCAL, str(self._folder / f"{uuid.uuid4().hex}.probe"), b"probe")
@@ -76,7 +77,10 @@ class BlockCache:
             self._stop_keeping(error)
 
     def _stop_keeping(self, error: OSError) -> None:
-        self._full = True
+        with self._lock:
+            said, self._full = self._full, True
+        if said:
+            return
         console.print(
             f"data.cache_dir {self._folder}: {error.strerror}: goes on without keeping more;"
             " free space, or lower data.cache_bytes",

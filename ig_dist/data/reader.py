@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
+import threading
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from zlib_ng import zlib_ng
 
 from ig_dist.data.cache import BlockCache
 from ig_dist.data.index import ShardIndex
@@ -19,11 +20,27 @@ Samples = NDArray[Any]
 _READ_AGAIN = 3
 
 
-class _Bytes(NamedTuple):
-    """Bytes of a shard from ``begin`` on."""
+class _Rows:
+    """Rows of an array that are filled from the bytes of a request, in order, as these arrive.
 
-    begin: int
-    data: memoryview
+    What has just arrived is still in the processor's cache, and the storage sends the next part meanwhile.
+    """
+
+    def __init__(self, offsets: list[int], places: list[int], out: NDArray[np.uint8]) -> None:
+        self._todo = zip(offsets, places, strict=True)
+        self._next = next(self._todo, None)
+        self._out, self._size = out, out.shape[1]
+        self.crcs: list[int] = []
+
+    def fill(self, data: memoryview, arrived: int) -> None:
+        """Copy the samples that are whole, and take their CRCs."""
+        raw = np.frombuffer(data, np.uint8)
+        while self._next and self._next[0] + self._size <= arrived:
+            at, place = self._next
+            sample = raw[at : at + self._size]
+            self.crcs.append(zlib_ng.crc32(sample.data))
+            self._out[place] = sample
+            self._next = next(self._todo, None)
 
 
 class ShardReader:
@@ -58,6 +75,7 @@ class ShardReader:
         self._ends = np.maximum(table.offset, flips) + self._size
         largest = int((self._ends - self._begins).max())
         self._block_samples = max(1, REQUEST_BYTES // (largest + 2048))  # 2048: headers and label between samples
+        self._memory = threading.local()  # new memory for each request would cost the kernel as much as the reading
 
     def read(
         self,
@@ -94,15 +112,14 @@ class ShardReader:
         for part in self._parts(shard, start, stop):
             wanted = range(max(part.start, start), min(part.stop, stop))
             here = slice(wanted.start - start, wanted.stop - start)
-            good[here] = self._copy(self._fetch(shard, part), shard, wanted, flips[here], rows, to[here])
+            good[here] = self._fetch(shard, part, wanted, flips[here], rows, to[here])
             for _ in range(_READ_AGAIN):
                 # it may have suffered on the way, or in the cache; what was good stays
                 bad = np.flatnonzero(~good[here])
                 if not len(bad):
                     break
-                source = self._fetch(shard, part, again=True)
-                repaired = self._copy(source, shard, wanted, flips[here], rows, to[here], only=bad)
-                good[here.start + bad] = repaired
+                again = self._fetch(shard, part, wanted, flips[here], rows, to[here], only=bad)
+                good[here.start + bad] = again
             for i in np.flatnonzero(~good[here]):
                 self._quarantine(shard, wanted[i])
         return rows, good
@@ -115,56 +132,56 @@ class ShardReader:
         for first in range(start, stop, self._block_samples):
             yield range(first, min(first + self._block_samples, stop))
 
-    def _fetch(self, shard: int, part: range, *, again: bool = False) -> _Bytes:
-        """The bytes of a part of a shard; ``again``: not those that the cache has."""
-        rows = slice(self._first_id[shard] + part.start, self._first_id[shard] + part.stop)
-        begin, end = int(self._begins[rows].min()), int(self._ends[rows].max())
-        cache = self._cache if self._cache and self._cache.holds(shard) else None
-        block = part.start // self._block_samples
-        if cache and again:
-            cache.drop(shard, block)
-        kept = cache.get(shard, block, end - begin) if cache else None
-        if kept is not None:
-            return _Bytes(begin, kept)
-        url = self._url(shard)
-        try:
-            data = read_range(
-                self._fs, f"{self._path}/{self._index.info.shards[shard].name}", begin, end, self.patience
-            )
-        except FileNotFoundError:
-            raise DataError(f"{url} is gone: restore the shard and run again") from None
-        except OSError as error:
-            raise DataError(f"{url}: {' '.join(str(error).split())}: mend the storage and run again") from None
-        if cache:
-            cache.put(shard, block, data)
-        return _Bytes(begin, data)
-
-    def _copy(
+    def _fetch(
         self,
-        source: _Bytes,
         shard: int,
+        part: range,
         wanted: range,
         flips: NDArray[np.bool_],
         out: Samples,
         places: NDArray[np.int64],
         only: NDArray[np.int64] | None = None,
     ) -> NDArray[np.bool_]:
-        """Copy the wanted samples (of them ``only`` some) into their places; which of them have the right CRC."""
-        table = self._index.table
-        chosen = np.arange(len(wanted)) if only is None else only
-        rows, flips, places = int(self._first_id[shard]) + wanted.start + chosen, flips[chosen], places[chosen]
-        offsets, crcs = table.offset[rows], table.crc32[rows]
+        """Read a part of a shard and put its wanted samples into their places; which of them have the right CRC.
+
+        ``only``: those of the wanted that are read once more, not from the cache.
+        """
+        table, chosen = self._index.table, np.arange(len(wanted)) if only is None else only
+        ids, flips = int(self._first_id[shard]) + wanted.start + chosen, flips[chosen]
+        offsets, crcs = table.offset[ids], table.crc32[ids]
         if table.flip_offset is not None and table.flip_crc32 is not None:
-            offsets = np.where(flips, table.flip_offset[rows], offsets)
-            crcs = np.where(flips, table.flip_crc32[rows], crcs)
-        size, data = self._size, np.frombuffer(source.data, np.uint8)
-        to = out.view(np.uint8).reshape(len(out), size)
-        found = np.empty(len(crcs), np.uint32)
-        for i, (at, place) in enumerate(zip((offsets - source.begin).tolist(), places.tolist(), strict=True)):
-            raw = data[at : at + size]
-            found[i] = zlib.crc32(raw.data)
-            to[place] = raw
-        return np.asarray(found == crcs)
+            offsets = np.where(flips, table.flip_offset[ids], offsets)
+            crcs = np.where(flips, table.flip_crc32[ids], crcs)
+        span = slice(self._first_id[shard] + part.start, self._first_id[shard] + part.stop)
+        begin, end = int(self._begins[span].min()), int(self._ends[span].max())
+        to = out.view(np.uint8).reshape(len(out), self._size)
+        filling = _Rows((offsets - begin).tolist(), places[chosen].tolist(), to)
+
+        cache = self._cache if self._cache and self._cache.holds(shard) else None
+        block = part.start // self._block_samples
+        if cache and only is not None:
+            cache.drop(shard, block)
+        kept = cache.get(shard, block, end - begin) if cache else None
+        if kept is not None:
+            filling.fill(kept, len(kept))
+        else:
+            data = self._request(shard, begin, end, filling)
+            if cache:
+                cache.put(shard, block, data)
+        return np.asarray(np.array(filling.crcs, np.uint32) == crcs)
+
+    def _request(self, shard: int, begin: int, end: int, filling: _Rows) -> memoryview:
+        """Read bytes of a shard into this thread's memory, where they stay until its next request."""
+        if not hasattr(self._memory, "buffer") or len(self._memory.buffer) < end - begin:
+            self._memory.buffer = np.empty(end - begin, np.uint8).data
+        path = f"{self._path}/{self._index.info.shards[shard].name}"
+        try:
+            return read_range(self._fs, path, begin, end, self.patience, into=self._memory.buffer, arrived=filling.fill)
+        except FileNotFoundError:
+            raise DataError(f"{self._url(shard)} is gone: restore the shard and run again") from None
+        except OSError as error:
+            what = " ".join(str(error).split())
+            raise DataError(f"{self._url(shard)}: {what}: mend the storage and run again") from None
 
     def _quarantine(self, shard: int, number: int) -> None:
         sample = int(self._first_id[shard]) + number

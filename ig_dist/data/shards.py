@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import re
-import zlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from zlib_ng import zlib_ng
 
 from ig_dist.data.tar import Member, read_tar
 from ig_dist.errors import ConfigError
@@ -99,7 +99,7 @@ def scan_shard(
         array = locate_array(member)
         if (array.shape, array.dtype) != (shape, dtype):
             raise ConfigError(f"{member.name} holds {array.dtype} {array.shape}, expected {dtype} {shape}")
-        parts[suffix][key] = array.offset, zlib.crc32(array.data)
+        parts[suffix][key] = array.offset, zlib_ng.crc32(array.data)
         if visit:
             visit(key, np.frombuffer(array.data, dtype).reshape(shape))
     latents, labels, flips = parts[latent_suffix], parts[label_suffix], parts.get(flip_suffix or "", {})

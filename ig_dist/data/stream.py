@@ -173,7 +173,10 @@ class BatchStream:
         dtype: torch.dtype = getattr(torch, self._index.info.latent.dtype)
         shape, pin = (rows, *self._index.info.latent.stored_shape), torch.cuda.is_available()
         while True:
-            latents = torch.empty(shape, dtype=dtype, pin_memory=pin)
+            if pin:
+                latents = torch.empty(shape, dtype=dtype, pin_memory=True)
+            else:  # numpy asks for huge pages, torch does not
+                latents = torch.from_numpy(np.empty(shape, self._index.info.latent.dtype))
             view = latents.numpy()
             ids, epochs = np.empty(rows, dtype=np.int64), np.empty(rows, dtype=np.int64)
             row = 0

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from zlib_ng import zlib_ng
 
 from ig_dist.data.index import LatentInfo, SampleTable, write_index
 from ig_dist.data.shards import SampleRow
@@ -119,7 +119,7 @@ def _is_sound(dest: Dest, record: ShardRecord, shape: tuple[int, int, int], size
 
 
 def _crc(dest: Dest, name: str, row: SampleRow, count: int) -> int:
-    return zlib.crc32(read_range(dest.fs, f"{dest.path}/{name}", row.offset, row.offset + count))
+    return zlib_ng.crc32(read_range(dest.fs, f"{dest.path}/{name}", row.offset, row.offset + count))
 
 
 def _index(
