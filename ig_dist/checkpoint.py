@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import zlib
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import PurePosixPath
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from zlib_ng import zlib_ng
 
 from ig_dist.background import in_background, meet
 from ig_dist.errors import ConfigError, DataError
@@ -110,7 +110,7 @@ class Checkpoint:
                 data = self._range(fs, path, begin, end, file["bytes"])
             except OSError as error:
                 raise DataError(f"{self.url}/{file['name']}: {error.strerror or error}: restore the file") from None
-            if zlib.crc32(data) == crc32:
+            if zlib_ng.crc32(data) == crc32:
                 return data
             self._blocks.clear()
             if tries_left:

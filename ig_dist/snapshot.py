@@ -11,12 +11,12 @@ background is the only copy there is: host memory holds this rank's share of the
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from zlib_ng import zlib_ng
 
 CHUNK_BYTES = 32 * 2**20
 """A power of two: torch rounds pinned memory up to one."""
@@ -108,7 +108,7 @@ class Snapshot:
             value = 0
             for number in range(begin // CHUNK_BYTES, -(-end // CHUNK_BYTES)):
                 first = number * CHUNK_BYTES
-                value = zlib.crc32(chunks[number][max(begin - first, 0) : end - first], value)
+                value = zlib_ng.crc32(chunks[number][max(begin - first, 0) : end - first], value)
             return value
 
         return {
