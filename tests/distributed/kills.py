@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import subprocess
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ class Kill(NamedTuple):
     run: str
     kind: str
     step: int
-    """It is killed once it has logged this step."""
+    """It is killed once it has done this step since it was started."""
     extra_s: float
     victim: int
     """The rank that is killed alone."""
@@ -36,8 +37,11 @@ def kills(runs: Sequence[str], count: int, last_step: int, ranks: int) -> list[K
     ]
 
 
-def carry_out(kill: Kill, ranks: Sequence[subprocess.Popen[bytes]], run: Path) -> bool:
-    """Kill when the moment has come, and return when all ranks are gone: whether it left a save that is torn."""
+def carry_out(kill: Kill, ranks: Sequence[subprocess.Popen[bytes]], log: Path, run: Path) -> bool:
+    """Kill when the moment has come, and return when all ranks are gone: whether it left a save that is torn.
+
+    The moment is told by what rank 0 says (``log``): the metrics hold steps of earlier starts too.
+    """
     deadline = time.monotonic() + 120
 
     def wait_for(moment: str) -> None:
@@ -45,7 +49,7 @@ def carry_out(kill: Kill, ranks: Sequence[subprocess.Popen[bytes]], run: Path) -
         assert time.monotonic() < deadline, f"{kill}: {moment} never came"
         time.sleep(0.001)
 
-    while logged_steps(run) < kill.step:
+    while last_step(log, run) < kill.step:
         wait_for("its step")
     while kill.kind == "save" and not torn_saves(run):
         wait_for("a save")
@@ -57,9 +61,10 @@ def carry_out(kill: Kill, ranks: Sequence[subprocess.Popen[bytes]], run: Path) -
     return bool(torn_saves(run))
 
 
-def logged_steps(run: Path) -> int:
-    file = run / "metrics.jsonl"
-    return file.read_text().count("\n") if file.exists() else 0
+def last_step(log: Path, run: Path) -> int:
+    """The last step that rank 0 says it has done of a run."""
+    _, _, said = log.read_text().partition(f"{run.name}: ")
+    return max((int(step) for step in re.findall(r"^step (\d+)/", said, re.MULTILINE)), default=0)
 
 
 def torn_saves(run: Path) -> list[Path]:

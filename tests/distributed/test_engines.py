@@ -47,7 +47,7 @@ def start(jobs: Sequence[Job], processes: int, file: Path) -> list[subprocess.Po
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
-    shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "PYTHONUNBUFFERED": "1"}
     ranks = []
     for rank in range(processes):
         with log_of(file, rank).open("wb") as log:
@@ -255,9 +255,10 @@ def test_sigkill_at_any_moment_leaves_no_trace_in_the_weights(two: Path, count: 
     jobs = [run(two, name, *ENGINES[engine], "checkpoint.every_steps=7") for name, engine in names.items()]
     resumed, torn = dict.fromkeys(names, 0), 0
     for number, kill in enumerate(kills(list(names), count, STEPS - 10, 2)):
-        ranks = start(jobs[: list(names).index(kill.run) + 1], 2, two / f"killed{count}_{number}.json")
+        file = two / f"killed{count}_{number}.json"
+        ranks = start(jobs[: list(names).index(kill.run) + 1], 2, file)
         try:
-            left = carry_out(kill, ranks, two / kill.run)
+            left = carry_out(kill, ranks, log_of(file, 0), two / kill.run)
         finally:
             for rank in ranks:
                 rank.kill()
