@@ -6,8 +6,8 @@
 The first table is computed with the formulae of `ig-dist train CONFIG --dry-run`. The second simulates whole runs:
 failures come at random (exponential) at rates that were measured on large clusters and published (Kokolis et al.,
 "Revisiting Reliability in Large-Scale Machine Learning Research Clusters", arXiv 2410.21680: mean time to failure 47.7
-days of jobs on 8 GPUs, 7.9 hours on 1,024). Each costs the steps since the newest whole checkpoint and a restart; each save
-costs a stall.
+days of jobs on 8 GPUs, 7.9 hours on 1,024). Each costs the steps since the newest whole checkpoint and a restart; each
+save costs a stall.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import typer
 from numpy.typing import NDArray
 from rich.box import MARKDOWN
@@ -34,9 +33,9 @@ from ig_dist.dry_run import (
     IMAGENET_IMAGES,
     SD_LATENT,
     communication_bytes,
+    count_state,
     memory_per_gpu,
 )
-from ig_dist.models.dit import DiT, count_parameters
 from ig_dist.models.presets import forward_flops
 from ig_dist.terminal import console, run_app
 
@@ -115,10 +114,11 @@ def main(
     """Print both tables."""
     settings = load_config(config, overrides or []).with_data(SD_LATENT, IMAGENET_CLASSES)
     model, batch = settings.model.to_dit(), settings.train.global_batch_size
-    with torch.device("meta"):
-        parameters = count_parameters(DiT(model))
+    parameters, moments = count_state(model, settings)
     flops, steps = 3 * forward_flops(model), settings.total_steps(IMAGENET_IMAGES)
-    state = parameters * (4 + 8 + 4 * len(settings.ema.decays))  # weights, moments, averages: what a checkpoint holds
+    state = 4 * (
+        parameters * (1 + len(settings.ema.decays)) + moments
+    )  # weights, moments, averages: what a checkpoint holds
     image = 2 * 2 * math.prod(SD_LATENT)  # stored moments, fp16
 
     plan = Table(
@@ -153,7 +153,7 @@ def main(
         micro = batch // gpus // settings.train.accumulation or 1
         compute = batch * flops / (gpus * peak_tflops * 1e12 * mfu)
         for engine in ("ddp", "fsdp2"):
-            memory = memory_per_gpu(engine, model, parameters, settings, gpus, micro).total / GIB
+            memory = memory_per_gpu(engine, model, parameters, moments, settings, gpus, micro).total / GIB
             sent = communication_bytes(engine, parameters, settings, gpus)
             sending = sent / (NVLINK if gpus <= PER_NODE else NETWORK)
             # what does not fit beside the backward pass (two thirds of the compute) is waited for

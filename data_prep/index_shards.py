@@ -106,7 +106,7 @@ def read_class_names(url: str) -> tuple[list[str], list[str] | None]:
     from ig_dist.data.classes import class_words
     from ig_dist.storage import open_url, read_file
 
-    fs, path = open_url(url, "--class-names")
+    fs, path = open_url(url, "--class-names", web=True)
     try:
         lines = [line.strip() for line in read_file(fs, path).decode("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-STEP = ("forward", "backward", "optimizer", "agree", "log")
+STEP = ("forward", "backward", "optimizer", "log")
 """Phases that are the training itself; the others stand beside it."""
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import concurrent.futures
 import contextlib
 import hashlib
+import re
 import sys
 import threading
 import time
@@ -23,6 +25,7 @@ from typing import Any, TypeVar
 import fsspec
 import numpy as np
 
+from ig_dist.background import in_background
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.terminal import console
 
@@ -37,6 +40,7 @@ _SINGLE_PUT_BYTES = 5 * 2**30  # S3's limit. One PUT is atomic and leaves no hal
 _CHUNK_BYTES = 2**20
 _CLIENT_LOCK = threading.Lock()
 _LOG_EVERY_S = 5.0
+_LOOK_S = 0.2  # between looks for a stop
 _TRANSIENT_CODES = {
     "BadDigest",
     "ConditionalRequestConflict",
@@ -48,6 +52,7 @@ _TRANSIENT_CODES = {
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError"}
 
 _LASTING = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
+_WEB = ("http", "https")
 
 
 @dataclass
@@ -59,7 +64,7 @@ class Patience:
     deadline_s: float = 600.0
     """A request that fails for this long ends the command."""
     stop: threading.Event = field(default_factory=threading.Event)
-    """Set: no further tries."""
+    """Set: no further tries, and whoever waits for one waits no longer."""
     faults: int = 0
     """Requests that had to be made again."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -82,14 +87,44 @@ PATIENCE = Patience()
 """For whoever has no reason for another."""
 
 
-def open_url(url: str, what: str, patience: Patience = PATIENCE) -> tuple[Any, str]:
-    """The fsspec file system of a path or URL, and the path within it.
+def refuse_credentials(url: str, what: str) -> None:
+    """URLs are stored and shown: none may hold a password.
 
     Raises:
-        ConfigError: unknown protocol, or one whose package is not installed; ``what`` names the setting.
+        ConfigError: this one does; ``what`` names the setting.
     """
+    for match in re.finditer(r"(\w+)://([^/?#\s]*)@", url):
+        if ":" in match[2] or match[1] in _WEB:
+            hidden = url.replace(match[0], f"{match[1]}://***@")
+            raise ConfigError(
+                f"{what} {hidden}: no credentials in a URL, which is stored and shown: take them out and give them to"
+                " the protocol's own chain (https: ~/.netrc; S3: AWS_PROFILE or ~/.aws; others: the environment)"
+            )
+
+
+def open_url(url: str, what: str, patience: Patience = PATIENCE, *, web: bool = False) -> tuple[Any, str]:
+    """The fsspec file system of a path or URL, and the path within it.
+
+    Args:
+        url: where.
+        what: names the setting in errors.
+        patience: how long faults are borne.
+        web: it may be http, which has no listings and cannot be written.
+
+    Raises:
+        ConfigError: credentials in it, an unknown protocol, or one that is not of use here or not installed.
+    """
+    refuse_credentials(url, what)
     options: dict[str, Any] = {}
-    s3 = fsspec.utils.get_protocol(url) in ("s3", "s3a")
+    protocol = fsspec.utils.get_protocol(url)
+    if protocol in _WEB:
+        if not web:
+            raise ConfigError(
+                f"{what} {url}: http has no listings and cannot be written: give the store's own URL (s3://, gs://), or"
+                " a copy on a disk"
+            )
+        options["client_kwargs"] = {"trust_env": True}  # for ~/.netrc
+    s3 = protocol in ("s3", "s3a")
     if s3:
         options["config_kwargs"] = _s3_config(patience)
         options["use_listings_cache"] = False  # other processes write there too
@@ -172,26 +207,41 @@ def retried(fs: Any, path: str, operation: Callable[[], T], patience: Patience =
         reraise=True,
     )
     try:
-        return retrying(operation)
+        return retrying(lambda: _unless_stopped(operation, patience))
     except PermissionError as error:
         raise DataError(
             f"{url}: access denied ({_words(error)}): check the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID, instance"
             " role) and what the bucket allows them"
         ) from None
     except Exception as error:
+        if patience.stop.is_set() and _is_transient(error):
+            raise DataError(f"{url}: given up, because the command ends") from None
         if type(error).__name__ in _NO_CREDENTIALS:
             raise DataError(
                 f"{url}: {_words(error)}: set AWS_PROFILE or AWS_ACCESS_KEY_ID, or run `aws login`"
             ) from None
         if not _is_transient(error):
-            if isinstance(error, ValueError) or type(error).__module__.startswith("botocore"):
-                remedy = "check the URL, AWS_ENDPOINT_URL, AWS_PROFILE and ~/.aws; with SSO, log in again"
+            if isinstance(error, ValueError) or type(error).__module__.startswith(("botocore", "aiohttp")):
+                remedy = "check the URL, AWS_ENDPOINT_URL, AWS_PROFILE and ~/.aws (with SSO, log in again), or ~/.netrc"
                 raise ConfigError(f"{url}: {_words(error)}: {remedy}") from None
             raise
         raise DataError(
             f"{url}: the storage has failed for {patience.deadline_s:g} s, last with: {_words(error)}: see that it is"
             " up and reachable, then run the same command again"
         ) from None
+
+
+def _unless_stopped(operation: Callable[[], T], patience: Patience) -> T:
+    """What an operation gives, or InterruptedError soon after ``patience.stop`` is set.
+
+    It runs in a thread of its own, so that one that hangs can be left alone, whatever client it hangs in: it ends by
+    the client's time-out, or with the process.
+    """
+    work = in_background(operation)
+    while not concurrent.futures.wait([work], timeout=_LOOK_S).done:
+        if patience.stop.is_set():
+            raise InterruptedError("stopped")
+    return work.result()
 
 
 def read_range(
@@ -258,7 +308,21 @@ def list_sizes(fs: Any, path: str, patience: Patience = PATIENCE) -> dict[str, i
         entries = retried(fs, path, lambda: fs.ls(path, detail=True), patience)
     except FileNotFoundError:
         return {}
-    return {PurePosixPath(entry["name"]).name: entry["size"] for entry in entries if entry["type"] == "file"}
+    return {PurePosixPath(entry["name"]).name: entry["size"] for entry in entries if is_file(entry)}
+
+
+def is_file(entry: dict[str, Any]) -> bool:
+    """Whether an fsspec entry is a file, or a local link to one."""
+    return entry["type"] == "file" or bool(entry.get("islink") and Path(entry["name"]).is_file())
+
+
+def unreadable(fs: Any, path: str, error: OSError) -> DataError:
+    """What is said of a file that the machine itself cannot read."""
+    gone = isinstance(error, FileNotFoundError)
+    words = error.strerror or _words(error)
+    return DataError(
+        f"{full_url(fs, path)} {'is gone' if gone else f'cannot be read ({words})'}: restore it and run again"
+    )
 
 
 def write_whole(fs: Any, path: str, data: bytes | memoryview, patience: Patience = PATIENCE) -> None:
@@ -271,12 +335,19 @@ def write_whole(fs: Any, path: str, data: bytes | memoryview, patience: Patience
         finally:
             temporary.unlink(missing_ok=True)
         return
-    fs = once(fs)
-    options = request_timeout(fs, len(data), patience)
-    if "s3" in fs.protocol:
-        digest = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
-        options |= {"chunksize": _SINGLE_PUT_BYTES, "ContentMD5": digest}  # the store refuses what changed on the way
+    fs, options = once(fs), upload_options(fs, data, patience)
     retried(fs, path, lambda: fs.pipe_file(path, data, **options), patience)
+
+
+def upload_options(fs: Any, data: bytes | memoryview, patience: Patience) -> dict[str, Any]:
+    """For ``pipe_file``: one request, with a bound on its time; the store refuses what changed on the way."""
+    s3 = {"chunksize": _SINGLE_PUT_BYTES, "ContentMD5": md5(data)} if "s3" in fs.protocol else {}
+    return request_timeout(fs, len(data), patience) | s3
+
+
+def md5(data: bytes | memoryview) -> str:
+    """The hash that S3 holds an upload against."""
+    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
 
 
 def abort_orphaned_uploads(fs: Any, path: str, patience: Patience = PATIENCE) -> int:
@@ -315,6 +386,8 @@ def _chunks(fs: Any, path: str, start: int, into: memoryview, patience: Patience
     else:
         fs = once(fs)
         data = fs.cat_file(path, start=start, end=start + len(into), **request_timeout(fs, len(into), patience))
+        if len(data) > len(into):
+            raise DataError(f"{full_url(fs, path)}: the server sends no parts of files: download it and use the copy")
         into[: len(data)] = data
         yield len(data)
 
@@ -387,11 +460,10 @@ def _is_transient(error: BaseException) -> bool:
     if isinstance(response, dict):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return status >= 500 or status in (408, 429) or response.get("Error", {}).get("Code") in _TRANSIENT_CODES
-    if type(error).__name__ in _NO_CREDENTIALS:
-        return False
-    if isinstance(
-        error, FileNotFoundError | FileExistsError | PermissionError | NotADirectoryError | IsADirectoryError
-    ):
+    status = getattr(error, "status", None)  # of aiohttp's answers
+    if isinstance(status, int):
+        return status >= 500 or status in (408, 429)
+    if type(error).__name__ in _NO_CREDENTIALS or isinstance(error, _LASTING):
         return False
     types: list[type[BaseException]] = [OSError, asyncio.TimeoutError]
     # of the clients that are in use: a connection that fails before or in the answer is no OSError there

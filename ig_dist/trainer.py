@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ig_dist.data.latents import check_latents
 from ig_dist.data.order import SampleOrder
 from ig_dist.data.stream import Batch, BatchStream, check_window_memory
 from ig_dist.ema import EMA
-from ig_dist.errors import ConfigError, Preempted
+from ig_dist.errors import ConfigError, DataError, Ending, Preempted
 from ig_dist.export import export_checkpoint
 from ig_dist.goodput import Ledger
 from ig_dist.meter import Meter
@@ -31,6 +31,7 @@ from ig_dist.models.dit import DiT, count_parameters, initialize
 from ig_dist.monitor import grid_tokenizer, sample_grid, validate
 from ig_dist.objective import open_reader, training_loss
 from ig_dist.optim import learning_rate
+from ig_dist.parallel.agreement import Awaited
 from ig_dist.parallel.build import build_engine, check_engine
 from ig_dist.parallel.dist import (
     Dist,
@@ -93,7 +94,7 @@ def train(config: Config, *, force: bool = False) -> None:
             store.abort_orphans()
         saver = Saver(store, dist, phases.beat)
         cleanup.callback(saver.close)
-        stop_flag = StopFlag(dist)
+        stop_flag = StopFlag()
         if dist.is_main:
             console.print(f"{count_parameters(model):,} parameters on {dist.world_size} x {dist.device.type}")
         phases.enter("compile")
@@ -118,44 +119,67 @@ def train(config: Config, *, force: bool = False) -> None:
         phases.last_warm_up = start + 1
         cleanup.enter_context(lost_peers_explained(dist))  # again: to say so before all this is closed
 
-        batches = iter(stream)
-        for step in range(start + 1, total + 1):  # step: batches consumed once this one is
-            lr = learning_rate(step - 1, config.optimizer, total)
-            phases.enter("data", step)
-            batch = next(batches)
-            losses, result = _train_step(engine, batch, config, index, lr, dist, phases)
-            ema.update(result.finite)
-            meter.count(result, batch, losses, step)
-            last = step == total
-            phases.enter("agree")
-            stopping = stop_flag.agreed(final=last)
-            if last or step % config.log.every_steps == 0:
-                phases.enter("log")
-                measured = meter.read(losses, result, batch, step, stream.reader)
-                saves = {"checkpoint_write_s": saver.write_s, "failed_saves": saver.failed_saves}
-                run_log.write({"step": step, **measured, **saves, "lr": lr})
-                ledger.note(step)
-            if _due(step, config.log.validate_every_steps, last):
-                phases.enter("validation")
-                run_log.add(step, validate(model, ema, index, config, dist))
-                meter.pause()
-            if _due(step, config.log.sample_every_steps, last):
-                phases.enter("sampling")
-                run_log.add_picture(step, sample_grid(model, ema, index, config, dist.device))
-                meter.pause()
-            if last or stopping or step % config.checkpoint.every_steps == 0:
-                exported = last or _due(step, config.checkpoint.every_steps * config.checkpoint.export_every, last)
-                phases.enter("checkpoint")
-                with meter.saving():
-                    pieces, meta = _snapshot(engine, ema, model, config, index, step, dist)
-                    saver.save(step, pieces, meta, partial(export_checkpoint, config=config) if exported else None)
-                ledger.note(step)
-            run_log.advance(step)
-            if stopping and not last:
-                saver.wait()
-                raise Preempted(f"saved at step {step} of {total}; run the same command again to go on")
-        phases.enter("checkpoint")
+        def save(step: int, *, exported: bool = False) -> None:
+            phases.enter("checkpoint")
+            with meter.saving():
+                pieces, meta = _snapshot(engine, ema, model, config, index, step, dist)
+                saver.save(step, pieces, meta, partial(export_checkpoint, config=config) if exported else None)
+            ledger.note(step)
+
+        batches = Awaited(stream.get, stop_flag, dist)
+        done = saved = start
+        try:
+            for step in range(start + 1, total + 1):  # step: batches consumed once this one is
+                last = step == total
+                lr = learning_rate(step - 1, config.optimizer, total)
+                phases.enter("data", step)
+                batch = batches.next(final=last)
+                losses, result = _train_step(engine, batch, config, index, lr, dist, phases)
+                ema.update(result.finite)
+                meter.count(result, batch, losses, step)
+                done = step
+                if last or step % config.log.every_steps == 0:
+                    phases.enter("log")
+                    measured = meter.read(losses, result, batch, step, stream.reader)
+                    saves = {"checkpoint_write_s": saver.write_s, "failed_saves": saver.failed_saves}
+                    run_log.write({"step": step, **measured, **saves, "lr": lr})
+                    ledger.note(step)
+                if _due(step, config.log.validate_every_steps, last):
+                    phases.enter("validation")
+                    run_log.add(step, validate(model, ema, index, config, stream.reader, dist, stop_flag))
+                    meter.pause()
+                if _due(step, config.log.sample_every_steps, last):
+                    phases.enter("sampling")
+                    run_log.add_picture(step, sample_grid(model, ema, index, config, dist.device))
+                    meter.pause()
+                if last or step % config.checkpoint.every_steps == 0:
+                    every = config.checkpoint.every_steps * config.checkpoint.export_every
+                    save(step, exported=last or _due(step, every, last))
+                    saved = step
+                run_log.advance(step)
+            phases.enter("checkpoint")
+            saver.wait()
+        except Ending as ending:
+            if done > saved:
+                save(done, exported=done == total)
+            phases.enter("checkpoint")
+            _end(ending, saver, done, total)
+
+
+def _end(ending: Ending, saver: Saver, done: int, total: int) -> NoReturn:
+    """The error that says why the run ends before its last step, once what it has done is saved. COLLECTIVE."""
+    try:
         saver.wait()
+        where = f"saved at step {done} of {total}" if done else "before the first step"
+    except DataError as problem:
+        if ending.error is None:
+            raise
+        where = str(problem)
+    if ending.error is None:
+        raise Preempted(f"{where}; run the same command again to go on")
+    error = type(ending.error)(f"{ending.error} ({where})")
+    error.everywhere = True
+    raise error from None
 
 
 def _due(step: int, every: int, last: bool) -> bool:

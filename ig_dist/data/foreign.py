@@ -6,20 +6,19 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from ig_dist.background import in_parallel
 from ig_dist.data.index import KeyInfo, LatentInfo
 from ig_dist.data.shard_files import (
     FoundShards,
     ShardContent,
     ShardFile,
-    in_parallel,
     read_shard,
-    shard_progress,
-    unreadable,
 )
 from ig_dist.data.shards import locate_array, split_name
 from ig_dist.data.tar import DamagedTar, read_tar
 from ig_dist.errors import ConfigError, DataError
-from ig_dist.storage import Patience, full_url
+from ig_dist.progress import progress
+from ig_dist.storage import Patience, full_url, unreadable
 
 if TYPE_CHECKING:
     from ig_dist.latents.tokenizers import Tokenizer
@@ -107,7 +106,7 @@ def read_shards(
         ConfigError: samples that do not fit the options.
         DataError: damaged shards or latents, or the storage fails.
     """
-    with shard_progress("index", sum(shards.sizes.values()), "bytes") as advance:
+    with progress("index", sum(shards.sizes.values()), "bytes") as advance:
 
         def read(name: str) -> ShardContent:
             path = f"{shards.folder}/{name}"

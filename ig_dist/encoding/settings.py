@@ -100,9 +100,9 @@ def shard_places(number: int, images: int, samples_per_shard: int) -> range:
     return range(number * samples_per_shard, min((number + 1) * samples_per_shard, images))
 
 
-def shard_name(number: int) -> str:
-    """The file of a shard."""
-    return f"shard-{number:06d}.tar"
+def shard_name(number: int, sha256: str = "") -> str:
+    """The file of a shard; with its hash: that of one whose usual name is taken by another."""
+    return f"shard-{number:06d}.{sha256[:16]}.tar" if sha256 else f"shard-{number:06d}.tar"
 
 
 def _without_place(source: str) -> str:

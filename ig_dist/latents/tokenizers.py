@@ -91,7 +91,10 @@ def index_tokenizer(
     try:
         tokenizer = get_tokenizer(place, device=device)
     except ConfigError as error:
-        raise ConfigError(f"{error} (sample.tokenizer=PLACE says where the data's tokenizer is)") from None
+        raise ConfigError(
+            f"{error} (sample.tokenizer=PLACE says where the data's tokenizer is; where there is"
+            " no such option, put it into $IG_DIST_TOKENIZERS)"
+        ) from None
     if tokenizer.sha256 != info.sha256:
         raise ConfigError(
             f"the data were encoded by tokenizer {info.name} (sha256 {info.sha256[:16]}), but {place} is another one"
@@ -102,7 +105,7 @@ def index_tokenizer(
     if latent.shape != (channels, side, side):
         raise ConfigError(
             f"tokenizer {tokenizer.name} makes latents of shape {channels}x{side}x{side} from images of side"
-            f" {info.image_size}, the index says {'x'.join(map(str, latent.shape))}: encode again"
+            f" {info.image_size}, the index says {'x'.join(map(str, latent.shape))}: encode or index again"
         )
     return tokenizer
 
