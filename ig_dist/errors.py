@@ -9,10 +9,10 @@ class IgDistError(Exception):
     """Base of the errors that end a command with one line instead of a traceback."""
 
     exit_code = 1
-    said = False
-    """Whether the user has been told of it."""
     everywhere = False
     """Whether all processes of a job end with it: then the first of a machine says it."""
+    said = False
+    """Whether the user has been told of it."""
 
 
 class ConfigError(IgDistError):

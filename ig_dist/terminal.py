@@ -39,6 +39,7 @@ def say(error: IgDistError) -> None:
     if error.said:
         return
     error.said = True
+    # What all processes of a job end with is said by the first of a machine. Others name their rank.
     rank = os.environ.get("RANK")
     if not error.everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         where = f"rank {rank}: " if rank is not None and not error.everywhere else ""

@@ -126,7 +126,7 @@ def train(config: Config, *, force: bool = False) -> None:
                 saver.save(step, pieces, meta, partial(export_checkpoint, config=config) if exported else None)
             ledger.note(step)
 
-        batches = Awaited(stream.get, stop_flag, dist)
+        batches = Awaited(stream.get, stop_flag, dist, beat=phases.beat)
         done = saved = start
         try:
             for step in range(start + 1, total + 1):  # step: batches consumed once this one is
@@ -162,7 +162,6 @@ def train(config: Config, *, force: bool = False) -> None:
         except Ending as ending:
             if done > saved:
                 save(done, exported=done == total)
-            phases.enter("checkpoint")
             _end(ending, saver, done, total)
 
 

@@ -69,6 +69,8 @@ class _Word:
     phase: str
     step: int
     idle_s: float
+    left_s: float
+    """Until it would end the run."""
     ticks: int
     """Grows while the process runs."""
 
@@ -93,7 +95,7 @@ class _Watchdog:
         self._poll_s = min(POLL_S, self._timeout_s / 10)
         self._folder = Path(config.run.dir) / "hang"
         self.stop = threading.Event()
-        self._word = _Word(0, "start-up", 0, 0.0, 0)
+        self._word = _Word(0, "start-up", 0, 0.0, 1.0, 0)
         self._heard: dict[int, tuple[_Word, float]] = {}
         """The others' last words, and when they came."""
         self.ending = self._asking = self._told = False
@@ -114,11 +116,11 @@ class _Watchdog:
             idle = 0.0 if now.entered != seen.entered else idle + min(at - last, 2 * self._poll_s)
             seen, last, ticks = now, at, ticks + 1
             limit = self._limits.get(now.phase, self._timeout_s * (1 if self._phases.warm else FIRST_TIMES))
-            self._word = _Word(now.entered, now.phase, now.step, idle, ticks)
+            self._word = _Word(now.entered, now.phase, now.step, idle, limit - idle, ticks)
             self._asking = idle > min(limit, self._timeout_s) / 2
             # whatever this rank waits for, it will not come from one that does not even answer
             lost = idle > self._timeout_s and any(self._silent(at) for _, at in self._heard.values())
-            if self._told or lost or idle > limit:
+            if self._told or lost or (idle > limit and not self._excused()):
                 self._end()
 
     def _talk(self) -> None:
@@ -153,6 +155,12 @@ class _Watchdog:
 
     def _silent(self, since: float) -> bool:
         return time.monotonic() - since > max(1.0, _SILENT_POLLS * self._poll_s)
+
+    def _excused(self) -> bool:
+        """Whether this rank waits for one that is behind, runs, and is within its own time."""
+        heard = list(self._heard.values())
+        mine = self._word.count
+        return any(word.count < mine and word.left_s > 0 and not self._silent(at) for word, at in heard)
 
     def _behind(self) -> str:
         if self._dist.world_size > 1 and self._silent(self._answered):

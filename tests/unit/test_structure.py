@@ -120,7 +120,7 @@ def test_the_command_line_alone_imports_no_torch() -> None:
 
 def test_every_exit_code_is_in_the_operators_document() -> None:
     errors = vars(importlib.import_module("ig_dist.errors")).values()
-    codes = {kind.exit_code for kind in errors if isinstance(kind, type)}
+    codes = {kind.exit_code for kind in errors if hasattr(kind, "exit_code")}
     given = re.compile(r"exit\((?:128 \+ number|(\d+))\)")
     for file in [*files("ig_dist"), *files("launchers")]:  # those that no error has
         codes |= {int(code) if code else 128 + signal.SIGTERM for code in given.findall(file.read_text())}
@@ -132,6 +132,6 @@ def test_every_exit_code_is_in_the_operators_document() -> None:
 
 def test_every_phase_of_the_loop_is_in_the_operators_document() -> None:
     entered = re.findall(r'phases\.enter\("([\w-]+)"', (ROOT / "ig_dist/trainer.py").read_text())
-    assert len(set(entered)) >= 9
+    assert len(set(entered)) >= 10
     table = (ROOT / "docs/running.md").read_text().split("| phase |")[1].split("\n\n")[0]
     assert all(phase in table for phase in entered)
