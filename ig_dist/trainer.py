@@ -66,7 +66,7 @@ def train(config: Config, *, force: bool = False) -> None:
     phases = Phases()
     dist = init_distributed(config.train.timeout_s, longest_wait_s(config))
     with ExitStack() as cleanup:
-        cleanup.enter_context(watched(phases, config, dist))
+        watchdog = cleanup.enter_context(watched(phases, config, dist))
         cleanup.callback(shut_down)
         cleanup.enter_context(lost_peers_explained(dist))
         check_engine(config)
@@ -118,6 +118,7 @@ def train(config: Config, *, force: bool = False) -> None:
         cleanup.callback(ledger.close)
         phases.last_warm_up = start + 1
         cleanup.enter_context(lost_peers_explained(dist))  # again: to say so before all this is closed
+        cleanup.enter_context(watchdog.has_the_last_word())
 
         def save(step: int, *, exported: bool = False) -> None:
             phases.enter("checkpoint")

@@ -76,19 +76,20 @@ class _Word:
 
 
 @contextmanager
-def watched(phases: Phases, config: Config, dist: Dist) -> Iterator[None]:
+def watched(phases: Phases, config: Config, dist: Dist) -> Iterator[Watchdog]:
     """End the process with exit code 5 when it hangs, or when another rank does. COLLECTIVE."""
-    watchdog = _Watchdog(phases, config, dist)
+    watchdog = Watchdog(phases, config, dist)
     watchdog.start()
     try:
-        yield
+        with watchdog.has_the_last_word():
+            yield watchdog
     finally:
         watchdog.stop.set()
-        if watchdog.ending:  # a peer that ended meanwhile freed this thread: the line is said, and the end is near
-            time.sleep(60.0)
 
 
-class _Watchdog:
+class Watchdog:
+    """Of one rank; see ``watched``."""
+
     def __init__(self, phases: Phases, config: Config, dist: Dist) -> None:
         self._phases, self._dist = phases, dist
         self._timeout_s, self._limits = config.train.timeout_s, phase_limits(config)
@@ -103,9 +104,19 @@ class _Watchdog:
         self._prefix = f"watchdog/{from_main(uuid.uuid4().hex, dist)}"  # a store may outlive a start: torchrun's does
 
     def start(self) -> None:
+        """Begin to watch."""
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         if self._dist.world_size > 1:
             threading.Thread(target=self._talk, name="watchdog's talk", daemon=True).start()
+
+    @contextmanager
+    def has_the_last_word(self) -> Iterator[None]:
+        """A peer that ended may free the main thread while this process ends too: nothing more is said then."""
+        try:
+            yield
+        finally:
+            if self.ending:
+                time.sleep(60.0)  # the end is near
 
     def _watch(self) -> None:
         idle, ticks, last = 0.0, 0, time.monotonic()

@@ -17,7 +17,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,8 +30,8 @@ MINE = os.environ["FAULT_RANK"] == os.environ.get("RANK", "0")
 STEPS = [int(step) for step in os.environ["FAULT_STEPS"].split(",")]
 
 whole = trainer.training_loss
-batches = BatchStream.__iter__
-step = 0
+get = BatchStream.get
+step, handed, late_since = 0, 0, 0.0
 
 
 def training_loss(*arguments: Any) -> torch.Tensor:
@@ -52,11 +51,16 @@ def training_loss(*arguments: Any) -> torch.Tensor:
     return losses
 
 
-def slow_batches(self: BatchStream) -> Iterator[Any]:
-    for number, batch in enumerate(batches(self), 1):
-        if KIND == "late" and MINE and number in STEPS:
-            time.sleep(float(os.environ["FAULT_S"]))
-        yield batch
+def slow_get(self: BatchStream, timeout_s: float | None = None) -> Any:
+    global late_since, handed
+    if KIND == "late" and MINE and handed + 1 in STEPS:
+        late_since = late_since or time.monotonic()
+        if time.monotonic() - late_since < float(os.environ["FAULT_S"]):
+            time.sleep(timeout_s or 0.0)
+            return None
+    batch = get(self, timeout_s)
+    handed += batch is not None
+    return batch
 
 
 def launch() -> int:
@@ -73,7 +77,7 @@ if __name__ == "__main__":
     if "RANK" not in os.environ:
         sys.exit(launch())
     trainer.training_loss = training_loss
-    BatchStream.__iter__ = slow_batches  # type: ignore[method-assign]
+    BatchStream.get = slow_get  # type: ignore[method-assign]
     if KIND == "die":
         BatchStream.close = lambda self: time.sleep(3600)  # type: ignore[method-assign]
     cli.main()

@@ -48,6 +48,7 @@ def test_a_start_that_goes_further_back_loses_what_two_before_it_did() -> None:
 
 
 def test_what_is_written_is_what_was_spent(tmp_path: Path) -> None:
+    began = time.monotonic()
     for start in (0, 2):
         phases = Phases()
         phases.began_at += 60 * start  # another process
@@ -63,12 +64,14 @@ def test_what_is_written_is_what_was_spent(tmp_path: Path) -> None:
         ledger.close()
         with (tmp_path / NAME).open("a") as file:
             file.write('{"began": 12, "from_st')  # a kill
+    spent = time.monotonic() - began - 0.26
     found = read_goodput(tmp_path)
     assert found is not None and (found.starts, found.lost_steps) == (2, 2)
-    assert found.seconds["compile"] == pytest.approx(0.04, abs=0.02)  # the first step of each
-    assert found.seconds["step"] == pytest.approx(4 * 0.02, abs=0.04)
-    assert found.seconds["lost"] == pytest.approx(2 * 0.02, abs=0.02)
-    assert found.seconds["checkpoint"] == pytest.approx(0.1, abs=0.05)
+    assert found.seconds["compile"] >= 0.04  # the first step of each
+    assert found.seconds["step"] >= 4 * 0.02 and found.seconds["lost"] >= 2 * 0.02
+    assert found.seconds["checkpoint"] >= 0.1
+    others = sum(seconds for kind, seconds in found.seconds.items() if kind != "start-up")
+    assert 0.26 <= others < 0.26 + spent  # nothing is counted twice
     assert found.running_s == pytest.approx(sum(found.seconds.values()))
     lines = (tmp_path / NAME).read_text().splitlines()
     assert sum(json.loads(text)["step"] == 4 for text in lines if text.endswith("}")) == 2 + 1
