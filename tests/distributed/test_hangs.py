@@ -59,7 +59,7 @@ def test_a_stopped_process_is_named_by_the_other(tiny_config: Write, tmp_path: P
     other = 1 - stopped
     (line,) = hang_lines(errors).values()
     assert f"error: rank {other}: " in line and re.search(r"at step \d+, (data|backward|agree|log)", line), line
-    named = r"behind: rank 1 \(step \d+, \w+, does not answer\)" if stopped else "behind: rank 0 or its machine"
+    named = r"behind: rank 1 \((step \d+, )?[\w-]+, does not answer\)" if stopped else "behind: rank 0 or its machine"
     assert re.search(named, line), line
     stacks = (run / "hang" / f"rank_{other:05d}.txt").read_text()
     assert str(run / "hang" / f"rank_{other:05d}.txt") in line
