@@ -1,21 +1,18 @@
-"""Work beside the training loop: in threads that never keep a process alive, met by all ranks without time-outs."""
+"""Work in threads that never keep a process alive."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from ig_dist.parallel.dist import Dist
     from ig_dist.storage import Patience
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-MEET_S = 0.5  # far below any train.timeout_s
 
 
 def in_background(function: Callable[[], T]) -> Future[T]:
@@ -32,22 +29,20 @@ def in_background(function: Callable[[], T]) -> Future[T]:
     return future
 
 
-def meet(work: Future[Any] | None, dist: Dist) -> None:
-    """Return when every rank's work is done, well or not. COLLECTIVE.
+def in_turn(calls: Iterable[Callable[[], T]]) -> Callable[[float], T | None]:
+    """Calls one after another in the background: asked again and again, gives the next result or, in time, None."""
+    left = iter(calls)
+    under_way: Future[T] | None = None
 
-    The ranks ask each other every half second. One collective at the end would take a rank that is still at work,
-    or waits for a storage to come back, for one that hangs.
-    """
-    from ig_dist.parallel.dist import gather_objects  # torch, which the commands for shards do without
+    def get(timeout_s: float) -> T | None:
+        nonlocal under_way
+        under_way = under_way or in_background(next(left))
+        if not concurrent.futures.wait([under_way], timeout=timeout_s).done:
+            return None
+        done, under_way = under_way, None
+        return done.result()
 
-    def done() -> bool:
-        if work is None:
-            return True
-        concurrent.futures.wait([work], timeout=MEET_S)
-        return work.done()
-
-    while not all(gather_objects(done(), dist)):
-        pass
+    return get
 
 
 def at_once(function: Callable[[int], None], count: int, threads: int) -> None:

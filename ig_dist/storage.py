@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import concurrent.futures
 import contextlib
 import hashlib
 import re
@@ -24,6 +25,7 @@ from typing import Any, TypeVar
 import fsspec
 import numpy as np
 
+from ig_dist.background import in_background
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.terminal import console
 
@@ -38,6 +40,7 @@ _SINGLE_PUT_BYTES = 5 * 2**30  # S3's limit. One PUT is atomic and leaves no hal
 _CHUNK_BYTES = 2**20
 _CLIENT_LOCK = threading.Lock()
 _LOG_EVERY_S = 5.0
+_LOOK_S = 0.2  # between looks for a stop
 _TRANSIENT_CODES = {
     "BadDigest",
     "ConditionalRequestConflict",
@@ -61,7 +64,7 @@ class Patience:
     deadline_s: float = 600.0
     """A request that fails for this long ends the command."""
     stop: threading.Event = field(default_factory=threading.Event)
-    """Set: no further tries."""
+    """Set: no further tries, and whoever waits for one waits no longer."""
     faults: int = 0
     """Requests that had to be made again."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -204,13 +207,15 @@ def retried(fs: Any, path: str, operation: Callable[[], T], patience: Patience =
         reraise=True,
     )
     try:
-        return retrying(operation)
+        return retrying(lambda: _unless_stopped(operation, patience))
     except PermissionError as error:
         raise DataError(
             f"{url}: access denied ({_words(error)}): check the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID, instance"
             " role) and what the bucket allows them"
         ) from None
     except Exception as error:
+        if patience.stop.is_set() and _is_transient(error):
+            raise DataError(f"{url}: given up, because the command ends") from None
         if type(error).__name__ in _NO_CREDENTIALS:
             raise DataError(
                 f"{url}: {_words(error)}: set AWS_PROFILE or AWS_ACCESS_KEY_ID, or run `aws login`"
@@ -224,6 +229,19 @@ def retried(fs: Any, path: str, operation: Callable[[], T], patience: Patience =
             f"{url}: the storage has failed for {patience.deadline_s:g} s, last with: {_words(error)}: see that it is"
             " up and reachable, then run the same command again"
         ) from None
+
+
+def _unless_stopped(operation: Callable[[], T], patience: Patience) -> T:
+    """What an operation gives, or InterruptedError soon after ``patience.stop`` is set.
+
+    It runs in a thread of its own, so that one that hangs can be left alone, whatever client it hangs in: it ends by
+    the client's time-out, or with the process.
+    """
+    work = in_background(operation)
+    while not concurrent.futures.wait([work], timeout=_LOOK_S).done:
+        if patience.stop.is_set():
+            raise InterruptedError("stopped")
+    return work.result()
 
 
 def read_range(

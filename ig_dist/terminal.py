@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from ig_dist.errors import ConfigError, IgDistError
+from ig_dist.errors import IgDistError
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -28,10 +28,9 @@ def run_app(app: typer.Typer | Callable[..., Any]) -> None:
     try:
         app()
     except IgDistError as error:
-        # A configuration error is the same on every rank of a machine: the first one says it. Others name their rank.
         rank = os.environ.get("RANK")
-        if not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK", "0") == "0":
-            where = f"rank {rank}: " if rank is not None and not isinstance(error, ConfigError) else ""
+        if not error.everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
+            where = f"rank {rank}: " if rank is not None and not error.everywhere else ""
             print(
                 f"{'stopped' if error.exit_code == 75 else 'error'}: {where}{error}",
                 file=sys.stderr,

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from ig_dist.data.order import SampleOrder
 from ig_dist.data.reader import ShardReader
 from ig_dist.data.stream import Batch, BatchStream, check_window_memory
 from ig_dist.ema import EMA
-from ig_dist.errors import ConfigError, NonFiniteError, Preempted
+from ig_dist.errors import ConfigError, DataError, Ending, NonFiniteError, Preempted
 from ig_dist.export import export_checkpoint
 from ig_dist.metrics import RunLog, model_flops_utilisation
 from ig_dist.models.dit import DiT, count_parameters, initialize
@@ -32,6 +32,7 @@ from ig_dist.models.presets import forward_flops
 from ig_dist.monitor import grid_tokenizer, sample_grid, validate
 from ig_dist.objective import open_reader, training_loss
 from ig_dist.optim import learning_rate
+from ig_dist.parallel.agreement import Awaited
 from ig_dist.parallel.build import build_engine, check_engine
 from ig_dist.parallel.dist import (
     Dist,
@@ -90,7 +91,7 @@ def train(config: Config, *, force: bool = False) -> None:
             store.abort_orphans()
         saver = Saver(store, dist)
         cleanup.callback(saver.close)
-        stop_flag = StopFlag(dist)
+        stop_flag = StopFlag()
         if dist.is_main:
             console.print(f"{count_parameters(model):,} parameters on {dist.world_size} x {dist.device.type}")
         engine = build_engine(model, config, checkpoint, dist)
@@ -109,36 +110,59 @@ def train(config: Config, *, force: bool = False) -> None:
         run_log = cleanup.enter_context(RunLog(path if dist.is_main else None, start=start, total=total, name="train"))
         meter = _Meter(config, model, dist)
 
-        batches = iter(stream)
-        for step in range(start + 1, total + 1):  # step: batches consumed once this one is
-            lr = learning_rate(step - 1, config.optimizer, total)
-            with meter.waiting():
-                batch = next(batches)
-            losses, result = _train_step(engine, batch, config, index, lr, dist)
-            ema.update(result.finite)
-            meter.count(result)
-            last = step == total
-            stopping = stop_flag.agreed(final=last)
-            if last or step % config.log.every_steps == 0:
-                measured = meter.read(losses, result, batch, step, stream.reader)
-                saves = {"checkpoint_write_s": saver.write_s, "failed_saves": saver.failed_saves}
-                run_log.write({"step": step, **measured, **saves, "lr": lr})
-            if _due(step, config.log.validate_every_steps, last):
-                run_log.add(step, validate(model, ema, index, config, dist))
-                meter.pause()
-            if _due(step, config.log.sample_every_steps, last):
-                run_log.add_picture(step, sample_grid(model, ema, index, config, dist.device))
-                meter.pause()
-            if last or stopping or step % config.checkpoint.every_steps == 0:
-                exported = last or _due(step, config.checkpoint.every_steps * config.checkpoint.export_every, last)
-                with meter.saving():
-                    pieces, meta = _snapshot(engine, ema, model, config, index, step, dist)
-                    saver.save(step, pieces, meta, partial(export_checkpoint, config=config) if exported else None)
-            run_log.advance(step)
-            if stopping and not last:
-                saver.wait()
-                raise Preempted(f"saved at step {step} of {total}; run the same command again to go on")
+        def save(step: int, *, exported: bool = False) -> None:
+            with meter.saving():
+                pieces, meta = _snapshot(engine, ema, model, config, index, step, dist)
+                saver.save(step, pieces, meta, partial(export_checkpoint, config=config) if exported else None)
+
+        batches = Awaited(stream.get, stop_flag, dist)
+        done = saved = start
+        try:
+            for step in range(start + 1, total + 1):  # step: batches consumed once this one is
+                last = step == total
+                lr = learning_rate(step - 1, config.optimizer, total)
+                with meter.waiting():
+                    batch = batches.next(final=last)
+                losses, result = _train_step(engine, batch, config, index, lr, dist)
+                ema.update(result.finite)
+                meter.count(result)
+                done = step
+                if last or step % config.log.every_steps == 0:
+                    measured = meter.read(losses, result, batch, step, stream.reader)
+                    saves = {"checkpoint_write_s": saver.write_s, "failed_saves": saver.failed_saves}
+                    run_log.write({"step": step, **measured, **saves, "lr": lr})
+                if _due(step, config.log.validate_every_steps, last):
+                    run_log.add(step, validate(model, ema, index, config, stream.reader, dist, stop_flag))
+                    meter.pause()
+                if _due(step, config.log.sample_every_steps, last):
+                    run_log.add_picture(step, sample_grid(model, ema, index, config, dist.device))
+                    meter.pause()
+                if last or step % config.checkpoint.every_steps == 0:
+                    every = config.checkpoint.every_steps * config.checkpoint.export_every
+                    save(step, exported=last or _due(step, every, last))
+                    saved = step
+                run_log.advance(step)
+            saver.wait()
+        except Ending as ending:
+            if done > saved:
+                save(done, exported=done == total)
+            _end(ending, saver, done, total)
+
+
+def _end(ending: Ending, saver: Saver, done: int, total: int) -> NoReturn:
+    """The error that says why the run ends before its last step, once what it has done is saved. COLLECTIVE."""
+    try:
         saver.wait()
+        where = f"saved at step {done} of {total}" if done else "before the first step"
+    except DataError as problem:
+        if ending.error is None:
+            raise
+        where = str(problem)
+    if ending.error is None:
+        raise Preempted(f"{where}; run the same command again to go on")
+    error = type(ending.error)(f"{ending.error} ({where})")
+    error.everywhere = True
+    raise error from None
 
 
 def _due(step: int, every: int, last: bool) -> bool:

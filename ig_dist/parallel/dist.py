@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -129,46 +129,39 @@ def sum_over_ranks(values: Tensor, dist: Dist) -> Tensor:
     return values
 
 
-class StopFlag:
-    """SIGTERM and SIGUSR2 ask the run to stop; all ranks agree on the step at which they do.
+def begin_any(flags: Sequence[bool], dist: Dist) -> Callable[[], list[bool]]:
+    """Begin to ask whether some rank has each flag set; the call of what is returned waits for the answer. COLLECTIVE.
 
-    The handler only sets a flag. The agreement is an all-reduce that runs beside the step and is read one step
-    later, so that nobody waits for it. A second SIGTERM ends the process at once; one that follows within a moment is
-    the first one again: ``timeout``, systemd and scancel signal the launcher and its ranks, and the launcher passes on.
+    The all-reduce runs beside what comes between the two.
+    """
+    found = torch.tensor(flags, dtype=torch.int32)
+    work = torch_dist.all_reduce(found, torch_dist.ReduceOp.MAX, async_op=True) if dist.world_size > 1 else None
+
+    def answer() -> list[bool]:
+        if work is not None:
+            work.wait()
+        return list(map(bool, found.tolist()))
+
+    return answer
+
+
+class StopFlag:
+    """SIGTERM and SIGUSR2 ask the run to stop: this process knows of it, and its ranks agree on when.
+
+    The handler only sets a flag. A second SIGTERM ends the process at once; one that follows within a moment is the
+    first one again: ``timeout``, systemd and scancel signal the launcher and its ranks, and the launcher passes on.
     """
 
-    def __init__(self, dist: Dist) -> None:
-        self._dist = dist
-        self._asked = torch.zeros((), dtype=torch.int32)
+    def __init__(self) -> None:
+        self.asked = False
+        """Whether this process was asked to stop."""
         self._asked_at = 0.0
-        self._pending: tuple[torch_dist.Work, Tensor] | None = None
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._asked:
+        if not self.asked:
             self._asked_at = time.monotonic()
         elif number == signal.SIGTERM and time.monotonic() - self._asked_at > SAME_SIGNAL_S:
             os._exit(128 + number)
-        self._asked.fill_(1)
-
-    def agreed(self, *, final: bool) -> bool:
-        """Whether all ranks stop now. COLLECTIVE: call once a step on every rank.
-
-        Args:
-            final: this is the run's last step; nothing is left under way.
-        """
-        if self._dist.world_size == 1:
-            return bool(self._asked)
-        stop = False
-        if self._pending is not None:
-            work, asked = self._pending
-            work.wait()
-            stop = bool(asked)
-        self._pending = None
-        if not (stop or final):
-            asked = self._asked.clone()
-            work = torch_dist.all_reduce(asked, op=torch_dist.ReduceOp.MAX, async_op=True)
-            assert work is not None
-            self._pending = work, asked
-        return stop
+        self.asked = True

@@ -49,6 +49,11 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "steps and epochs": (["train", GOOD, "train.epochs=2"], ["train.steps", "train.epochs", "exactly one"]),
     "batch and streams": (["train", GOOD, "data.streams=5"], ["data.streams 5", "use", "train.global_batch_size=35"]),
     "accumulation": (["train", GOOD, "train.accumulation=5"], ["train.accumulation 5", "use train.accumulation=1"]),
+    "Muon under DeepSpeed": (
+        ["train", GOOD, "optimizer.kind=muon", "engine.kind=deepspeed"],
+        ["needs whole matrices", "engine.kind=fsdp2 or ddp"],
+    ),
+    "apex that is not there": (["train", GOOD, "optimizer.implementation=apex"], ["NVIDIA's apex", "fused"]),
     "no config file": (["train", "nowhere.yaml"], ["nowhere.yaml", "configs/digits.yaml"]),
     "config is no mapping": (["train", "LIST"], ["must hold a mapping"]),
     "config is no YAML": (["train", "BROKEN"], ["not valid YAML"]),

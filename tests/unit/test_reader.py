@@ -31,9 +31,8 @@ def index(tmp_path: Path) -> ShardIndex:
 
 def small_blocks(index: ShardIndex, cache: BlockCache | None = None, **options: str) -> ShardReader:
     """A reader whose blocks hold 7 samples."""
-    reader = ShardReader(index, **options, cache=cache)  # type: ignore[arg-type]
-    reader._block_samples = 7
-    return reader
+    size = index.table.offset[7] - index.table.offset[0]
+    return ShardReader(index, **options, cache=cache, request_bytes=int(size))  # type: ignore[arg-type]
 
 
 def ids_of(batches: list) -> list[int]:  # the latents say which sample they are
