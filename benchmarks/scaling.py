@@ -116,9 +116,7 @@ def main(
     model, batch = settings.model.to_dit(), settings.train.global_batch_size
     parameters, moments = count_state(model, settings)
     flops, steps = 3 * forward_flops(model), settings.total_steps(IMAGENET_IMAGES)
-    state = 4 * (
-        parameters * (1 + len(settings.ema.decays)) + moments
-    )  # weights, moments, averages: what a checkpoint holds
+    state = 4 * (parameters * (1 + len(settings.ema.decays)) + moments)  # a checkpoint: weights, averages, moments
     image = 2 * 2 * math.prod(SD_LATENT)  # stored moments, fp16
 
     plan = Table(

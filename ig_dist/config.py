@@ -166,7 +166,8 @@ class TrainConfig(_Group):
     peak_tflops: PositiveFloat | None = None
     """Peak of one device for MFU, in TFLOP/s; null: known GPUs are looked up, others report no MFU."""
     timeout_s: Positive = 600
-    """A collective that takes longer than this ends the run."""
+    """A rank that makes no progress for this long ends the run (exit code 5). The first step of a start, and what is
+    seldom done, may take three times as long; a wait for a storage has the storage's own deadline on top."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

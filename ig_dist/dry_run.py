@@ -6,6 +6,7 @@ keeps of one image; what the allocator, kernels and libraries need beside it (so
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -142,6 +143,7 @@ def communication_bytes(engine: str, parameters: int, config: Config, gpus: int)
     return parameters * per_parameter * (gpus - 1) // gpus
 
 
+@lru_cache
 def activation_bytes(model: DiTConfig, bf16: bool) -> int:
     """What autograd keeps of one image for the backward pass, in bytes. Traced on fake tensors."""
     return _saved_bytes(model, bf16, 2) - _saved_bytes(model, bf16, 1)  # what both have are casts of weights

@@ -11,6 +11,8 @@ class IgDistError(Exception):
     exit_code = 1
     everywhere = False
     """Whether all processes of a job end with it: then the first of a machine says it."""
+    said = False
+    """Whether the user has been told of it."""
 
 
 class ConfigError(IgDistError):
@@ -30,6 +32,12 @@ class DataError(IgDistError):
     """Data or storage is beyond repair."""
 
     exit_code = 4
+
+
+class HangError(IgDistError):
+    """A rank made no progress for longer than it may."""
+
+    exit_code = 5
 
 
 class LostPeerError(IgDistError):

@@ -52,10 +52,13 @@ class Saver:
     Args:
         store: where they go.
         dist: this process; every rank has a saver.
+        beat: called while a save to a storage is waited for. Its requests have deadlines, and may be many; a disk that
+            hangs is left to the watchdog.
     """
 
-    def __init__(self, store: CheckpointStore, dist: Dist) -> None:
+    def __init__(self, store: CheckpointStore, dist: Dist, beat: Callable[[], None] = lambda: None) -> None:
         self._store, self._dist = store, dist
+        self._beat = (lambda: None) if is_local(store.fs) else beat
         self._snapshot = Snapshot()
         self._under_way: Future[str | None] | None = None
         self.write_s: float | None = None
@@ -105,7 +108,7 @@ class Saver:
         """Wait for the save under way on all ranks; why it failed, as this rank knows it."""
         if self._under_way is None:
             return None
-        meet(self._under_way, self._dist)
+        meet(self._under_way, self._dist, self._beat)
         return self._under_way.result()
 
     def _run(self, save: _Save) -> str | None:

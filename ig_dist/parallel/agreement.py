@@ -15,8 +15,8 @@ T = TypeVar("T")
 MEET_S = 0.5  # far below any train.timeout_s
 
 
-def meet(work: Future[Any] | None, dist: Dist) -> None:
-    """Return when every rank's work is done, well or not. COLLECTIVE.
+def meet(work: Future[Any] | None, dist: Dist, beat: Callable[[], None] = lambda: None) -> None:
+    """Return when every rank's work is done, well or not; ``beat`` is called while it is not. COLLECTIVE.
 
     The ranks ask each other every half second. One collective at the end would take a rank that is still at work,
     or waits for a storage to come back, for one that hangs.
@@ -29,7 +29,7 @@ def meet(work: Future[Any] | None, dist: Dist) -> None:
         return work.done()
 
     while not all(gather_objects(done(), dist)):
-        pass
+        beat()
 
 
 class _Votes(NamedTuple):
@@ -51,12 +51,19 @@ class Awaited(Generic[T]):
         stop_flag: asks the run to stop.
         dist: this process; every rank has one of these.
         finish: a stop does not end it while items come without delay.
+        beat: called while some rank has to wait.
     """
 
     def __init__(
-        self, get: Callable[[float], T | None], stop_flag: StopFlag, dist: Dist, *, finish: bool = False
+        self,
+        get: Callable[[float], T | None],
+        stop_flag: StopFlag,
+        dist: Dist,
+        *,
+        finish: bool = False,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
-        self._get, self._stop_flag, self._dist, self._finish = get, stop_flag, dist, finish
+        self._get, self._stop_flag, self._dist, self._finish, self._beat = get, stop_flag, dist, finish, beat
         self._item: T | None = None
         self._error: IgDistError | None = None
         self._answer: Callable[[], list[bool]] | None = None
@@ -75,6 +82,7 @@ class Awaited(Generic[T]):
         """
         votes = _Votes(*(self._answer or self._vote(MEET_S))())
         while votes.lacks and not (votes.stop or votes.failed):
+            self._beat()
             votes = _Votes(*self._vote(MEET_S)())
         if votes.stop and (votes.lacks or not self._finish):
             raise Ending

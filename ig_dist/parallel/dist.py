@@ -16,10 +16,19 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore  # torch.distributed does not name it as its own
+from torch.distributed.rendezvous import rendezvous
 
-from ig_dist.errors import ConfigError, LostPeerError
+from ig_dist.errors import ConfigError, HangError, LostPeerError
+from ig_dist.terminal import say
 
 SAME_SIGNAL_S = 1.0
+_PEER_IS_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "remote process exited or there was a network error",  # NCCL
+)
 
 
 @dataclass(frozen=True)
@@ -43,13 +52,18 @@ class Dist:
         return -(-self.world_size // self.local_world_size)
 
 
-def init_distributed(timeout_s: int) -> Dist:
+def init_distributed(join_s: float, collective_s: float) -> Dist:
     """Join the job described by torchrun's environment variables, or stand alone.
 
-    Collectives go over gloo for CPU tensors and NCCL for GPU tensors, and give up after ``timeout_s`` seconds.
+    Collectives go over gloo for CPU tensors and NCCL for GPU tensors.
+
+    Args:
+        join_s: how long the other processes may take to start.
+        collective_s: when collectives give up.
 
     Raises:
         ConfigError: incomplete environment, or more processes than GPUs on a machine that has GPUs.
+        HangError: the other processes did not come.
     """
     try:
         rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -72,7 +86,17 @@ def init_distributed(timeout_s: int) -> Dist:
         torch.cuda.set_device(device)
     if world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        torch_dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        try:
+            store, *_ = next(rendezvous("env://", timeout=timedelta(seconds=join_s)))
+        except torch_dist.DistError as error:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise HangError(
+                f"not all of the {world_size} processes came to {place} within {join_s:.0f} s (train.timeout_s):"
+                f" see what the others say, then start the job again ({str(error).splitlines()[0]})"
+            ) from None
+        torch_dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=collective_s)
+        )
     return Dist(rank, world_size, local_rank, local_world_size, device)
 
 
@@ -85,17 +109,20 @@ def ensure_process_group(dist: Dist) -> None:
 
 @contextmanager
 def lost_peers_explained(dist: Dist) -> Iterator[None]:
-    """A collective that fails because another rank is gone is that rank's story: no traceback here."""
+    """A collective that fails because another rank is gone is that rank's story: one line, no traceback.
+
+    The line is said at once: what is closed after it may take longer than a launcher gives the others.
+    """
     try:
         yield
     except RuntimeError as error:  # gloo has no class of its own for it
         if "Timed out waiting" in str(error):
-            raise LostPeerError(
-                "a collective took longer than train.timeout_s: a rank hangs, or is far behind"
-            ) from None
-        if not any(sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer")):
+            raise HangError("a collective timed out: a rank hangs; run the same command again to go on") from None
+        if not isinstance(error, torch_dist.DistNetworkError) and not any(sign in str(error) for sign in _PEER_IS_GONE):
             raise
-        raise LostPeerError(f"another of the {dist.world_size} processes ended; its message says why") from None
+        lost = LostPeerError(f"another of the {dist.world_size} processes ended; its message says why")
+        say(lost)
+        raise lost from None
 
 
 def shut_down() -> None:
@@ -126,6 +153,13 @@ def sum_over_ranks(values: Tensor, dist: Dist) -> Tensor:
     """Elementwise sum, in place, of a tensor of any device. COLLECTIVE: every rank must call."""
     if dist.world_size > 1:
         torch_dist.all_reduce(values)
+    return values
+
+
+def max_over_ranks(values: Tensor, dist: Dist) -> Tensor:
+    """Elementwise maximum, in place, of a tensor of any device. COLLECTIVE: every rank must call."""
+    if dist.world_size > 1:
+        torch_dist.all_reduce(values, op=torch_dist.ReduceOp.MAX)
     return values
 
 

@@ -15,7 +15,7 @@ from ig_dist.parallel.apply import apply_compile, apply_precision
 from ig_dist.parallel.sharded import update
 from ig_dist.rng import Purpose, integers, normal, uniform
 from tests.conftest import run_command
-from tests.distributed.test_training import final_tensors
+from tests.distributed.test_training import final_tensors, metrics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
@@ -102,3 +102,16 @@ def test_muon_on_the_gpu_follows_muon_on_the_cpu() -> None:
         made.append([p.detach().cpu() - first for p, first in zip(parameters, start, strict=True)])
     for cpu, gpu in zip(*made, strict=True):  # on a GPU the iteration is in bf16
         assert (cpu - gpu).norm() < 0.05 * cpu.norm()
+
+
+def test_a_run_compiles_in_its_first_step_only(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    watched = {"validate_every_steps": 10, "sample_every_steps": 25}  # compiled for themselves, and not counted
+    for engine in ("ddp", "fsdp2"):
+        config = tiny_config(
+            engine, train={"precision": "bf16", "compile": True}, data={"validation_shards": 2}, log=watched
+        )
+        done = run_command(["ig-dist", "train", config, f"engine.kind={engine}"])
+        assert done.returncode == 0, done.stderr
+        lines = [line for line in metrics(tmp_path / "runs" / engine) if "loss" in line]
+        assert [line["recompiles"] for line in lines] == [0] * 50
+        assert all(2**20 < line["peak_memory_bytes"] < 2**34 for line in lines)  # of the GPU, not of the process
