@@ -70,13 +70,14 @@ class SourceReader(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:  # noqa: D102
         stop = self._file.size if size < 0 else min(self._at + size, self._file.size)
-        if stop <= self._at:
-            return b""
-        data = bytes(read_range(self._file.fs, self._file.path, self._at, stop, self._patience))
-        self._at = stop
-        if self._advance:
-            self._advance(len(data))
-        return data
+        parts = []
+        while self._at < stop:
+            end = min(self._at + REQUEST_BYTES, stop)
+            parts.append(read_range(self._file.fs, self._file.path, self._at, end, self._patience))
+            self._at = end
+            if self._advance:
+                self._advance(len(parts[-1]))
+        return b"".join(parts)
 
 
 def file_version(entry: dict[str, Any]) -> str:
