@@ -84,7 +84,7 @@ def main(
     from ig_dist.encoding.settings import Settings, default_samples_per_shard, sample_tar_bytes
     from ig_dist.encoding.walk import this_worker
     from ig_dist.latents.tokenizers import get_tokenizer
-    from ig_dist.storage import Patience
+    from ig_dist.storage.faults import Patience
 
     # what is wrong with the options is said before any picture is read
     if not 0 <= max_rejected <= 1:

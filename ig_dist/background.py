@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from ig_dist.storage import Patience
+    from ig_dist.storage.faults import Patience
 
 T = TypeVar("T")
 R = TypeVar("R")

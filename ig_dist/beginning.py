@@ -14,7 +14,7 @@ from ig_dist.data.index import ShardIndex
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT
 from ig_dist.parallel.dist import Dist
-from ig_dist.storage import Patience
+from ig_dist.storage.faults import Patience
 
 
 def checkpoint_store(config: Config) -> CheckpointStore:

@@ -31,16 +31,10 @@ from ig_dist.parallel.agreement import meet
 from ig_dist.parallel.dist import Dist, from_main
 from ig_dist.snapshot import DTYPE_NAMES, SMALL_BYTES
 from ig_dist.snapshot import Piece as Piece
-from ig_dist.storage import (
-    REQUEST_BYTES,
-    Patience,
-    abort_orphaned_uploads,
-    list_sizes,
-    once,
-    open_url,
-    read_range,
-    retried,
-)
+from ig_dist.storage.faults import Patience, retried
+from ig_dist.storage.files import REQUEST_BYTES, list_sizes, open_url, read_range
+from ig_dist.storage.s3 import abort_orphaned_uploads
+from ig_dist.storage.urls import once
 
 _MOST_BLOCKS = 64
 _READS = 4  # of a piece, before it is damaged and did not suffer on the way

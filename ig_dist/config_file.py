@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from ig_dist.config import Config
 from ig_dist.errors import ConfigError
-from ig_dist.storage import refuse_credentials
+from ig_dist.storage.urls import refuse_credentials
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:

@@ -17,7 +17,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ig_dist.errors import DataError
-from ig_dist.storage import REQUEST_BYTES, Patience, is_local, list_sizes, read_file, read_range
+from ig_dist.storage.faults import Patience
+from ig_dist.storage.files import REQUEST_BYTES, list_sizes, read_file, read_range
+from ig_dist.storage.urls import is_local
 
 FORMAT = "ig-dist-checkpoint/2"
 MANIFEST = "manifest.json"

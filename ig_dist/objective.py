@@ -24,7 +24,8 @@ from ig_dist.models.dit import DiTOutput
 from ig_dist.parallel.agreement import Awaited
 from ig_dist.parallel.dist import Dist, StopFlag, sum_over_ranks
 from ig_dist.rng import Purpose, bernoulli, normal, uniform
-from ig_dist.storage import REQUEST_BYTES, Patience
+from ig_dist.storage.faults import Patience
+from ig_dist.storage.files import REQUEST_BYTES
 
 VALIDATION_SAMPLES = 4096
 VALIDATION_SEED = 0  # not the run's: the loss must be comparable over runs

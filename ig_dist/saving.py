@@ -25,7 +25,9 @@ from ig_dist.manifest import MANIFEST, folder_name, make_manifest, sealed, unsea
 from ig_dist.parallel.agreement import meet
 from ig_dist.parallel.dist import Dist, from_main
 from ig_dist.snapshot import Snapshot
-from ig_dist.storage import Patience, is_local, list_sizes, read_file, write_whole
+from ig_dist.storage.faults import Patience
+from ig_dist.storage.files import list_sizes, read_file, write_whole
+from ig_dist.storage.urls import is_local
 from ig_dist.terminal import console
 from ig_dist.writes import create_file, write_hashed
 

@@ -11,17 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ig_dist.background import at_once
-from ig_dist.storage import (
-    Patience,
-    is_local,
-    md5,
-    once,
-    read_range,
-    request_timeout,
-    retried,
-    upload_options,
-    write_whole,
-)
+from ig_dist.storage.faults import Patience, retried
+from ig_dist.storage.files import read_range, request_timeout, upload_options, write_whole
+from ig_dist.storage.s3 import md5
+from ig_dist.storage.urls import is_local, once
 
 _PARALLEL_PARTS = 4
 _MOST_PARTS = 10_000  # of one upload to S3; each but the last has 5 MiB at least

@@ -20,7 +20,8 @@ import numpy as np
 
 from ig_dist.data.index import ShardIndex
 from ig_dist.errors import ConfigError
-from ig_dist.storage import LOCAL, write_whole
+from ig_dist.storage.files import write_whole
+from ig_dist.storage.urls import LOCAL
 from ig_dist.terminal import console
 
 _LEFT_S = 3600.0

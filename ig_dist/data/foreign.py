@@ -18,7 +18,8 @@ from ig_dist.data.shards import locate_array, split_name
 from ig_dist.data.tar import DamagedTar, read_tar
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.progress import progress
-from ig_dist.storage import Patience, full_url, unreadable
+from ig_dist.storage.faults import Patience, unreadable
+from ig_dist.storage.urls import full_url
 
 if TYPE_CHECKING:
     from ig_dist.latents.tokenizers import Tokenizer

@@ -19,7 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ig_dist.data.shards import SampleRow
 from ig_dist.errors import ConfigError
-from ig_dist.storage import PATIENCE, Patience, full_url, list_sizes, open_url, read_file, unreadable, write_whole
+from ig_dist.storage.faults import PATIENCE, Patience, unreadable
+from ig_dist.storage.files import list_sizes, open_url, read_file, write_whole
+from ig_dist.storage.urls import full_url
 
 FORMAT = "ig-dist-index/1"
 TABLE_NAME = "index.samples.safetensors"

@@ -13,7 +13,9 @@ from zlib_ng import zlib_ng
 from ig_dist.data.cache import BlockCache
 from ig_dist.data.index import ShardIndex
 from ig_dist.errors import DataError
-from ig_dist.storage import REQUEST_BYTES, Patience, full_url, open_url, read_range
+from ig_dist.storage.faults import Patience
+from ig_dist.storage.files import REQUEST_BYTES, open_url, read_range
+from ig_dist.storage.urls import full_url
 
 Samples = NDArray[Any]
 

@@ -15,7 +15,9 @@ from ig_dist.data.shards import SampleRow, scan_shard
 from ig_dist.data.statistics import ChannelSums
 from ig_dist.data.tar import DamagedTar
 from ig_dist.errors import ConfigError
-from ig_dist.storage import REQUEST_BYTES, Patience, full_url, list_sizes, open_url, read_range, unreadable
+from ig_dist.storage.faults import Patience, unreadable
+from ig_dist.storage.files import REQUEST_BYTES, list_sizes, open_url, read_range
+from ig_dist.storage.urls import full_url
 
 
 class ShardFile:

@@ -15,7 +15,8 @@ from ig_dist.data.reader import ShardReader
 from ig_dist.data.shard_files import ShardContent, ShardFile, read_shard
 from ig_dist.data.statistics import ChannelSums, normalised, raw_statistics
 from ig_dist.progress import progress
-from ig_dist.storage import Patience, list_sizes, open_url, unreadable
+from ig_dist.storage.faults import Patience, unreadable
+from ig_dist.storage.files import list_sizes, open_url
 
 TOLERANCE = 1e-4
 """Of means (in standard deviations) and of standard deviations (relative): sums of the same numbers differ by less."""

@@ -17,7 +17,7 @@ from ig_dist.encoding.records import Dest, Rejected, ShardRecord, Superseded, To
 from ig_dist.encoding.settings import Settings
 from ig_dist.errors import ConfigError
 from ig_dist.latents.tokenizers import Tokenizer
-from ig_dist.storage import read_range
+from ig_dist.storage.files import read_range
 
 _THREADS = 8
 _CHECKED_SAMPLES = 4  # of each shard

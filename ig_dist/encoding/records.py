@@ -20,7 +20,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ig_dist.data.shards import SampleRow
 from ig_dist.encoding.settings import Settings, shard_name
 from ig_dist.errors import ConfigError, DataError, IgDistError
-from ig_dist.storage import Patience, is_local, list_sizes, open_url, read_file, unreadable, write_whole
+from ig_dist.storage.faults import Patience, unreadable
+from ig_dist.storage.files import list_sizes, open_url, read_file, write_whole
+from ig_dist.storage.urls import is_local
 from ig_dist.writes import create_file
 
 PARTS = "parts"

@@ -27,7 +27,7 @@ from ig_dist.export import ExportInfo, ModelInfo
 from ig_dist.latents.tokenizers import Tokenizer
 from ig_dist.models.dit import DiT
 from ig_dist.rng import Purpose, normal
-from ig_dist.storage import open_url, write_whole
+from ig_dist.storage.files import open_url, write_whole
 
 Images = NDArray[np.uint8]  # (N, H, W, channels)
 Labels = NDArray[np.int64]  # (N,)

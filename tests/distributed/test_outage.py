@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from ig_dist.data.index import read_index
-from ig_dist.storage import open_url, write_whole
+from ig_dist.storage.files import open_url, write_whole
 from tests.conftest import ROOT
 from tests.fault_proxy import Fault, FaultProxy
 from tests.object_store import ObjectStore, free_port

@@ -22,7 +22,8 @@ from ig_dist.checkpoint import Checkpoint, CheckpointStore, Piece
 from ig_dist.errors import DataError
 from ig_dist.export import ALONE
 from ig_dist.saving import Saver
-from ig_dist.storage import Patience, open_url
+from ig_dist.storage.faults import Patience
+from ig_dist.storage.files import open_url
 from tests.conftest import ROOT, run_command
 from tests.distributed.test_training import local, metrics
 from tests.fault_proxy import Fault, FaultProxy

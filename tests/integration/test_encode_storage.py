@@ -20,7 +20,8 @@ import ig_dist.encoding.shards
 from ig_dist.data.sources import find_source
 from ig_dist.data.sources.spool import SourceFile, copy_tar
 from ig_dist.errors import ConfigError, DataError
-from ig_dist.storage import REQUEST_BYTES, Patience, open_url, write_whole
+from ig_dist.storage.faults import Patience
+from ig_dist.storage.files import REQUEST_BYTES, open_url, write_whole
 from tests.conftest import ROOT, run_command
 from tests.encoding import Encode, arguments, usually_named
 from tests.fault_proxy import Fault, FaultProxy

@@ -16,7 +16,9 @@ from ig_dist.data.order import SampleOrder
 from ig_dist.data.reader import ShardReader
 from ig_dist.data.stream import Batch, BatchStream
 from ig_dist.errors import ConfigError, DataError
-from ig_dist.storage import Patience, abort_orphaned_uploads, open_url, read_file, write_whole
+from ig_dist.storage.faults import Patience
+from ig_dist.storage.files import open_url, read_file, write_whole
+from ig_dist.storage.s3 import abort_orphaned_uploads
 from tests.conftest import run_command
 from tests.fault_proxy import Fault, FaultProxy
 from tests.object_store import ObjectStore

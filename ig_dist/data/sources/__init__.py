@@ -22,7 +22,9 @@ from ig_dist.data.sources.folders import find_kaggle, folder_source, kaggle_sour
 from ig_dist.data.sources.source import Found, Source, digits, source_name
 from ig_dist.data.sources.spool import Copy, SourceFile, copy_tar, file_version, spool, spool_folder
 from ig_dist.errors import ConfigError
-from ig_dist.storage import PATIENCE, Patience, is_file, is_local, open_url, refuse_credentials
+from ig_dist.storage.faults import PATIENCE, Patience
+from ig_dist.storage.files import open_url
+from ig_dist.storage.urls import is_file, is_local, refuse_credentials
 from ig_dist.terminal import console, is_main_process
 
 __all__ = ["Found", "Source", "find_source", "refuse_missing"]

@@ -14,7 +14,7 @@ from ig_dist.data.sources.spool import SourceFile, SourceReader
 from ig_dist.data.sources.tars import LABEL, PICTURES
 from ig_dist.errors import ConfigError
 from ig_dist.progress import Advance
-from ig_dist.storage import Patience, unreadable
+from ig_dist.storage.faults import Patience, unreadable
 
 _ROWS = 256  # read at a time
 

@@ -25,7 +25,9 @@ from ig_dist.background import in_parallel
 from ig_dist.data.sources.source import file_size
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.progress import Advance, progress
-from ig_dist.storage import REQUEST_BYTES, Patience, is_local, read_range
+from ig_dist.storage.faults import Patience
+from ig_dist.storage.files import REQUEST_BYTES, read_range
+from ig_dist.storage.urls import is_local
 from ig_dist.terminal import console
 
 _THREADS = 8
