@@ -115,6 +115,32 @@ def two(folder: Path) -> Path:
     return folder
 
 
+LIGHTNING = ["model.norm=rmsnorm", "model.mlp=swiglu", "model.rope=true", "model.qk_norm=true", "train.steps=12"]
+
+
+@pytest.fixture(scope="module")
+def lightning(folder: Path) -> Path:
+    """LightningDiT's layers, with and without bf16; the engines that gather blocks compute them again in backward."""
+    jobs = []
+    for name in ("ddp", "fsdp2", "zero3"):
+        checkpointing = f"train.activation_checkpointing={str(name != 'ddp').lower()}"
+        layers = [*LIGHTNING, *ENGINES[name], checkpointing]
+        jobs.append(run(folder, f"{name}-lightning", *layers))
+        jobs.append(run(folder, f"{name}-lightning-bf16", *layers, "train.precision=bf16"))
+    launch(jobs, 2, folder)
+    return folder
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_layers_of_lightningdit_under_every_kind_of_engine(lightning: Path, engine: str) -> None:
+    assert_curve(lightning / f"{engine}-lightning", lightning / "ddp-lightning", rel=1e-5)
+    assert_curve(lightning / f"{engine}-lightning-bf16", lightning / "ddp-lightning-bf16", rel=1e-3)
+    lines = [metrics(lightning / f"{engine}-lightning{bf16}")[-1]["loss"] for bf16 in ("", "-bf16")]
+    assert lines[0] != lines[1]
+    names = {name.removeprefix("model/") for name in saved(lightning / f"{engine}-lightning", 12)}
+    assert {"feat_rope.freqs_cos", "blocks.0.norm1.weight", "blocks.1.mlp.w12.weight"} <= names
+
+
 MUON_STEPS = 30
 MUON = ["optimizer.kind=muon", "optimizer.lr=0.02", f"train.steps={MUON_STEPS}"]
 
