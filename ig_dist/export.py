@@ -65,6 +65,8 @@ def model_info(config: Config, index: ShardIndex) -> ModelInfo:
 def export_run(config: Config, *, ema: float | None = None, raw: bool = False) -> Path:
     """Export the newest whole checkpoint of a run; what is exported already is left as it is.
 
+    A folder that ``ig-dist convert`` made holds weights instead of checkpoints: it is an export itself.
+
     Args:
         config: the run's config.
         ema: decay of the average to export; None: the first of ``ema.decays``.
@@ -76,6 +78,11 @@ def export_run(config: Config, *, ema: float | None = None, raw: bool = False) -
     Raises:
         ConfigError: the run has no checkpoint, or no such average.
     """
+    converted = Path(config.run.dir)
+    if (converted / INFO_NAME).is_file():
+        if raw or ema is not None:
+            raise ConfigError(f"{converted} holds converted weights, and only these: leave out --ema and --raw")
+        return converted
     checkpoint = checkpoint_store(config).latest(ALONE)
     if checkpoint is None:
         raise ConfigError(f"{config.run.dir} has no checkpoint: train it first with `ig-dist train`")

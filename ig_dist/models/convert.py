@@ -22,23 +22,40 @@ _AUX, _THEIR_AUX = "aux_layer.", "final_layer_xr."
 _PROJECTORS = "projectors."  # REPA's, of training only
 
 
-def possible_formats(weights: Mapping[str, Tensor]) -> list[Format]:
-    """The formats that published weights of these names and shapes can have.
+def read_format(weights: Mapping[str, Tensor], given: Format | None) -> Format:
+    """The format of published weights.
 
     LightningDiT shows by RMSNorm, SwiGLU or RoPE, IG by its head, REPA by its projectors, the original SiT by its
     learned sigma. Without any of them only who trained the model knows which way its time runs.
+
+    Args:
+        weights: under their published names.
+        given: what the user says; None: it is read.
+
+    Raises:
+        ValueError: the weights are not of that format, or can be of several.
     """
     lightning = any(
         name in weights for name in ("blocks.0.norm1.weight", "blocks.0.mlp.w12.weight", "feat_rope.freqs_cos")
     )
-    aux = any(name.startswith(_THEIR_AUX) for name in weights)
-    if lightning:
-        return ["ig-lightningdit" if aux else "lightningdit"]
-    if aux:
-        return ["ig-sit"]
-    if any(name.startswith(_PROJECTORS) for name in weights):
-        return ["repa"]
-    return ["sit"] if read_config(weights, "sit", aux_depth=None, num_heads=1).learn_sigma else ["sit", "repa"]
+    aux, projectors = (any(name.startswith(part) for name in weights) for part in (_THEIR_AUX, _PROJECTORS))
+    sigma = read_config(weights, "sit", aux_depth=1, num_heads=1).learn_sigma
+    fitting: list[Format] = []
+    for name in FORMATS:
+        fits = name.startswith("ig-") == aux and (name == "repa" or not projectors)
+        if fits and ("lightningdit" in name or not lightning) and not (sigma and name in ("repa", "ig-sit")):
+            fitting.append(name)
+    if given is not None:
+        if given not in fitting:
+            raise ValueError(f"--format {given}: the weights are of {' or '.join(fitting) or 'none'}")
+        return given
+    likely = [name for name in fitting if lightning or "lightningdit" not in name]
+    if len(likely) != 1:
+        raise ValueError(
+            f"the weights can be of {' or '.join(likely or FORMATS)}, in which time runs in opposite directions:"
+            " say which with --format"
+        )
+    return likely[0]
 
 
 def read_config(
