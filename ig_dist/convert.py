@@ -24,7 +24,7 @@ from ig_dist.export import INFO_NAME, WEIGHTS_NAME, ExportInfo
 from ig_dist.latents.tokenizers import get_tokenizer
 from ig_dist.models.convert import FROM_NOISE, Format, read_config, read_format, to_ours, to_published
 from ig_dist.models.dit import DiTConfig, count_parameters
-from ig_dist.tensor_files import read_pickle, read_safetensors
+from ig_dist.tensor_files import read_safetensors, read_torch_file
 
 RECORD_NAME = "convert.json"
 OTHERS_NAME = "training_only.safetensors"
@@ -53,8 +53,8 @@ class Conversion(BaseModel):
         return (
             f"{model.depth} blocks of width {model.hidden_size}, {model.num_heads} heads,"
             f" patches of {model.patch_size}, {model.norm}, {model.mlp}{', RoPE' * model.rope}"
-            f"{', QK-norm' * model.qk_norm}{', learned sigma' * model.learn_sigma}; {head}; latents {model.in_channels}x{side}x{side},"
-            f" {model.num_classes} classes"
+            f"{', QK-norm' * model.qk_norm}{', learned sigma' * model.learn_sigma}; {head};"
+            f" latents {model.in_channels}x{side}x{side}, {model.num_classes} classes"
         )
 
 
@@ -172,7 +172,7 @@ def _read_published(path: Path, raw: bool = False) -> dict[str, Tensor]:
     """The weights in a checkpoint, in fp32, under names without the marks of DDP and torch.compile."""
     if not path.is_file():
         raise ConfigError(f"no file at {path}: give a published checkpoint (.pt, .safetensors), or a folder of ours")
-    found = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    found = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
     if isinstance(found, dict):
         for part in ("model",) if raw else ("ema", "state_dict", "model"):
             if isinstance(found.get(part), dict):

@@ -28,7 +28,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ConfigError(f"{path} is damaged ({error}): download or save it again") from None
 
 
-def read_pickle(path: Path) -> Any:
+def read_torch_file(path: Path) -> Any:
     """What a file in PyTorch's format holds, if that is tensors, numbers, text and containers of them.
 
     The settings of a training, which many checkpoints carry as an ``argparse.Namespace``, are such a container.

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ig_dist.errors import ConfigError
-from ig_dist.tensor_files import read_pickle, read_safetensors
+from ig_dist.tensor_files import read_safetensors, read_torch_file
 
 # Of the training around the autoencoder.
 OTHER_PARTS = ("loss.", "discriminator.", "foundation_model.", "linear_proj.")
@@ -95,7 +95,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    found = read_pickle(path)
+    found = read_torch_file(path)
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     if not isinstance(found, dict):
