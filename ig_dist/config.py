@@ -32,6 +32,13 @@ def _known_protocol(url: str) -> str:
     return url
 
 
+def _ascending(interval: tuple[float, float]) -> tuple[float, float]:
+    if interval[0] > interval[1]:
+        raise ValueError(f"interval is {list(interval)}; write low <= high")
+    return interval
+
+
+Interval = Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)]
 Url = Annotated[str, AfterValidator(_known_protocol)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -97,6 +104,19 @@ class ModelConfig(_Group):
         return DiTConfig(**{**values, **{k: v for k, v in missing.items() if values[k] is None}})
 
 
+class AccelerationConfig(_Group):
+    """Training acceleration (arXiv 2512.24176, section 6): the final head learns v + weight sg(v_final - v_aux)."""
+
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """w; 0: off."""
+    source: Literal["same_forward", "ema"] = "same_forward"
+    """Whose difference of the heads: the forward pass that is trained, or the first EMA, which costs a forward more."""
+    start_step: NonNegative = 0
+    """Steps of the run before it begins."""
+    interval: Interval = (0.0, 1.0)
+    """Times t at which it acts, both ends included (t = 1 is noise)."""
+
+
 class LossConfig(_Group):
     """The training objective (docs/architecture.md, "The mathematics")."""
 
@@ -104,10 +124,26 @@ class LossConfig(_Group):
     """Interpolation between data (t = 0) and noise (t = 1)."""
     aux_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
     """Weight of the auxiliary head's loss."""
-    time: Literal["uniform"] = "uniform"
-    """Distribution of the training times."""
+    cosine_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Weight of 1 - cos(v_final, v) over channels, of the final head; LightningDiT has 1."""
+    time: Literal["uniform", "logit_normal"] = "uniform"
+    """Distribution of the training times: uniform, or sigmoid(``time_mean`` + ``time_std`` n) for n normal."""
+    time_mean: Finite = 0.0
+    """Of logit_normal: above 0 more of the times are near noise (t = 1)."""
+    time_std: PositiveFloat = 1.0
+    """Of logit_normal."""
+    time_shift: PositiveFloat | Literal["latent_dimension"] = 1.0
+    """S > 1 moves times u towards noise: t = S u / (1 + (S - 1) u). latent_dimension: S = sqrt(C H W / 4096)."""
+    acceleration: AccelerationConfig = AccelerationConfig()
+    """Training acceleration."""
     label_drop: Fraction = 0.1
     """Share of labels replaced by the null label, for classifier-free guidance."""
+
+    @model_validator(mode="after")
+    def _keys_of_the_time(self) -> Self:
+        if self.time == "uniform" and (self.time_mean, self.time_std) != (0.0, 1.0):
+            raise ValueError("loss.time_mean and loss.time_std are for loss.time=logit_normal: set it, or remove them")
+        return self
 
 
 class DataConfig(_Group):
@@ -372,6 +408,10 @@ class Config(_Group):
             raise ValueError(
                 f"optimizer.implementation=apex is for adamw under ddp and fsdp2, not for {self.optimizer.kind} under"
                 f" {self.engine.kind}: use optimizer.implementation=fused"
+            )
+        if self.loss.acceleration.weight and self.model.aux_depth is None:
+            raise ValueError(
+                "loss.acceleration needs the auxiliary head: set model.aux_depth, or loss.acceleration.weight=0"
             )
         if "ig" in active and self.model.aux_depth is None:
             raise ValueError("guidance asks for ig, but the model has no auxiliary head: set model.aux_depth")

@@ -32,7 +32,8 @@ def validate(
     batch_size = config.train.global_batch_size // dist.world_size // config.train.accumulation
     with ema.swapped_in(config.ema.decays[0]):
         losses = validation_loss(model, index, config, reader, batch_size, dist, stop)
-    return dict(zip(("val_loss", "val_loss_final", "val_loss_aux"), losses, strict=True))
+    named = dict(zip(("val_loss", "val_loss_final", "val_loss_aux", "val_loss_cosine"), losses, strict=True))
+    return {name: value for name, value in named.items() if name != "val_loss_cosine" or config.loss.cosine_weight}
 
 
 def sample_grid(model: DiT, ema: EMA, index: ShardIndex, config: Config, device: torch.device) -> NDArray[np.uint8]:
