@@ -307,12 +307,19 @@ class CheckpointConfig(_Group):
 class GuidanceConfig(_Group):
     """One guidance term."""
 
-    kind: Literal["ig", "cfg"]
-    """Internal Guidance (weak head to final head) or classifier-free guidance (null label to label)."""
+    kind: Literal["ig", "cfg", "auto"]
+    """ig: Internal Guidance (weak head to final head). cfg: classifier-free guidance (null label to label). auto:
+    autoguidance (the second model ``sample.weak_model`` to the model)."""
     scale: Finite
     """Extrapolation scale; 1 is no guidance."""
     interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     """Times t at which the term is on, both ends included (t = 1 is noise)."""
+    branches: Literal["both", "conditional", "null"] = "both"
+    """Of ig and auto: guide the prediction for the label, the one for the null label that cfg needs, or both."""
+
+    def to_term(self) -> GuidanceTerm:
+        """The term as the samplers take it."""
+        return GuidanceTerm(self.kind, self.scale, self.interval, self.branches)
 
 
 class SampleConfig(_Group):
@@ -324,10 +331,20 @@ class SampleConfig(_Group):
     """balanced: image i has class i mod num_classes; random: drawn uniformly."""
     seed: Seed = 0
     """Image i depends on (this seed, i) only."""
-    solver: Literal["euler", "heun", "euler_maruyama"] = "heun"
-    """Euler and Heun solve the ODE, Euler-Maruyama the SDE."""
+    solver: Literal["euler", "heun", "euler_maruyama", "dopri5"] = "heun"
+    """Euler, Heun and the adaptive dopri5 solve the ODE, Euler-Maruyama the SDE."""
     steps: Positive = 32
-    """Steps of the solver."""
+    """Steps of the solver (n + 1 points in time); dopri5 chooses its own."""
+    time_shift: PositiveFloat | Literal["latent_dimension"] = 1.0
+    """Of euler and heun: S > 1 makes shorter steps near data, as ``loss.time_shift`` does with training times."""
+    correct_last_step: bool = True
+    """Of heun: false makes the last step an Euler step, as in the published SiT sampler."""
+    rtol: PositiveFloat = 1e-3
+    """Of dopri5: tolerance relative to the state."""
+    atol: PositiveFloat = 1e-6
+    """Of dopri5: absolute tolerance."""
+    weak_model: str = ""
+    """Second model of ``auto`` guidance: a run (RUN, or RUN@STEP for an earlier checkpoint) or an export folder."""
     batch_size: Positive = 64
     """Images at a time; a batch never crosses a unit."""
     unit_size: Positive = 512
@@ -338,6 +355,19 @@ class SampleConfig(_Group):
     """Folder of the plans' samples: a path or any fsspec URL. Empty: ``samples`` in the run directory."""
     tokenizer: str = ""
     """Folder, file or name of the tokenizer where it is not found under the name in the index."""
+
+    @model_validator(mode="after")
+    def _keys_of_the_solver(self) -> Self:
+        if self.time_shift != 1.0 and self.solver not in ("euler", "heun"):
+            raise ValueError(
+                f"sample.time_shift moves the steps of euler and heun, sample.solver is {self.solver}: set"
+                " sample.time_shift=1"
+            )
+        if not self.correct_last_step and self.solver != "heun":
+            raise ValueError(
+                f"sample.correct_last_step is heun's, sample.solver is {self.solver}: set sample.correct_last_step=true"
+            )
+        return self
 
 
 class EvaluateConfig(_Group):
@@ -409,6 +439,11 @@ class Config(_Group):
                 f"optimizer.implementation=apex is for adamw under ddp and fsdp2, not for {self.optimizer.kind} under"
                 f" {self.engine.kind}: use optimizer.implementation=fused"
             )
+        if "auto" in active and not self.sample.weak_model:
+            raise ValueError(
+                "guidance asks for auto, but there is no second model: set sample.weak_model=RUN, or RUN@STEP of an"
+                " earlier checkpoint"
+            )
         if self.loss.acceleration.weight and self.model.aux_depth is None:
             raise ValueError(
                 "loss.acceleration needs the auxiliary head: set model.aux_depth, or loss.acceleration.weight=0"
@@ -419,7 +454,7 @@ class Config(_Group):
 
     def guidance_terms(self) -> list[GuidanceTerm]:
         """The terms as the samplers take them."""
-        return [GuidanceTerm(term.kind, term.scale, term.interval) for term in self.guidance]
+        return [term.to_term() for term in self.guidance]
 
     def with_data(self, latent_shape: tuple[int, int, int], num_classes: int) -> Config:
         """A copy whose model has the shapes of the data.

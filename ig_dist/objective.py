@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from ig_dist.data.latents import check_latents, model_latents
 from ig_dist.data.reader import Samples, ShardReader
 from ig_dist.data.stream import Batch
 from ig_dist.diffusion.loss import accelerated_target, head_difference, ig_loss
-from ig_dist.diffusion.path import Path, dimension_shift, logit_normal, shift_time
+from ig_dist.diffusion.path import Path, logit_normal, resolve_shift, shift_time
 from ig_dist.ema import EMA
 from ig_dist.errors import DataError, Ending
 from ig_dist.models.dit import DiTOutput
@@ -70,11 +70,6 @@ def training_times(loss: LossConfig, seed: int, positions: Tensor, latent_shape:
     else:
         t = logit_normal(normal(seed, Purpose.TIME, positions, ()), loss.time_mean, loss.time_std)
     return shift_time(t, resolve_shift(loss.time_shift, latent_shape))
-
-
-def resolve_shift(shift: float | Literal["latent_dimension"], latent_shape: Sequence[int]) -> float:
-    """The S of a config's ``time_shift``."""
-    return dimension_shift(latent_shape) if shift == "latent_dimension" else shift
 
 
 def training_loss(model: Model, task: Task, config: Config, *, step: int, difference: Tensor | None = None) -> Tensor:

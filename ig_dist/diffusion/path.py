@@ -109,6 +109,11 @@ def dimension_shift(latent_shape: Sequence[int]) -> float:
     return math.sqrt(math.prod(latent_shape) / SHIFT_FREE_DIMENSION)
 
 
+def resolve_shift(shift: float | Literal["latent_dimension"], latent_shape: Sequence[int]) -> float:
+    """Return S: the number itself, or `dimension_shift`."""
+    return dimension_shift(latent_shape) if shift == "latent_dimension" else shift
+
+
 def logit_normal(normal: Tensor, mean: float, std: float) -> Tensor:
     """Return t = sigmoid(mean + std * normal) in float64 (arXiv 2403.03206, section 3.1).
 
