@@ -301,7 +301,7 @@ def test_a_sweep_over_autoguidance_has_it_on_the_axis_and_in_the_table(tmp_path:
     sweep["rows"] += [{**row, "auto_scale": 2.0, "plans": ["other"]} for row in sweep_of([1.0], [1.0], std={})["rows"]]
     chart = scale_chart([row for row in sweep["rows"] if row["ig_scale"] == 1], "fd_pixel")
     assert chart.x_label.startswith("autoguidance") and [tick.label for tick in chart.x_ticks] == ["1", "2"]
-    page = write_report(make_run(tmp_path, sweep=sweep)).read_text()
+    page = write_report(make_run(tmp_path / "run", sweep=sweep)).read_text()
     assert "autoguidance scale" in page and "autoguidance 2" in page
 
 
