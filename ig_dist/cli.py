@@ -24,6 +24,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c ...]", he
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of `ig-dist train`.")]
 Ema = Annotated[float | None, typer.Option(help="Decay of the average to use; default: the first of ema.decays.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Use the weights themselves instead of an average.")]
+Weak = Annotated[str | None, typer.Option(help="Second model of autoguidance: RUN, RUN@STEP or an export folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -77,6 +78,9 @@ def sample(
     cfg_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1: off.")] = None,
     ig_interval: Annotated[str | None, typer.Option(help="Times LOW,HIGH at which IG is on (t = 1 is noise).")] = None,
     cfg_interval: Annotated[str | None, typer.Option(help="Times LOW,HIGH at which CFG is on.")] = None,
+    weak: Weak = None,
+    auto_scale: Annotated[float | None, typer.Option(help="Scale of autoguidance by --weak; 1: off.")] = None,
+    auto_interval: Annotated[str | None, typer.Option(help="Times LOW,HIGH at which autoguidance is on.")] = None,
     ema: Ema = None,
     raw: Raw = False,
 ) -> None:
@@ -85,14 +89,16 @@ def sample(
     from ig_dist.evaluation.sampling import sample_run
     from ig_dist.export import export_run
 
-    given = {"num": num, "labels": labels, "seed": seed, "solver": solver, "steps": steps}
+    given = {"num": num, "labels": labels, "seed": seed, "solver": solver, "steps": steps, "weak_model": weak}
     options = [f"sample.{key}={value}" for key, value in given.items() if value is not None]
     config = with_guidance(
         load_run(run, [*(overrides or []), *options]),
         ig_scale=ig_scale,
         cfg_scale=cfg_scale,
-        ig_interval=None if ig_interval is None else _interval("--ig-interval", ig_interval),
-        cfg_interval=None if cfg_interval is None else _interval("--cfg-interval", cfg_interval),
+        auto_scale=auto_scale,
+        ig_interval=_interval("--ig-interval", ig_interval),
+        cfg_interval=_interval("--cfg-interval", cfg_interval),
+        auto_interval=_interval("--auto-interval", auto_interval),
     )
     sample_run(config, export_run(config, ema=ema, raw=raw))
 
@@ -131,6 +137,9 @@ def sweep(
         list[str] | None, typer.Option(help="Times LOW,HIGH at which IG is on; give it again for more.")
     ] = None,
     cfg_interval: Annotated[str | None, typer.Option(help="Times LOW,HIGH at which CFG is on.")] = None,
+    weak: Weak = None,
+    auto_scale: Annotated[str, typer.Option(help="Scales of autoguidance by --weak, comma separated.")] = "1.0",
+    auto_interval: Annotated[str | None, typer.Option(help="Times LOW,HIGH at which autoguidance is on.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds per point; scores become means with deviations.")] = 1,
     as_json: AsJson = False,
 ) -> None:
@@ -140,12 +149,14 @@ def sweep(
 
     console.stderr = as_json  # stdout is the JSON alone
     result = sweep_run(
-        load_run(run, overrides or []),
+        load_run(run, [*(overrides or []), *([] if weak is None else [f"sample.weak_model={weak}"])]),
         _numbers("--ig-scale", ig_scale),
         _numbers("--cfg-scale", cfg_scale),
-        [_interval("--ig-interval", text) for text in ig_interval or []] or [None],
-        None if cfg_interval is None else _interval("--cfg-interval", cfg_interval),
-        seeds,
+        _numbers("--auto-scale", auto_scale),
+        ig_intervals=[_interval("--ig-interval", text) for text in ig_interval or []] or [None],
+        cfg_interval=_interval("--cfg-interval", cfg_interval),
+        auto_interval=_interval("--auto-interval", auto_interval),
+        seeds=seeds,
     )
     if not result:  # not the first of several processes
         return
@@ -240,7 +251,9 @@ def _numbers(option: str, text: str) -> list[float]:
         raise ConfigError(f"{option} {text!r}: give numbers separated by commas, e.g. 1.0,1.4") from None
 
 
-def _interval(option: str, text: str) -> tuple[float, float]:
+def _interval(option: str, text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
     numbers = _numbers(option, text)
     if len(numbers) != 2 or not 0 <= numbers[0] <= numbers[1] <= 1:
         raise ConfigError(f"{option} {text!r}: give LOW,HIGH with 0 <= LOW <= HIGH <= 1, e.g. 0.3,1")
@@ -251,11 +264,13 @@ def _print_sweep(result: dict[str, Any]) -> None:
     """A row per point; the smallest Frechet distance stands out."""
     rows = result["rows"]
     names = list(rows[0]["scores"])
-    table = Table("IG scale", "CFG scale", "IG interval", *names, "fd_pixel / first")
+    auto = ["autoguidance"] if any(row["auto_scale"] != 1 for row in rows) else []
+    table = Table("IG scale", "CFG scale", *auto, "IG interval", *names, "fd_pixel / first")
     best = min(row["scores"]["fd_pixel"] for row in rows)
     for row in rows:
         scores, deviations = row["scores"], row.get("std", {})
-        cells = [f"{row['ig_scale']:g}", f"{row['cfg_scale']:g}", "{:g} to {:g}".format(*row["ig_interval"])]
+        cells = [f"{row['ig_scale']:g}", f"{row['cfg_scale']:g}", *(f"{row['auto_scale']:g}" for _ in auto)]
+        cells.append("{:g} to {:g}".format(*row["ig_interval"]))
         cells += [f"{scores[n]:.4f}" + (f" +- {deviations[n]:.4f}" if n in deviations else "") for n in names]
         ratio = scores["fd_pixel"] / rows[0]["scores"]["fd_pixel"]
         table.add_row(*cells, f"{ratio:.2f}", style="bold green" if scores["fd_pixel"] == best else None)

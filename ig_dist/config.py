@@ -32,6 +32,13 @@ def _known_protocol(url: str) -> str:
     return url
 
 
+def _ascending(interval: tuple[float, float]) -> tuple[float, float]:
+    if interval[0] > interval[1]:
+        raise ValueError(f"interval is {list(interval)}; write low <= high")
+    return interval
+
+
+Interval = Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)]
 Url = Annotated[str, AfterValidator(_known_protocol)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -112,6 +119,19 @@ class ModelConfig(_Group):
         return DiTConfig(**{**values, **{k: v for k, v in missing.items() if values[k] is None}})
 
 
+class AccelerationConfig(_Group):
+    """Training acceleration (arXiv 2512.24176, section 6): the final head learns v + weight sg(v_final - v_aux)."""
+
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """w; 0: off."""
+    source: Literal["same_forward", "ema"] = "same_forward"
+    """Whose difference of the heads: the forward pass that is trained, or the first EMA, which costs a forward more."""
+    start_step: NonNegative = 0
+    """Steps of the run before it begins."""
+    interval: Interval = (0.0, 1.0)
+    """Times t at which it acts, both ends included (t = 1 is noise)."""
+
+
 class LossConfig(_Group):
     """The training objective (docs/architecture.md, "The mathematics")."""
 
@@ -119,10 +139,26 @@ class LossConfig(_Group):
     """Interpolation between data (t = 0) and noise (t = 1)."""
     aux_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
     """Weight of the auxiliary head's loss."""
-    time: Literal["uniform"] = "uniform"
-    """Distribution of the training times."""
+    cosine_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Weight of 1 - cos(v_final, v) over channels, of the final head; LightningDiT has 1."""
+    time: Literal["uniform", "logit_normal"] = "uniform"
+    """Distribution of the training times: uniform, or sigmoid(``time_mean`` + ``time_std`` n) for n normal."""
+    time_mean: Finite = 0.0
+    """Of logit_normal: above 0 more of the times are near noise (t = 1)."""
+    time_std: PositiveFloat = 1.0
+    """Of logit_normal."""
+    time_shift: PositiveFloat | Literal["latent_dimension"] = 1.0
+    """S > 1 moves times u towards noise: t = S u / (1 + (S - 1) u). latent_dimension: S = sqrt(C H W / 4096)."""
+    acceleration: AccelerationConfig = AccelerationConfig()
+    """Training acceleration."""
     label_drop: Fraction = 0.1
     """Share of labels replaced by the null label, for classifier-free guidance."""
+
+    @model_validator(mode="after")
+    def _keys_of_the_time(self) -> Self:
+        if self.time == "uniform" and (self.time_mean, self.time_std) != (0.0, 1.0):
+            raise ValueError("loss.time_mean and loss.time_std are for loss.time=logit_normal: set it, or remove them")
+        return self
 
 
 class DataConfig(_Group):
@@ -286,12 +322,19 @@ class CheckpointConfig(_Group):
 class GuidanceConfig(_Group):
     """One guidance term."""
 
-    kind: Literal["ig", "cfg"]
-    """Internal Guidance (weak head to final head) or classifier-free guidance (null label to label)."""
+    kind: Literal["ig", "cfg", "auto"]
+    """ig: Internal Guidance (weak head to final head). cfg: classifier-free guidance (null label to label). auto:
+    autoguidance (the second model ``sample.weak_model`` to the model)."""
     scale: Finite
     """Extrapolation scale; 1 is no guidance."""
     interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     """Times t at which the term is on, both ends included (t = 1 is noise)."""
+    branches: Literal["both", "conditional", "null"] = "both"
+    """Of ig and auto: guide the prediction for the label, the one for the null label that cfg needs, or both."""
+
+    def to_term(self) -> GuidanceTerm:
+        """The term as the samplers take it."""
+        return GuidanceTerm(self.kind, self.scale, self.interval, self.branches)
 
 
 class SampleConfig(_Group):
@@ -303,10 +346,20 @@ class SampleConfig(_Group):
     """balanced: image i has class i mod num_classes; random: drawn uniformly."""
     seed: Seed = 0
     """Image i depends on (this seed, i) only."""
-    solver: Literal["euler", "heun", "euler_maruyama"] = "heun"
-    """Euler and Heun solve the ODE, Euler-Maruyama the SDE."""
+    solver: Literal["euler", "heun", "euler_maruyama", "dopri5"] = "heun"
+    """Euler, Heun and the adaptive dopri5 solve the ODE, Euler-Maruyama the SDE."""
     steps: Positive = 32
-    """Steps of the solver."""
+    """Steps of the solver (n + 1 points in time); dopri5 chooses its own."""
+    time_shift: PositiveFloat | Literal["latent_dimension"] = 1.0
+    """Of euler and heun: S > 1 makes shorter steps near data, as ``loss.time_shift`` does with training times."""
+    correct_last_step: bool = True
+    """Of heun: false makes the last step an Euler step, as in the published SiT sampler."""
+    rtol: PositiveFloat = 1e-3
+    """Of dopri5: tolerance relative to the state."""
+    atol: PositiveFloat = 1e-6
+    """Of dopri5: absolute tolerance."""
+    weak_model: str = ""
+    """Second model of ``auto`` guidance: a run (RUN, or RUN@STEP for an earlier checkpoint) or an export folder."""
     batch_size: Positive = 64
     """Images at a time; a batch never crosses a unit."""
     unit_size: Positive = 512
@@ -317,6 +370,19 @@ class SampleConfig(_Group):
     """Folder of the plans' samples: a path or any fsspec URL. Empty: ``samples`` in the run directory."""
     tokenizer: str = ""
     """Folder, file or name of the tokenizer where it is not found under the name in the index."""
+
+    @model_validator(mode="after")
+    def _keys_of_the_solver(self) -> Self:
+        if self.time_shift != 1.0 and self.solver not in ("euler", "heun"):
+            raise ValueError(
+                f"sample.time_shift moves the steps of euler and heun, sample.solver is {self.solver}: set"
+                " sample.time_shift=1"
+            )
+        if not self.correct_last_step and self.solver != "heun":
+            raise ValueError(
+                f"sample.correct_last_step is heun's, sample.solver is {self.solver}: set sample.correct_last_step=true"
+            )
+        return self
 
 
 class EvaluateConfig(_Group):
@@ -388,13 +454,22 @@ class Config(_Group):
                 f"optimizer.implementation=apex is for adamw under ddp and fsdp2, not for {self.optimizer.kind} under"
                 f" {self.engine.kind}: use optimizer.implementation=fused"
             )
+        if "auto" in active and not self.sample.weak_model:
+            raise ValueError(
+                "guidance asks for auto, but there is no second model: set sample.weak_model=RUN, or RUN@STEP of an"
+                " earlier checkpoint"
+            )
+        if self.loss.acceleration.weight and self.model.aux_depth is None:
+            raise ValueError(
+                "loss.acceleration needs the auxiliary head: set model.aux_depth, or loss.acceleration.weight=0"
+            )
         if "ig" in active and self.model.aux_depth is None:
             raise ValueError("guidance asks for ig, but the model has no auxiliary head: set model.aux_depth")
         return self
 
     def guidance_terms(self) -> list[GuidanceTerm]:
         """The terms as the samplers take them."""
-        return [GuidanceTerm(term.kind, term.scale, term.interval) for term in self.guidance]
+        return [term.to_term() for term in self.guidance]
 
     def with_data(self, latent_shape: tuple[int, int, int], num_classes: int) -> Config:
         """A copy whose model has the shapes of the data.

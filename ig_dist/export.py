@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ig_dist.beginning import checkpoint_store
 from ig_dist.checkpoint import Checkpoint
 from ig_dist.config import Config
+from ig_dist.config_file import load_run
 from ig_dist.data.index import LatentInfo, ShardIndex, TokenizerInfo, read_index
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.models.dit import DiT, DiTConfig
@@ -171,3 +172,23 @@ def load_export(folder: Path, device: torch.device) -> tuple[DiT, ExportInfo]:
         model = DiT(info.model)
     model.load_state_dict(safetensors.torch.load(packed), assign=True)
     return model.to(device).eval().requires_grad_(False), info
+
+
+def find_export(source: str) -> Path:
+    """The export folder that ``source`` names: itself, or one made of a run's newest checkpoint or of that of a step.
+
+    Args:
+        source: an export folder, ``RUN`` or ``RUN@STEP``.
+
+    Raises:
+        ConfigError: neither an export nor a run, or no such checkpoint.
+    """
+    if (Path(source) / INFO_NAME).is_file():
+        return Path(source)
+    run, _, step = source.partition("@")
+    if not (Path(run) / "config.yaml").is_file():
+        raise ConfigError(f"sample.weak_model {source}: no export and no run there; give RUN, RUN@STEP or an export")
+    if step and not step.isdecimal():
+        raise ConfigError(f"sample.weak_model {source!r}: {step!r} is no step; write RUN or RUN@1000")
+    config = load_run(run)
+    return export_checkpoint(checkpoint_store(config).at(int(step), ALONE), config) if step else export_run(config)

@@ -93,11 +93,16 @@ def test_the_plans_hash_names_everything() -> None:
             {"batch_size": 4},
             {"precision": "bf16"},
             {"weights_sha256": "1"},
+            {"weak_sha256": "1"},
+            {"time_shift": 2.0},
+            {"correct_last_step": False},
+            {"rtol": 1e-4},
+            {"atol": 1e-4},
+            {"guidance": (GuidanceConfig(kind="ig", scale=1.5, branches="null"),)},
         )
     }
-    assert len(digests) == 12 and make_plan().digest in digests
+    assert len(digests) == 18 and make_plan().digest in digests
     assert [list(make_plan().unit(k))[::15] for k in range(3)] == [[0, 15], [16, 31], [32]]
-    assert make_plan().evaluations == 6
 
 
 def test_labels_are_balanced_or_random() -> None:
@@ -139,15 +144,17 @@ def model() -> tuple[DiT, ExportInfo]:
     return model.eval(), info
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "euler_maruyama"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "euler_maruyama", "dopri5"])
 def test_an_image_depends_on_seed_and_number_only(model: tuple[DiT, ExportInfo], solver: str) -> None:
     plan = make_plan(solver=solver)
-    images, labels = make_unit(*model, plan, 1, PIXEL)
+    images, labels, work = make_unit(*model, plan, 1, PIXEL)
     assert images.shape == (16, 8, 8, 1) and images.dtype == np.uint8
     assert labels.tolist() == [i % 10 for i in range(16, 32)]
     numbers = torch.arange(20, 23)
-    some = generate(*model, plan, numbers, plan.image_labels(numbers), PIXEL).numpy()
+    some = generate(*model, plan, numbers, plan.image_labels(numbers), PIXEL)[0].numpy()
     assert np.abs(some.astype(int) - images[4:7]).max() <= 1  # another batch: within rounding
     assert len({image.tobytes() for image in images}) == 16
-    other, _ = make_unit(*model, make_plan(solver=solver, seed=1), 1, PIXEL)
+    evaluations = {"euler": 3, "heun": 6, "euler_maruyama": 3}.get(solver, work[0, 0])
+    assert work.tolist() == [[evaluations, evaluations, 0]] * 16 and work[0, 0] >= 3
+    other = make_unit(*model, make_plan(solver=solver, seed=1), 1, PIXEL).images
     assert (other != images).mean() > 0.5

@@ -44,7 +44,7 @@ FORBIDDEN = {
 }
 ALLOWED = {"ig_dist/parallel/deepspeed.py": ["deepspeed"]}
 # slow to import, or not installed everywhere: never by importing a module of ours
-LAZY = ["diffusers", "huggingface_hub", "deepspeed"]
+LAZY = ["diffusers", "huggingface_hub", "deepspeed", "torchdiffeq"]
 
 
 def files(part: str) -> list[Path]:
