@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from ig_dist.errors import ConfigError
-from ig_dist.terminal import console, run_app
+from ig_dist.terminal import console, is_main_process, run_app, warn
 
 app = typer.Typer(
     help="Train, sample and score diffusion transformers with Internal Guidance.",
@@ -46,6 +46,9 @@ def train(
     from ig_dist.config_file import load_config
 
     loaded = load_config(config, overrides or [])
+    if is_main_process():
+        for line in loaded.warnings():
+            warn(line)
     if dry_run:
         from ig_dist.dry_run import dry_run as tell
 
@@ -69,6 +72,9 @@ def export(run: Run, ema: Ema = None, raw: Raw = False) -> None:
 def sample(
     run: Run,
     overrides: Overrides = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Sample as published: paper, or paper-ig (no CFG). Other options come on top.")
+    ] = None,
     num: Annotated[int | None, typer.Option(min=1, help="Number of images (sample.num).")] = None,
     labels: Annotated[str | None, typer.Option(help="balanced or random (sample.labels).")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Image i depends on (seed, i) only (sample.seed).")] = None,
@@ -86,13 +92,15 @@ def sample(
 ) -> None:
     """Make the images of a plan: one npz and a picture of some of them. Any number of processes may share the work."""
     from ig_dist.config_file import load_run, with_guidance
+    from ig_dist.evaluation.recipes import recipe
     from ig_dist.evaluation.sampling import sample_run
     from ig_dist.export import export_run
 
     given = {"num": num, "labels": labels, "seed": seed, "solver": solver, "steps": steps, "weak_model": weak}
     options = [f"sample.{key}={value}" for key, value in given.items() if value is not None]
+    published = [] if preset is None else recipe(preset, load_run(run).model)
     config = with_guidance(
-        load_run(run, [*(overrides or []), *options]),
+        load_run(run, [*published, *(overrides or []), *options]),
         ig_scale=ig_scale,
         cfg_scale=cfg_scale,
         auto_scale=auto_scale,

@@ -467,6 +467,17 @@ class Config(_Group):
             raise ValueError("guidance asks for ig, but the model has no auxiliary head: set model.aux_depth")
         return self
 
+    def warnings(self) -> list[str]:
+        """What is allowed, and likely a mistake; a line each."""
+        aux, depth = self.model.aux_depth, self.model.depth
+        assert depth is not None
+        if aux is None or 2 * aux <= depth:
+            return []
+        return [
+            f"model.aux_depth {aux} is beyond half of the {depth} blocks, where the paper found the auxiliary head"
+            f" harmful (SiT-B/2 after block 8 of 12: FID 38.05 instead of 30.60): use {max(1, depth // 3)} or so"
+        ]
+
     def guidance_terms(self) -> list[GuidanceTerm]:
         """The terms as the samplers take them."""
         return [term.to_term() for term in self.guidance]
