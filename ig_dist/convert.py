@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -99,7 +100,8 @@ def convert_published(
     latents = None if index is None and tokenizer is None else _latents(config, index, tokenizer)
 
     dest.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
+    building = dest.with_name(f".{dest.name}.{uuid.uuid4().hex}")
+    building.mkdir()
     try:
         weights_sha256 = _write(ours, building / WEIGHTS_NAME)
         if others:
@@ -295,7 +297,10 @@ def _make_a_run(
 
 
 def _write(weights: Mapping[str, Tensor], path: Path) -> str:
-    safetensors.torch.save_file({name: weights[name].contiguous() for name in sorted(weights)}, path)
+    safetensors.torch.save_file({name: weights[name] for name in sorted(weights)}, path)
+    umask = os.umask(0)  # the library makes a file that only its owner may read
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
     return _sha256(path)
 
 

@@ -89,6 +89,8 @@ def test_there_and_back_to_the_bit_in_every_form(name: str, tmp_path: Path) -> N
         assert found.keys() == {"ema"} and same_bits(found["ema"], weights)
         assert same_bits(safetensors.torch.load_file(tmp_path / f"{number}back.safetensors"), weights)
     assert len(hashes) == 1
+    (tmp_path / "any").touch()
+    assert (tmp_path / "ours0/model.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
     ours = safetensors.torch.load_file(tmp_path / "ours0/model.safetensors")
     sign = -1 if name in FROM_NOISE else 1
     assert torch.equal(ours["final_layer.linear.weight"], sign * weights["final_layer.linear.weight"])
