@@ -158,3 +158,37 @@ def test_an_image_depends_on_seed_and_number_only(model: tuple[DiT, ExportInfo],
     assert work.tolist() == [[evaluations, evaluations, 0]] * 16 and work[0, 0] >= 3
     other = make_unit(*model, make_plan(solver=solver, seed=1), 1, PIXEL).images
     assert (other != images).mean() > 0.5
+
+
+IG = GuidanceConfig(kind="ig", scale=1.4)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "work"),
+    [
+        (
+            {
+                "solver": "euler_maruyama",
+                "steps": 250,
+                "guidance": (IG, GuidanceConfig(kind="cfg", scale=1.35, interval=(0.0, 0.7))),
+            },
+            [250, 422, 0],  # SiT as published, of 500
+        ),
+        (
+            {
+                "solver": "heun",
+                "steps": 124,
+                "time_shift": 1 / 0.3,
+                "guidance": (IG, GuidanceConfig(kind="cfg", scale=1.45, interval=(0.0, 0.81))),
+            },
+            [248, 387, 0],  # LightningDiT as published, of 496
+        ),
+        ({"solver": "heun", "steps": 8, "correct_last_step": False}, [15, 15, 0]),
+    ],
+    ids=["sit", "lightningdit", "heun without its last correction"],
+)
+def test_the_published_recipes_take_the_published_forwards(
+    model: tuple[DiT, ExportInfo], recipe: dict[str, object], work: list[int]
+) -> None:
+    unit = make_unit(*model, make_plan(num=2, unit_size=2, batch_size=2, **recipe), 0, PIXEL)
+    assert unit.work.tolist() == [work] * 2
