@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from ig_dist.config import GuidanceConfig
+from ig_dist.config_file import load_config
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.features import Moments, pixel_extractor, streamed_moments
 from ig_dist.evaluation.generate import generate, make_unit
 from ig_dist.evaluation.plan import Plan
+from ig_dist.evaluation.plan import make_plan as plan_of
 from ig_dist.evaluation.scores import frechet_distance
 from ig_dist.export import ExportInfo
 from ig_dist.latents.tokenizers import PIXEL
@@ -192,3 +194,8 @@ def test_the_published_recipes_take_the_published_forwards(
 ) -> None:
     unit = make_unit(*model, make_plan(num=2, unit_size=2, batch_size=2, **recipe), 0, PIXEL)
     assert unit.work.tolist() == [work] * 2
+
+
+def test_a_shift_by_latent_dimension_is_a_number_in_the_plan(model: tuple[DiT, ExportInfo]) -> None:
+    config = load_config("configs/digits.yaml", ["sample.time_shift=latent_dimension"])
+    assert plan_of(config, model[1], "0").time_shift == (8 * 8 / 4096) ** 0.5
