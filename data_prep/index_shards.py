@@ -23,7 +23,7 @@ from ig_dist.terminal import console, run_app
 
 if TYPE_CHECKING:
     from ig_dist.data.index import LatentInfo, SampleTable, Statistics
-    from ig_dist.latents.tokenizers import Tokenizer
+    from ig_dist.latents.tokenizer import Tokenizer
 
 Coefficients = list[float] | None
 """One for all channels, or one per channel; None: from the statistics of the latents."""

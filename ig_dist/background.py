@@ -6,10 +6,7 @@ import concurrent.futures
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future
-from typing import TYPE_CHECKING, TypeVar
-
-if TYPE_CHECKING:
-    from ig_dist.storage.faults import Patience
+from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -66,7 +63,7 @@ def at_once(function: Callable[[int], None], count: int, threads: int) -> None:
         worker.result()
 
 
-def in_parallel(work: Callable[[T], R], items: Sequence[T], threads: int, patience: Patience) -> list[R]:
+def in_parallel(work: Callable[[T], R], items: Sequence[T], threads: int, stop: threading.Event) -> list[R]:
     """``work`` on each item, by some threads; results in the order of the items.
 
     The first error, or a signal, ends it at once: what the threads have begun has no further tries, and nobody waits
@@ -76,7 +73,7 @@ def in_parallel(work: Callable[[T], R], items: Sequence[T], threads: int, patien
 
     def run() -> None:
         for number in numbers:
-            if patience.stop.is_set():
+            if stop.is_set():
                 return
             results[number] = work(items[number])
 
@@ -86,5 +83,5 @@ def in_parallel(work: Callable[[T], R], items: Sequence[T], threads: int, patien
             worker.result()
         return [results[number] for number in range(len(items))]
     except BaseException:
-        patience.stop.set()
+        stop.set()
         raise

@@ -17,7 +17,8 @@ from ig_dist.ema import EMA
 from ig_dist.evaluation.generate import generate
 from ig_dist.evaluation.plan import Plan, make_plan
 from ig_dist.export import ModelInfo, model_info
-from ig_dist.latents.tokenizers import Tokenizer, index_tokenizer
+from ig_dist.latents.tokenizer import Tokenizer
+from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.models.dit import DiT
 from ig_dist.objective import validation_loss
 from ig_dist.parallel.dist import Dist, StopFlag

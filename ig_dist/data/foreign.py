@@ -22,7 +22,7 @@ from ig_dist.storage.faults import Patience, unreadable
 from ig_dist.storage.urls import full_url
 
 if TYPE_CHECKING:
-    from ig_dist.latents.tokenizers import Tokenizer
+    from ig_dist.latents.tokenizer import Tokenizer
 
 _LOOKED_AT = 1000  # files of the first shard among which a latent must come
 _MOST_CLASSES = 100_000  # that are believed unless their number is given
@@ -118,7 +118,7 @@ def read_shards(
             _refuse(full_url(shards.fs, path), content)
             return content
 
-        return in_parallel(read, list(shards.sizes), workers, patience)
+        return in_parallel(read, list(shards.sizes), workers, patience.stop)
 
 
 def _refuse(url: str, content: ShardContent) -> None:

@@ -110,7 +110,7 @@ def verify_shards(
                 advance(1)
             return found
 
-        shards = in_parallel(work, range(len(info.shards)), workers, patience)
+        shards = in_parallel(work, range(len(info.shards)), workers, patience.stop)
     known = {shard.name for shard in info.shards} | _BESIDE
     drift = None
     lengths = {len(v) for v in (*vars(info.statistics).values(), info.latent.shift, info.latent.scale)}

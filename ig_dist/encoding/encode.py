@@ -18,7 +18,7 @@ from ig_dist.encoding.records import PARTS, Dest, Ledger, refuse_others
 from ig_dist.encoding.settings import Settings, settings_of, shard_count, shard_places
 from ig_dist.encoding.shards import OpenShard, finish_shard
 from ig_dist.encoding.walk import Worker, requests
-from ig_dist.latents.tokenizers import Tokenizer
+from ig_dist.latents.tokenizer import Tokenizer
 from ig_dist.progress import progress
 from ig_dist.rng import Purpose, permutation
 

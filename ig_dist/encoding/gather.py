@@ -16,7 +16,7 @@ from ig_dist.data.sources import Source
 from ig_dist.encoding.records import Dest, Rejected, ShardRecord, Superseded, TooManyRejected
 from ig_dist.encoding.settings import Settings
 from ig_dist.errors import ConfigError
-from ig_dist.latents.tokenizers import Tokenizer
+from ig_dist.latents.tokenizer import Tokenizer
 from ig_dist.storage.files import read_range
 
 _THREADS = 8
@@ -47,8 +47,8 @@ def gather(
     Raises:
         ConfigError: a class without a picture.
     """
-    records = in_parallel(dest.read_record, range(shards), _THREADS, dest.patience)
-    sound = in_parallel(partial(_is_sound, dest, shape, dest.sizes()), records, _THREADS, dest.patience)
+    records = in_parallel(dest.read_record, range(shards), _THREADS, dest.patience.stop)
+    sound = in_parallel(partial(_is_sound, dest, shape, dest.sizes()), records, _THREADS, dest.patience.stop)
     if not all(sound):
         for number, good in enumerate(sound):
             if not good:

@@ -25,7 +25,7 @@ from ig_dist.diffusion.samplers import NoiseFn, VelocityFn, dopri5, euler, euler
 from ig_dist.errors import DataError
 from ig_dist.evaluation.plan import Plan, image_numbers
 from ig_dist.export import ExportInfo, ModelInfo
-from ig_dist.latents.tokenizers import Tokenizer
+from ig_dist.latents.tokenizer import Tokenizer
 from ig_dist.models.dit import DiT, DiTOutput
 from ig_dist.rng import Purpose, normal
 from ig_dist.storage.files import open_url, write_whole

@@ -18,7 +18,7 @@ from ig_dist.diffusion.samplers import heun, time_grid
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.plan import make_plan
 from ig_dist.export import export_run, find_export, load_export
-from ig_dist.latents.tokenizers import PIXEL
+from ig_dist.latents.tokenizer import PIXEL
 from ig_dist.rng import Purpose, normal
 from tests.conftest import TINY, run_command
 

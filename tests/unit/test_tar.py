@@ -48,7 +48,7 @@ def test_the_first_error_ends_the_others() -> None:
 
     began = time.monotonic()
     with pytest.raises(ConfigError, match="three"):
-        in_parallel(work, range(50), 4, patience)
+        in_parallel(work, range(50), 4, patience.stop)
     while len(ended) < 3 and time.monotonic() - began < 10:  # nobody waits for them
         time.sleep(0.01)
     assert ended == [True] * 3

@@ -142,7 +142,7 @@ def spool(files: Sequence[SourceFile], folder: Path, copy: Copy, patience: Patie
                     " run the same command again, or choose another folder with --spool"
                 ) from None
 
-        in_parallel(make, missing, _THREADS, patience)
+        in_parallel(make, missing, _THREADS, patience.stop)
     return copies
 
 
