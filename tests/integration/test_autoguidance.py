@@ -18,7 +18,7 @@ from ig_dist.diffusion.samplers import heun, time_grid
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.plan import make_plan
 from ig_dist.export import export_run, find_export, load_export
-from ig_dist.latents.tokenizers import PIXEL
+from ig_dist.latents.tokenizer import PIXEL
 from ig_dist.rng import Purpose, normal
 from tests.conftest import TINY, run_command
 
@@ -132,3 +132,10 @@ def test_a_second_model_of_other_data_is_refused(runs: Path, what: str) -> None:
     assert make_plan(config, info, "0", info).weak_sha256 == info.weights_sha256
     with pytest.raises(ConfigError, match=rf"sample\.weak_model small was trained with other {what} than"):
         make_plan(config, info, "0", info.model_copy(update=other))
+
+
+def test_the_grids_of_training_leave_it_out(runs: Path, tmp_path: Path) -> None:
+    guidance = "guidance=[{kind: auto, scale: 2}, {kind: ig, scale: 1.5}]"
+    options = [guidance, f"sample.weak_model={runs}/small", f"run.dir={tmp_path}/run", "log.sample_every_steps=2"]
+    done = run_command(["ig-dist", "train", runs / "run.yaml", "train.steps=2", *options])
+    assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ig_dist import trainer
+from ig_dist.checkpoint import CheckpointStore
 from ig_dist.config import Config, LossConfig
 from ig_dist.config_file import load_config
 from ig_dist.data.index import read_index
@@ -223,3 +224,16 @@ def test_impossible_objectives_are_refused_in_one_line(override: str, says: str)
 def test_acceleration_needs_the_head() -> None:
     with pytest.raises(ConfigError, match=r"loss\.acceleration needs the auxiliary head: set model\.aux_depth"):
         load_config("configs/digits.yaml", ["loss.acceleration.weight=0.5", "model.aux_depth=null"])
+
+
+@pytest.mark.parametrize("source", ["same_forward", "ema"])
+def test_a_restart_of_an_accelerated_run_is_exact(
+    tiny_config: Callable[..., Path], tmp_path: Path, source: str
+) -> None:
+    options = [WINDOW.replace("SOURCE", source), "train.steps=12", "checkpoint.every_steps=6", "ema.decays=[0.8]"]
+    whole, restarted = (str(tmp_path / name) for name in ("whole", "restarted"))
+    trainer.train(load_config(tiny_config(), [*options, f"run.dir={whole}"]))
+    trainer.train(load_config(tiny_config(), [*options, f"run.dir={restarted}", f"run.fork_from={whole}@6"]))
+    first, second = (CheckpointStore(f"{run}/checkpoints").at(12, ALONE) for run in (whole, restarted))
+    for name in first.manifest["tensors"]:
+        assert torch.equal(first.read(name), second.read(name)), name
