@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ig_dist.config import OptimizerConfig
+from ig_dist.config.training import OptimizerConfig
 from ig_dist.errors import ConfigError
 
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ig_dist.background import in_turn
-from ig_dist.config import Config, LossConfig
+from ig_dist.config import Config
+from ig_dist.config.training import LossConfig
 from ig_dist.data.cache import BlockCache
 from ig_dist.data.index import IndexFile, ShardIndex
 from ig_dist.data.latents import check_latents, model_latents

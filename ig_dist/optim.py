@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from ig_dist.apex_adam import apex_adam
-from ig_dist.config import OptimizerConfig
+from ig_dist.config.training import OptimizerConfig
 from ig_dist.muon import Muon, orthogonalise_each
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -9,7 +9,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from ig_dist.config import Config, GuidanceConfig
+from ig_dist.config import Config
+from ig_dist.config.sampling import GuidanceConfig
 from ig_dist.diffusion.guidance import GuidanceTerm
 from ig_dist.diffusion.path import resolve_shift
 from ig_dist.diffusion.samplers import Solver

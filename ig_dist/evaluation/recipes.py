@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from ig_dist.config import ModelConfig
+from ig_dist.config.model import ModelConfig
 from ig_dist.errors import ConfigError
 from ig_dist.models.presets import PRESETS
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ig_dist.checkpoint import Piece
-from ig_dist.config import OptimizerConfig
+from ig_dist.config.training import OptimizerConfig
 from ig_dist.models.dit import DiT
 from ig_dist.optim import build_optimizer, steps_of
 from ig_dist.parallel.dist import Dist

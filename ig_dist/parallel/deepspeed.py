@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ig_dist.checkpoint import Piece
-from ig_dist.config import OptimizerConfig
+from ig_dist.config.training import OptimizerConfig
 from ig_dist.models.dit import DiT
 from ig_dist.optim import MOMENTS, build_optimizer, moments_of, set_learning_rate, set_state, steps_of
 from ig_dist.parallel.dist import Dist, ensure_process_group

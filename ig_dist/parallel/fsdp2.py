@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ig_dist.checkpoint import Piece
-from ig_dist.config import OptimizerConfig
+from ig_dist.config.training import OptimizerConfig
 from ig_dist.models.dit import DiT
 from ig_dist.optim import build_optimizer, steps_of
 from ig_dist.parallel.dist import Dist, ensure_process_group

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ig_dist.apex_adam import check_apex
-from ig_dist.config import OptimizerConfig
+from ig_dist.config.training import OptimizerConfig
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT, DiTConfig, initialize
 from ig_dist.optim import build_optimizer, moments_of, set_state, steps_of

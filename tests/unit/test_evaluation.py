@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ig_dist.config import GuidanceConfig
+from ig_dist.config.sampling import GuidanceConfig
 from ig_dist.config_file import load_config
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.features import Moments, pixel_extractor, streamed_moments

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ig_dist import trainer
 from ig_dist.checkpoint import CheckpointStore
-from ig_dist.config import Config, LossConfig
+from ig_dist.config import Config
+from ig_dist.config.training import LossConfig
 from ig_dist.config_file import load_config
 from ig_dist.data.index import read_index
 from ig_dist.data.stream import Batch

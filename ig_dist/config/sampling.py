@@ -1,0 +1,86 @@
+"""Groups that say how is sampled and scored."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from ig_dist.config.types import Finite, Fraction, Group, Positive, PositiveFloat, Seed, Url
+from ig_dist.diffusion.guidance import GuidanceTerm
+
+
+class GuidanceConfig(Group):
+    """One guidance term."""
+
+    kind: Literal["ig", "cfg", "auto"]
+    """ig: Internal Guidance (weak head to final head). cfg: classifier-free guidance (null label to label). auto:
+    autoguidance (the second model ``sample.weak_model`` to the model)."""
+    scale: Finite
+    """Extrapolation scale; 1 is no guidance."""
+    interval: tuple[Fraction, Fraction] = (0.0, 1.0)
+    """Times t at which the term is on, both ends included (t = 1 is noise)."""
+    branches: Literal["both", "conditional", "null"] = "both"
+    """Of ig and auto: guide the prediction for the label, the one for the null label that cfg needs, or both."""
+
+    def to_term(self) -> GuidanceTerm:
+        """The term as the samplers take it."""
+        return GuidanceTerm(self.kind, self.scale, self.interval, self.branches)
+
+
+class SampleConfig(Group):
+    """How images are made: the plan."""
+
+    num: Positive = 50_000
+    """Number of images."""
+    labels: Literal["balanced", "random"] = "balanced"
+    """balanced: image i has class i mod num_classes; random: drawn uniformly."""
+    seed: Seed = 0
+    """Image i depends on (this seed, i) only."""
+    solver: Literal["euler", "heun", "euler_maruyama", "dopri5"] = "heun"
+    """Euler, Heun and the adaptive dopri5 solve the ODE, Euler-Maruyama the SDE."""
+    steps: Positive = 32
+    """Steps of the solver (n + 1 points in time); dopri5 chooses its own."""
+    time_shift: PositiveFloat | Literal["latent_dimension"] = 1.0
+    """Of euler and heun: S > 1 makes shorter steps near data, as ``loss.time_shift`` does with training times."""
+    correct_last_step: bool = True
+    """Of heun: false makes the last step an Euler step, as in the published SiT sampler."""
+    rtol: PositiveFloat = 1e-3
+    """Of dopri5: tolerance relative to the state."""
+    atol: PositiveFloat = 1e-6
+    """Of dopri5: absolute tolerance."""
+    weak_model: str = ""
+    """Second model of ``auto`` guidance: a run (RUN, or RUN@STEP for an earlier checkpoint) or an export folder."""
+    batch_size: Positive = 64
+    """Images at a time; a batch never crosses a unit."""
+    unit_size: Positive = 512
+    """Images per unit, the piece of work that one worker claims and writes whole."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the model; the solver's state is float64."""
+    url: Url = ""
+    """Folder of the plans' samples: a path or any fsspec URL. Empty: ``samples`` in the run directory."""
+    tokenizer: str = ""
+    """Folder, file or name of the tokenizer where it is not found under the name in the index."""
+
+    @model_validator(mode="after")
+    def _keys_of_the_solver(self) -> Self:
+        if self.time_shift != 1.0 and self.solver not in ("euler", "heun"):
+            raise ValueError(
+                f"sample.time_shift moves the steps of euler and heun, sample.solver is {self.solver}: set"
+                " sample.time_shift=1"
+            )
+        if not self.correct_last_step and self.solver != "heun":
+            raise ValueError(
+                f"sample.correct_last_step is heun's, sample.solver is {self.solver}: set sample.correct_last_step=true"
+            )
+        return self
+
+
+class EvaluateConfig(Group):
+    """How images are scored."""
+
+    metrics: list[Literal["fd_pixel", "label_agreement"]] = Field(["fd_pixel"], min_length=1)
+    """fd_pixel: Frechet distance on raw pixels. label_agreement: share of images that a classifier trained on the
+    reference's pixels puts into the class that was asked for. Both are for small images."""
+    reference: Url = ""
+    """Index of the real images. Empty: ``data.index``."""
