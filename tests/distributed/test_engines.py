@@ -144,6 +144,16 @@ def test_layers_of_lightningdit_under_every_kind_of_engine(lightning: Path, engi
     assert {"feat_rope.freqs_cos", "blocks.0.norm1.weight", "blocks.1.mlp.w12.weight"} <= names
 
 
+def test_on_one_process_bf16_of_fsdp2_is_ddps_to_the_bit(folder: Path) -> None:
+    """Also the weights of norms, which FSDP2 gathers in bf16 and autocast would leave in fp32."""
+    norms = ("rmsnorm", "layernorm")
+    pairs = [(f"{name}-{norm}", name, norm) for name in ("ddp", "fsdp2") for norm in norms]
+    layers = [*LIGHTNING, "train.precision=bf16"]
+    launch([run(folder, one, *layers, *ENGINES[name], f"model.norm={norm}") for one, name, norm in pairs], 1, folder)
+    for norm in norms:
+        assert_equal(saved(folder / f"fsdp2-{norm}", 12), saved(folder / f"ddp-{norm}", 12))
+
+
 MUON_STEPS = 30
 MUON = ["optimizer.kind=muon", "optimizer.lr=0.02", f"train.steps={MUON_STEPS}"]
 
