@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,15 +19,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the S3 server of the tests
+
 import torch
 import typer
 from torch import Tensor
 
 from ig_dist.checkpoint import CheckpointStore, Piece
+from ig_dist.config.model import ModelConfig
 from ig_dist.ema import EMA
 from ig_dist.export import ALONE
-from ig_dist.models.dit import DiT, DiTConfig
-from ig_dist.models.presets import PRESETS
+from ig_dist.models.dit import DiT
 from ig_dist.saving import Saver
 from ig_dist.terminal import run_app
 
@@ -56,7 +59,12 @@ def stalls(url: str, pieces: dict[str, Piece], rounds: int) -> list[tuple[float,
             weights = torch.tanh(weights @ weights.T / 512)
         written = saver.write_s or 0.0
         step += 1
-        at_once = seconds(lambda: (saver.save(step, pieces, {"optimizer_steps": step}), saver.wait()))  # noqa: B023
+
+        def save_and_wait(step: int = step) -> None:
+            saver.save(step, pieces, {"optimizer_steps": step})
+            saver.wait()
+
+        at_once = seconds(save_and_wait)
         if number:  # the first round fills the buffers
             measured.append((behind, at_once, written))
     return measured
@@ -90,17 +98,8 @@ def object_store() -> Iterator[str]:
 
 def updates(preset: str, batch_size: int, rounds: int) -> None:
     """The shares of EMA and optimizer in a step of training."""
-    depth, width, heads, patch = PRESETS[preset]
-    config = DiTConfig(
-        depth=depth,
-        hidden_size=width,
-        num_heads=heads,
-        patch_size=patch,
-        aux_depth=2,
-        input_size=32,
-        in_channels=4,
-        num_classes=1000,
-    )
+    shape = {"input_size": 32, "in_channels": 4, "num_classes": 1000}
+    config = ModelConfig.model_validate({"preset": preset, "aux_depth": 2, **shape}).to_dit()
     model = DiT(config)
     x_t, t, labels = torch.randn(batch_size, 4, 32, 32), torch.rand(batch_size), torch.zeros(batch_size).long()
 
@@ -126,7 +125,8 @@ def updates(preset: str, batch_size: int, rounds: int) -> None:
             single[name].lerp_(weight, 1e-4)
 
     optimizers: dict[str, Any] = {
-        kind: torch.optim.AdamW(model.parameters(), lr=1e-6, **{kind: True}) for kind in ("fused", "foreach")
+        "fused": torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True),
+        "foreach": torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=True),
     }
     optimizers["one by one"] = torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=False)
     ways: dict[str, Callable[[], object]] = {
@@ -153,6 +153,8 @@ def main(
 ) -> None:
     """Measure."""
     pieces = state(megabytes)
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder or None) as temporary:
         report_stalls("disk", stalls(f"{temporary}/checkpoints", pieces, rounds))
     with object_store() as url:

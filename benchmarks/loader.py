@@ -21,7 +21,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -164,19 +164,18 @@ def ranged_gets(folder: str) -> int:
     return index.num_samples
 
 
-def train(folder: str, run: str) -> int:
+def train(folder: str, run: str, steps: int) -> None:
     """A short training run; the share of the step that it waited for data is in its metrics."""
     config = {
         "run": {"dir": run},
         "model": {"depth": 4, "hidden_size": 128, "num_heads": 4, "patch_size": 4, "aux_depth": 2},
         "data": {"index": folder, "streams": 16, "window_samples": 256, "workers": 2},
-        "train": {"steps": 200, "global_batch_size": 64, "precision": "fp32"},
+        "train": {"steps": steps, "global_batch_size": 64, "precision": "fp32"},
         "log": {"every_steps": 20},
     }
     file = Path(f"{run}.yaml")
     file.write_text(json.dumps(config))
     subprocess.run([sys.executable, "-m", "ig_dist.cli", "train", str(file)], check=True, capture_output=True)
-    return 200 * 64
 
 
 _WAYS = (raw, tar_walk, plain_webdataset, ours, curl, streaming_get, ranged_gets)
@@ -219,6 +218,7 @@ def reset_peak() -> int:
 def main(
     samples: Annotated[int, typer.Option(help="SD-VAE-shaped samples; of the big latents a 48th as many.")] = 65536,
     repeats: Annotated[int, typer.Option(help="Rounds; medians are printed.")] = 5,
+    steps: Annotated[int, typer.Option(help="Of the training run from S3 whose data wait is printed.")] = 200,
     one: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Measure all ways, side by side."""
@@ -256,14 +256,14 @@ def main(
             }
             compare(f"{name}, S3 on loopback", remote, repeats, ["curl"])
             if name == "4x32x32":
-                train(url, f"{temporary}/run")
+                train(url, f"{temporary}/run", steps)
                 lines = [json.loads(line) for line in Path(temporary, "run/metrics.jsonl").read_text().splitlines()]
-                steps = [64 / line["images_per_s"] for line in lines]
-                waits = [line["data_wait_s"] / step for line, step in zip(lines, steps, strict=True)]
+                times = [64 / line["images_per_s"] for line in lines]
+                waits = [line["data_wait_s"] / time for line, time in zip(lines, times, strict=True)]
                 console.print(
-                    f"training from S3, 200 steps of {statistics.median(steps):.3f} s: data wait {waits[0]:.2%} in the"
-                    f" first 20 (they wait for the first windows), at most {max(waits[1:]):.2%} in any 20 after them,"
-                    f" {np.average(waits, weights=steps):.2%} over all"
+                    f"training from S3, {steps} steps of {statistics.median(times):.3f} s: data wait {waits[0]:.2%} in"
+                    f" the first 20 (they wait for the first windows), at most {max(waits[1:]):.2%} in any 20 after"
+                    f" them, {np.average(waits, weights=times):.2%} over all"
                 )
 
 
@@ -290,7 +290,7 @@ def upload(folder: Path, place: str) -> str:
     return f"s3://{place}"
 
 
-def compare(title: str, ways: dict[str, Callable[[], dict[str, float]]], repeats: int, against: list[str]) -> None:
+def compare(title: str, ways: Mapping[str, Callable[[], dict[str, float]]], repeats: int, against: list[str]) -> None:
     """All ways round by round, and the table of medians; ratios are taken within a round."""
     results = [{way: run() for way, run in ways.items()} for _ in range(repeats)]
     table = Table(title=f"{title}, {repeats} rounds", title_justify="left")

@@ -63,7 +63,7 @@ def mean_time_to_failure(gpus: int) -> float:
     """Seconds, on the line through the two measured points (logarithms of both)."""
     (small, long), (large, short) = MTTF_S.items()
     slope = math.log(short / long) / math.log(large / small)
-    return long * (gpus / small) ** slope
+    return float(long * (gpus / small) ** slope)
 
 
 def goodput(work_s: float, every_s: float, mttf_s: float, costs: Costs, random: np.random.Generator) -> float:

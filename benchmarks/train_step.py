@@ -28,7 +28,7 @@ from ig_dist.ema import EMA
 from ig_dist.metrics import model_flops_utilisation
 from ig_dist.models.dit import DiT, initialize
 from ig_dist.models.presets import forward_flops
-from ig_dist.objective import training_loss
+from ig_dist.objective import training_loss, training_task
 from ig_dist.parallel.build import build_engine
 from ig_dist.parallel.dist import Dist, init_distributed
 from ig_dist.terminal import console, run_app
@@ -69,8 +69,9 @@ def build_step(config: Config, info: IndexFile, dist: Dist) -> tuple[Callable[[]
     batch = Batch(stored, numbers % len(info.classes), numbers, numbers, numbers * 0)
 
     def step() -> None:
+        task = training_task(batch, config, info, dist.device)
         with engine.microbatch(last=True):
-            engine.backward(training_loss(engine.module, batch, config, info, dist.device).mean(dim=1)[0])
+            engine.backward(training_loss(engine.module, task, config, step=0).mean(dim=1)[0])
         ema.update(engine.step(1e-4).finite)
 
     return step, flops
@@ -100,7 +101,7 @@ def main(
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Time the compiled variants too.")] = True,
 ) -> None:
     """Time a training step, eager and compiled, with and without the auxiliary head."""
-    dist = init_distributed(timeout_s=600)
+    dist = init_distributed(600, 600)
     info = synthetic_info(channels, size, 1000)
     variants: dict[str, tuple[Callable[[], None], int]] = {}
     peaks: dict[str, float] = {}
