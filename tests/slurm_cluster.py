@@ -4,7 +4,7 @@
         subprocess.run(["sbatch", "job.sh"], env={**os.environ, **cluster.environment()})
         cluster.kill_node("node2")
 
-Each node is a slurmd in its own UTS, mount and PID namespace, with its own host name and address (127.0.0.11 and up) and
+Each node is a slurmd in its own UTS, mount and PID namespace, with its own host name, address (127.0.0.11 and up) and
 two devices that count as GPUs. It starts in 1 to 2 s, needs root, and neither systemd nor cgroups.
 """
 
@@ -51,8 +51,8 @@ def missing() -> list[str]:
 class SlurmCluster:
     """One cluster; as a context manager it starts and stops.
 
-    The kernel kills its daemons when the thread that started them ends: start it in a thread that lives as long as it is
-    needed, such as the main one. Partitions: ``main``, and ``high``, whose jobs preempt those of main.
+    The kernel kills its daemons when the thread that started them ends: start it in a thread that lives as long as it
+    is needed, such as the main one. Partitions: ``main``, and ``high``, whose jobs preempt those of main.
     """
 
     def __init__(self, nodes: int = 2) -> None:
