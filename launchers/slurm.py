@@ -266,10 +266,11 @@ def _print_dry_run(request: Any, submission: Any, path: Path, check: Any) -> Non
     name = f"{submission.kind}-{Path(submission.run).name}"
     print(batch_script(request, submission, path, name=name))
     for nodes, world in submission.worlds.items():
-        hosts = [f"<node {number + 1}>" for number in range(world.nodes)]
+        hosts = ["<node>"] * world.nodes
         ranks = world.nodes * submission.tasks_per_node
         print(f"# on {nodes} node{'s' * (nodes > 1)}, {ranks} processes, each with {world.accumulation} micro-batches:")
-        print("#   " + " ".join(srun_command(path, submission, hosts, "<start>")))
+        text = " ".join(srun_command(path, submission, hosts, "<start>"))
+        print("#   " + text.replace(",".join(hosts), f"<the first {world.nodes}>"))
     for command in submission.commands:
         print(f"# each process: python {' '.join(command)}")
     try:

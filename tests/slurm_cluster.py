@@ -147,6 +147,21 @@ class SlurmCluster:
         if noticed:
             self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=power")
 
+    def restore_node(self, node: str) -> None:
+        """Have a node again that was killed, if it was."""
+        if node not in self._running:
+            self.start_node(node)
+        if self.state(node) not in ("idle", "allocated", "mixed", "completing"):
+            self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+
+    def state(self, node: str) -> str:
+        """As sinfo says it."""
+        return self.run("sinfo", "-h", "-N", "-n", node, "-p", "main", "-o", "%T", check=False).strip("*")
+
+    def wait_for_state(self, node: str, state: str) -> None:
+        """Wait until SLURM knows it."""
+        self._until(lambda: self.state(node) == state, f"{node} was never {state}")
+
     def processes(self, node: str) -> dict[int, str]:
         """The processes of a node: their ids on this machine and their command lines."""
         namespace = self._namespace(self._running[node].pid, child=True)

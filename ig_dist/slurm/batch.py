@@ -125,10 +125,8 @@ def judge(codes: Mapping[int, int | None], srun_code: int, first_error: str) -> 
     if STOPPED in codes.values():
         return Verdict("requeue", STOPPED, "asked to stop, and saved")
     dead = ", ".join(str(rank) for rank, code in codes.items() if code is None)
-    code = srun_code or 1
-    if first_error:
-        return Verdict("failed", code, first_error)
-    return Verdict("failed", code, f"rank {dead} died" if dead else f"exit code {max(filter(None, codes.values()))}")
+    code = max((code for code in codes.values() if code), default=srun_code or 1)
+    return Verdict("failed", code, first_error or (f"rank {dead} died" if dead else f"exit code {code}"))
 
 
 def decide(verdict: Verdict, failures: int, most: int) -> str:

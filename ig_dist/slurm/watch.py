@@ -77,14 +77,12 @@ def _show_history(folder: Folder, task: str, active: bool) -> None:
         return
     name = f"task {task}: " if task else ""
     console.print(f"  {name}{len(starts)} start{'s' * (len(starts) > 1)}, {len(starts) - 1} restarts", markup=False)
-    table = Table("start", "began", "nodes", "end", "then")
     for number, start in list(enumerate(starts))[-SHOWN_STARTS:]:
         began = datetime.fromtimestamp(start["time"]).strftime("%Y-%m-%d %H:%M:%S")
-        end = start["end"]
-        table.add_row(
-            str(number), began, ",".join(start["nodes"]), end["reason"] if end else "runs", end["next"] if end else ""
-        )
-    console.print(table)
+        nodes, end = start["nodes"], start["end"]
+        where = ",".join(nodes) if len(nodes) < 5 else f"{len(nodes)} nodes ({nodes[0]}, ...)"
+        then = f" -> {end['next']}" if end and end["next"] not in ("", "done") else ""
+        console.print(f"    {number}  {began}  {where}: {end['reason'] if end else 'runs'}{then}", markup=False)
 
 
 def last_step(run: Path) -> int | None:
