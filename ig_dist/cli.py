@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from ig_dist.errors import ConfigError
-from ig_dist.terminal import console, run_app
+from ig_dist.terminal import console, is_main_process, run_app
 
 app = typer.Typer(
     help="Train, sample and score diffusion transformers with Internal Guidance.",
@@ -79,6 +79,7 @@ def sample(
     cfg_interval: Annotated[str | None, typer.Option(help="Times LOW,HIGH at which CFG is on.")] = None,
     ema: Ema = None,
     raw: Raw = False,
+    score: Annotated[bool, typer.Option("--evaluate", help="Score them too, as `ig-dist evaluate` does.")] = False,
 ) -> None:
     """Make the images of a plan: one npz and a picture of some of them. Any number of processes may share the work."""
     from ig_dist.config_file import load_run, with_guidance
@@ -94,7 +95,9 @@ def sample(
         ig_interval=None if ig_interval is None else _interval("--ig-interval", ig_interval),
         cfg_interval=None if cfg_interval is None else _interval("--cfg-interval", cfg_interval),
     )
-    sample_run(config, export_run(config, ema=ema, raw=raw))
+    samples = sample_run(config, export_run(config, ema=ema, raw=raw))
+    if score and is_main_process():
+        evaluate(samples.url)
 
 
 @app.command()

@@ -14,7 +14,6 @@ import difflib
 import os
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +21,7 @@ import typer
 import yaml
 
 from ig_dist.errors import ConfigError
+from ig_dist.jobs import Job, program
 from ig_dist.terminal import console, run_app
 
 VERBS = ("submit", "status", "cancel", "resume")
@@ -30,15 +30,6 @@ CLUSTER_FILE = Path("~/.config/ig_dist/cluster.yaml")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or the --folder of an encoding.")]
 Follow = Annotated[bool, typer.Option("--follow", help="Print the log until the job ends.")]
-
-
-class Job(StrEnum):
-    """What can be submitted."""
-
-    train = "train"
-    encode = "encode"
-    sample = "sample"
-    sweep = "sweep"
 
 
 @app.callback()
@@ -71,7 +62,9 @@ def submit(
     partition: Annotated[str | None, typer.Option(help="Default: the cluster's.")] = None,
     account: Annotated[str | None, typer.Option(help="Account to charge.")] = None,
     qos: Annotated[str | None, typer.Option(help="Quality of service.")] = None,
-    time: Annotated[str | None, typer.Option(help="Of one start, D-HH:MM:SS. Default: the limit, at most a day.")] = None,
+    time: Annotated[
+        str | None, typer.Option(help="Of one start, D-HH:MM:SS. Default: the limit, at most a day.")
+    ] = None,
     constraint: Annotated[str | None, typer.Option(help="Features that nodes must have.")] = None,
     exclude: Annotated[str | None, typer.Option(help="Nodes not to use.")] = None,
     mem: Annotated[str | None, typer.Option(help="Memory of a node. Default: all of it on whole nodes.")] = None,
@@ -118,7 +111,7 @@ def submit(
 
         _train(request, load_config(config, arguments), follow=follow, dry_run=dry_run)
     else:
-        _array(request, job.value, arguments, folder, follow=follow, dry_run=dry_run)
+        _array(request, job, arguments, folder, follow=follow, dry_run=dry_run)
 
 
 @app.command()
@@ -180,9 +173,10 @@ def _train(request: Any, config: Any, *, follow: bool, dry_run: bool) -> None:
     )
     if dry_run:
         return _print_dry_run(request, submission, path, lambda: slurm.check_training(config, worlds))
+    slurm.refuse_active(run, "is in use by")
     slurm.check_training(config, worlds)
     with slurm.submitting(run):
-        slurm.refuse_active(run, "is in use by")
+        slurm.refuse_active(run, "is in use by")  # one that was submitted meanwhile
         slurm.submit(path, submission, request, config=config)
     for nodes, world in worlds.items():
         if world.nodes < nodes:
@@ -191,29 +185,29 @@ def _train(request: Any, config: Any, *, follow: bool, dry_run: bool) -> None:
 
 
 def _array(
-    request: Any, kind: Any, arguments: Sequence[str], folder: Path | None, *, follow: bool, dry_run: bool
+    request: Any, job: Job, arguments: Sequence[str], folder: Path | None, *, follow: bool, dry_run: bool
 ) -> None:
     from ig_dist.slurm import submit as slurm
     from ig_dist.slurm.record import Submission, World
     from ig_dist.slurm.script import complete
 
-    if kind == "encode":
+    if job is Job.encode:
         dest = _value_of("--dest", arguments)
         run = folder or Path("runs") / f"encode-{dest.rstrip('/').rsplit('/', 1)[-1]}"
     else:
         run = Path(arguments[0]) if arguments else Path()
         if not (run / "config.yaml").is_file():
-            raise ConfigError(f"--job {kind} needs a run directory first, e.g. --job {kind} --tasks 16 runs/a")
+            raise ConfigError(f"--job {job.value} needs a run directory, e.g. --job {job.value} --tasks 16 runs/a")
         if not dry_run:
             slurm.refuse_active(run, "changes its weights while it is trained by")
     path = slurm.new_folder(run)
     asked, request = request, complete(request, assume=dry_run)
-    again = ["--evaluate"] if kind == "sample" else []
-    merge = [slurm.program([*arguments, *again], kind, Path(f"{path}-merge") / "source")]
+    after = Path(f"{path}-merge")
+    score = ["--evaluate"] if job is Job.sample else []
     submissions = [
         Submission(
-            kind=of_kind,
-            commands=commands,
+            kind=kind,
+            commands=[command],
             run=str(run.absolute()),
             cwd=str(Path.cwd()),
             tasks_per_node=request.ranks_per_node,
@@ -224,9 +218,9 @@ def _array(
             signal_delay_s=request.signal_delay,
             options=asked.model_dump(),
         )
-        for of_kind, commands, array in (
-            (kind, [slurm.program(arguments, kind, path / "source")], request.tasks),
-            ("merge", merge, 0),
+        for kind, command, array in (
+            (job.value, program(job, arguments, path / "source"), request.tasks),
+            ("merge", program(job, [*arguments, *score], after / "source"), 0),
         )
     ]
     if dry_run:
@@ -234,7 +228,7 @@ def _array(
     with slurm.submitting(run):
         number = slurm.submit(path, submissions[0], request)
         # it waits for all tasks, whatever became of them, and makes what is missing
-        slurm.submit(Path(f"{path}-merge"), submissions[1], request, after=number)
+        slurm.submit(after, submissions[1], request, after=number)
     _tell(path, submissions[0], "", follow)
 
 

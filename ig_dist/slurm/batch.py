@@ -2,10 +2,10 @@
 
 ``python -m ig_dist.slurm.batch FOLDER``. It imports no torch: a start waits for nothing here.
 
-SLURM signals it ``--signal-delay`` seconds before the time limit, and it passes the signal on through srun. Ranks that were
-asked to stop save and leave exit code 75, and the job is requeued. A rank that died is not SLURM's business (it would only
-fail the job): the ranks are started again on the same nodes, and if they die again without a new checkpoint between, the
-job is requeued, with growing pauses and a bound. A failure that would come again is left alone.
+SLURM signals it ``--signal-delay`` seconds before the time limit, and it passes the signal on through srun. Ranks that
+were asked to stop save and leave exit code 75, and the job is requeued. A rank that died is not SLURM's business (it
+would only fail the job): the ranks are started again on the same nodes, and if they die again without a new checkpoint
+between, the job is requeued, with growing pauses and a bound. A failure that would come again is left alone.
 """
 
 from __future__ import annotations
@@ -286,7 +286,9 @@ def _lock_is_free(file: str, signals: Signals) -> bool:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    print(f"{file} is held by a process of another job for {LOCK_WAIT_S:.0f} s: not started", flush=True)
+                    print(
+                        f"{file} is held by a process of another job for {LOCK_WAIT_S:.0f} s: not started", flush=True
+                    )
                     return False
                 if not said:
                     print(f"waiting for the process that holds {file}", flush=True)
@@ -300,8 +302,8 @@ def _lock_is_free(file: str, signals: Signals) -> bool:
 def _say_idle(hosts: list[str], world: World, submission: Submission) -> None:
     if len(hosts) > world.nodes:
         print(
-            f"{len(hosts)} nodes, {world.nodes} are used ({world.nodes * submission.tasks_per_node} processes): a larger"
-            f" number does not divide data.streams. Idle: {', '.join(hosts[world.nodes :])}",
+            f"{len(hosts)} nodes, {world.nodes} are used ({world.nodes * submission.tasks_per_node} processes): more"
+            f" do not divide data.streams. Idle: {', '.join(hosts[world.nodes :])}",
             flush=True,
         )
 

@@ -46,7 +46,7 @@ def slurm(*command: str) -> str:
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{command[0]} did not answer in {CLIENT_SECONDS:.0f} s") from None
     if done.returncode:
-        raise SlurmError(_words(done.stderr) or f"{command[0]} ended with {done.returncode}")
+        raise SlurmError(f"{command[0]}: {_words(done.stderr) or f'exit code {done.returncode}'}")
     return done.stdout.strip()
 
 
@@ -116,7 +116,7 @@ def minutes(text: str) -> int | None:
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if not match:
         raise ConfigError(f"--time {text!r} is not a time: write D-HH:MM:SS, HH:MM:SS or minutes")
-    days, first, second, third = (int(part or 0) for part in match.groups())
+    days, first, second = (int(part or 0) for part in match.groups()[:3])
     if match[1] is not None:
         return days * 1440 + first * 60 + second
     if match[4] is not None:

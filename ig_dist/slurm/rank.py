@@ -35,7 +35,7 @@ def main(folder: str, start: str) -> None:
         leave(STOPPED)
         os._exit(0)
 
-    # The trainer puts its own handlers in their place. Until then nothing is lost, nor is there in jobs whose work is in
+    # The trainer puts its own handlers in their place. Until then nothing is lost, nor is it in jobs whose work is in
     # units that are written whole.
     for name in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(name, stop)

@@ -1,14 +1,14 @@
 """A submission's folder: what was submitted, and what has happened to it. Everything is JSON or text.
 
-    RUN/slurm/20260102-030405-ab12/
-        job.json, id      the submission, written once, and the number that SLURM gave it
-        batch.sh          what sbatch got
-        config.yaml       the resolved config of a training
-        source/           the code as it was
-        history.jsonl     starts and ends (an array: history_3.jsonl for its task 3)
-        exits/            the exit code of each rank of each start
-        log/              batch.log, rank_0.log, ... appended to at each start
-        cancelled         there once `cancel` was asked for
+RUN/slurm/20260102-030405-ab12/
+job.json, id      the submission, written once, and the number that SLURM gave it
+batch.sh          what sbatch got
+config.yaml       the resolved config of a training
+source/           the code as it was
+history.jsonl     starts and ends (an array: history_3.jsonl for its task 3)
+exits/            the exit code of each rank of each start
+log/              batch.log, rank_0.log, ... appended to at each start
+cancelled         there once `cancel` was asked for
 """
 
 from __future__ import annotations

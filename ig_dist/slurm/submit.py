@@ -6,7 +6,7 @@ import fcntl
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,13 +16,13 @@ from ig_dist.data.index import read_index
 from ig_dist.data.latents import check_latents
 from ig_dist.data.stream import check_window_memory
 from ig_dist.errors import ConfigError
+from ig_dist.jobs import SOURCE
 from ig_dist.parallel.build import check_engine
 from ig_dist.run_dir import changed_keys
 from ig_dist.slurm.commands import SlurmError, queued, slurm
 from ig_dist.slurm.record import Folder, Submission, World, folders
 from ig_dist.slurm.script import Request, batch_script
 
-SOURCE = Path(__file__).resolve().parents[2]
 # what SLURM's refusals are about, and the option that says it
 OPTIONS = {
     "partition": "--partition",
@@ -47,26 +47,34 @@ def worlds(config: Config, request: Request) -> dict[int, World]:
     """
     low, high = request.node_range
     ranks, batch = request.ranks_per_node, config.train.global_batch_size
-    allowed = []
-    for nodes in range(1, high + 1):
-        try:
-            config.check_world_size(nodes * ranks)
-            allowed.append(nodes)
-        except ConfigError:
-            if nodes == low == high:
-                raise
-    if not allowed or (low == high and high not in allowed):
-        config.check_world_size(high * ranks)
+    if low == high:
+        _check_nodes(config, high, ranks)
+    allowed = [nodes for nodes in range(1, high + 1) if _fits(config, nodes * ranks)]
+    if not allowed or allowed[0] > low:
+        _check_nodes(config, low, ranks)
     largest = batch // (allowed[-1] * ranks * config.train.accumulation)  # micro-batch on all the nodes
     found = {}
     for nodes in range(low, high + 1):
-        used = max((n for n in allowed if n <= nodes), default=0)
-        if not used:
-            config.check_world_size(low * ranks)
+        used = max(n for n in allowed if n <= nodes)
         share = batch // (used * ranks)
         most = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= largest)
         found[nodes] = World(nodes=used, accumulation=max(most, config.train.accumulation))
     return found
+
+
+def _check_nodes(config: Config, nodes: int, ranks: int) -> None:
+    try:
+        config.check_world_size(nodes * ranks)
+    except ConfigError as error:
+        raise ConfigError(f"--nodes {nodes} with {ranks} processes each: {error}") from None
+
+
+def _fits(config: Config, processes: int) -> bool:
+    try:
+        config.check_world_size(processes)
+    except ConfigError:
+        return False
+    return True
 
 
 def check_training(config: Config, found: dict[int, World]) -> None:
@@ -77,7 +85,7 @@ def check_training(config: Config, found: dict[int, World]) -> None:
     """
     check_engine(config)
     index = read_index(config.data.index)
-    config.with_data(index.info.latent.shape, len(index.info.classes))
+    config = config.with_data(index.info.latent.shape, len(index.info.classes))
     check_latents(index.info.latent, config.data.posterior, config.data.flip)
     for nodes in {world.nodes for world in found.values()}:
         check_window_memory(
@@ -130,7 +138,9 @@ def new_folder(run: Path) -> Path:
     return run.absolute() / "slurm" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
 
 
-def submit(path: Path, submission: Submission, request: Request, *, config: Config | None = None, after: str = "") -> str:
+def submit(
+    path: Path, submission: Submission, request: Request, *, config: Config | None = None, after: str = ""
+) -> str:
     """Write the submission's folder and hand it to SLURM; the job's id.
 
     Raises:
@@ -162,19 +172,6 @@ def snapshot(dest: Path) -> None:
     for name in ("ig_dist", "data_prep"):
         if (SOURCE / name).is_dir():
             shutil.copytree(SOURCE / name, dest / name, ignore=shutil.ignore_patterns("__pycache__"))
-
-
-def program(arguments: Sequence[str], kind: str, source: Path) -> list[str]:
-    """Python's arguments for a job, from those of its command.
-
-    Raises:
-        ConfigError: an installation without that program.
-    """
-    if kind != "encode":
-        return ["-m", "ig_dist.cli", kind, *arguments]
-    if not (SOURCE / "data_prep/encode_latents.py").exists():
-        raise ConfigError("--job encode needs data_prep/encode_latents.py: run it from a checkout")
-    return [str(source / "data_prep/encode_latents.py"), *arguments]
 
 
 def _remedy(words: str) -> str:

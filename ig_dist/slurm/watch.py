@@ -9,11 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from ig_dist.errors import ConfigError
-from ig_dist.slurm.batch import DETERMINISTIC, STOPPED
+from ig_dist.slurm.batch import DETERMINISTIC
 from ig_dist.slurm.commands import QueuedJob, SlurmError, queued, slurm
+from ig_dist.slurm.rank import STOPPED
 from ig_dist.slurm.record import Folder, Submission, folders
 from ig_dist.terminal import console
 

@@ -1,4 +1,4 @@
-"""Training on a real SLURM cluster of two nodes, through all that can end a job: it goes on by itself, and ends the same."""
+"""Training on a real SLURM cluster of two nodes, through all that ends a job: it goes on by itself to the same end."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ def write_config(folder: Path, digits_index: Path, steps: int = STEPS) -> Path:
     return file
 
 
-def launch(*arguments: object, root: Path = ROOT, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def launch(
+    *arguments: object, root: Path = ROOT, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     command = ["python", root / "launchers/slurm.py", *arguments]
     return run_command(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root), **(env or {})})
 
@@ -117,7 +119,9 @@ def wait_for_end(run: Path) -> None:
 
 def rank_on(cluster: SlurmCluster, node: str) -> int:
     """The process of one rank of a node."""
-    return next(pid for pid, line in cluster.processes(node).items() if "ig_dist.slurm.rank" in line and "srun" not in line)
+    return next(
+        pid for pid, line in cluster.processes(node).items() if "ig_dist.slurm.rank" in line and "srun" not in line
+    )
 
 
 def same_run(run: Path, whole: Path, steps: int = STEPS, *, bitwise: bool = True) -> None:
