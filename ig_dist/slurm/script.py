@@ -116,7 +116,10 @@ def batch_script(request: Request, submission: Submission, folder: Path, *, name
         name: of the job.
         after: id of the job that must have ended.
     """
-    import submitit
+    try:
+        import submitit
+    except ModuleNotFoundError:
+        raise ConfigError("jobs on SLURM need submitit: pip install 'ig-dist[slurm]'") from None
 
     class Script(submitit.SlurmExecutor):
         """Writes scripts also where there is no SLURM."""
