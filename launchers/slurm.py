@@ -228,7 +228,11 @@ def _array(
     with slurm.submitting(run):
         number = slurm.submit(path, submissions[0], request)
         # it waits for all tasks, whatever became of them, and makes what is missing
-        slurm.submit(after, submissions[1], request, after=number)
+        try:
+            slurm.submit(after, submissions[1], request, after=number)
+        except ConfigError:
+            slurm.withdraw(path)
+            raise
     _tell(path, submissions[0], "", follow)
 
 

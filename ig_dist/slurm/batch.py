@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from types import FrameType
 from typing import IO, NamedTuple
 
 from ig_dist.errors import IgDistError
-from ig_dist.slurm.commands import SlurmError, host_names, slurm
+from ig_dist.slurm.commands import SlurmError, host_names, queued, slurm
 from ig_dist.slurm.rank import STOPPED
 from ig_dist.slurm.record import Folder, Submission, World
 
@@ -82,13 +83,18 @@ def main(path: str) -> int:
         start = f"{os.environ['SLURM_JOB_ID']}-{time.time_ns()}"
         folder.add_event("start", task, nodes=hosts[: world.nodes], log=_size(folder.batch_log(task)))
         srun_code, first_error = _run_ranks(folder, submission, hosts[: world.nodes], world, start, signals)
-        if signals.ended:  # SLURM's own log line says why, see Folder.why
+        late = signals.ended and _time_is_up()
+        if signals.ended and (folder.cancelled or not late):  # SLURM's own log line says why, see Folder.why
             return 128 + signal.SIGTERM
         ranks = world.nodes * submission.tasks_per_node
-        verdict = judge(exit_codes(folder.path / "exits" / start, ranks), srun_code, first_error)
+        exits = folder.path / "exits" / start
+        verdict = judge(exit_codes(exits, ranks), srun_code, first_error)
+        shutil.rmtree(exits, ignore_errors=True)
         newest = _newest_checkpoint(folder) if verdict.next == "failed" else None
         failures = failures_in_a_row(folder, task, newest)
         step = decide(verdict, failures, submission.max_failures)
+        if late and step == "again":
+            verdict, step = verdict._replace(reason="time limit, before the ranks had saved"), "requeue"
         folder.add_event("end", task, code=verdict.code, reason=verdict.reason, next=step, checkpoint=newest)
         pause = min(FIRST_PAUSE_S * 2**failures, LONGEST_PAUSE_S) if verdict.next == "failed" else 0.0
         print(f"{verdict.reason}: {_SAID[step]}" + (f" in {pause:.0f} s" if pause else ""), flush=True)
@@ -251,7 +257,7 @@ def _requeue(pause: float, signals: Signals) -> int:
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    for wait in (1, 5, 20, 60, 0):  # the controller may be away for a while
+    for wait in (1, 5, 20, *[60] * 60, 0):  # the controller may be away for a while
         try:
             slurm("scontrol", "requeue", job)
             break
@@ -267,6 +273,14 @@ def _requeue(pause: float, signals: Signals) -> int:
             print(f"without the pause: {error}", flush=True)
     time.sleep(30)
     return STOPPED
+
+
+def _time_is_up() -> bool:
+    """Whether the time limit is why SLURM ends this job: it requeues after everything else, but not then."""
+    try:
+        return any(job.reason == "TimeLimit" for job in queued([os.environ["SLURM_JOB_ID"]]))
+    except SlurmError:
+        return False
 
 
 def _sleep(seconds: float, signals: Signals) -> None:

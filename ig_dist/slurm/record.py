@@ -6,7 +6,7 @@ batch.sh          what sbatch got
 config.yaml       the resolved config of a training
 source/           the code as it was
 history.jsonl     starts and ends (an array: history_3.jsonl for its task 3)
-exits/            the exit code of each rank of each start
+exits/            the exit code of each rank of a start, until it was judged
 log/              batch.log, rank_0.log, ... appended to at each start
 cancelled         there once `cancel` was asked for
 """

@@ -103,7 +103,13 @@ def complete(request: Request, *, assume: bool = False) -> Request:
             f"--time {request.time} is more than partition {found.name if found else ''} gives, {_duration(limit)}:"
             " ask for less, the run goes on by itself in a new job"
         )
-    return request.model_copy(update=filled)
+    whole = request.model_copy(update=filled)
+    given = minutes(whole.time or "")
+    if given is not None and whole.signal_delay >= given * 60:
+        raise ConfigError(
+            f"--signal-delay {whole.signal_delay} s is no less than --time {whole.time}: nothing would be left to train"
+        )
+    return whole
 
 
 def batch_script(request: Request, submission: Submission, folder: Path, *, name: str, after: str = "") -> str:
@@ -129,10 +135,13 @@ def batch_script(request: Request, submission: Submission, folder: Path, *, name
             return 2
 
     low, high = request.node_range
+    # SLURM would keep the number of tasks of a job's first start, and with it that start's number of nodes
+    fixed, cpus = low == high, request.cpus_per_task
     task = "_%a" if submission.array else ""
     log = Folder(folder).log
     said: dict[str, Any] = {
-        "nodes": f"{low}-{high}" if high > low else low,
+        "nodes": low if fixed else f"{low}-{high}",
+        **({"mincpus": request.ranks_per_node * cpus} if cpus and not fixed else {}),
         "time": request.time,
         # so long before the time limit, to the first process of the job, which passes it on
         "signal": f"B:USR2@{request.signal_delay}",
@@ -147,8 +156,8 @@ def batch_script(request: Request, submission: Submission, folder: Path, *, name
         job_name=name,
         partition=request.partition,
         nodes=low,
-        ntasks_per_node=request.ranks_per_node,
-        cpus_per_task=request.cpus_per_task,
+        ntasks_per_node=request.ranks_per_node if fixed else None,
+        cpus_per_task=cpus if fixed else None,
         gpus_per_node=request.gpus_per_node or None,
         account=request.account,
         qos=request.qos,

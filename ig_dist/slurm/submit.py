@@ -167,6 +167,12 @@ def submit(
     return folder.id
 
 
+def withdraw(path: Path) -> None:
+    """Take a submission back."""
+    slurm("scancel", Folder(path).id)
+    shutil.rmtree(path)
+
+
 def snapshot(dest: Path) -> None:
     """Copy the code that this process runs."""
     for name in ("ig_dist", "data_prep"):

@@ -72,8 +72,8 @@ def history(folder: Folder, task: str, active: bool) -> list[dict[str, Any]]:
 
 def _show_history(folder: Folder, task: str, active: bool) -> None:
     starts = history(folder, task, active)
-    if not starts:
-        return
+    if not starts or (task and [(start["end"] or {}).get("next") for start in starts] == ["done"]):
+        return  # of an array, only tasks with something to tell
     name = f"task {task}: " if task else ""
     console.print(f"  {name}{len(starts)} start{'s' * (len(starts) > 1)}, {len(starts) - 1} restarts", markup=False)
     for number, start in list(enumerate(starts))[-SHOWN_STARTS:]:

@@ -273,6 +273,18 @@ def test_the_time_limit(
     assert {start.next for start in starts(run)[:-1]} == {"requeue"}
 
 
+@pytest.mark.full
+def test_the_time_limit_comes_while_a_rank_hangs(
+    cluster: SlurmCluster, uninterrupted: Callable[[int], Path], tmp_path: Path, digits_index: Path
+) -> None:
+    whole = uninterrupted(STEPS)
+    run = tmp_path / "run"
+    submit("--nodes", 2, "--time", "1", "--signal-delay", 10, "--config", write_config(tmp_path, digits_index))
+    goes_on(run, lambda: os.kill(rank_on(cluster, "node2"), signal.SIGSTOP), "a rank hangs until the time limit")
+    same_run(run, whole)
+    assert starts(run)[0][1:] == ("time limit, before the ranks had saved", "requeue")
+
+
 def test_cancel_leaves_no_process_and_resume_goes_on(
     cluster: SlurmCluster, uninterrupted: Callable[[int], Path], tmp_path: Path, digits_index: Path
 ) -> None:

@@ -23,6 +23,7 @@ CASES = {
         ["--time", "2-00:00:00"],
         ["--time 2-00:00:00", "partition main", "0-02:00"],
     ),
+    "a signal before the start": (["--time", "5", "--signal-delay", "300"], ["--signal-delay 300", "--time 5"]),
     "a time that is none": (["--time", "soon"], ["--time 'soon'", "HH:MM:SS"]),
     "a range upside down": (["--nodes", "8-4"], ["--nodes '8-4'", "4-8"]),
     "no range": (["--nodes", "two"], ["--nodes 'two'"]),
@@ -157,7 +158,7 @@ def test_dry_run_asks_the_cluster_where_there_is_one(cluster: SlurmCluster, tmp_
     config = write_config(tmp_path, digits_index)
     done = launch("--dry-run", "--nodes", "1-2", "--config", config)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    for line in ("--gpus-per-node=2", "--cpus-per-task=4", "--nodes=1-2", "--time=0-02:00:00", "--exclusive"):
+    for line in ("--gpus-per-node=2", "--mincpus=8", "--nodes=1-2", "--time=0-02:00:00", "--exclusive"):
         assert f"#SBATCH {line}" in done.stdout.splitlines()
     assert "# on 1 node, 2 processes, each with 2 micro-batches:" in done.stdout  # as many images at a time as on two
     assert "# on 2 nodes, 4 processes, each with 1 micro-batches:" in done.stdout
