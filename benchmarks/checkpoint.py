@@ -114,6 +114,13 @@ def updates(preset: str, batch_size: int, rounds: int) -> None:
     average, one = EMA(weights, [0.9999]), torch.ones(())
     single = {name: weight.clone() for name, weight in weights.items()}
 
+    together = [weight.clone() for weight in weights.values()]
+
+    def foreach() -> None:
+        difference = torch._foreach_sub(list(weights.values()), together)
+        torch._foreach_mul_(difference, 1e-4)
+        torch._foreach_add_(together, difference)
+
     def one_by_one() -> None:
         for name, weight in weights.items():
             single[name].lerp_(weight, 1e-4)
@@ -124,7 +131,8 @@ def updates(preset: str, batch_size: int, rounds: int) -> None:
     optimizers["one by one"] = torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=False)
     ways: dict[str, Callable[[], object]] = {
         "forward and backward": passes,
-        "EMA, foreach (ours)": lambda: average.update(one),
+        "EMA (ours)": lambda: average.update(one),
+        "EMA, foreach": foreach,
         "EMA, one by one": one_by_one,
         **{f"AdamW, {name}{' (ours)' * (name == 'fused')}": o.step for name, o in optimizers.items()},
     }

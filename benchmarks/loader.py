@@ -129,7 +129,7 @@ def ours(folder: str, workers: int = 2, window: int = 1024, cache: str = "") -> 
 
 def curl(folder: str) -> int:
     """One curl process for all shards, to nowhere."""
-    from ig_dist.storage import open_url
+    from ig_dist.storage.files import open_url
 
     index = read_index(folder)
     fs, path = open_url(folder, "benchmark")
@@ -154,7 +154,7 @@ def streaming_get(folder: str) -> int:
 
 def ranged_gets(folder: str) -> int:
     """Requests of 32 MiB, one after the other, as the reader makes them; no checks."""
-    from ig_dist.storage import REQUEST_BYTES, open_url, read_range
+    from ig_dist.storage.files import REQUEST_BYTES, open_url, read_range
 
     index = read_index(folder)
     fs, path = open_url(folder, "benchmark")
@@ -282,7 +282,7 @@ def start_store(folder: Path, cleanup: ExitStack) -> Any:
 
 def upload(folder: Path, place: str) -> str:
     """Copy a folder to the store; its URL."""
-    from ig_dist.storage import open_url, write_whole
+    from ig_dist.storage.files import open_url, write_whole
 
     fs, path = open_url(f"s3://{place}", "benchmark")
     for file in folder.iterdir():

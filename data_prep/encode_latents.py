@@ -84,11 +84,14 @@ def main(
     from ig_dist.encoding.settings import Settings, default_samples_per_shard, sample_tar_bytes
     from ig_dist.encoding.walk import this_worker
     from ig_dist.latents.tokenizers import get_tokenizer
+    from ig_dist.storage.faults import Patience
 
     # what is wrong with the options is said before any picture is read
     if not 0 <= max_rejected <= 1:
         raise ConfigError(f"--max-rejected {max_rejected:g} is not a fraction: use 0 to 1")
     refuse_missing(source)
+    patience = Patience()
+    folder = Dest(dest, patience)
     me = this_worker(worker)
     device = prepare.choose_device(me)
     arithmetic = prepare.choose_precision(precision, tokenizer, device)
@@ -96,10 +99,9 @@ def main(
     size = prepare.choose_image_size(source, image_size, encoder)
     what = prepare.choose_store(store, encoder)
     prepare.refuse_dest_in_source(source, dest)
-    folder = Dest(dest)
     existing = existing_settings(folder)
 
-    found = find_source(source, spool)
+    found = find_source(source, spool, patience)
     say(f"{source}: {found.kind}")
     settings = Settings(
         source=found.name if source == "digits" else f"{found.name}, {size} x {size}",
@@ -155,7 +157,7 @@ def main(
 
 
 def stop(number: int, frame: FrameType | None) -> None:
-    """A signal ends this process; the shard that is being written is still finished."""
+    """A signal ends this process; the shard that is being written is still finished, where the storage takes it."""
     print(
         f"stopped: {signal.Signals(number).name}; finished shards stay, run the same command again",
         file=sys.stderr,

@@ -23,7 +23,7 @@ from ig_dist.terminal import console, run_app
 
 if TYPE_CHECKING:
     from ig_dist.data.index import LatentInfo, SampleTable, Statistics
-    from ig_dist.latents.tokenizers import Tokenizer
+    from ig_dist.latents.tokenizer import Tokenizer
 
 Coefficients = list[float] | None
 """One for all channels, or one per channel; None: from the statistics of the latents."""
@@ -104,9 +104,9 @@ def read_class_names(url: str) -> tuple[list[str], list[str] | None]:
         ConfigError: no such file, or no text.
     """
     from ig_dist.data.classes import class_words
-    from ig_dist.storage import open_url, read_file
+    from ig_dist.storage.files import open_url, read_file
 
-    fs, path = open_url(url, "--class-names")
+    fs, path = open_url(url, "--class-names", web=True)
     try:
         lines = [line.strip() for line in read_file(fs, path).decode("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -155,7 +155,9 @@ def main(
     from ig_dist.data.index import TABLE_NAME, KeyInfo, SampleTable, write_index
     from ig_dist.data.shard_files import find_shards
     from ig_dist.data.statistics import normalised, raw_statistics
-    from ig_dist.storage import Patience, full_url, list_sizes
+    from ig_dist.storage.faults import Patience
+    from ig_dist.storage.files import list_sizes
+    from ig_dist.storage.urls import full_url
 
     encoder = known_tokenizer(tokenizer, tokenizer_sha256)
     shifts, scales = coefficients("--shift", shift, encoder), coefficients("--scale", scale, encoder)

@@ -1,18 +1,15 @@
-"""Work beside the training loop: in threads that never keep a process alive, met by all ranks without time-outs."""
+"""Work in threads that never keep a process alive."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any, TypeVar
-
-from ig_dist.parallel.dist import Dist, gather_objects
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future
+from typing import TypeVar
 
 T = TypeVar("T")
-
-MEET_S = 0.5  # far below any train.timeout_s
+R = TypeVar("R")
 
 
 def in_background(function: Callable[[], T]) -> Future[T]:
@@ -29,21 +26,20 @@ def in_background(function: Callable[[], T]) -> Future[T]:
     return future
 
 
-def meet(work: Future[Any] | None, dist: Dist) -> None:
-    """Return when every rank's work is done, well or not. COLLECTIVE.
+def in_turn(calls: Iterable[Callable[[], T]]) -> Callable[[float], T | None]:
+    """Calls one after another in the background: asked again and again, gives the next result or, in time, None."""
+    left = iter(calls)
+    under_way: Future[T] | None = None
 
-    The ranks ask each other every half second. One collective at the end would take a rank that is still at work,
-    or waits for a storage to come back, for one that hangs.
-    """
+    def get(timeout_s: float) -> T | None:
+        nonlocal under_way
+        under_way = under_way or in_background(next(left))
+        if not concurrent.futures.wait([under_way], timeout=timeout_s).done:
+            return None
+        done, under_way = under_way, None
+        return done.result()
 
-    def done() -> bool:
-        if work is None:
-            return True
-        concurrent.futures.wait([work], timeout=MEET_S)
-        return work.done()
-
-    while not all(gather_objects(done(), dist)):
-        pass
+    return get
 
 
 def at_once(function: Callable[[int], None], count: int, threads: int) -> None:
@@ -65,3 +61,27 @@ def at_once(function: Callable[[int], None], count: int, threads: int) -> None:
     concurrent.futures.wait(workers)
     for worker in workers:
         worker.result()
+
+
+def in_parallel(work: Callable[[T], R], items: Sequence[T], threads: int, stop: threading.Event) -> list[R]:
+    """``work`` on each item, by some threads; results in the order of the items.
+
+    The first error, or a signal, ends it at once: what the threads have begun has no further tries, and nobody waits
+    for it.
+    """
+    numbers, results = iter(range(len(items))), dict[int, R]()  # taking the next number is atomic
+
+    def run() -> None:
+        for number in numbers:
+            if stop.is_set():
+                return
+            results[number] = work(items[number])
+
+    workers = [in_background(run) for _ in range(min(threads, len(items)))]
+    try:
+        for worker in concurrent.futures.wait(workers, return_when=FIRST_EXCEPTION).done:
+            worker.result()
+        return [results[number] for number in range(len(items))]
+    except BaseException:
+        stop.set()
+        raise

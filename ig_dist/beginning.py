@@ -14,7 +14,7 @@ from ig_dist.data.index import ShardIndex
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT
 from ig_dist.parallel.dist import Dist
-from ig_dist.storage import Patience
+from ig_dist.storage.faults import Patience
 
 
 def checkpoint_store(config: Config) -> CheckpointStore:
@@ -67,6 +67,11 @@ def _check_same_model(checkpoint: Checkpoint, config: Config) -> None:
         raise ConfigError(
             f"{checkpoint.url} is of another model than this config: use its model group, or begin a new run.dir"
             " (with train.init_from for its weights)"
+        )
+    if theirs.optimizer.kind != config.optimizer.kind:
+        raise ConfigError(
+            f"{checkpoint.url} has the state of optimizer.kind={theirs.optimizer.kind}, this config has"
+            f" {config.optimizer.kind}: use that kind, or begin a new run.dir (with train.init_from for its weights)"
         )
     missing = [decay for decay in config.ema.decays if decay not in theirs.ema.decays]
     if missing:

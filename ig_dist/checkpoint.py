@@ -2,7 +2,7 @@
 
     <url>/step_0000001200/rank_00000.1f0c....safetensors ...   the pieces that each rank wrote, named by their hash
     <url>/step_0000001200/rank_00001.<save>.json               what that rank says of them; gone after the save
-    <url>/step_0000001200/manifest.json                        written last: names, shapes, pieces, sizes, sha256
+    <url>/step_0000001200/manifest.json                        written last: names, shapes, pieces, CRCs, sizes, sha256
 
 The unit is the global tensor; a piece is a range of its flattened elements, which is what every engine's shard is.
 A folder without a manifest does not exist; one whose manifest or files do not match is reported and passed over.
@@ -12,7 +12,6 @@ Saving is in ``saving.py``: here is what is found, read and deleted.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import re
 from dataclasses import dataclass, field
@@ -20,30 +19,25 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
+from zlib_ng import zlib_ng
 
-from ig_dist.background import in_background, meet
+from ig_dist.background import in_background
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.manifest import MANIFEST as MANIFEST
 from ig_dist.manifest import check_pieces, folder_name, inspect
+from ig_dist.parallel.agreement import meet
 from ig_dist.parallel.dist import Dist, from_main
-from ig_dist.snapshot import DTYPE_NAMES, DTYPES, SMALL_BYTES
+from ig_dist.snapshot import DTYPE_NAMES, SMALL_BYTES
 from ig_dist.snapshot import Piece as Piece
-from ig_dist.storage import (
-    REQUEST_BYTES,
-    Patience,
-    abort_orphaned_uploads,
-    is_local,
-    list_sizes,
-    once,
-    open_url,
-    read_range,
-    retried,
-)
+from ig_dist.storage.faults import Patience, retried
+from ig_dist.storage.files import REQUEST_BYTES, list_sizes, open_url, read_range
+from ig_dist.storage.s3 import abort_orphaned_uploads
+from ig_dist.storage.urls import once
 
 _MOST_BLOCKS = 64
+_READS = 4  # of a piece, before it is damaged and did not suffer on the way
 _TIDYING_S = 30.0  # how long is tried what need not succeed
 log = logging.getLogger(__name__)
 
@@ -55,7 +49,6 @@ class Checkpoint:
     url: str
     manifest: dict[str, Any]
     patience: Patience = field(default_factory=Patience)
-    _headers: dict[str, tuple[int, dict[str, Any]]] = field(default_factory=dict, compare=False, repr=False)
     _blocks: dict[tuple[str, int], memoryview] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -86,7 +79,8 @@ class Checkpoint:
         """A whole tensor, on the CPU.
 
         Raises:
-            DataError: the checkpoint has no such tensor, not all of it, or the storage fails beyond the deadline.
+            DataError: the checkpoint has no such tensor, not all of it, or a damaged one, or the storage fails beyond
+                the deadline.
         """
         entry = self.manifest["tensors"].get(name)
         if entry is None:
@@ -96,25 +90,30 @@ class Checkpoint:
         entry = {**entry, "pieces": sorted(entry["pieces"], key=lambda piece: piece[1:])}
         check_pieces(name, entry)
         flat = torch.empty(entry["shape"], dtype=DTYPE_NAMES[entry["dtype"]]).view(-1)
-        for file, start, stop in entry["pieces"]:
-            flat[start:stop] = self._read_piece(self.manifest["files"][file], name, flat.dtype)
+        for file, start, stop, at, crc32 in entry["pieces"]:
+            if stop > start:
+                size = (stop - start) * flat.element_size()
+                data = self._read_piece(self.manifest["files"][file], name, at, at + size, crc32)
+                flat[start:stop] = torch.frombuffer(data, dtype=flat.dtype)
         return flat.view(entry["shape"])
 
-    def _read_piece(self, file: dict[str, Any], name: str, dtype: torch.dtype) -> Tensor:
-        """The elements of a tensor in one file: through mmap, or by their byte range."""
+    def _read_piece(self, file: dict[str, Any], name: str, begin: int, end: int, crc32: int) -> bytearray:
+        """Bytes ``begin`` to ``end`` of a file, as they were saved: read again where they are not."""
         fs, path = open_url(f"{self.url}/{file['name']}", "checkpoint.url", self.patience)
-        if is_local(fs):
-            with safetensors.safe_open(path, framework="pt") as opened:
-                return opened.get_tensor(name).view(-1)  # type: ignore[no-any-return]
-        if path not in self._headers:
-            length = int.from_bytes(self._range(fs, path, 0, 8, file["bytes"]), "little")
-            self._headers[path] = 8 + length, json.loads(self._range(fs, path, 8, 8 + length, file["bytes"]))
-        first, header = self._headers[path]
-        if header[name]["dtype"] != DTYPES[dtype]:
-            raise DataError(f"{self.url}: tensor {name!r} is {header[name]['dtype']}, not {DTYPES[dtype]}")
-        begin, end = (first + offset for offset in header[name]["data_offsets"])
-        data = self._range(fs, path, begin, end, file["bytes"])
-        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        for tries_left in reversed(range(_READS)):
+            try:
+                data = self._range(fs, path, begin, end, file["bytes"])
+            except OSError as error:
+                raise DataError(f"{self.url}/{file['name']}: {error.strerror or error}: restore the file") from None
+            if zlib_ng.crc32(data) == crc32:
+                return data
+            self._blocks.clear()
+            if tries_left:
+                self.patience.count(f"{self.url}/{file['name']}", DataError(f"tensor {name!r} has another CRC"), 0.0)
+        raise DataError(
+            f"{self.url}/{file['name']}: tensor {name!r} is damaged (its CRC differs): restore the file, or delete that"
+            " checkpoint to go on from the one before"
+        )
 
     def _range(self, fs: Any, path: str, begin: int, end: int, size: int) -> bytearray:
         """Bytes ``begin`` to ``end`` of a file of ``size``; small ranges by blocks, in which their neighbours lie."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import fsspec
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -122,7 +122,7 @@ class DataConfig(_Group):
     window_bytes: Positive = 16 * 2**30
     """Bound on the memory of all windows of one node, in bytes."""
     workers: NonNegative = 2
-    """Background reader threads per process; 0 reads in the training loop. The order does not depend on it."""
+    """Reader threads per process; 0: the thread that assembles batches reads too. The order does not depend on it."""
     on_corrupt: Literal["fail", "skip"] = "fail"
     """A damaged sample ends the run, or is replaced by the next good one of its window and counted."""
     validation_shards: NonNegative = 0
@@ -166,7 +166,8 @@ class TrainConfig(_Group):
     peak_tflops: PositiveFloat | None = None
     """Peak of one device for MFU, in TFLOP/s; null: known GPUs are looked up, others report no MFU."""
     timeout_s: Positive = 600
-    """A collective that takes longer than this ends the run."""
+    """A rank that makes no progress for this long ends the run (exit code 5). The first step of a start, and what is
+    seldom done, may take three times as long; a wait for a storage has the storage's own deadline on top."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -178,8 +179,11 @@ class TrainConfig(_Group):
 class OptimizerConfig(_Group):
     """The optimizer and its learning rate."""
 
-    kind: Literal["adamw"] = "adamw"
-    """Optimizer."""
+    kind: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon: Muon as published with IG, on matrices, and Adam on vectors. With muon the defaults are those of
+    the published run: lr 2e-4, betas (0.9, 0.95), weight_decay 0.01."""
+    implementation: Literal["fused", "apex"] = "fused"
+    """Kernels of adamw: torch's fused ones, or FusedAdam of NVIDIA's apex (built from source; ddp and fsdp2)."""
     lr: PositiveFloat = 1e-4
     """Learning rate after warm-up."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
@@ -187,7 +191,7 @@ class OptimizerConfig(_Group):
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    """Decoupled weight decay, on every parameter."""
+    """Decoupled weight decay: of adamw on every parameter, of muon on matrices."""
     grad_clip: PositiveFloat | None = 1.0
     """Global gradient norm is clipped to this; null: no clipping."""
     warmup_steps: NonNegative = 0
@@ -196,6 +200,13 @@ class OptimizerConfig(_Group):
     """Learning rate after warm-up."""
     min_lr: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """End of the cosine schedule."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_muon(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("kind") == "muon":
+            return {"lr": 2e-4, "betas": (0.9, 0.95), "weight_decay": 0.01, **given}
+        return given
 
 
 class EMAConfig(_Group):
@@ -350,6 +361,18 @@ class Config(_Group):
             raise ValueError("run.fork_from and train.init_from both say where to begin: give one of them")
         if self.log.validate_every_steps and not self.data.validation_shards:
             raise ValueError("log.validate_every_steps needs held-out shards: set data.validation_shards=1 or more")
+        if self.optimizer.kind == "muon" and self.engine.kind == "deepspeed":
+            raise ValueError(
+                "optimizer.kind=muon needs whole matrices, and DeepSpeed cuts them anywhere:"
+                " use engine.kind=fsdp2 or ddp, or optimizer.kind=adamw"
+            )
+        if self.optimizer.implementation == "apex" and (
+            self.optimizer.kind != "adamw" or self.engine.kind == "deepspeed"
+        ):
+            raise ValueError(
+                f"optimizer.implementation=apex is for adamw under ddp and fsdp2, not for {self.optimizer.kind} under"
+                f" {self.engine.kind}: use optimizer.implementation=fused"
+            )
         if "ig" in active and self.model.aux_depth is None:
             raise ValueError("guidance asks for ig, but the model has no auxiliary head: set model.aux_depth")
         return self

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from ig_dist.config import Config
 from ig_dist.errors import ConfigError
+from ig_dist.storage.urls import refuse_credentials
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -77,10 +78,20 @@ def with_guidance(
 
 def config_from_tree(tree: dict[str, Any], source: str) -> Config:
     """Validate a parsed config; ``source`` names it in the error."""
+    _refuse_credentials(tree, [])
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{source}: {_explain(error)}") from None
+
+
+def _refuse_credentials(node: Any, path: list[str]) -> None:
+    """Of all values, since any may be a URL and is stored with the run."""
+    if isinstance(node, str):
+        refuse_credentials(node, ".".join(path))
+    elif isinstance(node, dict | list):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            _refuse_credentials(value, [*path, str(key)])
 
 
 def apply_overrides(tree: dict[str, Any], overrides: typing.Sequence[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ keeps of one image; what the allocator, kernels and libraries need beside it (so
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from ig_dist.terminal import console
 
 IMAGENET_IMAGES, IMAGENET_CLASSES, SD_LATENT = 1_281_167, 1000, (4, 32, 32)
 GIB = 2**30
+ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
 class Memory(NamedTuple):
@@ -55,8 +57,7 @@ def dry_run(config: Config, *, gpus: int, mfu: float, peak_tflops: float) -> Non
     config = config.with_data(shape, classes)
     config.check_world_size(gpus)
     model, batch = config.model.to_dit(), config.train.global_batch_size
-    with torch.device("meta"):
-        parameters = count_parameters(DiT(model))
+    parameters, moments = count_state(model, config)
     flops, steps = 3 * forward_flops(model), config.total_steps(images)  # backward costs twice the forward
     micro = batch // gpus // config.train.accumulation
     seconds = steps * batch * flops / (gpus * peak_tflops * 1e12 * mfu)
@@ -70,41 +71,79 @@ def dry_run(config: Config, *, gpus: int, mfu: float, peak_tflops: float) -> Non
         f"{seconds / 86400:.2f} days on {gpus} GPUs at {mfu:.0%} of {peak_tflops:g} TFLOP/s"
         f" ({seconds * gpus / 3600:,.0f} GPU hours)"
     )
-    table = Table("engine", "state GiB", "activations GiB", "on each GPU GiB", title="memory", title_justify="left")
-    for engine in ("ddp", "fsdp2", "zero1", "zero2", "zero3"):
-        memory = memory_per_gpu(engine, model, parameters, config, gpus, micro)
-        table.add_row(engine, *(f"{part / GIB:.2f}" for part in (*memory, memory.total)))
+    columns = ("engine", "state GiB", "activations GiB", "on each GPU GiB", "sent a step GiB")
+    table = Table(*columns, title="memory and communication of each GPU", title_justify="left")
+    for engine in ENGINES[: 2 if config.optimizer.kind == "muon" else None]:
+        memory = memory_per_gpu(engine, model, parameters, moments, config, gpus, micro)
+        sent = communication_bytes(engine, parameters, config, gpus)
+        table.add_row(engine, *(f"{part / GIB:.2f}" for part in (*memory, memory.total, sent)))
     console.print(table)
 
 
-def memory_per_gpu(engine: str, model: DiTConfig, parameters: int, config: Config, gpus: int, micro: int) -> Memory:
+def count_state(model: DiTConfig, config: Config) -> tuple[int, int]:
+    """Numbers of the model's parameters, and of what the optimizer keeps: Adam two a parameter, Muon one a matrix."""
+    with torch.device("meta"):
+        built = DiT(model)
+    parameters, vectors = count_parameters(built), sum(p.numel() for p in built.parameters() if p.ndim < 2)
+    return parameters, parameters + vectors if config.optimizer.kind == "muon" else 2 * parameters
+
+
+def memory_per_gpu(
+    engine: str, model: DiTConfig, parameters: int, moments: int, config: Config, gpus: int, micro: int
+) -> Memory:
     """Bytes on each GPU under an engine.
 
-    Masters, moments (Adam's two) and averages are fp32 always, as are the gradients of DDP and FSDP2. ZeRO keeps
+    Masters, moments and averages are fp32 always, as are the gradients of DDP and FSDP2. ZeRO keeps
     weights and gradients in the precision of the forward pass, and shards what its stage says.
 
     Args:
         engine: ddp, fsdp2, zero1, zero2 or zero3.
         model: the model.
         parameters: number of its parameters.
+        moments: numbers that the optimizer keeps.
         config: the run's config.
         gpus: number of GPUs.
         micro: images of a micro-batch on each GPU.
     """
     low = 2 if config.train.precision == "bf16" else 4
     cast = low if config.train.precision == "bf16" else 0  # autocast keeps low-precision copies of the weights
-    kept = 4 + 8 + 4 * len(config.ema.decays)
+    kept = 4 * parameters * (1 + len(config.ema.decays)) + 4 * moments
     block = -(-parameters // model.depth) * low * 2  # FSDP2 and ZeRO-3 hold the block in use and the next one whole
     state = {
-        "ddp": parameters * (kept + 4 + cast),
-        "fsdp2": parameters * (kept + 4) // gpus + block,
-        "zero1": parameters * (2 * low) + parameters * kept // gpus,
-        "zero2": parameters * low + parameters * (kept + low) // gpus,
-        "zero3": parameters * (kept + 2 * low) // gpus + block,
+        "ddp": kept + parameters * (4 + cast),
+        "fsdp2": (kept + parameters * 4) // gpus + block,
+        "zero1": parameters * (2 * low) + kept // gpus,
+        "zero2": parameters * low + (kept + parameters * low) // gpus,
+        "zero3": (kept + parameters * 2 * low) // gpus + block,
     }[engine]
     return Memory(state, micro * activation_bytes(model, config.train.precision == "bf16"))
 
 
+def communication_bytes(engine: str, parameters: int, config: Config, gpus: int) -> int:
+    """What each GPU sends in a step (rings: an all-reduce is a reduce-scatter and an all-gather).
+
+    DDP and FSDP2 reduce fp32 gradients once a step, ZeRO in the precision of the forward pass: stage 1 once, 2 and 3
+    after each micro-batch. FSDP2 and ZeRO-3 gather the weights for each micro-batch twice, or once where they are kept.
+
+    Args:
+        engine: ddp, fsdp2, zero1, zero2 or zero3.
+        parameters: number of the model's parameters.
+        config: the run's config.
+        gpus: number of GPUs.
+    """
+    low, micro = 2 if config.train.precision == "bf16" else 4, config.train.accumulation
+    gathers = 2 if config.engine.reshard_after_forward else 1
+    per_parameter = {
+        "ddp": 4 + 4,
+        "fsdp2": 4 + low * gathers * micro,
+        "zero1": low + low,
+        "zero2": low * micro + low,
+        "zero3": low * micro + 2 * low * micro,
+    }[engine]
+    return parameters * per_parameter * (gpus - 1) // gpus
+
+
+@lru_cache
 def activation_bytes(model: DiTConfig, bf16: bool) -> int:
     """What autograd keeps of one image for the backward pass, in bytes. Traced on fake tensors."""
     return _saved_bytes(model, bf16, 2) - _saved_bytes(model, bf16, 1)  # what both have are casts of weights

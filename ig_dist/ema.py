@@ -55,6 +55,11 @@ class EMA:
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:
         """Move every average towards the weights; not at all when ``finite`` (a device scalar) is 0."""
+        if not finite.is_cuda:  # a pass over all tensors for each operation would leave the cache each time
+            for decay, average in self.averages.items():
+                for name, weight in self._masters.items():
+                    average[name].lerp_(weight, float(finite) * (1 - decay))
+            return
         for chunk in _chunks(self._masters):
             weights = [self._masters[name] for name in chunk]
             for decay, average in self.averages.items():

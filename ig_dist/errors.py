@@ -9,12 +9,17 @@ class IgDistError(Exception):
     """Base of the errors that end a command with one line instead of a traceback."""
 
     exit_code = 1
+    everywhere = False
+    """Whether all processes of a job end with it: then the first of a machine says it."""
+    said = False
+    """Whether the user has been told of it."""
 
 
 class ConfigError(IgDistError):
     """The user's mistake: a key, a value, a path, or a combination. Running again changes nothing."""
 
     exit_code = 2
+    everywhere = True
 
 
 class NonFiniteError(IgDistError):
@@ -29,6 +34,12 @@ class DataError(IgDistError):
     exit_code = 4
 
 
+class HangError(IgDistError):
+    """A rank made no progress for longer than it may."""
+
+    exit_code = 5
+
+
 class LostPeerError(IgDistError):
     """Another process of the job ended; its own message says why."""
 
@@ -37,3 +48,11 @@ class Preempted(IgDistError):  # noqa: N818  (not a failure: the run was saved a
     """The run was asked to stop, has saved, and goes on when the same command is run again."""
 
     exit_code = 75
+    everywhere = True
+
+
+class Ending(Exception):  # noqa: N818  (the training loop turns it into one of the others)
+    """All ranks agree to end here: asked to stop, or one of them has this ``error``."""
+
+    def __init__(self, error: IgDistError | None = None) -> None:
+        self.error = error

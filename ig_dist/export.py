@@ -16,7 +16,7 @@ from ig_dist.beginning import checkpoint_store
 from ig_dist.checkpoint import Checkpoint
 from ig_dist.config import Config
 from ig_dist.data.index import LatentInfo, ShardIndex, TokenizerInfo, read_index
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, DataError
 from ig_dist.models.dit import DiT, DiTConfig
 from ig_dist.parallel.dist import Dist
 
@@ -147,9 +147,20 @@ def read_info(folder: Path) -> ExportInfo:
 
 
 def load_export(folder: Path, device: torch.device) -> tuple[DiT, ExportInfo]:
-    """The exported model in eval mode, and what stands beside it."""
+    """The exported model in eval mode, and what stands beside it.
+
+    Raises:
+        ConfigError: no export there.
+        DataError: its weights are gone or are not the ones that were exported.
+    """
     info = read_info(folder)
+    try:
+        packed = (folder / WEIGHTS_NAME).read_bytes()
+    except OSError as error:
+        raise DataError(f"{folder / WEIGHTS_NAME}: {error.strerror}: delete the folder and export again") from None
+    if hashlib.sha256(packed).hexdigest() != info.weights_sha256:
+        raise DataError(f"{folder / WEIGHTS_NAME} is damaged (its hash differs): delete the folder and export again")
     with torch.device("meta"):
         model = DiT(info.model)
-    model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS_NAME), assign=True)
+    model.load_state_dict(safetensors.torch.load(packed), assign=True)
     return model.to(device).eval().requires_grad_(False), info

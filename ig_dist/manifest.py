@@ -1,7 +1,11 @@
 """The manifest of a checkpoint: what makes it exist, and how it is told from a damaged one.
 
 {"format", "step", "world_size", "meta", "files": [{"name", "bytes", "sha256"}],
- "tensors": {name: {"shape", "dtype", "pieces": [[file, start, stop]]}}, "sha256"}
+ "tensors": {name: {"shape", "dtype", "pieces": [[file, start, stop, at, crc32]]}}, "sha256"}
+
+A piece is the elements ``start`` to ``stop`` of the flattened tensor, from byte ``at`` of the file on. The hashes of
+the files say whether a checkpoint is whole; the CRC of a piece is looked at each time that it is read, which may be
+later, by another machine and over a connection that changes a bit.
 """
 
 from __future__ import annotations
@@ -13,9 +17,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ig_dist.errors import DataError
-from ig_dist.storage import REQUEST_BYTES, Patience, is_local, list_sizes, read_file, read_range
+from ig_dist.storage.faults import Patience
+from ig_dist.storage.files import REQUEST_BYTES, list_sizes, read_file, read_range
+from ig_dist.storage.urls import is_local
 
-FORMAT = "ig-dist-checkpoint/1"
+FORMAT = "ig-dist-checkpoint/2"
 MANIFEST = "manifest.json"
 
 
@@ -29,7 +35,7 @@ def make_manifest(step: int, records: Sequence[Mapping[str, Any]], meta: Mapping
 
     Args:
         step: global batches consumed.
-        records: of each rank, ``file`` (name, bytes, sha256) and the ``tensors`` in it (``snapshot.described``).
+        records: of each rank, ``file`` (name, bytes, sha256) and the ``tensors`` in it (``Snapshot.described``).
         meta: stored as it is.
 
     Raises:
@@ -37,9 +43,9 @@ def make_manifest(step: int, records: Sequence[Mapping[str, Any]], meta: Mapping
     """
     tensors: dict[str, Any] = {}
     for number, record in enumerate(records):
-        for key, (shape, dtype, start, stop) in record["tensors"].items():
+        for key, (shape, dtype, *piece) in record["tensors"].items():
             entry = tensors.setdefault(key, {"shape": shape, "dtype": dtype, "pieces": []})
-            entry["pieces"].append([number, start, stop])
+            entry["pieces"].append([number, *piece])
     for key, entry in tensors.items():
         entry["pieces"].sort(key=lambda piece: piece[1:])
         check_pieces(key, entry)
@@ -51,13 +57,22 @@ def make_manifest(step: int, records: Sequence[Mapping[str, Any]], meta: Mapping
         "files": [record["file"] for record in records],
         "tensors": dict(sorted(tensors.items())),
     }
-    return {**manifest, "sha256": manifest_hash(manifest)}
+    return sealed(manifest)
 
 
-def manifest_hash(manifest: Mapping[str, Any]) -> str:
-    """Of everything in it but the hash itself."""
-    body = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with the hash of everything else in it, as ``sha256``."""
+    body = {key: value for key, value in document.items() if key != "sha256"}
+    return {**body, "sha256": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()}
+
+
+def unsealed(data: bytes) -> dict[str, Any] | None:
+    """The document of a file; None when it is not as it was sealed."""
+    try:
+        document = json.loads(data)
+        return document if document == sealed(document) else None
+    except (ValueError, AttributeError):
+        return None
 
 
 def check_pieces(name: str, entry: Mapping[str, Any]) -> None:
@@ -67,7 +82,7 @@ def check_pieces(name: str, entry: Mapping[str, Any]) -> None:
         DataError: its pieces leave elements out.
     """
     end = 0
-    for _, start, stop in entry["pieces"]:
+    for _, start, stop, *_ in entry["pieces"]:
         if start > end:
             break
         end = max(end, stop)
@@ -89,11 +104,11 @@ def inspect(fs: Any, folder: str, step: int, patience: Patience) -> tuple[dict[s
 
 def _inspect_once(fs: Any, folder: str, step: int, patience: Patience) -> tuple[dict[str, Any] | None, str]:
     try:
-        manifest = json.loads(read_file(fs, f"{folder}/{MANIFEST}", patience))
+        manifest = unsealed(read_file(fs, f"{folder}/{MANIFEST}", patience))
+        if manifest is None:
+            return None, f"{MANIFEST} has changed"
         if manifest["format"] != FORMAT or manifest["step"] != step:
             return None, f"{MANIFEST} is of another format or step"
-        if manifest["sha256"] != manifest_hash(manifest):
-            return None, f"{MANIFEST} has changed"
         sizes = list_sizes(fs, folder, patience)
         for file in manifest["files"]:
             name, size = file["name"], file["bytes"]

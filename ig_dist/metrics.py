@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -98,15 +98,15 @@ class RunLog:
             self._board.add_image("samples", picture, step, dataformats="HWC")
             self._board.flush()
 
-    def write(self, metrics: dict[str, float | int | None]) -> None:
-        """One line of metrics; ``step`` is among them."""
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        """One line of metrics; ``step`` is among them. TensorBoard gets the numbers."""
         if self._path is None:
             return
         self._stream.write(json.dumps(metrics) + "\n")
         self._stream.flush()
         step = int(metrics["step"] or 0)
         for key, value in metrics.items():
-            if key != "step" and value is not None:
+            if key != "step" and isinstance(value, (int, float)):
                 self._board.add_scalar(f"train/{key}", value, step)
         status = f"loss {metrics['loss']:.4f}  {metrics['images_per_s']:.0f} images/s"
         self._progress.update(self._task, completed=step, status=status)

@@ -12,23 +12,27 @@ from numpy.typing import NDArray
 
 from ig_dist.config import Config
 from ig_dist.data.index import ShardIndex
+from ig_dist.data.reader import ShardReader
 from ig_dist.ema import EMA
 from ig_dist.evaluation.generate import generate
 from ig_dist.evaluation.plan import Plan, make_plan
 from ig_dist.export import ModelInfo, model_info
-from ig_dist.latents.tokenizers import Tokenizer, index_tokenizer
+from ig_dist.latents.tokenizer import Tokenizer
+from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.models.dit import DiT
 from ig_dist.objective import validation_loss
-from ig_dist.parallel.dist import Dist
+from ig_dist.parallel.dist import Dist, StopFlag
 
 COLUMNS = 10
 
 
-def validate(model: DiT, ema: EMA, index: ShardIndex, config: Config, dist: Dist) -> dict[str, float]:
-    """The validation losses of the first EMA, by name. COLLECTIVE."""
+def validate(
+    model: DiT, ema: EMA, index: ShardIndex, config: Config, reader: ShardReader, dist: Dist, stop: StopFlag
+) -> dict[str, float]:
+    """The validation losses of the first EMA, by name. COLLECTIVE; raises as ``validation_loss``."""
     batch_size = config.train.global_batch_size // dist.world_size // config.train.accumulation
     with ema.swapped_in(config.ema.decays[0]):
-        losses = validation_loss(model, index, config, batch_size, dist)
+        losses = validation_loss(model, index, config, reader, batch_size, dist, stop)
     return dict(zip(("val_loss", "val_loss_final", "val_loss_aux"), losses, strict=True))
 
 

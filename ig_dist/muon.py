@@ -13,7 +13,7 @@ shape), in the form that the published weights of IG (arXiv 2512.24176) were tra
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,25 +26,46 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: the quintic tha
 NEWTON_SCHULZ_STEPS = 5
 
 
+def orthogonalise_each(matrices: Sequence[Tensor]) -> None:
+    """Replace each matrix, or kernel as the matrix out x rest, by ``orthogonalised`` of it."""
+    for matrix in matrices:
+        matrix.copy_(orthogonalised(matrix.flatten(1)).view_as(matrix))
+
+
 class Muon(Optimizer):
     """Muon on matrices and kernels, Adam (fused) on vectors.
 
     Like the fused optimizers of torch, it takes ``found_inf`` on the device: where that is 1, a step changes nothing.
+    A step uses the gradients of matrices as its workspace: it needs no memory of its own.
 
     Args:
-        parameters: all of the model's.
+        parameters: all of the model's, or this rank's parts of them.
         lr: learning rate of both.
         betas: of Adam.
         eps: of Adam.
+        weight_decay: of matrices; vectors have none.
+        shapes: of the whole parameters, where these are parts; None: they are whole.
+        orthogonalise: replaces the directions of all matrices by orthogonal ones; engines share its work out.
     """
 
     found_inf: Tensor | None = None
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], eps: float) -> None:
-        given = list(parameters)
-        matrices = [parameter for parameter in given if parameter.ndim >= 2]
-        vectors = [parameter for parameter in given if parameter.ndim < 2]
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float = WEIGHT_DECAY,
+        shapes: Sequence[Sequence[int]] | None = None,
+        orthogonalise: Callable[[Sequence[Tensor]], None] = orthogonalise_each,
+    ) -> None:
+        matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+        vectors = [parameter for parameter in parameters if parameter.ndim < 2]
         super().__init__([{"params": matrices}, {"params": vectors}], {"lr": lr})
+        self._weight_decay, self._orthogonalise = weight_decay, orthogonalise
+        whole = shapes or [parameter.shape for parameter in parameters]
+        self._scales = {parameter: scale(shape) for parameter, shape in zip(parameters, whole, strict=True)}
         self._adam = AdamW(vectors, lr=lr, betas=betas, eps=eps, weight_decay=0.0, fused=True) if vectors else None
         if self._adam:  # one place for the state and the learning rate of every parameter
             self._adam.param_groups[0] = self.param_groups[1] | self._adam.param_groups[0]
@@ -53,17 +74,23 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient. COLLECTIVE where ``orthogonalise`` is."""
         finite = 1.0 if self.found_inf is None else 1.0 - self.found_inf
         lr = self.param_groups[0]["lr"]
-        for parameter in self.param_groups[0]["params"]:
-            if parameter.grad is not None:
-                self._update(parameter, lr, finite)
+        matrices = [weight for weight in self.param_groups[0]["params"] if weight.grad is not None]
+        for weight in matrices:
+            self._to_direction(weight, finite)
+        self._orthogonalise([weight.grad for weight in matrices])
+        for weight in matrices:
+            weight.mul_(1 - finite * (lr * self._weight_decay))
+            weight.sub_(weight.grad * (finite * (lr * self._scales[weight])))
+            self.state[weight]["step"] += finite
         if self._adam:
             self._adam.found_inf = self.found_inf  # type: ignore[attr-defined]
             self._adam.step()
 
-    def _update(self, weight: Tensor, lr: float, finite: Tensor | float) -> None:
+    def _to_direction(self, weight: Tensor, finite: Tensor | float) -> None:
+        """Take the gradient into the momentum, and replace it by the direction that is to be orthogonalised."""
         grad = weight.grad
         assert grad is not None
         state = self.state[weight]
@@ -71,15 +98,17 @@ class Muon(Optimizer):
             state["step"] = torch.zeros((), device=weight.device)
             state["exp_avg"] = torch.zeros_like(weight)
         if isinstance(finite, Tensor):
-            grad = torch.where(finite > 0, grad, 0.0)  # 0 times infinity would still be NaN
+            grad.copy_(torch.where(finite > 0, grad, 0.0))  # 0 times infinity would still be NaN
         momentum = state["exp_avg"]
         momentum.lerp_(grad, (1 - MOMENTUM) * torch.as_tensor(finite, device=weight.device))
-        direction = orthogonalised(grad.lerp(momentum, MOMENTUM).flatten(1))
-        rows, columns = direction.shape
-        length = SCALE * math.sqrt(max(weight.shape[:2])) * math.sqrt(max(1.0, rows / columns))
-        weight.mul_(1 - finite * (lr * WEIGHT_DECAY))
-        weight.sub_(direction.view_as(weight) * (finite * (lr * length)))
-        state["step"] += finite
+        grad.lerp_(momentum, MOMENTUM)
+
+
+def scale(shape: Sequence[int]) -> float:
+    """How long the step of a matrix or kernel of this shape is, times the learning rate."""
+    if len(shape) < 2:
+        return 1.0
+    return SCALE * math.sqrt(max(shape[:2])) * math.sqrt(max(1.0, shape[0] / math.prod(shape[1:])))
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from ig_dist.background import in_turn
 from ig_dist.config import Config
 from ig_dist.data.cache import BlockCache
 from ig_dist.data.index import IndexFile, ShardIndex
 from ig_dist.data.latents import check_latents, model_latents
-from ig_dist.data.reader import ShardReader
+from ig_dist.data.reader import Samples, ShardReader
 from ig_dist.data.stream import Batch
 from ig_dist.diffusion.loss import ig_loss
 from ig_dist.diffusion.path import Path
-from ig_dist.errors import DataError
+from ig_dist.errors import DataError, Ending
 from ig_dist.models.dit import DiTOutput
-from ig_dist.parallel.dist import Dist, sum_over_ranks
+from ig_dist.parallel.agreement import Awaited
+from ig_dist.parallel.dist import Dist, StopFlag, sum_over_ranks
 from ig_dist.rng import Purpose, bernoulli, normal, uniform
-from ig_dist.storage import Patience
+from ig_dist.storage.faults import Patience
+from ig_dist.storage.files import REQUEST_BYTES
 
 VALIDATION_SAMPLES = 4096
 VALIDATION_SEED = 0  # not the run's: the loss must be comparable over runs
@@ -51,47 +56,49 @@ def open_reader(index: ShardIndex, config: Config) -> ShardReader:
 
 
 @torch.no_grad()
-def validation_loss(model: Model, index: ShardIndex, config: Config, batch_size: int, dist: Dist) -> list[float]:
-    """Losses (total, final, aux) over the held-out shards. COLLECTIVE.
+def validation_loss(
+    model: Model, index: ShardIndex, config: Config, reader: ShardReader, batch_size: int, dist: Dist, stop: StopFlag
+) -> list[float]:
+    """Losses (total, final, aux) over the first samples of the held-out shards, without damaged ones. COLLECTIVE.
 
     Sample i of n has time (i + 0.5) / n and noise keyed by i, whatever the run, so the numbers of two runs with the
-    same held-out shards differ by their weights only. Every rank makes the same number of forward passes.
+    same held-out shards differ by their weights only. Every rank reads its own samples, a request's worth at a time,
+    and makes the same number of forward passes.
+
+    Raises:
+        Ending: a rank cannot read its samples, or is asked to stop while it waits for them.
     """
-    latents, labels = _held_out(index, config)
-    count = len(labels)
+    info = index.info.latent
+    first = index.num_samples - sum(index.shard_sizes[-config.data.validation_shards :])
+    count = min(VALIDATION_SAMPLES, index.num_samples - first)
     per_rank = -(-count // dist.world_size)
     mine = torch.arange(dist.rank * per_rank, (dist.rank + 1) * per_rank)
-    total = torch.zeros(3, dtype=torch.float64)
-    for start in range(0, per_rank, batch_size):
-        part = mine[start : start + batch_size]
-        counted = part < count  # past the end the last sample stands in and does not count
-        ids = part.clamp(max=count - 1)
-        stored, numbers = latents[ids].to(dist.device), ids.to(dist.device)
-        info = index.info.latent
-        x = model_latents(stored, info, posterior="mean", seed=VALIDATION_SEED, positions=numbers)
-        t = (numbers.float() + 0.5) / count
-        noise = normal(VALIDATION_SEED, Purpose.VALIDATION_NOISE, numbers, info.shape)
-        x_t, velocity = Path(config.loss.path).interpolate(x, noise, t)
-        losses = ig_loss(model(x_t, t, labels[ids].to(dist.device)), velocity, config.loss.aux_weight)
-        total += (torch.stack(losses).cpu().double() * counted).sum(dim=1)
-    return [float(value) / count for value in sum_over_ranks(total, dist)]
+    at_once = batch_size * max(1, REQUEST_BYTES // (batch_size * info.stored_bytes))
+    chunks = [mine[start : start + at_once] for start in range(0, per_rank, at_once)]
 
+    def read(numbers: Tensor) -> tuple[int, Samples, NDArray[np.bool_]]:
+        begin, end = (min(int(number), count - 1) for number in (numbers[0], numbers[-1]))
+        latents, good = reader.read_ids(first + begin, first + end + 1)
+        latents[~good] = 0  # they do not count, and must not be NaN
+        return begin, latents, good
 
-def _held_out(index: ShardIndex, config: Config) -> tuple[Tensor, Tensor]:
-    """Stored latents and labels of the first samples of the held-out shards, without damaged ones."""
-    reader, sizes = open_reader(index, config), index.shard_sizes
-    first = len(sizes) - config.data.validation_shards
-    latents, whole = [], []
-    wanted = VALIDATION_SAMPLES
-    for shard in range(first, len(sizes)):
-        count = min(sizes[shard], wanted)
-        found, good = reader.read(shard, 0, count)
-        latents.append(found)
-        whole.append(good)
-        wanted -= count
-    kept = np.concatenate(whole)
-    if not kept.any():
-        raise DataError(f"{index.folder}: every sample of the held-out shards is damaged: restore the shards")
-    begin = sum(sizes[:first])
-    labels = index.table.label[begin : begin + len(kept)].astype(np.int64)
-    return torch.from_numpy(np.concatenate(latents)[kept]), torch.from_numpy(labels[kept])
+    arriving = Awaited(in_turn(partial(read, chunk) for chunk in chunks), stop, dist, finish=True)
+    total = torch.zeros(4, dtype=torch.float64)
+    for chunk in chunks:
+        begin, latents, good = arriving.next(final=chunk is chunks[-1])
+        for part in (chunk[start : start + batch_size] for start in range(0, len(chunk), batch_size)):
+            ids = part.clamp(max=count - 1)  # past the end the last sample stands in and does not count
+            at, numbers = (ids - begin).numpy(), ids.to(dist.device)
+            labels = torch.from_numpy(index.table.label[first + ids.numpy()].astype(np.int64)).to(dist.device)
+            stored = torch.from_numpy(latents[at]).to(dist.device)
+            x = model_latents(stored, info, posterior="mean", seed=VALIDATION_SEED, positions=numbers)
+            t = (numbers.float() + 0.5) / count
+            noise = normal(VALIDATION_SEED, Purpose.VALIDATION_NOISE, numbers, info.shape)
+            x_t, velocity = Path(config.loss.path).interpolate(x, noise, t)
+            losses = torch.stack(ig_loss(model(x_t, t, labels), velocity, config.loss.aux_weight)).cpu().double()
+            counted = torch.from_numpy(good[at]) & (part < count)
+            total += torch.cat([losses * counted, counted[None]]).sum(dim=1)
+    *sums, counts = sum_over_ranks(total, dist).tolist()
+    if not counts:
+        raise Ending(DataError(f"{index.folder}: all held-out samples are damaged: restore the shards"))
+    return [value / counts for value in sums]

@@ -1,18 +1,39 @@
-"""Optimizers and the learning-rate schedule."""
+"""Optimizers, their state by name, and the learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from torch import nn
-from torch.optim import AdamW
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
+from ig_dist.apex_adam import apex_adam
 from ig_dist.config import OptimizerConfig
+from ig_dist.muon import Muon, orthogonalise_each
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def build_optimizer(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> AdamW:
-    """AdamW with the fused kernels, on CPU and GPU alike. The learning rate is set at every step."""
+def build_optimizer(
+    parameters: Sequence[nn.Parameter],
+    config: OptimizerConfig,
+    shapes: Sequence[Sequence[int]] | None = None,
+    orthogonalise: Callable[[Sequence[Tensor]], None] = orthogonalise_each,
+) -> Optimizer:
+    """AdamW with the fused kernels of torch, on CPU and GPU alike, or of apex; or Muon.
+
+    Args:
+        parameters: what it updates.
+        config: its settings.
+        shapes: as for ``Muon``.
+        orthogonalise: as for ``Muon``.
+    """
+    if config.implementation == "apex":
+        return apex_adam(parameters, config)
+    if config.kind == "muon":
+        return Muon(parameters, config.lr, config.betas, config.eps, config.weight_decay, shapes, orthogonalise)
     return AdamW(
         parameters,
         lr=config.lr,
@@ -21,6 +42,44 @@ def build_optimizer(parameters: Sequence[nn.Parameter], config: OptimizerConfig)
         weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+def moment_names(optimizer: Optimizer, parameter: Tensor) -> tuple[str, ...]:
+    """What the optimizer keeps of a parameter: Adam both moments, Muon of a matrix its momentum, as ``exp_avg``."""
+    return MOMENTS[:1] if isinstance(optimizer, Muon) and parameter.ndim >= 2 else MOMENTS
+
+
+def moments_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """The moments of a parameter; zeros before the first step."""
+    state = optimizer.state.get(parameter)
+    names = moment_names(optimizer, parameter)
+    return {name: state[name] if state else torch.zeros_like(parameter) for name in names}
+
+
+def steps_of(optimizer: Optimizer) -> int:
+    """Updates that the optimizer has made."""
+    group = optimizer.param_groups[0]
+    if "step" in group:  # apex counts for the group, and takes a void step back when the next one is made
+        return int(group["step"] - optimizer._dummy_overflow_buf)  # type: ignore[attr-defined]
+    return int(next((state["step"] for state in optimizer.state.values()), 0))
+
+
+def set_state(optimizer: Optimizer, parameter: Tensor, steps: int, moments: Mapping[str, Tensor]) -> None:
+    """Give the optimizer the state of a parameter, of its shape and on its device."""
+    optimizer.state[parameter] = dict(moments)
+    if isinstance(optimizer, AdamW | Muon):
+        optimizer.state[parameter]["step"] = torch.tensor(float(steps), device=parameter.device)
+    else:
+        optimizer.param_groups[0]["step"] = torch.tensor([steps], dtype=torch.int, device=parameter.device)
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """Of the next step."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float:

@@ -22,9 +22,10 @@ from ig_dist import __version__
 from ig_dist.config import Config
 from ig_dist.config_file import load_run
 from ig_dist.errors import ConfigError
+from ig_dist.goodput import KINDS, read_goodput
 from ig_dist.report_facts import run_facts
 from ig_dist.report_plots import Chart, best_row, curve_chart, heat_map, scale_chart, unguided
-from ig_dist.report_text import Facts, compact, guidance_name, number, plain, score
+from ig_dist.report_text import Facts, compact, duration, guidance_name, number, plain, score
 from ig_dist.run_dir import CONFIG_NAME, replace_text
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -83,6 +84,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         "headline": _headline(config, metrics, sweep),
         "facts": run_facts(run, config, metrics),
         "curves": _curves(metrics, validation),
+        "goodput": _goodput(run),
         "grid": _embedded(run / "grid.png") if (run / "grid.png").exists() else None,
         "samples": _sample_grids(run),
         "sweep": None if sweep is None else _sweep(sweep, int(metrics[-1]["step"])),
@@ -160,6 +162,7 @@ def _curves(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[s
     losses = {"total": column("loss"), "final head": column("loss_final"), "auxiliary head": column("loss_aux")}
     held_out = {"total": column("val_loss", validation), "final head": column("val_loss_final", validation)}
     validated = [line["step"] for line in validation]
+    memory = {"GiB": [None if m is None else m / 2**30 for m in column("peak_memory_bytes")]}
     saving = {"the loop stands still": column("checkpoint_stall_s"), "written": column("checkpoint_write_s")}
     charts = [
         curve_chart("Loss", "of the logged step's batch", steps, losses, from_zero=False),
@@ -171,9 +174,26 @@ def _curves(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[s
         curve_chart("Throughput", "images/s", steps, {"images/s": column("images_per_s")}, from_zero=True),
         curve_chart("Waiting for data", "% of the time", steps, {"%": waits}, from_zero=True),
         curve_chart("Model FLOPs utilisation", "% of the peak", steps, {"%": mfu}, from_zero=True),
+        curve_chart("Peak memory", "GiB, of the rank that took most", steps, memory, from_zero=True, exact=True),
         curve_chart("Saving a checkpoint", "s, the last save", steps, saving, from_zero=True, exact=True),
     ]
     return [chart for chart in charts if chart is not None]
+
+
+def _goodput(run: Path) -> dict[str, Any] | None:
+    """Where the time went: (name, time, percent) of what took any, and what lies outside of it."""
+    found = read_goodput(run)
+    if found is None:
+        return None
+    return {
+        "shares": [
+            (name, duration(found.seconds[kind]), round(found.percent(kind), 1))
+            for kind, name in KINDS.items()
+            if found.seconds[kind] > 0
+        ],
+        "unit": f"{duration(found.running_s)} in {found.starts} start{'s' if found.starts > 1 else ''}",
+        "note": f"{number(found.lost_steps)} steps were done again; {duration(found.between_s)} lie between the starts",
+    }
 
 
 def _sample_grids(run: Path) -> dict[str, Any]:

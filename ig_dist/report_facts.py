@@ -112,6 +112,11 @@ def _training_facts(config: Config, metrics: Metrics) -> Facts:
         ("Optimizer", f"{optimizer.kind}, {number(optimizer.lr)}, {schedule}"),
         ("Loss", f"{loss.path} path, auxiliary weight {number(loss.aux_weight)}"),
         ("Precision", f"{train.precision}{compiled}"),
+        *(
+            [("Recompiled", f"{_counted(metrics, 'recompiles'):,} graphs after the first step")]
+            if train.compile
+            else []
+        ),
         ("Averages (EMA)", ", ".join(map(str, config.ema.decays)) or "none"),
         ("Passed over", f"{skipped:,} non-finite steps, {damaged:,} damaged samples, {unsaved:,} failed saves"),
     ]

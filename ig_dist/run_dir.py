@@ -35,6 +35,7 @@ FREE_KEYS = {
     "data.cache_bytes",
     "data.stall_s",
     "data.retry_s",
+    "optimizer.implementation",
     "train.accumulation",
     "train.compile",
     "train.activation_checkpointing",

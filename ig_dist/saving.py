@@ -18,13 +18,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ig_dist.background import in_background, meet
+from ig_dist.background import in_background
 from ig_dist.checkpoint import Checkpoint, CheckpointStore, Piece
 from ig_dist.errors import DataError, IgDistError
-from ig_dist.manifest import MANIFEST, folder_name, make_manifest
+from ig_dist.manifest import MANIFEST, folder_name, make_manifest, sealed, unsealed
+from ig_dist.parallel.agreement import meet
 from ig_dist.parallel.dist import Dist, from_main
-from ig_dist.snapshot import Snapshot, described
-from ig_dist.storage import Patience, is_local, list_sizes, read_file, write_whole
+from ig_dist.snapshot import Snapshot
+from ig_dist.storage.faults import Patience
+from ig_dist.storage.files import list_sizes, read_file, write_whole
+from ig_dist.storage.urls import is_local
 from ig_dist.terminal import console
 from ig_dist.writes import create_file, write_hashed
 
@@ -41,7 +44,6 @@ class _Save:
     step: int
     token: str
     """Drawn anew for each save: tells its records from those of one that was cut off."""
-    tensors: dict[str, Any]
     meta: Mapping[str, Any]
     then: Then | None
 
@@ -52,10 +54,13 @@ class Saver:
     Args:
         store: where they go.
         dist: this process; every rank has a saver.
+        beat: called while a save to a storage is waited for. Its requests have deadlines, and may be many; a disk that
+            hangs is left to the watchdog.
     """
 
-    def __init__(self, store: CheckpointStore, dist: Dist) -> None:
+    def __init__(self, store: CheckpointStore, dist: Dist, beat: Callable[[], None] = lambda: None) -> None:
         self._store, self._dist = store, dist
+        self._beat = (lambda: None) if is_local(store.fs) else beat
         self._snapshot = Snapshot()
         self._under_way: Future[str | None] | None = None
         self.write_s: float | None = None
@@ -77,7 +82,7 @@ class Saver:
         self._settle()
         token = from_main(uuid.uuid4().hex[:12], self._dist)
         self._snapshot.take(pieces)
-        save = _Save(step, token, described(pieces), meta, then)
+        save = _Save(step, token, meta, then)
         self._under_way = in_background(partial(self._run, save))
 
     @property
@@ -105,7 +110,7 @@ class Saver:
         """Wait for the save under way on all ranks; why it failed, as this rank knows it."""
         if self._under_way is None:
             return None
-        meet(self._under_way, self._dist)
+        meet(self._under_way, self._dist, self._beat)
         return self._under_way.result()
 
     def _run(self, save: _Save) -> str | None:
@@ -138,12 +143,13 @@ class Saver:
         record: dict[str, Any]
         failure: Exception | None = None
         try:
-            record = {"file": self._write_file(save), "tensors": save.tensors}
+            record = self._write_file(save)
         except (OSError, IgDistError) as error:
             failure, record = error, {"problem": self._explained(error)}
             patience = Patience(patience.stall_s, min(patience.deadline_s, _LAST_WORD_S), patience.stop)
         try:
-            write_whole(store.fs, self._record_path(save, self._dist.rank), json.dumps(record).encode(), patience)
+            packed = json.dumps(sealed(record)).encode()
+            write_whole(store.fs, self._record_path(save, self._dist.rank), packed, patience)
         except (OSError, IgDistError) as error:
             console.print(f"rank {self._dist.rank}: {self._explained(failure or error)}", markup=False)
             raise
@@ -158,7 +164,7 @@ class Saver:
         self._attempt("saves that were cut off were not deleted", partial(store.delete_torn, save.step, folders))
         if save.step in store.damaged and folders.get(save.step):
             store.remove(f"{folder}/{MANIFEST}")
-        own = {"file": self._write_file(save), "tensors": save.tensors}
+        own = self._write_file(save)
         # the others may be as slow as this rank was, and give up their last request this much later
         patience = store.patience
         patience_s = time.monotonic() - began + patience.deadline_s + patience.stall_s + _LAST_WORD_S
@@ -181,12 +187,14 @@ class Saver:
         return Checkpoint(f"{store.url}/{folder_name(save.step)}", manifest, store.patience), folders
 
     def _write_file(self, save: _Save) -> dict[str, Any]:
+        """Write this rank's file; the record of it."""
         store = self._store
         folder = store.folder(save.step)
         if is_local(store.fs):
             store.fs.makedirs(folder, exist_ok=True)
         prefix = f"rank_{self._dist.rank:05d}"
-        return write_hashed(store.fs, folder, prefix, self._snapshot.chunks(), store.patience)
+        file = write_hashed(store.fs, folder, prefix, self._snapshot.chunks(), store.patience)
+        return {"file": file, "tensors": self._snapshot.described()}
 
     def _records(self, save: _Save, patience_s: float) -> list[dict[str, Any]]:
         """What the other ranks say of their files, in rank order.
@@ -205,7 +213,9 @@ class Saver:
                 path = self._record_path(save, rank)
                 if path.rpartition("/")[2] not in names:
                     continue
-                record = json.loads(read_file(store.fs, path, store.patience))
+                record = unsealed(read_file(store.fs, path, store.patience))
+                if record is None:  # it suffered on the way: the next look reads it again
+                    continue
                 if "problem" in record:
                     raise DataError(f"rank {rank}: {record['problem']}")
                 records[rank] = record
@@ -225,7 +235,9 @@ class Saver:
         names = list_sizes(store.fs, folder, store.patience)
         kept: set[str] = set()
         if MANIFEST in names:
-            manifest = json.loads(read_file(store.fs, f"{folder}/{MANIFEST}", store.patience))
+            manifest = unsealed(read_file(store.fs, f"{folder}/{MANIFEST}", store.patience))
+            if manifest is None:
+                raise DataError(f"{folder}/{MANIFEST} cannot be trusted: see which of the files there are needed")
             kept = {MANIFEST, *(file["name"] for file in manifest["files"])}
         for name in names.keys() - kept:
             store.remove(f"{folder}/{name}")

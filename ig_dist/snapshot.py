@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from zlib_ng import zlib_ng
 
 CHUNK_BYTES = 32 * 2**20
 """A power of two: torch rounds pinned memory up to one."""
@@ -54,6 +55,7 @@ class Snapshot:
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
         self._bytes = 0
+        self._places: dict[str, tuple[Piece, int, int]] = {}
 
     def take(self, pieces: Mapping[str, Piece]) -> None:
         """Copy the pieces. They may change as soon as this returns; it waits for the device."""
@@ -80,9 +82,11 @@ class Snapshot:
             self._buffers.append(torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=bool(devices)))
         first = len(packed).to_bytes(8, "little") + packed
         self._put(0, torch.frombuffer(bytearray(first), dtype=torch.uint8))
+        self._places = {}
         for name, piece in ordered:
-            flat = piece.data.detach().contiguous().reshape(-1)
-            self._put(len(first) + header[name]["data_offsets"][0], flat.view(torch.uint8))
+            begin, end = (len(first) + offset for offset in header[name]["data_offsets"])
+            self._places[name] = piece._replace(data=piece.data.to("meta")), begin, end
+            self._put(begin, piece.data.detach().contiguous().reshape(-1).view(torch.uint8))
         for device in devices:
             torch.cuda.current_stream(device).synchronize()
 
@@ -93,6 +97,32 @@ class Snapshot:
         ]
         return [buffer[:count].numpy().data for buffer, count in zip(self._buffers, counts, strict=False)]
 
+    def described(self) -> dict[str, list[Any]]:
+        """Of each piece: [shape and dtype of its tensor, first element, the one after the last, first byte, CRC-32].
+
+        Reads all bytes: for the background.
+        """
+        chunks = self.chunks()
+
+        def crc(begin: int, end: int) -> int:
+            value = 0
+            for number in range(begin // CHUNK_BYTES, -(-end // CHUNK_BYTES)):
+                first = number * CHUNK_BYTES
+                value = zlib_ng.crc32(chunks[number][max(begin - first, 0) : end - first], value)
+            return value
+
+        return {
+            name: [
+                list(piece.shape),
+                str(piece.data.dtype).removeprefix("torch."),
+                piece.start,
+                piece.start + piece.data.numel(),
+                begin,
+                crc(begin, end),
+            ]
+            for name, (piece, begin, end) in self._places.items()
+        }
+
     def _put(self, at: int, data: Tensor) -> None:
         done = 0
         while done < len(data):
@@ -100,11 +130,3 @@ class Snapshot:
             count = min(CHUNK_BYTES - begin, len(data) - done)
             self._buffers[number][begin : begin + count].copy_(data[done : done + count], non_blocking=True)
             done += count
-
-
-def described(pieces: Mapping[str, Piece]) -> dict[str, list[Any]]:
-    """Of each piece: shape and dtype of its tensor, and its first element and the one after its last."""
-    return {
-        name: [list(p.shape), str(p.data.dtype).removeprefix("torch."), p.start, p.start + p.data.numel()]
-        for name, p in pieces.items()
-    }

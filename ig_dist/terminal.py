@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from ig_dist.errors import ConfigError, IgDistError
+from ig_dist.errors import IgDistError
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -28,15 +28,19 @@ def run_app(app: typer.Typer | Callable[..., Any]) -> None:
     try:
         app()
     except IgDistError as error:
-        # A configuration error is the same on every rank of a machine: the first one says it. Others name their rank.
-        rank = os.environ.get("RANK")
-        if not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK", "0") == "0":
-            where = f"rank {rank}: " if rank is not None and not isinstance(error, ConfigError) else ""
-            print(
-                f"{'stopped' if error.exit_code == 75 else 'error'}: {where}{error}",
-                file=sys.stderr,
-                flush=True,
-            )
+        say(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def say(error: IgDistError) -> None:
+    """Print the one line of an error, once."""
+    if error.said:
+        return
+    error.said = True
+    # What all processes of a job end with is said by the first of a machine. Others name their rank.
+    rank = os.environ.get("RANK")
+    if not error.everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
+        where = f"rank {rank}: " if rank is not None and not error.everywhere else ""
+        print(f"{'stopped' if error.exit_code == 75 else 'error'}: {where}{error}", file=sys.stderr, flush=True)

@@ -6,11 +6,10 @@ randomness depend on.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,17 +20,18 @@ from ig_dist.config import Config
 from ig_dist.data.index import ShardIndex, read_index
 from ig_dist.data.latents import check_latents
 from ig_dist.data.order import SampleOrder
-from ig_dist.data.reader import ShardReader
 from ig_dist.data.stream import Batch, BatchStream, check_window_memory
 from ig_dist.ema import EMA
-from ig_dist.errors import ConfigError, NonFiniteError, Preempted
+from ig_dist.errors import ConfigError, DataError, Ending, Preempted
 from ig_dist.export import export_checkpoint
-from ig_dist.metrics import RunLog, model_flops_utilisation
+from ig_dist.goodput import Ledger
+from ig_dist.meter import Meter
+from ig_dist.metrics import RunLog
 from ig_dist.models.dit import DiT, count_parameters, initialize
-from ig_dist.models.presets import forward_flops
 from ig_dist.monitor import grid_tokenizer, sample_grid, validate
 from ig_dist.objective import open_reader, training_loss
 from ig_dist.optim import learning_rate
+from ig_dist.parallel.agreement import Awaited
 from ig_dist.parallel.build import build_engine, check_engine
 from ig_dist.parallel.dist import (
     Dist,
@@ -40,12 +40,13 @@ from ig_dist.parallel.dist import (
     init_distributed,
     lost_peers_explained,
     shut_down,
-    sum_over_ranks,
 )
 from ig_dist.parallel.engine import Engine, StepResult
+from ig_dist.phases import Phases
 from ig_dist.run_dir import claim
 from ig_dist.saving import Saver
 from ig_dist.terminal import console
+from ig_dist.watchdog import longest_wait_s, watched
 
 
 def train(config: Config, *, force: bool = False) -> None:
@@ -58,11 +59,14 @@ def train(config: Config, *, force: bool = False) -> None:
     Raises:
         ConfigError: the config does not fit the data, the run directory or the number of processes.
         NonFiniteError: too many non-finite steps in a row.
+        HangError: the other processes do not come (one that hangs later ends the process at once, by the watchdog).
         DataError: damaged data, or no whole checkpoint.
         Preempted: asked to stop by a signal, after a save.
     """
-    dist = init_distributed(config.train.timeout_s)
+    phases = Phases()
+    dist = init_distributed(config.train.timeout_s, longest_wait_s(config))
     with ExitStack() as cleanup:
+        watchdog = cleanup.enter_context(watched(phases, config, dist))
         cleanup.callback(shut_down)
         cleanup.enter_context(lost_peers_explained(dist))
         check_engine(config)
@@ -88,12 +92,14 @@ def train(config: Config, *, force: bool = False) -> None:
             return
         if dist.is_main:
             store.abort_orphans()
-        saver = Saver(store, dist)
+        saver = Saver(store, dist, phases.beat)
         cleanup.callback(saver.close)
-        stop_flag = StopFlag(dist)
+        stop_flag = StopFlag()
         if dist.is_main:
             console.print(f"{count_parameters(model):,} parameters on {dist.world_size} x {dist.device.type}")
+        phases.enter("compile")
         engine = build_engine(model, config, checkpoint, dist)
+        phases.enter("start-up")
         ema = _build_ema(engine, config, checkpoint)
         stream = BatchStream(
             index,
@@ -107,38 +113,73 @@ def train(config: Config, *, force: bool = False) -> None:
         )
         cleanup.callback(stream.close)
         run_log = cleanup.enter_context(RunLog(path if dist.is_main else None, start=start, total=total, name="train"))
-        meter = _Meter(config, model, dist)
+        meter = Meter(config, model, dist, phases)
+        ledger = Ledger(path, phases, start)
+        cleanup.callback(ledger.close)
+        phases.last_warm_up = start + 1
+        cleanup.enter_context(lost_peers_explained(dist))  # again: to say so before all this is closed
+        cleanup.enter_context(watchdog.has_the_last_word())
 
-        batches = iter(stream)
-        for step in range(start + 1, total + 1):  # step: batches consumed once this one is
-            lr = learning_rate(step - 1, config.optimizer, total)
-            with meter.waiting():
-                batch = next(batches)
-            losses, result = _train_step(engine, batch, config, index, lr, dist)
-            ema.update(result.finite)
-            meter.count(result)
-            last = step == total
-            stopping = stop_flag.agreed(final=last)
-            if last or step % config.log.every_steps == 0:
-                measured = meter.read(losses, result, batch, step, stream.reader)
-                saves = {"checkpoint_write_s": saver.write_s, "failed_saves": saver.failed_saves}
-                run_log.write({"step": step, **measured, **saves, "lr": lr})
-            if _due(step, config.log.validate_every_steps, last):
-                run_log.add(step, validate(model, ema, index, config, dist))
-                meter.pause()
-            if _due(step, config.log.sample_every_steps, last):
-                run_log.add_picture(step, sample_grid(model, ema, index, config, dist.device))
-                meter.pause()
-            if last or stopping or step % config.checkpoint.every_steps == 0:
-                exported = last or _due(step, config.checkpoint.every_steps * config.checkpoint.export_every, last)
-                with meter.saving():
-                    pieces, meta = _snapshot(engine, ema, model, config, index, step, dist)
-                    saver.save(step, pieces, meta, partial(export_checkpoint, config=config) if exported else None)
-            run_log.advance(step)
-            if stopping and not last:
-                saver.wait()
-                raise Preempted(f"saved at step {step} of {total}; run the same command again to go on")
+        def save(step: int, *, exported: bool = False) -> None:
+            phases.enter("checkpoint")
+            with meter.saving():
+                pieces, meta = _snapshot(engine, ema, model, config, index, step, dist)
+                saver.save(step, pieces, meta, partial(export_checkpoint, config=config) if exported else None)
+            ledger.note(step)
+
+        batches = Awaited(stream.get, stop_flag, dist, beat=phases.beat)
+        done = saved = start
+        try:
+            for step in range(start + 1, total + 1):  # step: batches consumed once this one is
+                last = step == total
+                lr = learning_rate(step - 1, config.optimizer, total)
+                phases.enter("data", step)
+                batch = batches.next(final=last)
+                losses, result = _train_step(engine, batch, config, index, lr, dist, phases)
+                ema.update(result.finite)
+                meter.count(result, batch, losses, step)
+                done = step
+                if last or step % config.log.every_steps == 0:
+                    phases.enter("log")
+                    measured = meter.read(losses, result, batch, step, stream.reader)
+                    saves = {"checkpoint_write_s": saver.write_s, "failed_saves": saver.failed_saves}
+                    run_log.write({"step": step, **measured, **saves, "lr": lr})
+                    ledger.note(step)
+                if _due(step, config.log.validate_every_steps, last):
+                    phases.enter("validation")
+                    run_log.add(step, validate(model, ema, index, config, stream.reader, dist, stop_flag))
+                    meter.pause()
+                if _due(step, config.log.sample_every_steps, last):
+                    phases.enter("sampling")
+                    run_log.add_picture(step, sample_grid(model, ema, index, config, dist.device))
+                    meter.pause()
+                if last or step % config.checkpoint.every_steps == 0:
+                    every = config.checkpoint.every_steps * config.checkpoint.export_every
+                    save(step, exported=last or _due(step, every, last))
+                    saved = step
+                run_log.advance(step)
+            phases.enter("checkpoint")
+            saver.wait()
+        except Ending as ending:
+            if done > saved:
+                save(done, exported=done == total)
+            _end(ending, saver, done, total)
+
+
+def _end(ending: Ending, saver: Saver, done: int, total: int) -> NoReturn:
+    """The error that says why the run ends before its last step, once what it has done is saved. COLLECTIVE."""
+    try:
         saver.wait()
+        where = f"saved at step {done} of {total}" if done else "before the first step"
+    except DataError as problem:
+        if ending.error is None:
+            raise
+        where = str(problem)
+    if ending.error is None:
+        raise Preempted(f"{where}; run the same command again to go on")
+    error = type(ending.error)(f"{ending.error} ({where})")
+    error.everywhere = True
+    raise error from None
 
 
 def _due(step: int, every: int, last: bool) -> bool:
@@ -146,17 +187,20 @@ def _due(step: int, every: int, last: bool) -> bool:
 
 
 def _train_step(
-    engine: Engine, batch: Batch, config: Config, index: ShardIndex, lr: float, dist: Dist
+    engine: Engine, batch: Batch, config: Config, index: ShardIndex, lr: float, dist: Dist, phases: Phases
 ) -> tuple[Tensor, StepResult]:
-    """One optimizer step; the step's losses (total, final, aux) averaged over this rank's rows, on the device."""
+    """One optimizer step; the losses (total, final, aux) of this rank's rows, (3, rows) on the device."""
     accumulation = config.train.accumulation
     losses = []
     for i, micro in enumerate(batch.split(accumulation)):
+        phases.enter("forward")
         with engine.microbatch(last=i == accumulation - 1):
-            loss = training_loss(engine.module, micro, config, index.info, dist.device).mean(dim=1)
-            engine.backward(loss[0] / accumulation)
+            loss = training_loss(engine.module, micro, config, index.info, dist.device)
+            phases.enter("backward")
+            engine.backward(loss[0].mean() / accumulation)
         losses.append(loss.detach())
-    return torch.stack(losses).mean(dim=0), engine.step(lr)
+    phases.enter("optimizer")
+    return torch.cat(losses, dim=1), engine.step(lr)
 
 
 def build_order(config: Config, index: ShardIndex, dist: Dist) -> SampleOrder:
@@ -229,88 +273,3 @@ def _snapshot(
         "index_sha256": index.sha256,
     }
     return pieces, meta
-
-
-class _Meter:
-    """Throughput, waiting and non-finite steps since the last line of metrics."""
-
-    def __init__(self, config: Config, model: DiT, dist: Dist) -> None:
-        self._config, self._dist = config, dist
-        self._train_flops = 3 * forward_flops(model.config)  # backward costs twice the forward
-        self._streak = torch.zeros((), device=dist.device)
-        self._skipped = torch.zeros((), device=dist.device)
-        self._stall: float | None = None
-        self.pause()
-
-    def pause(self) -> None:
-        """Begin to count anew: what lies behind (a save, the start) is not throughput."""
-        self._began, self._waited, self._steps = time.perf_counter(), 0.0, 0
-
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """The loop stands still for a save."""
-        began = time.perf_counter()
-        yield
-        self._stall = time.perf_counter() - began
-        self.pause()
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - began
-
-    def count(self, result: StepResult) -> None:
-        """Count a step, on the device."""
-        self._steps += 1
-        self._skipped += 1 - result.finite
-        self._streak = (self._streak + 1) * (1 - result.finite)
-
-    def read(
-        self, losses: Tensor, result: StepResult, batch: Batch, step: int, reader: ShardReader
-    ) -> dict[str, float | int | None]:
-        """The line of metrics. Waits for the device. COLLECTIVE."""
-        means = sum_over_ranks(losses.double() / self._dist.world_size, self._dist).tolist()
-        counts = [batch_fingerprint(batch), len(reader.quarantined), reader.patience.faults]
-        fingerprint, quarantined, faults = sum_over_ranks(torch.tensor(counts), self._dist).tolist()
-        skipped, streak = int(self._skipped), int(self._streak)
-        if streak >= self._config.train.max_nonfinite_steps:
-            raise NonFiniteError(
-                f"the last {streak} steps up to step {step} had a non-finite gradient: lower optimizer.lr or use"
-                " train.precision=fp32; the last checkpoint is from before or equal to it"
-            )
-        batch_size = self._config.train.global_batch_size
-        images_per_s = self._steps * batch_size / (time.perf_counter() - self._began)
-        line = {
-            "images_seen": step * batch_size,
-            "loss": means[0],
-            "loss_final": means[1],
-            "loss_aux": means[2],
-            "grad_norm": float(result.grad_norm),
-            "images_per_s": images_per_s,
-            "mfu": model_flops_utilisation(
-                self._train_flops,
-                images_per_s,
-                self._dist.world_size,
-                self._dist.device,
-                self._config.train.peak_tflops,
-            ),
-            "data_wait_s": self._waited / self._steps,
-            "nonfinite_steps": skipped,
-            "quarantined": quarantined,
-            "storage_faults": faults,
-            "checkpoint_stall_s": self._stall,
-            "batch_fingerprint": fingerprint,
-        }
-        self.pause()
-        return line
-
-
-def batch_fingerprint(batch: Batch) -> int:
-    """A number that says which sample stood at which position; the sum over ranks names the global batch.
-
-    Equal lines of two runs prove equal batches, whatever the number of processes.
-    """
-    mixed = (batch.ids * 0x9E3779B1 + batch.positions * 0x85EBCA77) & 0xFFFFFFFF
-    mixed = (mixed ^ (mixed >> 15)) * 0x2C1B3C6D & 0xFFFFFFFF
-    return int((mixed ^ (mixed >> 12)).sum())

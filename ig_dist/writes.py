@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
 import os
@@ -12,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ig_dist.background import at_once
-from ig_dist.storage import Patience, is_local, read_file, request_timeout, retried, write_whole
+from ig_dist.storage.faults import Patience, retried
+from ig_dist.storage.files import read_range, request_timeout, upload_options, write_whole
+from ig_dist.storage.s3 import md5
+from ig_dist.storage.urls import is_local, once
 
 _PARALLEL_PARTS = 4
 _MOST_PARTS = 10_000  # of one upload to S3; each but the last has 5 MiB at least
@@ -60,25 +62,23 @@ def write_hashed(fs: Any, folder: str, prefix: str, chunks: Sequence[memoryview]
 
 
 def create_file(fs: Any, path: str, data: bytes, patience: Patience) -> bool:
-    """Write a small file where there is none, durably; of several writers one wins.
+    """Write a file where there is none, durably; of several writers one wins.
 
     Returns:
         Whether the file holds ``data`` now: also when it did before, for the answer to an upload can be lost.
     """
     if is_local(fs):
         return _create_local(Path(path), data)
-    digest = {"ContentMD5": _md5(data)} if "s3" in fs.protocol else {}
-    options = {**request_timeout(fs, len(data), patience), **digest}
+    fs, options = once(fs), upload_options(fs, data, patience)
     try:
         retried(fs, path, lambda: fs.pipe_file(path, data, mode="create", **options), patience)
     except OSError:  # of s3fs EINVAL when there is one; what is there decides
         try:
-            there = read_file(fs, path, patience)
+            size = retried(fs, path, lambda: fs.size(path), patience)
+            return size == len(data) and bytes(read_range(fs, path, 0, size, patience)) == data
         except FileNotFoundError:
-            there = None
-        if there is None:
-            raise
-        return there == data
+            pass
+        raise
     return True
 
 
@@ -143,7 +143,7 @@ def _upload_parts(fs: Any, path: str, chunks: Sequence[memoryview], patience: Pa
     def send(number: int) -> None:
         body = b"".join(chunks[number * together : (number + 1) * together])
         part = {"PartNumber": number + 1, "UploadId": upload}
-        etags[number + 1] = call("upload_part", len(body), Body=body, ContentMD5=_md5(body), **part)["ETag"]
+        etags[number + 1] = call("upload_part", len(body), Body=body, ContentMD5=md5(body), **part)["ETag"]
 
     try:
         at_once(send, -(-len(chunks) // together), _PARALLEL_PARTS)
@@ -154,8 +154,3 @@ def _upload_parts(fs: Any, path: str, chunks: Sequence[memoryview], patience: Pa
         with contextlib.suppress(Exception):  # what is left is aborted at the next start
             fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload, timeout=10)
         raise
-
-
-def _md5(data: bytes) -> str:
-    """S3 refuses what changed on the way."""
-    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()

@@ -61,18 +61,28 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
     """Wait for all; after the first failure the others get a moment, then they are killed."""
     deadline = float("inf")
-    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
+    # each is asked every time: of a child that is not asked it is not known that it ended
+    while None in [child.poll() for child in children] and time.monotonic() < deadline:
         if deadline == float("inf") and any(child.returncode for child in children):
             deadline = time.monotonic() + GRACE_S  # they may be saving, or about to report the same error
         time.sleep(0.05)
-    codes = [child.returncode for child in children if child.returncode]
-    for child in children:
-        if child.poll() is None:
-            child.kill()
-            child.wait()
+    codes = {rank: child.returncode for rank, child in enumerate(children) if child.returncode}
+    late = [rank for rank, child in enumerate(children) if child.poll() is None]
+    for rank in late:
+        children[rank].kill()
+        children[rank].wait()
+    # What cannot speak for itself: who was killed from outside, and who did not end when another one had.
+    said = [f"rank {rank} was killed by signal {-code}{_hint(-code)}" for rank, code in codes.items() if code < 0]
+    said += [f"rank {rank} did not end within {GRACE_S:.0f} s of the first failure and was killed" for rank in late]
+    if said:
+        print(f"error: {'; '.join(said)}", file=sys.stderr, flush=True)
     # A rank that was killed explains the others; a code of our own explains the bare 1 of those who lost their peer.
-    code = min(codes, key=lambda code: (code > 0, code == 1), default=0)
+    code = min(codes.values(), key=lambda code: (code > 0, code == 1), default=0)
     return 128 - code if code < 0 else code
+
+
+def _hint(number: int) -> str:
+    return " (SIGKILL: out of memory?)" if number == signal.SIGKILL else ""
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

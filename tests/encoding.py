@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -21,3 +22,11 @@ def arguments(source: Path | str, dest: Path | str, options: str, usual: str = U
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def usually_named(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Files as they would be if no shard had found its usual name taken."""
+    index = re.sub(rb"(shard-\d{6})\.[0-9a-f]{16}\.tar", rb"\1.tar", files["index.json"])
+    renamed = {re.sub(r"(shard-\d{6})\.[0-9a-f]{16}\.tar", r"\1.tar", name): data for name, data in files.items()}
+    assert len(renamed) == len(files)
+    return renamed | {"index.json": index}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import webdataset
 
-from ig_dist.storage import open_url
+from ig_dist.storage.files import open_url
 
 SIZES = [9, 1, 14]
 

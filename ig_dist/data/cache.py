@@ -11,16 +11,20 @@ from __future__ import annotations
 import errno
 import mmap
 import threading
+import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from ig_dist.data.index import ShardIndex
 from ig_dist.errors import ConfigError
-from ig_dist.storage import LOCAL, write_whole
+from ig_dist.storage.files import write_whole
+from ig_dist.storage.urls import LOCAL
 from ig_dist.terminal import console
 
+_LEFT_S = 3600.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -51,6 +55,10 @@ class BlockCache:
         finally:
             for probe in self._folder.glob("*.probe"):
                 probe.unlink(missing_ok=True)
+            for left in self._folder.glob("*.tmp"):  # of killed processes: writing a block takes no time
+                with suppress(OSError):
+                    if time.time() - left.stat().st_mtime > _LEFT_S:
+                        left.unlink()
         # offsets and names are known: a shard's last byte counts, its tar padding does too
         self._kept = int(np.searchsorted(np.cumsum([shard.bytes for shard in index.info.shards]), cap, side="right"))
 
@@ -58,21 +66,21 @@ class BlockCache:
         """Whether blocks of this shard are kept."""
         return shard < self._kept
 
-    def get(self, shard: int, block: int, size: int) -> memoryview | None:
-        """The block, mapped into memory; None: not there, or of another size."""
+    def get(self, shard: int, first: int, size: int) -> memoryview | None:
+        """The block that begins with sample ``first``, mapped into memory; None: not there, or of another size."""
         try:
-            with self._file(shard, block).open("rb") as file:
+            with self._file(shard, first).open("rb") as file:
                 mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except (OSError, ValueError):  # ValueError: an empty file
             return None
         return mapped if len(mapped) == size else None
 
-    def put(self, shard: int, block: int, data: memoryview) -> None:
+    def put(self, shard: int, first: int, data: memoryview) -> None:
         """Keep a block. When the disk is full, this process says so once and keeps no more."""
         if self._full:
             return
         try:
-            write_whole(LOCAL, str(self._file(shard, block)), data)
+            write_whole(LOCAL, str(self._file(shard, first)), data)
         except OSError as error:
             self._stop_keeping(error)
 
@@ -87,9 +95,9 @@ class BlockCache:
             markup=False,
         )
 
-    def drop(self, shard: int, block: int) -> None:
+    def drop(self, shard: int, first: int) -> None:
         """Forget a block that turned out damaged."""
-        self._file(shard, block).unlink(missing_ok=True)
+        self._file(shard, first).unlink(missing_ok=True)
 
-    def _file(self, shard: int, block: int) -> Path:
-        return self._folder / f"{shard:06d}-{block:05d}.bin"
+    def _file(self, shard: int, first: int) -> Path:
+        return self._folder / f"{shard:06d}-{first:06d}.bin"

@@ -6,23 +6,23 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from ig_dist.background import in_parallel
 from ig_dist.data.index import KeyInfo, LatentInfo
 from ig_dist.data.shard_files import (
     FoundShards,
     ShardContent,
     ShardFile,
-    in_parallel,
     read_shard,
-    shard_progress,
-    unreadable,
 )
 from ig_dist.data.shards import locate_array, split_name
 from ig_dist.data.tar import DamagedTar, read_tar
 from ig_dist.errors import ConfigError, DataError
-from ig_dist.storage import Patience, full_url
+from ig_dist.progress import progress
+from ig_dist.storage.faults import Patience, unreadable
+from ig_dist.storage.urls import full_url
 
 if TYPE_CHECKING:
-    from ig_dist.latents.tokenizers import Tokenizer
+    from ig_dist.latents.tokenizer import Tokenizer
 
 _LOOKED_AT = 1000  # files of the first shard among which a latent must come
 _MOST_CLASSES = 100_000  # that are believed unless their number is given
@@ -107,7 +107,7 @@ def read_shards(
         ConfigError: samples that do not fit the options.
         DataError: damaged shards or latents, or the storage fails.
     """
-    with shard_progress("index", sum(shards.sizes.values()), "bytes") as advance:
+    with progress("index", sum(shards.sizes.values()), "bytes") as advance:
 
         def read(name: str) -> ShardContent:
             path = f"{shards.folder}/{name}"
@@ -118,7 +118,7 @@ def read_shards(
             _refuse(full_url(shards.fs, path), content)
             return content
 
-        return in_parallel(read, list(shards.sizes), workers, patience)
+        return in_parallel(read, list(shards.sizes), workers, patience.stop)
 
 
 def _refuse(url: str, content: ShardContent) -> None:

@@ -19,7 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ig_dist.data.shards import SampleRow
 from ig_dist.errors import ConfigError
-from ig_dist.storage import full_url, list_sizes, open_url, read_file, write_whole
+from ig_dist.storage.faults import PATIENCE, Patience, unreadable
+from ig_dist.storage.files import list_sizes, open_url, read_file, write_whole
+from ig_dist.storage.urls import full_url
 
 FORMAT = "ig-dist-index/1"
 TABLE_NAME = "index.samples.safetensors"
@@ -117,6 +119,11 @@ class IndexFile(_Record):
     table_sha256: str
     shards: list[ShardInfo] = Field(min_length=1)
 
+    @property
+    def remake(self) -> str:
+        """How to come by an index that fits."""
+        return "run data_prep/index_shards.py --force" if self.foreign else "encode again"
+
 
 @dataclass(frozen=True)
 class SampleTable:
@@ -163,13 +170,13 @@ class ShardIndex:
         return [shard.samples for shard in self.info.shards]
 
 
-def write_index(folder: str, info: dict[str, Any], table: SampleTable) -> None:
+def write_index(folder: str, info: dict[str, Any], table: SampleTable, patience: Patience = PATIENCE) -> None:
     """Write the side file, then ``index.json`` (last: what has no index does not exist)."""
-    fs, path = open_url(folder, "--dest")
+    fs, path = open_url(folder, "--dest", patience)
     packed = safetensors.numpy.save({name: column for name, column in vars(table).items() if column is not None})
     file = IndexFile(format=FORMAT, table_sha256=hashlib.sha256(packed).hexdigest(), **info)
-    write_whole(fs, f"{path}/{TABLE_NAME}", packed)
-    write_whole(fs, f"{path}/index.json", (json.dumps(file.model_dump(), indent=1) + "\n").encode())
+    write_whole(fs, f"{path}/{TABLE_NAME}", packed, patience)
+    write_whole(fs, f"{path}/index.json", (json.dumps(file.model_dump(), indent=1) + "\n").encode(), patience)
 
 
 def read_index(url: str) -> ShardIndex:
@@ -201,13 +208,15 @@ def read_index_file(url: str) -> tuple[str, IndexFile, str]:
             " `python data_prep/encode_latents.py --source SRC --dest FOLDER --tokenizer T`,"
             " or index those that are there with data_prep/index_shards.py"
         ) from None
+    except OSError as error:
+        raise unreadable(fs, f"{path}/index.json", error) from None
     try:
         info = IndexFile.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise ConfigError(
-            f"{folder}/index.json is not an index of format {FORMAT}: {where}: {first['msg']}; encode again"
+            f"{folder}/index.json is not an index of format {FORMAT}: {where}: {first['msg']}; encode or index again"
         ) from None
     return folder, info, hashlib.sha256(raw).hexdigest()
 
@@ -222,27 +231,32 @@ def read_table(folder: str, info: IndexFile) -> SampleTable:
     try:
         packed = read_file(fs, path)
     except FileNotFoundError:
-        raise ConfigError(f"{path} is missing: it belongs to index.json; copy it there or encode again") from None
+        raise ConfigError(f"{path} is missing: it belongs to index.json; copy it there or {info.remake}") from None
+    except OSError as error:
+        raise unreadable(fs, path, error) from None
     if hashlib.sha256(packed).hexdigest() != info.table_sha256:
-        raise ConfigError(f"{path} does not match index.json (sha256 differs): copy both again or encode again")
+        raise ConfigError(f"{path} does not match index.json (sha256 differs): copy both again or {info.remake}")
     table = SampleTable(**safetensors.numpy.load(packed))
     if info.latent.flips != (table.flip_offset is not None):
-        raise ConfigError(f"{path} and index.json disagree about latent_flip: encode again")
+        raise ConfigError(f"{path} and index.json disagree about latent_flip: {info.remake}")
     if len(table.label) != sum(shard.samples for shard in info.shards):
-        raise ConfigError(f"{path} holds {len(table.label)} samples, index.json another number: encode again")
+        raise ConfigError(f"{path} holds {len(table.label)} samples, index.json another number: {info.remake}")
     return table
 
 
 def _check_shards(folder: str, info: IndexFile) -> None:
     fs, path = open_url(folder, "data.index")
-    found = list_sizes(fs, path)
+    try:
+        found = list_sizes(fs, path)
+    except OSError as error:
+        raise unreadable(fs, path, error) from None
     for shard in info.shards:
         if shard.name not in found:
             raise ConfigError(
-                f"{full_url(fs, path)}: shard {shard.name} of index.json is missing: restore it or encode again"
+                f"{full_url(fs, path)}: shard {shard.name} of index.json is missing: restore it or {info.remake}"
             )
         if found[shard.name] != shard.bytes:
             raise ConfigError(
                 f"{full_url(fs, path)}/{shard.name} has {found[shard.name]} bytes, index.json says {shard.bytes}:"
-                " the index does not match its shards; copy them again or encode again"
+                f" the index does not match its shards; copy them again or {info.remake}"
             )

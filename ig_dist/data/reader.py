@@ -13,7 +13,9 @@ from zlib_ng import zlib_ng
 from ig_dist.data.cache import BlockCache
 from ig_dist.data.index import ShardIndex
 from ig_dist.errors import DataError
-from ig_dist.storage import REQUEST_BYTES, Patience, full_url, open_url, read_range
+from ig_dist.storage.faults import Patience
+from ig_dist.storage.files import REQUEST_BYTES, open_url, read_range
+from ig_dist.storage.urls import full_url
 
 Samples = NDArray[Any]
 
@@ -51,6 +53,7 @@ class ShardReader:
         on_corrupt: ``fail`` raises DataError at a damaged sample; ``skip`` marks and remembers it.
         patience: how long faults of the storage are borne.
         cache: the node's cache, if any.
+        request_bytes: the most that is read, and held, at once; a single sample may be larger.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class ShardReader:
         *,
         patience: Patience | None = None,
         cache: BlockCache | None = None,
+        request_bytes: int = REQUEST_BYTES,
     ) -> None:
         self.quarantined: set[int] = set()
         self.patience = patience or Patience()
@@ -73,8 +77,8 @@ class ShardReader:
         flips = table.offset if table.flip_offset is None else table.flip_offset
         self._begins = np.minimum(table.offset, flips)
         self._ends = np.maximum(table.offset, flips) + self._size
-        largest = int((self._ends - self._begins).max())
-        self._block_samples = max(1, REQUEST_BYTES // (largest + 2048))  # 2048: headers and label between samples
+        self._request_bytes = request_bytes
+        self._blocks: dict[int, list[range]] = {}  # of shards that the cache keeps
         self._memory = threading.local()  # new memory for each request would cost the kernel as much as the reading
 
     def read(
@@ -124,13 +128,36 @@ class ShardReader:
                 self._quarantine(shard, wanted[i])
         return rows, good
 
+    def read_ids(self, start: int, stop: int) -> tuple[Samples, NDArray[np.bool_]]:
+        """Samples of consecutive ids, ``start`` to ``stop`` (exclusive), of one shard or several; as ``read``."""
+        rows, good = np.empty((stop - start, *self._shape), self._dtype), np.empty(stop - start, dtype=bool)
+        for shard in range(len(self._index.shard_sizes)):
+            first, after = max(start, int(self._first_id[shard])), min(stop, int(self._first_id[shard + 1]))
+            if first < after:
+                places, begin = np.arange(first - start, after - start), int(self._first_id[shard])
+                good[places] = self.read(shard, first - begin, after - begin, out=rows, places=places)[1]
+        return rows, good
+
     def _parts(self, shard: int, start: int, stop: int) -> Iterator[range]:
         """The samples that are read at once: exactly those asked for, or whole blocks where the cache keeps them."""
-        if self._cache and self._cache.holds(shard):
-            start -= start % self._block_samples
-            stop = min(self._index.shard_sizes[shard], -(-stop // self._block_samples) * self._block_samples)
-        for first in range(start, stop, self._block_samples):
-            yield range(first, min(first + self._block_samples, stop))
+        if not (self._cache and self._cache.holds(shard)):
+            yield from self._cut(shard, start, stop)
+            return
+        if shard not in self._blocks:
+            self._blocks[shard] = list(self._cut(shard, 0, self._index.shard_sizes[shard]))
+        yield from (block for block in self._blocks[shard] if block.start < stop and block.stop > start)
+
+    def _cut(self, shard: int, start: int, stop: int) -> Iterator[range]:
+        """Consecutive samples whose bytes fit into one request, with whatever lies between them in the shard."""
+        rows = slice(self._first_id[shard] + start, self._first_id[shard] + stop)
+        begins = np.minimum.accumulate(self._begins[rows][::-1])[::-1]  # of it and all after it
+        ends = np.maximum.accumulate(self._ends[rows])
+        first = 0
+        while first < len(ends):
+            fits = int(np.searchsorted(ends, begins[first] + self._request_bytes, side="right"))
+            after = max(first + 1, fits)
+            yield range(start + first, start + after)
+            first = after
 
     def _fetch(
         self,
@@ -158,16 +185,15 @@ class ShardReader:
         filling = _Rows((offsets - begin).tolist(), places[chosen].tolist(), to)
 
         cache = self._cache if self._cache and self._cache.holds(shard) else None
-        block = part.start // self._block_samples
         if cache and only is not None:
-            cache.drop(shard, block)
-        kept = cache.get(shard, block, end - begin) if cache else None
+            cache.drop(shard, part.start)
+        kept = cache.get(shard, part.start, end - begin) if cache else None
         if kept is not None:
             filling.fill(kept, len(kept))
         else:
             data = self._request(shard, begin, end, filling)
             if cache:
-                cache.put(shard, block, data)
+                cache.put(shard, part.start, data)
         return np.asarray(np.array(filling.crcs, np.uint32) == crcs)
 
     def _request(self, shard: int, begin: int, end: int, filling: _Rows) -> memoryview:

@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import CancelledError
 from pathlib import PurePosixPath
-from typing import IO, Any, Literal, NamedTuple, TypeVar, cast
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from ig_dist.data.index import KeyInfo, LatentInfo
 from ig_dist.data.shards import SampleRow, scan_shard
 from ig_dist.data.statistics import ChannelSums
 from ig_dist.data.tar import DamagedTar
-from ig_dist.errors import ConfigError, DataError
-from ig_dist.storage import REQUEST_BYTES, Patience, full_url, list_sizes, open_url, read_range
-from ig_dist.terminal import console
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-_LOG_EVERY_S = 60.0
+from ig_dist.errors import ConfigError
+from ig_dist.storage.faults import Patience, unreadable
+from ig_dist.storage.files import REQUEST_BYTES, list_sizes, open_url, read_range
+from ig_dist.storage.urls import full_url
 
 
 class ShardFile:
@@ -193,49 +178,3 @@ def _literal(path: str) -> str:
 
 def _glob(fs: Any, pattern: str) -> list[str]:
     return [str(file) for file in fs.glob(pattern)]
-
-
-def in_parallel(work: Callable[[T], R], items: Sequence[T], workers: int, patience: Patience) -> list[R]:
-    """``work`` on each item, by threads; results in the order of the items. The first error ends the others' work."""
-    pool = ThreadPoolExecutor(workers)
-    try:
-        futures = [pool.submit(work, item) for item in items]
-        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-            future.result()
-        return [future.result() for future in futures]
-    except BaseException:
-        patience.stop.set()  # also at Ctrl-C: who reads ends at the next piece
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def shard_progress(what: str, total: int, unit: Literal["bytes", "shards"]) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal, else a line a minute; gives what to call with the number of units done."""
-    amounts = [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn()]
-    columns = (TextColumn(what), BarColumn(), *amounts, TimeRemainingColumn(elapsed_when_finished=True))
-    began = logged = time.monotonic()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=total)
-
-        def advance(count: int) -> None:
-            nonlocal logged
-            progress.update(task, advance=count)
-            now = time.monotonic()
-            if not console.is_terminal and now - logged > _LOG_EVERY_S:
-                logged, done = now, progress.tasks[0].completed
-                divisor, name = (1e6, "MB") if unit == "bytes" else (1, "shards")
-                rate = done / divisor / (now - began)
-                console.print(f"{what}: {done / divisor:,.0f} of {total / divisor:,.0f} {name}, {rate:,.0f} {name}/s")
-
-        yield advance
-
-
-def unreadable(fs: Any, path: str, error: OSError) -> DataError:
-    """What is said of a file that the machine itself cannot read."""
-    gone = isinstance(error, FileNotFoundError)
-    words = error.strerror or " ".join(str(error).split())
-    return DataError(
-        f"{full_url(fs, path)} {'is gone' if gone else f'cannot be read ({words})'}: restore it and run again"
-    )

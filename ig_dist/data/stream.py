@@ -95,7 +95,7 @@ class BatchStream:
         rank: this process; it owns C / world_size consecutive streams.
         world_size: number of processes, divides the number of streams.
         start: first global batch.
-        workers: reader threads; 0 reads in the caller's thread. The batches do not depend on it.
+        workers: reader threads; 0: the thread that assembles the batches reads too. The batches do not depend on it.
         reader: reads the samples. Where it skips a damaged one (``on_corrupt="skip"``), the next good sample of the
             window fills the place.
         flip: give each sample mirrored or not, by a fair draw keyed by its position; the shards must hold both.
@@ -117,16 +117,31 @@ class BatchStream:
         self.reader = reader or ShardReader(index)
         per_rank = order.streams // world_size
         self._streams = range(rank * per_rank, (rank + 1) * per_rank)
-        self._workers = workers
         self._stopped = threading.Event()
+        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(BATCHES_AHEAD)
         self._assembler: threading.Thread | None = None
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="reader") if workers else None
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._read_ahead() if self._pool else self._batches()
+        while (batch := self.get()) is not None:
+            yield batch
+
+    def get(self, timeout_s: float | None = None) -> Batch | None:
+        """The next batch; None: it has not come in this time. An error of the reading surfaces here."""
+        if self._assembler is None:
+            self._assembler = threading.Thread(target=self._assemble, name="batches", daemon=True)
+            self._assembler.start()
+        try:
+            item = self._ready.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        if isinstance(item, BaseException):
+            self._ready.put(item)  # nothing else will come, however often one asks
+            raise item
+        return item
 
     def close(self) -> None:
-        """Stop the reader threads and drop what they had read.
+        """Stop the threads and drop what they had read.
 
         Waits for them: a thread that is still inside torch when the interpreter ends aborts the process.
         """
@@ -137,33 +152,24 @@ class BatchStream:
         if self._assembler:
             self._assembler.join()
 
-    def _read_ahead(self) -> Iterator[Batch]:
-        """Assemble batches in a thread of their own; an error there surfaces here."""
-        ready: queue.Queue[Batch | BaseException] = queue.Queue(BATCHES_AHEAD)
+    def _assemble(self) -> None:
+        """In a thread of its own: batches, as far ahead as the queue is long."""
+        try:
+            for batch in self._batches():
+                if not self._put(batch):
+                    return
+        except BaseException as error:
+            self._put(error)
 
-        def put(item: Batch | BaseException) -> None:
-            while not self._stopped.is_set():
-                try:
-                    return ready.put(item, timeout=0.2)
-                except queue.Full:
-                    continue
-
-        def assemble() -> None:
+    def _put(self, item: Batch | BaseException) -> bool:
+        """Whether there was a place for it before the stop."""
+        while not self._stopped.is_set():
             try:
-                for batch in self._batches():
-                    put(batch)
-                    if self._stopped.is_set():
-                        return
-            except BaseException as error:
-                put(error)
-
-        self._assembler = threading.Thread(target=assemble, name="batches", daemon=True)
-        self._assembler.start()
-        while True:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+                self._ready.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
 
     def _batches(self) -> Iterator[Batch]:
         per_stream = self._order.samples_per_stream

@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ig_dist.background import in_parallel
 from ig_dist.data.index import TABLE_NAME, IndexFile, SampleTable, ShardIndex
 from ig_dist.data.reader import ShardReader
-from ig_dist.data.shard_files import ShardContent, ShardFile, in_parallel, read_shard, shard_progress, unreadable
+from ig_dist.data.shard_files import ShardContent, ShardFile, read_shard
 from ig_dist.data.statistics import ChannelSums, normalised, raw_statistics
-from ig_dist.storage import Patience, list_sizes, open_url
+from ig_dist.progress import progress
+from ig_dist.storage.faults import Patience, unreadable
+from ig_dist.storage.files import list_sizes, open_url
 
 TOLERANCE = 1e-4
 """Of means (in standard deviations) and of standard deviations (relative): sums of the same numbers differ by less."""
@@ -88,7 +91,7 @@ def verify_shards(
     except OSError as error:
         raise unreadable(fs, path, error) from None
     total = len(info.shards) if fast else sum(sizes.get(shard.name, 0) for shard in info.shards)
-    with shard_progress("verify", total, "shards" if fast else "bytes") as advance:
+    with progress("verify", total, "shards" if fast else "bytes") as advance:
         if fast:
             check = _fast_check(ShardIndex(folder, info, table, ""), seed, patience) if table else None
         else:
@@ -107,7 +110,7 @@ def verify_shards(
                 advance(1)
             return found
 
-        shards = in_parallel(work, range(len(info.shards)), workers, patience)
+        shards = in_parallel(work, range(len(info.shards)), workers, patience.stop)
     known = {shard.name for shard in info.shards} | _BESIDE
     drift = None
     lengths = {len(v) for v in (*vars(info.statistics).values(), info.latent.shift, info.latent.scale)}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from ig_dist.background import in_background
 from ig_dist.data.index import ShardIndex, read_index
 from ig_dist.data.sources import Source
-from ig_dist.encoding.display import Display
 from ig_dist.encoding.encoder import latent_batches
 from ig_dist.encoding.gather import gather, refuse_too_many
 from ig_dist.encoding.loader import image_batches
@@ -17,8 +18,12 @@ from ig_dist.encoding.records import PARTS, Dest, Ledger, refuse_others
 from ig_dist.encoding.settings import Settings, settings_of, shard_count, shard_places
 from ig_dist.encoding.shards import OpenShard, finish_shard
 from ig_dist.encoding.walk import Worker, requests
-from ig_dist.latents.tokenizers import Tokenizer
+from ig_dist.latents.tokenizer import Tokenizer
+from ig_dist.progress import progress
 from ig_dist.rng import Purpose, permutation
+
+STOP_S = 5.0
+"""That a stopped worker waits for the shard that is being written."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def finished_index(dest: Dest, settings: Settings) -> ShardIndex | None:
         return None
     index = read_index(dest.url)
     refuse_others(dest, settings_of(index.info), settings)
-    dest.sweep()
+    dest.sweep({shard.name for shard in index.info.shards})
     return index
 
 
@@ -88,7 +93,7 @@ def encode(job: Job) -> ShardIndex:
         refuse_too_many(ledger.rejected, total, job.max_rejected, job.dest, job.where)
         complete = len(ledger.finished) == shards
         if not ledger.ended and not complete:
-            job.dest.create()
+            job.dest.make()
             _make_missing(job, ledger, order)
         elif ledger.ended or gather(job.dest, job.source, job.where, job.tokenizer, job.shape, shards):
             index = finished_index(job.dest, job.settings)
@@ -107,23 +112,29 @@ def _make_missing(job: Job, ledger: Ledger, order: list[int]) -> None:
     )
     shard, made = OpenShard(-1), set[int]()
     writing: Future[None] | None = None
-    # One thread packs and writes the last shard while this one feeds the device with the next.
-    with Display(len(order), _images(ledger.finished, job)) as display, ThreadPoolExecutor(1) as writer:
-        for encoded in latent_batches(batches, job.tokenizer, job.settings, job.device):
-            if encoded.batch.shard != shard.number:  # the one before is finished, or was left to another worker
-                shard = OpenShard(encoded.batch.shard)
-            shard.add(encoded, job.source)
-            rejected = ledger.rejected + ([] if shard.number in ledger.finished else shard.rejected)
-            refuse_too_many(rejected, len(order), job.max_rejected, job.dest, job.where)
-            if encoded.batch.last:
-                if writing is not None:
-                    writing.result()
-                writing = writer.submit(finish_shard, shard, job.dest, job.settings, job.source.labels)
-                made.add(shard.number)
-            in_hand = 0 if shard.number in made else shard.places
-            display.show(_images(ledger.finished | made, job) + in_hand, encoded.batch.places)
-        if writing is not None:
-            writing.result()
+    try:
+        with progress("encode", len(order), "images", _images(ledger.finished, job)) as advance:
+            for encoded in latent_batches(batches, job.tokenizer, job.settings, job.device):
+                if encoded.batch.shard != shard.number:  # the one before is finished, or was left to another worker
+                    shard = OpenShard(encoded.batch.shard)
+                shard.add(encoded, job.source)
+                rejected = ledger.rejected + ([] if shard.number in ledger.finished else shard.rejected)
+                refuse_too_many(rejected, len(order), job.max_rejected, job.dest, job.where)
+                if encoded.batch.last:
+                    if writing is not None:
+                        writing.result()
+                    # a thread packs and writes the last shard while this one feeds the device with the next
+                    writing = in_background(partial(finish_shard, shard, job.dest, job.settings, job.source.labels))
+                    made.add(shard.number)
+                in_hand = 0 if shard.number in made else shard.places
+                advance(encoded.batch.places, done=_images(ledger.finished | made, job) + in_hand)
+            if writing is not None:
+                writing.result()
+    except BaseException:
+        # also of a signal: a storage that works gets the last shard, one that fails holds nobody up
+        wait([writing] if writing else [], timeout=STOP_S)
+        job.dest.patience.stop.set()
+        raise
 
 
 def _images(shards: set[int], job: Job) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ig_dist.encoding.loader import ImageBatch
 from ig_dist.encoding.settings import Settings
-from ig_dist.latents.tokenizers import Tokenizer
+from ig_dist.latents.tokenizer import Tokenizer
 from ig_dist.rng import Purpose, normal
 
 _IN_FLIGHT = 2  # batches whose latents are still on the device

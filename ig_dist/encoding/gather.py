@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 from zlib_ng import zlib_ng
 
+from ig_dist.background import in_parallel
 from ig_dist.data.index import LatentInfo, SampleTable, write_index
 from ig_dist.data.shards import SampleRow
 from ig_dist.data.sources import Source
 from ig_dist.encoding.records import Dest, Rejected, ShardRecord, Superseded, TooManyRejected
 from ig_dist.encoding.settings import Settings
 from ig_dist.errors import ConfigError
-from ig_dist.latents.tokenizers import Tokenizer
-from ig_dist.storage import read_range
+from ig_dist.latents.tokenizer import Tokenizer
+from ig_dist.storage.files import read_range
 
 _THREADS = 8
 _CHECKED_SAMPLES = 4  # of each shard
@@ -30,7 +31,7 @@ def gather(
     shape: tuple[int, int, int],
     shards: int,
 ) -> bool:
-    """Write ``rejected.csv``, the side table and the index, and remove the records.
+    """Write ``rejected.csv``, the side table and the index.
 
     Args:
         dest: where all shards are finished.
@@ -46,10 +47,8 @@ def gather(
     Raises:
         ConfigError: a class without a picture.
     """
-    with ThreadPoolExecutor(_THREADS) as pool:
-        records = list(pool.map(dest.read_record, range(shards)))
-        sizes = dest.sizes()
-        sound = list(pool.map(lambda record: record is not None and _is_sound(dest, record, shape, sizes), records))
+    records = in_parallel(dest.read_record, range(shards), _THREADS, dest.patience.stop)
+    sound = in_parallel(partial(_is_sound, dest, shape, dest.sizes()), records, _THREADS, dest.patience.stop)
     if not all(sound):
         for number, good in enumerate(sound):
             if not good:
@@ -64,11 +63,11 @@ def gather(
         refuse_empty_classes(source, labels, rejected, where)
         # the first record's settings: a tokenizer may have another name (a path) for each worker
         info = _index(whole[0].settings, source, tokenizer, shape, whole)
-        write_index(dest.url, info, SampleTable.from_rows(rows))
-    except (Superseded, FileNotFoundError):  # swept away by another worker, which has written the same
-        if not dest.has_index():
-            raise
-    dest.sweep()
+        if not dest.has_index():  # one that is there stays
+            with dest.writing("index.json"):
+                write_index(dest.url, info, SampleTable.from_rows(rows), dest.patience)
+    except Superseded:
+        pass
     return True
 
 
@@ -107,10 +106,10 @@ def refuse_empty_classes(source: Source, labels: Any, rejected: Sequence[Rejecte
     )
 
 
-def _is_sound(dest: Dest, record: ShardRecord, shape: tuple[int, int, int], sizes: dict[str, int]) -> bool:
-    """Whether the tar is the one of the record: its size, and the CRCs of a few samples."""
-    if record.samples == 0:
-        return True
+def _is_sound(dest: Dest, shape: tuple[int, int, int], sizes: dict[str, int], record: ShardRecord | None) -> bool:
+    """Whether there is a record, and its tar is as it says: its size, and the CRCs of a few samples."""
+    if record is None or record.samples == 0:
+        return record is not None
     if sizes.get(record.name) != record.bytes:
         return False
     count = int(np.prod(shape)) * (2 if record.settings.store == "moments" else 1) * np.dtype(np.float16).itemsize
@@ -119,7 +118,7 @@ def _is_sound(dest: Dest, record: ShardRecord, shape: tuple[int, int, int], size
 
 
 def _crc(dest: Dest, name: str, row: SampleRow, count: int) -> int:
-    return zlib_ng.crc32(read_range(dest.fs, f"{dest.path}/{name}", row.offset, row.offset + count))
+    return zlib_ng.crc32(read_range(dest.fs, f"{dest.path}/{name}", row.offset, row.offset + count, dest.patience))
 
 
 def _index(

@@ -14,8 +14,8 @@ from ig_dist.encoding.records import Dest
 from ig_dist.encoding.settings import Settings, Store
 from ig_dist.encoding.walk import Worker
 from ig_dist.errors import ConfigError
-from ig_dist.latents.tokenizers import Precision, Tokenizer
-from ig_dist.storage import is_local
+from ig_dist.latents.tokenizer import Precision, Tokenizer
+from ig_dist.storage.urls import is_local
 
 MAX_DECODERS = 16
 FEW_IMAGES = 2000  # decoded sooner than processes start

@@ -1,7 +1,7 @@
 """What is finished: a record beside each shard, until the index takes their place.
 
-A shard is complete when its tar and its record exist. Both are written whole, the record last, so any number of
-workers may look, die and come back without locks.
+A shard is complete when its tar and its record exist. Both are written whole and never one over another, the record
+last, so any number of workers may look, die and come back without locks.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -20,11 +20,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ig_dist.data.shards import SampleRow
 from ig_dist.encoding.settings import Settings, shard_name
 from ig_dist.errors import ConfigError, DataError, IgDistError
-from ig_dist.storage import is_local, list_sizes, open_url, read_file, write_whole
+from ig_dist.storage.faults import Patience, unreadable
+from ig_dist.storage.files import list_sizes, open_url, read_file, write_whole
+from ig_dist.storage.urls import is_local
+from ig_dist.writes import create_file
 
 PARTS = "parts"
 REJECTED_NAME = "rejected.csv"
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$")
+_SHARD = re.compile(r"shard-(\d{6,})(?:\.[0-9a-f]{16})?\.tar")  # of settings.shard_name
 
 
 class TooManyRejected(IgDistError):  # noqa: N818  (a user's mistake that one worker alone may come upon)
@@ -72,15 +76,17 @@ class Dest:
 
     Args:
         url: a path or any fsspec URL.
+        patience: how long faults are borne; its ``stop`` ends what threads still try.
     """
 
     url: str
+    patience: Patience = field(default_factory=Patience)
     fs: Any = field(init=False)
     path: str = field(init=False)
 
     def __post_init__(self) -> None:
         self.url = self.url.rstrip("/")
-        self.fs, self.path = open_url(self.url, "--dest")
+        self.fs, self.path = open_url(self.url, "--dest", self.patience)
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Names and bytes of the files in the folder or in a folder of it.
@@ -90,7 +96,7 @@ class Dest:
         """
         self.fs.invalidate_cache()
         try:
-            return list_sizes(self.fs, f"{self.path}/{folder}".rstrip("/"))
+            return list_sizes(self.fs, f"{self.path}/{folder}".rstrip("/"), self.patience)
         except NotADirectoryError:
             raise ConfigError(f"--dest {self.url} is a file: choose a folder") from None
         except OSError as error:
@@ -114,12 +120,15 @@ class Dest:
 
     def read_record(self, number: int) -> ShardRecord | None:
         """The record of a shard; None: it is gone, or no record (the shard is then made again)."""
+        name = record_name(number)
         try:
-            return ShardRecord.model_validate_json(read_file(self.fs, f"{self.path}/{record_name(number)}"))
+            return ShardRecord.model_validate_json(read_file(self.fs, f"{self.path}/{name}", self.patience))
         except (FileNotFoundError, ValidationError):
             return None
+        except OSError as error:
+            raise unreadable(self.fs, f"{self.path}/{name}", error) from None
 
-    def create(self) -> None:
+    def make(self) -> None:
         """Make the folder.
 
         Raises:
@@ -138,6 +147,25 @@ class Dest:
         """Write a file whole.
 
         Raises:
+            Superseded, DataError: see ``writing``.
+        """
+        with self.writing(name) as path:
+            write_whole(self.fs, path, data, self.patience)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file whole where there is none; whether it holds ``data`` now.
+
+        Raises:
+            Superseded, DataError: see ``writing``.
+        """
+        with self.writing(name) as path:
+            return create_file(self.fs, path, data, self.patience)
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[str]:
+        """For who writes a file: its path. A local folder for it is made.
+
+        Raises:
             Superseded: the index was written meanwhile, and what was in the way of it swept away.
             DataError: the storage does not take it.
         """
@@ -145,7 +173,7 @@ class Dest:
         try:
             if is_local(self.fs) and not self.has_index():  # with the index, the folder of the records is gone for good
                 self.fs.makedirs(str(PurePosixPath(path).parent), exist_ok=True)
-            write_whole(self.fs, path, data)
+            yield path
         except OSError as error:
             if isinstance(error, FileNotFoundError) and self.has_index():
                 raise Superseded from None
@@ -153,10 +181,46 @@ class Dest:
                 f"{self.url}/{name} cannot be written ({_reason(error)}): mend that, and run the same command again"
             ) from None
 
-    def sweep(self) -> None:
-        """Remove the records and what killed workers left."""
+    def create_shard(self, number: int, data: bytes, sha256: str) -> str:
+        """Write the tar of a shard; the name that it has now.
+
+        A tar that is there stays: another worker's record, and the index, may speak of it. If it is not the same,
+        because that worker has another kind of device, or because it is damaged, this one is named by its content.
+
+        Raises:
+            Superseded, DataError: see ``writing``.
+        """
+        name = shard_name(number)
+        if data and not self.create(name, data):
+            if self.has_index():
+                raise Superseded
+            name = shard_name(number, sha256)
+            self.write(name, data)
+        return name
+
+    def create_record(self, number: int, record: ShardRecord) -> None:
+        """Write the record of a shard. Of two workers' the first stays, unless it is damaged or its tar is gone.
+
+        Raises:
+            Superseded, DataError: see ``writing``.
+        """
+        name, data = record_name(number), record.model_dump_json().encode()
+        if not self.create(name, data) and not self.is_complete(number):
+            self.write(name, data)
+
+    def sweep(self, known: set[str]) -> None:
+        """Remove the records, what killed workers left, and the tars of shards that are not the index' own.
+
+        Args:
+            known: names of the shards in the index.
+        """
         for name in self.sizes(PARTS):
             self._remove(f"{PARTS}/{name}")
+        numbers = {_SHARD.fullmatch(name)[1] for name in known if _SHARD.fullmatch(name)}  # type: ignore[index]
+        for name in self.sizes().keys() - known:
+            match = _SHARD.fullmatch(name)
+            if match and match[1] in numbers:
+                self._remove(name)
         if is_local(self.fs):
             for name in self.sizes():
                 if _TEMPORARY.search(name):
@@ -214,7 +278,7 @@ class Ledger:
         self.ended = False
         """The index is there."""
         self.finished: set[int] = set()
-        self._known: dict[int, tuple[bool, list[Rejected]]] = {}  # whether there is a tar, and what was rejected
+        self._known: dict[int, tuple[str | None, list[Rejected]]] = {}  # the tar, if any, and what was rejected
         self._dest, self._settings, self._shards = dest, settings, shards
 
     def look(self) -> None:
@@ -230,8 +294,8 @@ class Ledger:
             record = self._dest.read_record(number) if number not in self._known else None
             if record is not None:
                 refuse_others(self._dest, record.settings, self._settings)
-                self._known[number] = (record.samples > 0, record.rejected)
-        self.finished = {number for number, (tar, _) in self._known.items() if not tar or shard_name(number) in tars}
+                self._known[number] = (record.name if record.samples else None, record.rejected)
+        self.finished = {number for number, (tar, _) in self._known.items() if tar is None or tar in tars}
         # After the listing: if that lacks records because the index has taken their place, the index is seen here.
         self.ended = self._dest.has_index()
 

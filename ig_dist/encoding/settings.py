@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from ig_dist.data.index import IndexFile
-from ig_dist.latents.tokenizers import Precision
+from ig_dist.latents.tokenizer import Precision
 
 SHARD_BYTES = 256 * 2**20
 _MIN_SHARD = 256  # samples; small sets are cut into at least _MIN_SHARDS of these, so that some can be held out
@@ -100,9 +100,9 @@ def shard_places(number: int, images: int, samples_per_shard: int) -> range:
     return range(number * samples_per_shard, min((number + 1) * samples_per_shard, images))
 
 
-def shard_name(number: int) -> str:
-    """The file of a shard."""
-    return f"shard-{number:06d}.tar"
+def shard_name(number: int, sha256: str = "") -> str:
+    """The file of a shard; with its hash: that of one whose usual name is taken by another."""
+    return f"shard-{number:06d}.{sha256[:16]}.tar" if sha256 else f"shard-{number:06d}.tar"
 
 
 def _without_place(source: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,12 +11,11 @@ from numpy.typing import NDArray
 
 from ig_dist.data.shards import FLIP_SUFFIX, pack_shard, scan_shard
 from ig_dist.data.sources import Source
+from ig_dist.data.statistics import ChannelSums
 from ig_dist.encoding.encoder import LatentBatch
-from ig_dist.encoding.records import Dest, Rejected, ShardRecord, Superseded, record_name
-from ig_dist.encoding.settings import Settings, shard_name
+from ig_dist.encoding.records import Dest, Rejected, ShardRecord, Superseded
+from ig_dist.encoding.settings import Settings
 from ig_dist.errors import DataError
-
-_CHUNK = 16  # samples that are summed at a time, as float64; a constant, because it decides the last bits
 
 
 @dataclass
@@ -61,44 +59,36 @@ def finish_shard(shard: OpenShard, dest: Dest, settings: Settings, labels: NDArr
     Raises:
         DataError: latents that are not finite.
     """
-    name = shard_name(shard.number)
-    rows, data, sums = [], b"", np.zeros((2, 0))
+    rows, data, sums = [], b"", ChannelSums(settings.store, 0)
     if shard.images:
         latents, flipped = _joined(shard.latents), _joined(shard.flipped) if shard.flipped else None
-        for part in (latents, flipped):
-            finite = part is None or np.isfinite(part).all((1, 2, 3))
-            if not np.all(finite):
-                image = shard.images[int(np.argmin(finite))]
-                raise DataError(
-                    f"the latent of image {image} is not finite in float16 at --precision {settings.precision}:"
-                    " use --precision fp32, or another tokenizer"
-                )
-        keys = [f"{image:08d}" for image in shard.images]
-        data = pack_shard(keys, latents, labels[shard.images], flipped)
+        data = pack_shard([f"{image:08d}" for image in shard.images], latents, labels[shard.images], flipped)
+        sums = ChannelSums(settings.store, latents.shape[1] // (2 if settings.store == "moments" else 1))
         flip_suffix = FLIP_SUFFIX if flipped is not None else None
-        rows = scan_shard(io.BytesIO(data), latents.dtype, latents.shape[1:], flip_suffix=flip_suffix)
-        sums = channel_sums([part for part in (latents, flipped) if part is not None], settings.store == "moments")
-    record = ShardRecord(
-        settings=settings,
-        name=name,
-        bytes=len(data),
-        samples=len(rows),
-        sha256=hashlib.sha256(data).hexdigest(),
-        rows=rows,
-        rejected=shard.rejected,
-        upscaled=shard.upscaled,
-        sums=sums[0].tolist(),
-        square_sums=sums[1].tolist(),
-    )
-    # Workers on one kind of device write the same bytes, and then it does not matter who is last. Those on two kinds
-    # may differ in last bits: a finished shard is left alone, and one that both were writing is found by its CRCs
-    # (``gather.py``) and made again.
+        rows = scan_shard(io.BytesIO(data), latents.dtype, latents.shape[1:], flip_suffix=flip_suffix, visit=sums.add)
+        sums.close()
+        if sums.not_finite:
+            raise DataError(
+                f"the latent of image {int(sums.not_finite[0])} is not finite in float16 at --precision"
+                f" {settings.precision}: use --precision fp32, or another tokenizer"
+            )
     if dest.has_index() or dest.is_complete(shard.number):
         return
+    sha256 = hashlib.sha256(data).hexdigest()
     try:
-        if data:
-            dest.write(name, data)
-        dest.write(record_name(shard.number), record.model_dump_json().encode())
+        record = ShardRecord(
+            settings=settings,
+            name=dest.create_shard(shard.number, data, sha256),
+            bytes=len(data),
+            samples=len(rows),
+            sha256=sha256,
+            rows=rows,
+            rejected=shard.rejected,
+            upscaled=shard.upscaled,
+            sums=sums.sums[0].tolist(),
+            square_sums=sums.sums[1].tolist(),
+        )
+        dest.create_record(shard.number, record)
     except Superseded:
         return
 
@@ -107,21 +97,3 @@ def _joined(parts: list[NDArray[np.float16]]) -> NDArray[np.float16]:
     joined = np.concatenate(parts)
     parts.clear()  # a shard is large enough once
     return joined
-
-
-def channel_sums(parts: Sequence[NDArray[np.float16]], moments: bool) -> NDArray[np.float64]:
-    """Per channel, the sum of stored latents and of their squares, (2, C); of moments E[x] and E[x^2] of a draw.
-
-    Args:
-        parts: arrays (N, C, h, w), or (N, 2C, h, w): mean and std stacked.
-        moments: which of both.
-    """
-    total: NDArray[np.float64] | None = None
-    for part in parts:
-        for start in range(0, len(part), _CHUNK):
-            values = part[start : start + _CHUNK].astype(np.float64)
-            mean, spread = np.split(values, 2, axis=1) if moments else (values, np.zeros((1, 1, 1, 1)))
-            sums = np.stack([mean.sum((0, 2, 3)), (mean**2 + spread**2).sum((0, 2, 3))])
-            total = sums if total is None else total + sums
-    assert total is not None  # at least one sample
-    return total

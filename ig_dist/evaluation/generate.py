@@ -24,10 +24,10 @@ from ig_dist.diffusion.samplers import euler, euler_maruyama, heun, sde_grid, ti
 from ig_dist.errors import DataError
 from ig_dist.evaluation.plan import Plan, image_numbers
 from ig_dist.export import ExportInfo, ModelInfo
-from ig_dist.latents.tokenizers import Tokenizer
+from ig_dist.latents.tokenizer import Tokenizer
 from ig_dist.models.dit import DiT
 from ig_dist.rng import Purpose, normal
-from ig_dist.storage import open_url, write_whole
+from ig_dist.storage.files import open_url, write_whole
 
 Images = NDArray[np.uint8]  # (N, H, W, channels)
 Labels = NDArray[np.int64]  # (N,)

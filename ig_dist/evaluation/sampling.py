@@ -19,7 +19,7 @@ from ig_dist.evaluation.pictures import save_grid
 from ig_dist.evaluation.plan import Plan, make_plan
 from ig_dist.export import ExportInfo, load_export
 from ig_dist.latents.tokenizers import index_tokenizer
-from ig_dist.storage import open_url, write_whole
+from ig_dist.storage.files import open_url, write_whole
 from ig_dist.terminal import console, is_main_process
 
 PLAN_NAME = "plan.json"

@@ -1,52 +1,20 @@
-"""Tokenizers: images to latents and back.
+"""Tokenizers by name: ``pixel``, and the autoencoders.
 
-A tokenizer is a pair of functions and a description. ``pixel`` is the identity up to scale: small images are their own
-latents. The others are autoencoders whose weights lie in a folder or file (``weights.py``) and run on diffusers
-(``vae.py``), which is imported when the first of them is asked for.
+The weights of these lie in a folder or file (``weights.py``); they run on diffusers (``vae.py``), which is imported when
+the first of them is asked for.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import Tensor
 
 from ig_dist.data.index import LatentInfo, TokenizerInfo
 from ig_dist.errors import ConfigError
+from ig_dist.latents.tokenizer import PIXEL, Precision, Tokenizer
 from ig_dist.latents.weights import canonical_name, find_weights
-
-Precision = Literal["fp32", "bf16", "fp16"]
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """Images (B, H, W, channels) uint8 <-> latents (B, C, h, w). Results lie on the device of what was given."""
-
-    name: str
-    sha256: str
-    """Hash of weights and settings, whatever file they came in and whatever they are run on."""
-    downsample: int
-    """Side of the image over the side of its latent."""
-    image_channels: int | None
-    """None: any."""
-    stochastic: bool
-    """Whether ``encode`` gives mean and std of a posterior."""
-    scale: float | None
-    """The model sees latent * scale; None: (latent - mean) / std by the data set's statistics per channel."""
-    uint8_rule: str
-    """How decoded values become uint8; part of every score's protocol."""
-    encode: Callable[[Tensor], Tensor]
-    """To fp32 latents, or to mean and std stacked, (B, 2C, h, w), if stochastic."""
-    decode: Callable[[Tensor], Tensor]
-    """Latents of any float type, without the model's normalisation, to uint8 images (B, H, W, channels)."""
-    latent_channels: int | None = None
-    """None: those of the image."""
 
 
 def get_tokenizer(name: str, *, device: str | torch.device = "cpu", precision: Precision = "fp32") -> Tokenizer:
@@ -91,7 +59,10 @@ def index_tokenizer(
     try:
         tokenizer = get_tokenizer(place, device=device)
     except ConfigError as error:
-        raise ConfigError(f"{error} (sample.tokenizer=PLACE says where the data's tokenizer is)") from None
+        raise ConfigError(
+            f"{error} (sample.tokenizer=PLACE says where the data's tokenizer is; where there is"
+            " no such option, put it into $IG_DIST_TOKENIZERS)"
+        ) from None
     if tokenizer.sha256 != info.sha256:
         raise ConfigError(
             f"the data were encoded by tokenizer {info.name} (sha256 {info.sha256[:16]}), but {place} is another one"
@@ -102,31 +73,6 @@ def index_tokenizer(
     if latent.shape != (channels, side, side):
         raise ConfigError(
             f"tokenizer {tokenizer.name} makes latents of shape {channels}x{side}x{side} from images of side"
-            f" {info.image_size}, the index says {'x'.join(map(str, latent.shape))}: encode again"
+            f" {info.image_size}, the index says {'x'.join(map(str, latent.shape))}: encode or index again"
         )
     return tokenizer
-
-
-_PIXEL_RULE = "clip(round(127.5 (x + 1)), 0, 255) of [-1, 1]"
-
-
-def _pixel_encode(images: Tensor) -> Tensor:
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
-
-
-def _pixel_decode(latents: Tensor) -> Tensor:
-    values = (127.5 * (latents.double() + 1.0)).round().clamp(0, 255)
-    return values.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-PIXEL = Tokenizer(
-    name="pixel",
-    sha256=hashlib.sha256(f"pixel: x / 127.5 - 1; {_PIXEL_RULE}".encode()).hexdigest(),
-    downsample=1,
-    image_channels=None,
-    stochastic=False,
-    scale=1.0,
-    uint8_rule=_PIXEL_RULE,
-    encode=_pixel_encode,
-    decode=_pixel_decode,
-)

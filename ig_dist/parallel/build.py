@@ -6,6 +6,7 @@ import importlib.util
 
 import torch
 
+from ig_dist.apex_adam import check_apex
 from ig_dist.config import Config
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT
@@ -16,9 +17,11 @@ from ig_dist.parallel.engine import Engine, LoadedState
 
 
 def check_engine(config: Config) -> None:
-    """Raise ConfigError unless the engine's package is installed."""
+    """Raise ConfigError unless the packages of engine and optimizer are installed."""
     if config.engine.kind == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("engine.kind=deepspeed needs DeepSpeed: pip install 'ig-dist[deepspeed]', or use fsdp2")
+    if config.optimizer.implementation == "apex":
+        check_apex()
 
 
 def build_engine(model: DiT, config: Config, state: LoadedState | None, dist: Dist) -> Engine:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,10 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from ig_dist.checkpoint import Piece
 from ig_dist.config import OptimizerConfig
 from ig_dist.models.dit import DiT
-from ig_dist.optim import build_optimizer
+from ig_dist.optim import build_optimizer, steps_of
 from ig_dist.parallel.dist import Dist
 from ig_dist.parallel.engine import LoadedState, StepResult
-from ig_dist.parallel.sharded import MOMENTS, clip_and_gate, moments_of, set_state, steps_of
+from ig_dist.parallel.orthogonalise import orthogonalise_replicas
+from ig_dist.parallel.sharded import cut, load_moments, moments_by_name, update
 
 
 class DDPEngine:
@@ -35,11 +37,10 @@ class DDPEngine:
             no_broadcast: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
             self._ddp = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **no_broadcast)
             self.module = self._ddp
-        self._optimizer = build_optimizer(list(self._parameters.values()), config)
-        if state is not None and state.optimizer_steps:
-            for name, parameter in self._parameters.items():
-                moments = {moment: state.read(f"{moment}/{name}").to(dist.device) for moment in MOMENTS}
-                set_state(self._optimizer, parameter, state.optimizer_steps, moments)
+        self._whole = {name: Piece(tuple(p.shape), 0, p.detach()) for name, p in self._parameters.items()}
+        shared_out = partial(orthogonalise_replicas, dist=dist)
+        self._optimizer = build_optimizer(list(self._parameters.values()), config, orthogonalise=shared_out)
+        load_moments(self._optimizer, self._parameters, self._whole, state)
 
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
@@ -54,13 +55,7 @@ class DDPEngine:
 
     def step(self, lr: float) -> StepResult:
         grads = [p.grad for p in self._parameters.values() if p.grad is not None]
-        grad_norm = nn.utils.get_total_norm(grads)
-        finite = clip_and_gate(self._optimizer, grad_norm, self._grad_clip)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return StepResult(grad_norm, finite)
+        return update(self._optimizer, nn.utils.get_total_norm(grads), self._grad_clip, lr)
 
     def masters(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self._parameters.items()}
@@ -69,14 +64,13 @@ class DDPEngine:
         pass  # forward uses the masters themselves
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        of = {name: moments_of(self._optimizer, parameter) for name, parameter in self._parameters.items()}
-        return {moment: {name: of[name][moment] for name in of} for moment in MOMENTS}
+        return moments_by_name(self._optimizer, self._parameters)
 
     def optimizer_steps(self) -> int:
         return steps_of(self._optimizer)
 
     def shard(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        return {name: read(name).to(self._dist.device) for name in self._parameters}
+        return cut(read, self._whole)
 
     def canonical(self, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Piece]:
         """Every rank holds everything: each writes about 1 / world_size of the bytes."""

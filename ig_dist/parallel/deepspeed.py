@@ -15,25 +15,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from ig_dist.checkpoint import Piece
 from ig_dist.config import OptimizerConfig
 from ig_dist.models.dit import DiT
-from ig_dist.optim import build_optimizer
+from ig_dist.optim import MOMENTS, build_optimizer, moments_of, set_learning_rate, set_state, steps_of
 from ig_dist.parallel.dist import Dist, ensure_process_group
 from ig_dist.parallel.engine import LoadedState, StepResult
-from ig_dist.parallel.sharded import (
-    MOMENTS,
-    clip_and_gate,
-    cut,
-    moments_of,
-    norm_over_ranks,
-    read_moments,
-    set_state,
-    steps_of,
-    to_pieces,
-)
+from ig_dist.parallel.sharded import clip_and_gate, cut, norm_over_ranks, to_pieces
 
 BUCKET_ELEMENTS = 50_000_000  # DeepSpeed allocates a buffer of this many fp32 numbers; its default would be 2 GB
 
@@ -82,8 +72,8 @@ class DeepSpeedEngine:
 
     def _load_moments(self, state: LoadedState) -> None:
         flat = {moment: torch.zeros_like(self._flat, requires_grad=False) for moment in MOMENTS}
-        for moment, parts in read_moments(state, self._shards).items():
-            for name, part in parts.items():
+        for moment in MOMENTS:
+            for name, part in cut(state.read, self._shards, f"{moment}/").items():
                 self._range(flat[moment], name).copy_(part)
         set_state(self._optimizer, self._flat, state.optimizer_steps, flat)
 
@@ -101,8 +91,7 @@ class DeepSpeedEngine:
         self._engine.backward(loss)
 
     def step(self, lr: float) -> StepResult:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self._optimizer, lr)
         self._result = None
         self._engine.step()
         if self._result is None:  # stage 3 looks at its norm by itself, the same on all ranks, and made no step
@@ -110,7 +99,7 @@ class DeepSpeedEngine:
             return StepResult(nothing + float("nan"), nothing)
         return self._result
 
-    def _clip_and_gate(self, optimizer: AdamW, args: Any, kwargs: Any) -> None:
+    def _clip_and_gate(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
         grad_norm = norm_over_ranks(grads, self._dist)
         self._result = StepResult(grad_norm, clip_and_gate(optimizer, grad_norm, self._grad_clip))
@@ -139,7 +128,7 @@ class DeepSpeedEngine:
         return to_pieces(groups, self._shards)
 
 
-def initialize(model: DiT, optimizer: AdamW, stage: int, batch_size: int, dist: Dist) -> Any:
+def initialize(model: DiT, optimizer: Optimizer, stage: int, batch_size: int, dist: Dist) -> Any:
     """DeepSpeed's own engine, in our process group, in silence."""
     os.environ.setdefault("DS_ACCELERATOR", dist.device.type)  # or it says that it looked for one
     import deepspeed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,10 +16,19 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore  # torch.distributed does not name it as its own
+from torch.distributed.rendezvous import rendezvous
 
-from ig_dist.errors import ConfigError, LostPeerError
+from ig_dist.errors import ConfigError, HangError, LostPeerError
+from ig_dist.terminal import say
 
 SAME_SIGNAL_S = 1.0
+_PEER_IS_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "remote process exited or there was a network error",  # NCCL
+)
 
 
 @dataclass(frozen=True)
@@ -43,13 +52,18 @@ class Dist:
         return -(-self.world_size // self.local_world_size)
 
 
-def init_distributed(timeout_s: int) -> Dist:
+def init_distributed(join_s: float, collective_s: float) -> Dist:
     """Join the job described by torchrun's environment variables, or stand alone.
 
-    Collectives go over gloo for CPU tensors and NCCL for GPU tensors, and give up after ``timeout_s`` seconds.
+    Collectives go over gloo for CPU tensors and NCCL for GPU tensors.
+
+    Args:
+        join_s: how long the other processes may take to start.
+        collective_s: when collectives give up.
 
     Raises:
         ConfigError: incomplete environment, or more processes than GPUs on a machine that has GPUs.
+        HangError: the other processes did not come.
     """
     try:
         rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -72,7 +86,17 @@ def init_distributed(timeout_s: int) -> Dist:
         torch.cuda.set_device(device)
     if world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        torch_dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        try:
+            store, *_ = next(rendezvous("env://", timeout=timedelta(seconds=join_s)))
+        except torch_dist.DistError as error:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise HangError(
+                f"not all of the {world_size} processes came to {place} within {join_s:.0f} s (train.timeout_s):"
+                f" see what the others say, then start the job again ({str(error).splitlines()[0]})"
+            ) from None
+        torch_dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=collective_s)
+        )
     return Dist(rank, world_size, local_rank, local_world_size, device)
 
 
@@ -85,17 +109,20 @@ def ensure_process_group(dist: Dist) -> None:
 
 @contextmanager
 def lost_peers_explained(dist: Dist) -> Iterator[None]:
-    """A collective that fails because another rank is gone is that rank's story: no traceback here."""
+    """A collective that fails because another rank is gone is that rank's story: one line, no traceback.
+
+    The line is said at once: what is closed after it may take longer than a launcher gives the others.
+    """
     try:
         yield
     except RuntimeError as error:  # gloo has no class of its own for it
         if "Timed out waiting" in str(error):
-            raise LostPeerError(
-                "a collective took longer than train.timeout_s: a rank hangs, or is far behind"
-            ) from None
-        if not any(sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer")):
+            raise HangError("a collective timed out: a rank hangs; run the same command again to go on") from None
+        if not isinstance(error, torch_dist.DistNetworkError) and not any(sign in str(error) for sign in _PEER_IS_GONE):
             raise
-        raise LostPeerError(f"another of the {dist.world_size} processes ended; its message says why") from None
+        lost = LostPeerError(f"another of the {dist.world_size} processes ended; its message says why")
+        say(lost)
+        raise lost from None
 
 
 def shut_down() -> None:
@@ -129,46 +156,46 @@ def sum_over_ranks(values: Tensor, dist: Dist) -> Tensor:
     return values
 
 
-class StopFlag:
-    """SIGTERM and SIGUSR2 ask the run to stop; all ranks agree on the step at which they do.
+def max_over_ranks(values: Tensor, dist: Dist) -> Tensor:
+    """Elementwise maximum, in place, of a tensor of any device. COLLECTIVE: every rank must call."""
+    if dist.world_size > 1:
+        torch_dist.all_reduce(values, op=torch_dist.ReduceOp.MAX)
+    return values
 
-    The handler only sets a flag. The agreement is an all-reduce that runs beside the step and is read one step
-    later, so that nobody waits for it. A second SIGTERM ends the process at once; one that follows within a moment is
-    the first one again: ``timeout``, systemd and scancel signal the launcher and its ranks, and the launcher passes on.
+
+def begin_any(flags: Sequence[bool], dist: Dist) -> Callable[[], list[bool]]:
+    """Begin to ask whether some rank has each flag set; the call of what is returned waits for the answer. COLLECTIVE.
+
+    The all-reduce runs beside what comes between the two.
+    """
+    found = torch.tensor(flags, dtype=torch.int32)
+    work = torch_dist.all_reduce(found, torch_dist.ReduceOp.MAX, async_op=True) if dist.world_size > 1 else None
+
+    def answer() -> list[bool]:
+        if work is not None:
+            work.wait()
+        return list(map(bool, found.tolist()))
+
+    return answer
+
+
+class StopFlag:
+    """SIGTERM and SIGUSR2 ask the run to stop: this process knows of it, and its ranks agree on when.
+
+    The handler only sets a flag. A second SIGTERM ends the process at once; one that follows within a moment is the
+    first one again: ``timeout``, systemd and scancel signal the launcher and its ranks, and the launcher passes on.
     """
 
-    def __init__(self, dist: Dist) -> None:
-        self._dist = dist
-        self._asked = torch.zeros((), dtype=torch.int32)
+    def __init__(self) -> None:
+        self.asked = False
+        """Whether this process was asked to stop."""
         self._asked_at = 0.0
-        self._pending: tuple[torch_dist.Work, Tensor] | None = None
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._asked:
+        if not self.asked:
             self._asked_at = time.monotonic()
         elif number == signal.SIGTERM and time.monotonic() - self._asked_at > SAME_SIGNAL_S:
             os._exit(128 + number)
-        self._asked.fill_(1)
-
-    def agreed(self, *, final: bool) -> bool:
-        """Whether all ranks stop now. COLLECTIVE: call once a step on every rank.
-
-        Args:
-            final: this is the run's last step; nothing is left under way.
-        """
-        if self._dist.world_size == 1:
-            return bool(self._asked)
-        stop = False
-        if self._pending is not None:
-            work, asked = self._pending
-            work.wait()
-            stop = bool(asked)
-        self._pending = None
-        if not (stop or final):
-            asked = self._asked.clone()
-            work = torch_dist.all_reduce(asked, op=torch_dist.ReduceOp.MAX, async_op=True)
-            assert work is not None
-            self._pending = work, asked
-        return stop
+        self.asked = True

@@ -60,7 +60,7 @@ class Engine(Protocol):
         ...
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        """The optimizer's moments by name (``exp_avg``), each like ``masters()``."""
+        """The optimizer's moments by name (``exp_avg``), each like ``masters()`` for the weights that have it."""
         ...
 
     def optimizer_steps(self) -> int:

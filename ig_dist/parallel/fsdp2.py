@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,21 +17,11 @@ from torch.distributed.tensor import DTensor
 from ig_dist.checkpoint import Piece
 from ig_dist.config import OptimizerConfig
 from ig_dist.models.dit import DiT
-from ig_dist.optim import build_optimizer
+from ig_dist.optim import build_optimizer, steps_of
 from ig_dist.parallel.dist import Dist, ensure_process_group
 from ig_dist.parallel.engine import LoadedState, StepResult
-from ig_dist.parallel.sharded import (
-    MOMENTS,
-    Shards,
-    clip_and_gate,
-    cut,
-    moments_of,
-    norm_over_ranks,
-    read_moments,
-    set_state,
-    steps_of,
-    to_pieces,
-)
+from ig_dist.parallel.orthogonalise import orthogonalise_shards
+from ig_dist.parallel.sharded import Shards, cut, load_moments, moments_by_name, norm_over_ranks, to_pieces, update
 
 
 class FSDP2Engine:
@@ -63,11 +54,11 @@ class FSDP2Engine:
         self._shards = local_shards(model, dist)
         self._sharded = {name: p for name, p in model.named_parameters() if name in self._shards}
         self._parameters = {name: nn.Parameter(shard.data) for name, shard in self._shards.items()}
-        self._optimizer = build_optimizer(list(self._parameters.values()), config)
-        if state is not None and state.optimizer_steps:
-            moments = read_moments(state, self._shards)
-            for name, parameter in self._parameters.items():
-                set_state(self._optimizer, parameter, state.optimizer_steps, {m: moments[m][name] for m in moments})
+        matrices = [p.shape for p in model.parameters() if p.ndim >= 2]
+        shapes = [shard.shape for shard in self._shards.values()]
+        shared_out = partial(orthogonalise_shards, shapes=matrices, dist=dist)
+        self._optimizer = build_optimizer(list(self._parameters.values()), config, shapes, shared_out)
+        load_moments(self._optimizer, self._parameters, self._shards, state)
 
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
@@ -83,14 +74,9 @@ class FSDP2Engine:
             assert isinstance(grad, DTensor)
             parameter.grad = grad.to_local()
         grads = [p.grad for p in self._parameters.values() if p.grad is not None]
-        grad_norm = norm_over_ranks(grads, self._dist)
-        finite = clip_and_gate(self._optimizer, grad_norm, self._grad_clip)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        result = update(self._optimizer, norm_over_ranks(grads, self._dist), self._grad_clip, lr)
         self.module.zero_grad()
-        return StepResult(grad_norm, finite)
+        return result
 
     def masters(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self._parameters.items()}
@@ -103,8 +89,7 @@ class FSDP2Engine:
                 module.reshard()
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        of = {name: moments_of(self._optimizer, parameter) for name, parameter in self._parameters.items()}
-        return {moment: {name: of[name][moment] for name in of} for moment in MOMENTS}
+        return moments_by_name(self._optimizer, self._parameters)
 
     def optimizer_steps(self) -> int:
         return steps_of(self._optimizer)

@@ -1,24 +1,34 @@
-"""What the engines share: the gate of a step, and the naming and cutting of shards that are flat ranges."""
+"""What the engines share: the update with its gate, and the naming and cutting of shards that are flat ranges."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from ig_dist.checkpoint import Piece
+from ig_dist.optim import moment_names, moments_of, set_learning_rate, set_state
 from ig_dist.parallel.dist import Dist, sum_over_ranks
-from ig_dist.parallel.engine import LoadedState
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from ig_dist.parallel.engine import LoadedState, StepResult
 
 Shards = Mapping[str, Piece]
 """This rank's part of each weight by canonical name; weights of which it holds nothing are left out."""
 
+Parameters = Mapping[str, nn.Parameter]
+"""What the optimizer works on, each of the shape of its shard."""
 
-def clip_and_gate(optimizer: AdamW, grad_norm: Tensor, grad_clip: float | None) -> Tensor:
+
+def update(optimizer: Optimizer, grad_norm: Tensor, grad_clip: float | None, lr: float) -> StepResult:
+    """Clip, step unless the gradient is not finite, and clear the gradients; arguments as for ``clip_and_gate``."""
+    finite = clip_and_gate(optimizer, grad_norm, grad_clip)
+    set_learning_rate(optimizer, lr)
+    optimizer.step()
+    optimizer.zero_grad()
+    return StepResult(grad_norm, finite)
+
+
+def clip_and_gate(optimizer: Optimizer, grad_norm: Tensor, grad_clip: float | None) -> Tensor:
     """Clip what the optimizer is about to use, and make its next step void if the norm is not finite.
 
     The fused kernels read ``found_inf`` on the device and then change nothing, Adam's step count included: the gate
@@ -47,23 +57,6 @@ def norm_over_ranks(grads: Iterable[Tensor], dist: Dist) -> Tensor:
     return sum_over_ranks(local.double().square(), dist).sqrt().float()
 
 
-def moments_of(optimizer: AdamW, parameter: Tensor) -> dict[str, Tensor]:
-    """Adam's moments of a parameter; zeros before the first step."""
-    state = optimizer.state.get(parameter)
-    return {moment: state[moment] if state else torch.zeros_like(parameter) for moment in MOMENTS}
-
-
-def steps_of(optimizer: AdamW) -> int:
-    """Updates that Adam has made."""
-    return int(next((state["step"] for state in optimizer.state.values()), 0))
-
-
-def set_state(optimizer: AdamW, parameter: Tensor, steps: int, moments: Mapping[str, Tensor]) -> None:
-    """Give Adam the state of a parameter, of its shape and on its device."""
-    step = torch.tensor(float(steps), device=parameter.device)
-    optimizer.state[parameter] = {"step": step, **moments}
-
-
 def cut(read: Callable[[str], Tensor], shards: Shards, prefix: str = "") -> dict[str, Tensor]:
     """This rank's parts of whole tensors, in memory of their own.
 
@@ -79,9 +72,23 @@ def cut(read: Callable[[str], Tensor], shards: Shards, prefix: str = "") -> dict
     return parts
 
 
-def read_moments(state: LoadedState, shards: Shards) -> dict[str, dict[str, Tensor]]:
-    """This rank's parts of the moments, by name of the moment and of the weight."""
-    return {moment: cut(state.read, shards, f"{moment}/") for moment in MOMENTS}
+def load_moments(optimizer: Optimizer, parameters: Parameters, shards: Shards, state: LoadedState | None) -> None:
+    """Give the optimizer the moments that a checkpoint has of this rank's shards, if it has any."""
+    if state is None or not state.optimizer_steps:
+        return
+    for name, parameter in parameters.items():
+        own = {name: shards[name]}
+        moments = {m: cut(state.read, own, f"{m}/")[name] for m in moment_names(optimizer, parameter)}
+        set_state(optimizer, parameter, state.optimizer_steps, moments)
+
+
+def moments_by_name(optimizer: Optimizer, parameters: Parameters) -> dict[str, dict[str, Tensor]]:
+    """The moments by their name and the parameter's."""
+    moments: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in parameters.items():
+        for moment, tensor in moments_of(optimizer, parameter).items():
+            moments.setdefault(moment, {})[name] = tensor
+    return moments
 
 
 def to_pieces(groups: Mapping[str, Mapping[str, Tensor]], shards: Shards) -> dict[str, Piece]:

@@ -44,8 +44,8 @@ def reload(job: dict[str, Any], dist: Dist) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    dist = init_distributed(120)
-    trainer.init_distributed = lambda timeout_s: dist
+    dist = init_distributed(120, 120)
+    trainer.init_distributed = lambda *_: dist
     trainer.shut_down = lambda: None
     for job in json.loads(Path(sys.argv[1]).read_text()):
         if "source" in job:

@@ -19,12 +19,15 @@ import pytest
 import torch
 import yaml
 
+from ig_dist.beginning import checkpoint_store, find_checkpoint
 from ig_dist.checkpoint import CheckpointStore
 from ig_dist.config_file import load_config
+from ig_dist.data.index import read_index
 from ig_dist.errors import ConfigError
 from ig_dist.export import ALONE
 from ig_dist.parallel.build import check_engine
 from tests.conftest import ROOT, TINY, run_command
+from tests.distributed.kills import carry_out, kills
 from tests.distributed.test_training import local, metrics
 
 ENGINES = {
@@ -38,32 +41,42 @@ STEPS, SAVED = 50, 20
 Job = dict[str, Any]
 
 
-def launch(jobs: Sequence[Job], processes: int, folder: Path) -> None:
-    """Do the jobs on new processes."""
-    file = folder / f"jobs{processes}_{len(list(folder.glob('jobs*')))}.json"
+def start(jobs: Sequence[Job], processes: int, file: Path) -> list[subprocess.Popen[bytes]]:
+    """Begin to do the jobs on new processes, which write what they say beside ``file``."""
     file.write_text(json.dumps(jobs))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
-    shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.engine_worker", str(file)],
-            cwd=ROOT,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
+    shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "PYTHONUNBUFFERED": "1"}
+    ranks = []
+    for rank in range(processes):
+        with log_of(file, rank).open("wb") as log:
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.distributed.engine_worker", str(file)],
+                    cwd=ROOT,
+                    env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    return ranks
+
+
+def log_of(file: Path, rank: int) -> Path:
+    return file.with_suffix(f".{rank}.log")
+
+
+def launch(jobs: Sequence[Job], processes: int, folder: Path) -> None:
+    """Do the jobs on new processes."""
+    file = folder / f"{Path(jobs[0]['overrides'][0]).name}_{processes}.json"  # the first one's run.dir
+    ranks = start(jobs, processes, file)
     try:
-        outputs = [rank.communicate(timeout=500)[0] for rank in ranks]
+        failed = [rank for rank, process in enumerate(ranks) if process.wait(500)]
     finally:
-        for rank in ranks:
-            rank.kill()
-    assert not any(rank.returncode for rank in ranks), "\n".join(output[-3000:] for output in outputs)
-    file.with_suffix(".log").write_text("\n".join(outputs))
+        for process in ranks:
+            process.kill()
+    assert not failed, "\n".join(log_of(file, rank).read_text()[-3000:] for rank in range(processes))
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +113,67 @@ def two(folder: Path) -> Path:
             jobs.append({**run(folder, f"{name}-blown", *engine, *BLOWN), "blows_up": True})
     launch(jobs, 2, folder)
     return folder
+
+
+MUON_STEPS = 30
+MUON = ["optimizer.kind=muon", "optimizer.lr=0.02", f"train.steps={MUON_STEPS}"]
+
+
+@pytest.fixture(scope="module")
+def muon(folder: Path) -> Path:
+    """Muon on one process and on two, gone on with from the middle, and blown up."""
+    launch([run(folder, "muon-one", *MUON)], 1, folder)
+    jobs = []
+    for name in ("ddp", "fsdp2"):
+        engine = [*MUON, *ENGINES[name]]
+        jobs.append(run(folder, f"{name}-muon", *engine))
+        jobs.append(run(folder, f"{name}-muon-restarted", *engine, f"run.fork_from={folder / name}-muon@{SAVED}"))
+        jobs.append({**run(folder, f"{name}-muon-blown", *engine, *BLOWN), "blows_up": True})
+    for source, target in (("ddp", "fsdp2"), ("fsdp2", "ddp")):
+        whole = [*MUON, *ENGINES[target], f"run.fork_from={folder / source}-muon@{SAVED}"]
+        store = {
+            "source": str(folder / f"{source}-muon/checkpoints"),
+            "dest": str(folder / f"{source}-{target}-muon/checkpoints"),
+        }
+        jobs.append({**run(folder, f"{source}-{target}-muon", *whole), **store, "step": SAVED})
+    launch(jobs, 2, folder)
+    return folder
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_muon_of_two_processes_follows_muon_of_one(muon: Path, engine: str) -> None:
+    assert_curve(muon / f"{engine}-muon", muon / "muon-one", rel=1e-5)
+    lines = metrics(muon / "muon-one")
+    assert len(lines) == MUON_STEPS and lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+    groups = [name.split("/")[0] for name in saved(muon / f"{engine}-muon", MUON_STEPS)]
+    assert 0 < groups.count("exp_avg_sq") < groups.count("exp_avg")  # matrices have one moment
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_restart_of_muon_is_exact(muon: Path, engine: str) -> None:
+    assert_equal(saved(muon / f"{engine}-muon-restarted", MUON_STEPS), saved(muon / f"{engine}-muon", MUON_STEPS))
+
+
+@pytest.mark.parametrize(("source", "target"), [("ddp", "fsdp2"), ("fsdp2", "ddp")])
+def test_a_checkpoint_of_muon_is_loaded_under_the_other_engine(muon: Path, source: str, target: str) -> None:
+    assert_equal(saved(muon / f"{source}-{target}-muon", SAVED), saved(muon / f"{source}-muon", SAVED))
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_muon_skips_a_non_finite_step(muon: Path, engine: str) -> None:
+    steps = CheckpointStore(str(muon / f"{engine}-muon-blown" / "checkpoints")).steps()
+    first = next(line["step"] for line in metrics(muon / f"{engine}-muon-blown") if line["nonfinite_steps"])
+    assert steps[-1] > first
+    assert_equal(saved(muon / f"{engine}-muon-blown", steps[-1]), saved(muon / f"{engine}-muon-blown", first - 1))
+
+
+def test_the_state_of_another_optimizer_is_refused(muon: Path) -> None:
+    job = run(muon, "other", f"run.fork_from={muon / 'muon-one'}@{SAVED}")
+    config = load_config(job["config"], job["overrides"])
+    index = read_index(config.data.index)
+    config = config.with_data(index.info.latent.shape, len(index.info.classes))
+    with pytest.raises(ConfigError, match=r"has the state of optimizer\.kind=muon, this config has adamw: use that"):
+        find_checkpoint(checkpoint_store(config), config, index, ALONE)
 
 
 def saved(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -170,8 +244,37 @@ def test_a_non_finite_step_is_skipped_on_all_ranks_alike(two: Path, engine: str)
 
 
 def test_engines_say_nothing_of_their_own(two: Path) -> None:
-    lines = (two / "jobs2_0.log").read_text().splitlines()
+    lines = [line for rank in range(2) for line in log_of(two / "ddp_2.json", rank).read_text().splitlines()]
     assert [line for line in lines if "DeepSpeed" in line or "arning" in line] == []
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(30, marks=[pytest.mark.full, pytest.mark.timeout(1800)])])
+def test_sigkill_at_any_moment_leaves_no_trace_in_the_weights(two: Path, count: int) -> None:
+    """Killed and started again with the same job list, in which what is finished is left alone."""
+    names = {f"{engine}-killed{count}": engine for engine in ENGINES}
+    jobs = [run(two, name, *ENGINES[engine], "checkpoint.every_steps=7") for name, engine in names.items()]
+    resumed, torn = dict.fromkeys(names, 0), 0
+    for number, kill in enumerate(kills(list(names), count, STEPS - 10, 2)):
+        file = two / f"killed{count}_{number}.json"
+        ranks = start(jobs[: list(names).index(kill.run) + 1], 2, file)
+        try:
+            left = carry_out(kill, ranks, log_of(file, 0), two / kill.run)
+        finally:
+            for rank in ranks:
+                rank.kill()
+        store = CheckpointStore(str(two / kill.run / "checkpoints"))
+        checkpoint = store.latest(ALONE)
+        step = checkpoint.step if checkpoint else 0
+        assert not store.damaged and step >= resumed[kill.run], kill  # nothing that was whole is lost
+        assert step >= kill.step - 2 * 7, kill  # nor more than the save that was under way and what followed it
+        resumed[kill.run] = step
+        torn += left and kill.kind == "save"
+    assert torn  # the moments are in saves indeed
+    launch(jobs, 2, two)
+    for name, engine in names.items():
+        assert_equal(saved(two / name, STEPS), saved(two / engine, STEPS))
+        for mine, theirs in zip(metrics(two / name), metrics(two / engine), strict=True):
+            assert all(mine[key] == theirs[key] for key in ("step", "batch_fingerprint", *LOSSES)), (name, mine)
 
 
 def reload_and_go_on(folder: Path, source: str, target: str, processes: int, steps: int = 20) -> list[Job]:

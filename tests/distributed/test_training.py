@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,11 @@ import pytest
 import safetensors.torch
 import torch
 
+from ig_dist.config_file import load_config
+from ig_dist.data.index import read_index
+from ig_dist.export import ALONE
+from ig_dist.goodput import read_goodput
+from ig_dist.trainer import build_order
 from tests.conftest import ROOT, run_command
 
 STEPS = 50
@@ -37,6 +43,20 @@ def final_tensors(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
     for file in sorted((run / "checkpoints" / f"step_{step:010d}").glob("rank_*.safetensors")):
         tensors.update(safetensors.torch.load_file(file))
     return tensors
+
+
+def faulty(config: Path, fault: str, rank: int, steps: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The run, with a fault in it; its exit code is the launcher's."""
+    fault_at = {"FAULT": fault, "FAULT_RANK": str(rank), "FAULT_STEPS": steps}
+    return subprocess.run(
+        [sys.executable, "-m", "tests.distributed.faulty", str(config)],
+        cwd=ROOT,
+        env={**os.environ, **fault_at, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def test_world_size_and_accumulation_change_neither_batches_nor_losses(tiny_config: Write, tmp_path: Path) -> None:
@@ -72,8 +92,11 @@ def test_sigkill_at_random_moments_leaves_no_trace_in_the_weights(
     moments = random.Random(100 + processes)
     # one kill is before the first checkpoint, the others spread over the run
     targets = sorted([moments.randrange(1, 7), *moments.sample(range(8, STEPS - 1), KILLS[processes] - 1)])
+    lost = []
     for target in targets:
         kill_at(local(killed, processes), run, target, extra_s=moments.uniform(0, 0.05))
+        saved = [int(file.parent.name[5:]) for file in run.glob("checkpoints/*/manifest.json")]
+        lost.append(last_step(run) - max(saved, default=0))
     done = run_command(local(killed, processes))
     assert done.returncode == 0, done.stderr
 
@@ -87,6 +110,14 @@ def test_sigkill_at_random_moments_leaves_no_trace_in_the_weights(
     assert [line["step"] for line in curve] == list(range(1, STEPS + 1))  # cut back at every restart
     for mine, theirs in zip(metrics(tmp_path / "runs" / f"whole{processes}"), curve, strict=True):
         assert mine["loss"] == theirs["loss"] and mine["batch_fingerprint"] == theirs["batch_fingerprint"]
+
+    # the ledger is not cut back: it says what was done again, from the last line before each kill
+    goodput, whole_goodput = read_goodput(run), read_goodput(tmp_path / "runs" / f"whole{processes}")
+    assert goodput is not None and whole_goodput is not None
+    assert (goodput.starts, whole_goodput.starts) == (KILLS[processes] + 1, 1)
+    assert sum(lost) - KILLS[processes] <= goodput.lost_steps <= sum(lost)  # a kill may fall between the two files
+    assert goodput.seconds["lost"] > 0 and whole_goodput.seconds["lost"] == pytest.approx(0, abs=0.05)
+    assert str(goodput) in done.stdout and "lost work" in str(goodput)
 
 
 def kill_at(command: list[str], run: Path, step: int, extra_s: float) -> None:
@@ -109,7 +140,10 @@ def last_step(run: Path) -> int:
     return file.read_text().count("\n") if file.exists() else 0
 
 
-def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(tiny_config: Write, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(
+    tiny_config: Write, tmp_path: Path, number: signal.Signals
+) -> None:
     run = tmp_path / "runs" / "term"
     config = tiny_config("term", train={"steps": 3000}, checkpoint={"every_steps": 5000})
     process = subprocess.Popen(
@@ -120,7 +154,7 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(tiny_config: Wr
         time.sleep(0.01)
     # `timeout` and systemd signal the launcher and its ranks, and the launcher passes the signal on: it is still one
     for pid in [*map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()), process.pid]:
-        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
     assert "run the same command again" in errors
@@ -129,6 +163,20 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(tiny_config: Wr
     done = run_command(local(config, 2, f"train.steps={saved + 5}"))
     assert done.returncode == 0 and f"resume at step {saved}" in done.stdout
     assert metrics(run)[-1]["step"] == saved + 5
+
+
+def test_a_signal_to_one_rank_stops_all(tiny_config: Write, tmp_path: Path) -> None:
+    """SLURM's ``--signal`` may reach one task only."""
+    run = tmp_path / "runs" / "one"
+    config = tiny_config("one", train={"steps": 3000}, checkpoint={"every_steps": 5000})
+    process = subprocess.Popen([sys.executable, *local(config, 2)[1:]], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while last_step(run) < 10:
+        assert process.poll() is None
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGUSR2)
+    assert process.wait(timeout=60) == 75
+    assert len(list((run / "checkpoints").iterdir())) == 1
 
 
 def test_one_dead_rank_ends_the_others(tiny_config: Write, tmp_path: Path) -> None:
@@ -144,8 +192,20 @@ def test_one_dead_rank_ends_the_others(tiny_config: Write, tmp_path: Path) -> No
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGKILL
     assert "error: rank 0: another of the 2 processes ended" in errors and "Traceback" not in errors
+    assert "error: rank 1 was killed by signal 9 (SIGKILL: out of memory?)\n" in errors
     for child in children:
         assert not Path(f"/proc/{child}").exists()
+
+
+def test_a_rank_that_loses_its_peer_says_so_before_it_closes_what_takes_long(tiny_config: Write) -> None:
+    """Rank 1 is killed, and the threads of rank 0 do not end: the launcher kills rank 0 too, but it has spoken."""
+    done = faulty(tiny_config("stuck"), "die", rank=1, steps="7")
+    assert done.returncode == 128 + signal.SIGKILL
+    said = done.stderr.splitlines()
+    assert said[0] == "error: rank 0: another of the 2 processes ended; its message says why"
+    assert said[1].startswith("error: rank 1 was killed by signal 9")
+    assert said[1].endswith("rank 0 did not end within 10 s of the first failure and was killed")
+    assert len(said) == 2
 
 
 def test_a_run_directory_in_use_is_refused(tiny_config: Write, tmp_path: Path) -> None:
@@ -180,3 +240,39 @@ def test_non_finite_steps_change_nothing_and_end_the_run_with_exit_code_3(tiny_c
     before, after = (final_tensors(tmp_path / "runs" / "blown", step) for step in saves[:2])
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]), name
+
+
+def test_a_loss_that_is_not_a_number_on_one_rank_is_skipped_by_all(tiny_config: Write, tmp_path: Path) -> None:
+    """Steps 5 and 6 go wrong on rank 1 only: all skip them, the sample is named, and the run goes on."""
+    config = tiny_config("nan", train={"steps": 10}, checkpoint={"every_steps": 4, "keep_last": 9})
+    done = faulty(config, "nan", rank=1, steps="5,6")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "nan"
+    lines = metrics(run)
+    assert [line["nonfinite_steps"] for line in lines] == [0, 0, 0, 0, 1, 2, 2, 2, 2, 2]
+    order = build_order(load_config(config, []), read_index(load_config(config, []).data.index), ALONE)
+    for step in (5, 6):
+        ids = order.batch(step - 1)[0]
+        guilty = int(ids[len(ids) // 2])  # the first one of rank 1
+        assert lines[step - 1]["nonfinite_samples"] == [guilty]
+        line = (
+            f"skipped for a non-finite gradient: step {step} (samples with a non-finite loss: {guilty} (step {step}))"
+        )
+        assert line in done.stdout
+    assert not any("nonfinite_samples" in line for line in lines if line["step"] not in (5, 6))
+    before, after = final_tensors(run, 4), final_tensors(run, 8)
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    steps = [json.loads((run / f"checkpoints/step_{n:010d}/manifest.json").read_text()) for n in (4, 8)]
+    assert [manifest["meta"]["optimizer_steps"] for manifest in steps] == [4, 6]
+    assert any(not torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_too_many_of_them_end_both_ranks(tiny_config: Write, tmp_path: Path) -> None:
+    config = tiny_config("nans", train={"steps": 30, "max_nonfinite_steps": 3})
+    done = faulty(config, "nan", rank=1, steps="5,6,7,8,9")
+    assert done.returncode == 3, done.stderr
+    assert metrics(tmp_path / "runs" / "nans")[-1]["step"] == 6  # steps 5, 6 and 7: the third one ends the run
+    assert re.findall(
+        r"error: rank (\d): the last 3 steps up to step 7 had a non-finite gradient \(samples", done.stderr
+    )
+    assert "Traceback" not in done.stderr

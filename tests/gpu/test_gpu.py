@@ -6,11 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from ig_dist.apex_adam import check_apex
+from ig_dist.config import OptimizerConfig
+from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT, DiTConfig, initialize
+from ig_dist.optim import build_optimizer, moments_of, set_state, steps_of
 from ig_dist.parallel.apply import apply_compile, apply_precision
+from ig_dist.parallel.sharded import update
 from ig_dist.rng import Purpose, integers, normal, uniform
 from tests.conftest import run_command
-from tests.distributed.test_training import final_tensors
+from tests.distributed.test_training import final_tensors, metrics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
@@ -53,3 +58,60 @@ def test_resume_is_exact(tiny_config: Callable[..., Path], tmp_path: Path) -> No
     whole, stopped = (final_tensors(tmp_path / "runs" / name) for name in ("whole", "stopped"))
     for key, tensor in whole.items():
         assert torch.equal(tensor, stopped[key]), key
+
+
+def test_apex_does_what_the_fused_adam_of_torch_does() -> None:
+    try:
+        check_apex()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    made = {}
+    for kind in ("fused", "apex"):
+        torch.manual_seed(0)
+        parameter = torch.nn.Parameter(torch.randn(1000, device="cuda"))
+        optimizer = build_optimizer([parameter], OptimizerConfig(implementation=kind, lr=1e-3, weight_decay=0.1))
+        for step in range(8):
+            kept = parameter.detach().clone()
+            parameter.grad = torch.randn(1000, device="cuda")
+            if step in (0, 5):
+                parameter.grad[3] = float("inf")
+            update(optimizer, torch.nn.utils.get_total_norm([parameter.grad]), 1.0, 1e-3 * (step + 1))
+            assert torch.equal(parameter, kept) == (step in (0, 5))
+            assert steps_of(optimizer) == step + 1 - (step >= 0) - (step >= 5)
+            if step == 5:  # as if it were loaded: the next step goes on from here
+                state = {name: moment.clone() for name, moment in moments_of(optimizer, parameter).items()}
+                optimizer = build_optimizer([parameter], OptimizerConfig(implementation=kind, lr=1, weight_decay=0.1))
+                set_state(optimizer, parameter, 4, state)
+        made[kind] = parameter.detach()
+    assert torch.allclose(made["apex"], made["fused"], rtol=1e-5, atol=1e-7)
+
+
+def test_muon_on_the_gpu_follows_muon_on_the_cpu() -> None:
+    made = []
+    for device in ("cpu", "cuda"):
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(96, 32), (32, 96), (7,)]
+        parameters = [torch.nn.Parameter(torch.randn(s, generator=generator).to(device)) for s in shapes]
+        start = [parameter.detach().cpu().clone() for parameter in parameters]
+        optimizer = build_optimizer(parameters, OptimizerConfig.model_validate({"kind": "muon", "lr": 1e-2}))
+        for _ in range(5):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            update(optimizer, norm, 1.0, 1e-2)
+        made.append([p.detach().cpu() - first for p, first in zip(parameters, start, strict=True)])
+    for cpu, gpu in zip(*made, strict=True):  # on a GPU the iteration is in bf16
+        assert (cpu - gpu).norm() < 0.05 * cpu.norm()
+
+
+def test_a_run_compiles_in_its_first_step_only(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    watched = {"validate_every_steps": 10, "sample_every_steps": 25}  # compiled for themselves, and not counted
+    for engine in ("ddp", "fsdp2"):
+        config = tiny_config(
+            engine, train={"precision": "bf16", "compile": True}, data={"validation_shards": 2}, log=watched
+        )
+        done = run_command(["ig-dist", "train", config, f"engine.kind={engine}"])
+        assert done.returncode == 0, done.stderr
+        lines = [line for line in metrics(tmp_path / "runs" / engine) if "loss" in line]
+        assert [line["recompiles"] for line in lines] == [0] * 50
+        assert all(2**20 < line["peak_memory_bytes"] < 2**34 for line in lines)  # of the GPU, not of the process

@@ -49,6 +49,11 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "steps and epochs": (["train", GOOD, "train.epochs=2"], ["train.steps", "train.epochs", "exactly one"]),
     "batch and streams": (["train", GOOD, "data.streams=5"], ["data.streams 5", "use", "train.global_batch_size=35"]),
     "accumulation": (["train", GOOD, "train.accumulation=5"], ["train.accumulation 5", "use train.accumulation=1"]),
+    "Muon under DeepSpeed": (
+        ["train", GOOD, "optimizer.kind=muon", "engine.kind=deepspeed"],
+        ["needs whole matrices", "engine.kind=fsdp2 or ddp"],
+    ),
+    "apex that is not there": (["train", GOOD, "optimizer.implementation=apex"], ["NVIDIA's apex", "fused"]),
     "no config file": (["train", "nowhere.yaml"], ["nowhere.yaml", "configs/digits.yaml"]),
     "config is no mapping": (["train", "LIST"], ["must hold a mapping"]),
     "config is no YAML": (["train", "BROKEN"], ["not valid YAML"]),
@@ -119,6 +124,11 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "a run without a checkpoint": (["sample", "FRESH"], ["has no checkpoint", "ig-dist train"]),
     "report of no run": (["report", "nowhere"], ["nowhere"]),
     "checkpoints of an unknown protocol": (["train", GOOD, "checkpoint.url=s4://b/x"], ["checkpoint.url", "s4"]),
+    "a password in a URL": (
+        ["train", GOOD, "checkpoint.url=https://me:hun" + "ter2@host/x"],
+        ["checkpoint.url https://***@host/x: no credentials in a URL", "~/.netrc"],
+    ),
+    "checkpoints over http": (["train", GOOD, "checkpoint.url=https://host/x"], ["checkpoint.url", "http", "s3://"]),
     "samples of an unknown protocol": (["sample", "RUN", "sample.url=s4://b/x"], ["sample.url", "s4"]),
     "fork beyond the end": (
         ["train", GOOD, "run.fork_from=RUN", "train.steps=2"],

@@ -18,11 +18,12 @@ import pytest
 import torch
 
 from ig_dist import snapshot
-from ig_dist.checkpoint import CheckpointStore, Piece
+from ig_dist.checkpoint import Checkpoint, CheckpointStore, Piece
 from ig_dist.errors import DataError
 from ig_dist.export import ALONE
 from ig_dist.saving import Saver
-from ig_dist.storage import Patience, open_url
+from ig_dist.storage.faults import Patience
+from ig_dist.storage.files import open_url
 from tests.conftest import ROOT, run_command
 from tests.distributed.test_training import local, metrics
 from tests.fault_proxy import Fault, FaultProxy
@@ -115,6 +116,21 @@ def test_what_suffers_on_the_way_is_read_again(url: str, fault_proxy: FaultProxy
         fault_proxy.add(Fault("flip", next=1, method="GET", path=path, after_bytes=150))
         check(store, 2)
     assert len(fault_proxy.log) == 2 and not store.damaged
+
+
+@pytest.mark.parametrize("count", [1000, 2 * 10**6])  # read in blocks with its neighbours, and by a range of its own
+def test_a_bit_that_flips_while_a_tensor_is_read_is_noticed(url: str, fault_proxy: FaultProxy, count: int) -> None:
+    store = open_store(url)
+    save(store, 1, count=count)
+    checkpoint = store.latest(ALONE)
+    assert checkpoint is not None
+    fault_proxy.add(Fault("flip", next=2, method="GET", path=r"\.safetensors", after_bytes=3000))
+    assert torch.equal(checkpoint.read("model/w"), pieces(1, count)["model/w"].data)
+    assert len(fault_proxy.log) == 2 <= store.patience.faults
+    checkpoint = Checkpoint(checkpoint.url, checkpoint.manifest, store.patience)  # has read nothing yet
+    fault_proxy.add(Fault("flip", method="GET", path=r"\.safetensors", after_bytes=3000))
+    with pytest.raises(DataError, match=rf"{url}/step_0000000001/rank_00000.*'model/w' is damaged .*: restore the"):
+        checkpoint.read("model/w")
 
 
 def test_of_two_writers_of_a_step_the_first_stays(url: str) -> None:
@@ -230,6 +246,7 @@ def test_a_run_goes_on_through_an_outage_and_a_lost_end_is_an_error(
     # rank 1 cannot write its part of step 5, and nobody the last one
     fault_proxy.add(Fault("status503", path="step_0000000005/rank_00001.*safetensors"))
     fault_proxy.add(Fault("status503", path="step_0000000020"))
+    fault_proxy.add(Fault("flip", next=2, method="GET", path=r"rank_00001\.[0-9a-f]{12}\.json", after_bytes=99))
     done = run_command(local(config, 2))
     said = [line for line in done.stdout.splitlines() if "not saved" in line]
     assert done.returncode == 4, done.stderr
@@ -248,6 +265,9 @@ def test_a_run_goes_on_through_an_outage_and_a_lost_end_is_an_error(
     fault_proxy.clear()
     checkpoint = CheckpointStore(url).latest(ALONE)
     assert checkpoint is not None and checkpoint.step == 15
+    assert sum(event.kind == "flip" for event in fault_proxy.log) == 2
+    for name in checkpoint.manifest["tensors"]:
+        checkpoint.read(name)
 
 
 def test_a_run_on_a_full_disk_ends_with_exit_code_4(tiny_config: Write, tmp_path: Path) -> None:

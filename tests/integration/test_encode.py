@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import os
 import re
 import shutil
 import signal
@@ -24,7 +25,7 @@ from ig_dist.data.index import read_index
 from ig_dist.evaluation.scores import index_images
 from tests import imagenet_like
 from tests.conftest import ROOT
-from tests.encoding import SHARDS, SIZE, Encode, arguments, contents
+from tests.encoding import SHARDS, SIZE, Encode, arguments, contents, usually_named
 from tests.imagenet_like import CORRUPT, TRUNCATED
 
 
@@ -90,12 +91,12 @@ def test_the_summary_says_what_is_there(encode: Encode, tmp_path: Path) -> None:
 
 
 SLOW = """
-import pathlib, runpy, sys, time
-replace = pathlib.Path.replace
-def slow(self, target):  # a kill finds it with a temporary file, more often than not
+import os, runpy, sys, time
+link = os.link
+def slow(temporary, target):  # a kill finds it with a temporary file, more often than not
     time.sleep(0.15)
-    return replace(self, target)
-pathlib.Path.replace = slow
+    link(temporary, target)
+os.link = slow
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -158,8 +159,12 @@ def test_what_is_complete_is_left_alone_and_what_is_not_is_made_again(
     kept = [dest / f"shard-{number:06d}.tar" for number in range(SHARDS) if number not in again]
     before = {path: path.stat().st_mtime_ns for path in kept}
     assert encode(dest)[0] == 0
-    assert contents(dest) == undisturbed
+    assert usually_named(contents(dest)) == undisturbed
     assert {path: path.stat().st_mtime_ns for path in kept} == before
+    # no tar is ever written over: what is made in place of a damaged one has another name
+    assert [path.name for path in dest.glob("shard-*.*.tar")] == [
+        path.name for path in dest.glob("shard-0000[01][91].*.tar")
+    ]
 
 
 def test_finished_is_finished(
@@ -204,19 +209,20 @@ def test_a_straggler_ends_well(
     """Another worker finishes everything while this one is about to write a shard."""
     dest, other = tmp_path / "out", tmp_path / "other"
     assert encode(other)[0] == 0
-    replace = Path.replace
+    link, met = os.link, []
 
-    def overtaken(self: Path, target: str) -> Path:
-        if str(target).endswith("shard-000004.tar") and not (dest / "index.json").exists():
+    def overtaken(temporary: Path, target: Path) -> None:
+        if target.name == "shard-000004.tar" and not met:
             for path in other.iterdir():
                 shutil.copy(path, dest)
             shutil.rmtree(dest / "parts")
-            self.unlink()  # swept away with what killed workers left
-        return replace(self, target)
+            temporary.unlink()  # swept away with what killed workers left
+            met.append(target)
+        link(temporary, target)
 
-    monkeypatch.setattr(Path, "replace", overtaken)
+    monkeypatch.setattr(os, "link", overtaken)
     code, said, errors = encode(dest)
-    assert code == 0 and "238 images" in said, errors
+    assert code == 0 and "238 images" in said and met, errors
     assert contents(dest) == undisturbed
 
 
@@ -272,18 +278,19 @@ def test_a_full_disk_is_one_line_before_and_in_the_middle(
         code, _, errors = encode(tmp_path / "out")
     assert code == 2 and errors.count("\n") == 1 and "needs about 860.2 kB, 100.0 kB are free" in errors
     assert not (tmp_path / "out").exists()
-    write_bytes = Path.write_bytes
+    opened = Path.open
+    for name in ("shard-000005.tar", "index.json"):
 
-    def full(self: Path, data: bytes) -> int:
-        if "shard-000005.tar" in self.name:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return write_bytes(self, data)
+        def full(self: Path, *options: Any, **more: Any) -> Any:
+            if self.name.startswith(name) and self.suffix == ".tmp":  # noqa: B023
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return opened(self, *options, **more)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
-        code, _, errors = encode(tmp_path / "out")
-    assert code == 4 and errors.count("\n") == 1, errors
-    assert "shard-000005.tar cannot be written (No space left on device)" in errors and "run the same command" in errors
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", full)
+            code, _, errors = encode(tmp_path / "out")
+        assert code == 4 and errors.count("\n") == 1, errors
+        assert f"{name} cannot be written (No space left on device)" in errors and "run the same command" in errors
     assert encode(tmp_path / "out")[0] == 0
 
 

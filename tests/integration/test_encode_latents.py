@@ -16,7 +16,7 @@ import ig_dist.latents.tokenizers
 from ig_dist.data.images import decode_image
 from ig_dist.data.index import read_index
 from ig_dist.data.shards import FLIP_SUFFIX, scan_shard
-from ig_dist.latents.tokenizers import Tokenizer
+from ig_dist.latents.tokenizer import Tokenizer
 from ig_dist.rng import Purpose, normal
 from tests import imagenet_like
 from tests.encoding import SIZE, Encode

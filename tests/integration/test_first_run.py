@@ -59,6 +59,13 @@ def test_export_sample_evaluate(run: Path) -> None:
     assert info["ema"] == 0.99 and info["step"] == 50 and info["images_seen"] == 1600
     assert "aux_layer.linear.weight" in weights and "pos_embed" in weights
 
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    done = run_command(["ig-dist", "sample", run, "--ig-scale", "1.5", "--num", "20", "sample.steps=3"])
+    assert done.returncode == 4 and f"{file} is damaged" in done.stderr and "export again" in done.stderr
+    file.write_bytes(whole)
+
     done = run_command(["ig-dist", "sample", run, "--ig-scale", "1.5", "--num", "20", "sample.steps=3"])
     assert done.returncode == 0, done.stderr
     (plan,) = [path.parent for path in (run / "samples").glob("*/plan.json")]

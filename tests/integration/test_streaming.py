@@ -16,7 +16,9 @@ from ig_dist.data.order import SampleOrder
 from ig_dist.data.reader import ShardReader
 from ig_dist.data.stream import Batch, BatchStream
 from ig_dist.errors import ConfigError, DataError
-from ig_dist.storage import Patience, abort_orphaned_uploads, open_url, write_whole
+from ig_dist.storage.faults import Patience
+from ig_dist.storage.files import open_url, read_file, write_whole
+from ig_dist.storage.s3 import abort_orphaned_uploads
 from tests.conftest import run_command
 from tests.fault_proxy import Fault, FaultProxy
 from tests.object_store import ObjectStore
@@ -170,6 +172,33 @@ def test_a_hanging_server_is_noticed(url: str, fault_proxy: FaultProxy) -> None:
     with pytest.raises(DataError, match="has failed for 2 s"):
         epoch(index, Patience(stall_s=0.5, deadline_s=2.0))
     assert time.monotonic() - began < 10.0
+
+
+@pytest.mark.parametrize("kind", ["hang", "stall", "reset"])
+def test_a_stream_closes_at_once_whatever_its_requests_wait_for(url: str, fault_proxy: FaultProxy, kind: str) -> None:
+    index = read_index(url)
+    stream = stream_of(index, Patience(stall_s=30.0, deadline_s=60.0))
+    fault_proxy.add(Fault(kind, path=r"\.tar", after_bytes=40 if kind == "stall" else 0))
+    assert stream.get(0.0) is None  # it begins to read
+    while not fault_proxy.log:
+        time.sleep(0.01)
+    assert stream.get(0.5) is None
+    began = time.monotonic()
+    stream.close()
+    assert time.monotonic() - began < 2.0
+
+
+def test_a_request_that_hangs_is_left_alone_when_the_command_ends(bucket: str, fault_proxy: FaultProxy) -> None:
+    patience = Patience(stall_s=30.0, deadline_s=60.0)
+    fs, path = open_url(f"s3://{bucket}/up", "test", patience)
+    fault_proxy.add(Fault("hang"))
+    for action in (lambda: write_whole(fs, path, b"x", patience), lambda: read_file(fs, path, patience)):
+        patience.stop.clear()
+        threading.Timer(0.3, patience.stop.set).start()
+        began = time.monotonic()
+        with pytest.raises(DataError, match="given up, because the command ends"):
+            action()
+        assert 0.2 < time.monotonic() - began < 2.0
 
 
 def test_denied_and_gone_are_said_at_once(url: str, fault_proxy: FaultProxy) -> None:

@@ -3,6 +3,9 @@
 import json
 import pickle
 import random
+import re
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,13 +58,14 @@ def test_what_is_saved_is_read(store: CheckpointStore) -> None:
 
 def test_a_tensor_in_pieces_of_several_files_is_read_whole(tmp_path: Path) -> None:
     whole = torch.arange(10.0).view(5, 2)
+    files, pieces = [], []
     for number, (start, stop) in enumerate([(0, 3), (3, 10)]):
         data = safetensors.torch.save({"model/w": whole.view(-1)[start:stop].clone()})
-        (tmp_path / f"rank_{number:05d}.safetensors").write_bytes(data)
-    manifest = {
-        "files": [{"name": f"rank_{n:05d}.safetensors"} for n in range(2)],
-        "tensors": {"model/w": {"shape": [5, 2], "dtype": "float32", "pieces": [[0, 0, 3], [1, 3, 10]]}},
-    }
+        files.append({"name": f"rank_{number:05d}.safetensors", "bytes": len(data)})
+        (tmp_path / files[-1]["name"]).write_bytes(data)
+        first = 8 + int.from_bytes(data[:8], "little")
+        pieces.append([number, start, stop, first, zlib.crc32(data[first:])])
+    manifest = {"files": files, "tensors": {"model/w": {"shape": [5, 2], "dtype": "float32", "pieces": pieces}}}
     assert torch.equal(Checkpoint(str(tmp_path), manifest).read("model/w"), whole)
 
 
@@ -95,6 +99,29 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert checkpoint is not None and checkpoint.step == 1
     if not (name == "manifest.json" and harm is remove):  # what has no manifest was never there
         assert "step_0000000002 is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("harm", [truncate, flip_a_bit, empty, remove])
+def test_damage_that_comes_after_the_look_at_all_files_is_noticed_too(
+    store: CheckpointStore, tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    save(store, 1)
+    checkpoint = store.latest(ALONE)
+    assert checkpoint is not None
+    harm(data_file(folder(tmp_path, 1)))
+    problems = []
+    for name in TENSORS:
+        try:
+            assert torch.equal(checkpoint.read(name), TENSORS[name] + 1)
+        except DataError as error:
+            problems.append(str(error))
+    assert problems and len(problems) < len(TENSORS) + (harm is not flip_a_bit)
+    for problem in problems:
+        assert "restore" in problem and data_file_name(problem) and "\n" not in problem
+
+
+def data_file_name(problem: str) -> bool:
+    return re.search(r"step_0000000001/rank_00000\.[0-9a-f]{16}\.safetensors", problem) is not None
 
 
 def test_an_edited_manifest_is_damage(store: CheckpointStore, tmp_path: Path) -> None:

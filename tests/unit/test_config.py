@@ -111,6 +111,24 @@ def test_keys_of_another_engine_are_refused(file: Path) -> None:
     assert load_config(file, ["engine.kind=fsdp2", "engine.reshard_after_forward=false"]).engine.kind == "fsdp2"
 
 
+def test_muon_has_the_settings_of_the_published_run_and_whole_matrices(file: Path, tmp_path: Path) -> None:
+    muon = load_config(file, ["optimizer.kind=muon", "engine.kind=fsdp2"]).optimizer
+    assert (muon.lr, muon.betas, muon.eps, muon.weight_decay, muon.grad_clip) == (2e-4, (0.9, 0.95), 1e-8, 0.01, 1.0)
+    config = load_config(file, ["optimizer.kind=muon", "optimizer.lr=1e-3", "optimizer.betas=[0.5, 0.6]"])
+    assert config.optimizer.lr == 1e-3 and config.optimizer.betas == (0.5, 0.6)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_run(tmp_path).optimizer == config.optimizer
+    with pytest.raises(ConfigError, match=r"optimizer\.kind=muon needs whole matrices.*use engine\.kind=fsdp2 or ddp"):
+        load_config(file, ["optimizer.kind=muon", "engine.kind=deepspeed"])
+
+
+@pytest.mark.parametrize("other", ["optimizer.kind=muon", "engine.kind=deepspeed"])
+def test_apex_is_for_adamw_whose_step_is_ours(file: Path, other: str) -> None:
+    assert load_config(file, ["optimizer.implementation=apex"]).optimizer.implementation == "apex"
+    with pytest.raises(ConfigError, match=r"is for adamw under ddp and fsdp2, not for .*implementation=fused"):
+        load_config(file, ["optimizer.implementation=apex", other])
+
+
 def test_every_field_is_described() -> None:
     def walk(schema: dict[str, Any]) -> None:
         for definition in schema["$defs"].values():

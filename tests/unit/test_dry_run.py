@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ig_dist.dry_run import activation_bytes
+from ig_dist.config_file import load_config
+from ig_dist.dry_run import activation_bytes, dry_run
 from ig_dist.models.dit import DiT, DiTConfig
 from tests.conftest import run_command
 
@@ -46,6 +47,22 @@ def test_the_published_run_is_told_without_data_and_without_weights() -> None:
     rows = {engine: [float(number) for number in numbers] for engine, *numbers in cells}
     assert rows["ddp"][0] > rows["zero1"][0] > rows["zero2"][0] > rows["zero3"][0] > 0
     assert len({row[1] for row in rows.values()}) == 1
+
+
+def test_muon_keeps_one_moment_of_a_matrix(capsys: pytest.CaptureFixture[str]) -> None:
+    state = {}
+    for kind in ("adamw", "muon"):
+        config = load_config("configs/sit_xl2_ig.yaml", [f"optimizer.kind={kind}"])
+        dry_run(config, gpus=8, mfu=0.4, peak_tflops=989.0)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "│" in line]
+        state[kind] = {cells[1].strip(): float(cells[2]) for cells in (line.split("│") for line in lines)}
+    assert state["muon"].keys() == {"ddp", "fsdp2"} < state["adamw"].keys()
+    with torch.device("meta"):
+        model = DiT(load_config("configs/sit_xl2_ig.yaml").with_data((4, 32, 32), 1000).model.to_dit())
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
+    for engine, share in (("ddp", 1), ("fsdp2", 8)):
+        saved = state["adamw"][engine] - state["muon"][engine]
+        assert saved == pytest.approx(4 * matrices / 2**30 / share, abs=0.011)
 
 
 def test_processes_that_do_not_divide_are_refused() -> None:

@@ -11,7 +11,7 @@ from ig_dist.evaluation.generate import generate, make_unit
 from ig_dist.evaluation.plan import Plan
 from ig_dist.evaluation.scores import frechet_distance
 from ig_dist.export import ExportInfo
-from ig_dist.latents.tokenizers import PIXEL
+from ig_dist.latents.tokenizer import PIXEL
 from ig_dist.models.dit import DiT, DiTConfig, initialize
 
 RNG = np.random.default_rng(0)

@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import os
 import resource
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,9 +31,8 @@ def index(tmp_path: Path) -> ShardIndex:
 
 def small_blocks(index: ShardIndex, cache: BlockCache | None = None, **options: str) -> ShardReader:
     """A reader whose blocks hold 7 samples."""
-    reader = ShardReader(index, **options, cache=cache)  # type: ignore[arg-type]
-    reader._block_samples = 7
-    return reader
+    size = index.table.offset[7] - index.table.offset[0]
+    return ShardReader(index, **options, cache=cache, request_bytes=int(size))  # type: ignore[arg-type]
 
 
 def ids_of(batches: list) -> list[int]:  # the latents say which sample they are
@@ -173,3 +174,14 @@ def test_what_the_shards_do_not_hold_is_refused() -> None:
         check_latents(moments, "stored_sample", False)
     with pytest.raises(ConfigError, match="encode with --flips"):
         check_latents(sample, None, True)
+
+
+def test_the_cache_sweeps_what_killed_processes_left(index: ShardIndex, tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / index.sha256[:16]
+    folder.mkdir(parents=True)
+    old, new = folder / "000000-00000.bin.0.tmp", folder / "000000-00001.bin.1.tmp"
+    for file, age in ((old, 7200), (new, 0)):
+        file.touch()
+        os.utime(file, (time.time() - age,) * 2)
+    BlockCache(str(tmp_path / "cache"), 2**30, index)
+    assert not old.exists() and new.exists()

@@ -312,3 +312,23 @@ def test_intervals_and_validation_are_shown(tmp_path: Path) -> None:
     html = write_report(run).read_text()
     assert "Validation loss" in html
     assert "IG for t in 0 to 1" in html and "IG for t in 0.3 to 1" in html
+
+
+def test_where_the_time_went(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", peak_memory_bytes=3 * 2**30)
+    assert "goodput" not in read(run).ids
+    lines = [
+        {"began": 0.0, "from_step": 0, "step": 0, "seconds": {"start-up": 60.0}},
+        {"began": 0.0, "from_step": 0, "step": 200, "seconds": {"start-up": 60.0, "step": 400.0}},
+        {"began": 600.0, "from_step": 100, "step": 100, "seconds": {"start-up": 60.0}},
+        {"began": 600.0, "from_step": 100, "step": 400, "seconds": {"start-up": 60.0, "step": 600.0, "data": 80.0}},
+    ]
+    (run / "goodput.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = read(run)
+    assert "goodput" in page.ids
+    assert "Where the time went 20 min 0 s in 2 starts" in page.text
+    assert "training 66.7% 13 min 20 s lost work 16.7% 3 min 20 s start-up 10.0% 2 min 0 s" in page.text
+    assert "waiting for data 6.7% 1 min 20 s" in page.text and "compilation" not in page.text
+    assert "100 steps were done again; 2 min 20 s lie between the starts" in page.text
+    assert "width:66.7%" in page.styles
+    assert "Peak memory GiB, of the rank that took most" in page.text

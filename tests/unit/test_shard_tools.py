@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import pytest
 import webdataset
 from numpy.typing import NDArray
 
+from ig_dist.data.cache import BlockCache
 from ig_dist.data.index import ShardIndex, read_index
 from ig_dist.data.order import SampleOrder
+from ig_dist.data.reader import ShardReader
 from ig_dist.data.shard_files import find_shards
 from ig_dist.data.stream import BatchStream
 from tests.conftest import ROOT
@@ -38,6 +41,24 @@ def stream(index: ShardIndex, flip: bool = False) -> tuple[NDArray[Any], NDArray
     taken = list(itertools.islice(batches, 4))
     batches.close()
     return tuple(np.concatenate([getattr(b, name).numpy() for b in taken]) for name in ("latents", "labels", "ids"))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_lies_between_latents_is_not_held_all_at_once(tmp_path: Path, run: Run, cached: bool) -> None:
+    picture, latent = bytes(50_000), np.arange(4 * 8 * 8, dtype=np.float16).reshape(4, 8, 8)
+    with webdataset.TarWriter(str(tmp_path / "both.tar")) as writer:
+        for i in range(200):
+            writer.write({"__key__": f"{i:04d}", "cls": i % 7, "jpg": picture, "npy": latent})
+    assert run("index_shards", "--shards", tmp_path, *PIXEL, *NPY, "--kind", "sample").code == 0
+    index = read_index(str(tmp_path))
+    cache = BlockCache(str(tmp_path / "cache"), 2**30, index) if cached else None
+    reader = ShardReader(index, cache=cache, request_bytes=2**20)
+    tracemalloc.start()
+    samples, good = reader.read(0, 3, 200)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert good.all() and (samples == latent).all()
+    assert 2**19 < peak < 2**20 + 2 * samples.nbytes  # one request, of ten, and the samples
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("sample", "float32"), ("moments", "float16"), ("moments", "float32")])

@@ -7,13 +7,12 @@ import pytest
 
 PROCESS = """
 import os, signal, time
-from ig_dist.export import ALONE
 from ig_dist.parallel.dist import StopFlag
-flag = StopFlag(ALONE)
+flag = StopFlag()
 for pause in {pauses}:
     time.sleep(pause)
     os.kill(os.getpid(), signal.{name})
-print("asked", flag.agreed(final=False), flush=True)
+print("asked", flag.asked, flush=True)
 """
 
 

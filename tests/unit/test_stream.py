@@ -13,8 +13,11 @@ from ig_dist.data.index import SampleTable, ShardIndex, read_index, write_index
 from ig_dist.data.latents import model_latents, tokenizer_latents
 from ig_dist.data.order import SampleOrder
 from ig_dist.data.reader import ShardReader
+from ig_dist.data.shard_files import find_shards
 from ig_dist.data.shards import pack_shard, scan_shard
+from ig_dist.data.sources import find_source
 from ig_dist.data.stream import Batch, BatchStream, check_window_memory
+from ig_dist.encoding.records import Dest
 from ig_dist.errors import ConfigError, DataError
 
 SIZES = [23, 1, 40, 17, 16]
@@ -158,6 +161,48 @@ def test_an_index_that_does_not_match_its_shards_is_refused(index: ShardIndex) -
     shard.unlink()
     with pytest.raises(ConfigError, match=r"shard shard-000001.tar of index.json is missing"):
         read_index(str(folder))
+
+
+def test_what_cannot_be_read_is_said_in_one_line(index: ShardIndex) -> None:
+    for name in ("index.samples.safetensors", "index.json"):
+        file = Path(index.folder) / name
+        file.unlink()
+        file.mkdir()
+        with pytest.raises(DataError, match=rf"{file} cannot be read \(Is a directory\)"):
+            read_index(index.folder)
+        file.rmdir()
+        file.symlink_to(file)
+        with pytest.raises(DataError, match=rf"{file} cannot be read \(Too many levels of symbolic links\)"):
+            read_index(index.folder)
+        file.unlink()
+
+
+def test_links_to_shards_are_shards(index: ShardIndex, tmp_path: Path) -> None:
+    (tmp_path / "links").mkdir()
+    for file in Path(index.folder).iterdir():
+        (tmp_path / "links" / file.name).symlink_to(file)
+    assert read_index(str(tmp_path / "links")).num_samples == index.num_samples
+
+
+def test_shards_of_others_are_not_encoded_again(index: ShardIndex) -> None:
+    file = Path(index.folder) / "index.json"
+    file.write_text(file.read_text().replace('"foreign": false', '"foreign": true'))
+    (Path(index.folder) / "shard-000001.tar").unlink()
+    with pytest.raises(ConfigError, match="restore it or run data_prep/index_shards.py --force$"):
+        read_index(index.folder)
+
+
+@pytest.mark.parametrize("url", ["https://me:secret@host/x", "https://secret@host/x", "s3://me:secret@bucket/x"])
+def test_credentials_in_a_url_are_refused_and_not_shown(url: str) -> None:
+    for read in (read_index, find_source, find_shards, Dest):
+        with pytest.raises(ConfigError, match=r"://\*\*\*@(host|bucket)/x: no credentials in a URL") as caught:
+            read(url)
+        assert "secret" not in str(caught.value)
+
+
+def test_indexes_over_http_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^data.index https://host/x: http has no listings"):
+        read_index("https://host/x")
 
 
 def test_a_side_file_of_another_index_is_refused(index: ShardIndex) -> None:

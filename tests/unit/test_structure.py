@@ -1,6 +1,9 @@
 """The house rules: what each part may import, and a command line that answers at once."""
 
 import ast
+import importlib
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -119,3 +122,22 @@ def test_the_command_line_alone_imports_no_torch() -> None:
     for module in ("ig_dist.cli", "ig_dist.slurm.batch"):  # a job's ranks wait for the second
         heavy = f"import sys, {module}; assert 'torch' not in sys.modules"
         subprocess.run([sys.executable, "-c", heavy], check=True)
+
+
+def test_every_exit_code_is_in_the_operators_document() -> None:
+    errors = vars(importlib.import_module("ig_dist.errors")).values()
+    codes = {kind.exit_code for kind in errors if hasattr(kind, "exit_code")}
+    given = re.compile(r"exit\((?:128 \+ number|(\d+))\)")
+    for file in [*files("ig_dist"), *files("launchers")]:  # those that no error has
+        codes |= {int(code) if code else 128 + signal.SIGTERM for code in given.findall(file.read_text())}
+    assert codes >= {1, 2, 3, 4, 5, 75, 130, 143}
+    table = set(re.findall(r"^\| (\d+) \|", (ROOT / "docs/running.md").read_text(), re.MULTILINE))
+    assert table == {str(code) for code in codes | {0}}
+    assert "docs/running.md" in (ROOT / "README.md").read_text()
+
+
+def test_every_phase_of_the_loop_is_in_the_operators_document() -> None:
+    entered = re.findall(r'phases\.enter\("([\w-]+)"', (ROOT / "ig_dist/trainer.py").read_text())
+    assert len(set(entered)) >= 10
+    table = (ROOT / "docs/running.md").read_text().split("| phase |")[1].split("\n\n")[0]
+    assert all(phase in table for phase in entered)

@@ -19,10 +19,12 @@ from rich.filesize import decimal
 from rich.progress import Progress
 
 from ig_dist.data.sources.folders import find_kaggle, folder_source, kaggle_source
-from ig_dist.data.sources.source import NO_FILE, Found, Source, digits, file_size, source_name
-from ig_dist.data.sources.spool import Copy, SourceFile, copy_tar, spool, spool_folder
+from ig_dist.data.sources.source import Found, Source, digits, source_name
+from ig_dist.data.sources.spool import Copy, SourceFile, copy_tar, file_version, spool, spool_folder
 from ig_dist.errors import ConfigError
-from ig_dist.storage import is_local, open_url
+from ig_dist.storage.faults import PATIENCE, Patience
+from ig_dist.storage.files import open_url
+from ig_dist.storage.urls import is_file, is_local, refuse_credentials
 from ig_dist.terminal import console, is_main_process
 
 __all__ = ["Found", "Source", "find_source", "refuse_missing"]
@@ -35,12 +37,13 @@ _SUFFIXES = (".tar", ".parquet")
 _OTHER_SPLITS = re.compile(r"(^|[^a-z])(val|valid|validation|test)([^a-z]|$)")
 
 
-def find_source(src: str, spool_base: str | None = None) -> Found:
+def find_source(src: str, spool_base: str | None = None, patience: Patience = PATIENCE) -> Found:
     """Recognise a source.
 
     Args:
         src: see above.
         spool_base: folder for copies of what cannot be read in place; None: in the temporary folder.
+        patience: how long faults of a storage are borne; its ``stop`` ends what threads still try.
 
     Raises:
         ConfigError: nothing there, or nothing that can be encoded.
@@ -56,49 +59,51 @@ def find_source(src: str, spool_base: str | None = None) -> Found:
         if kaggle is not None:
             return kaggle_source(kaggle)
         files = _files_in_folder(path)
-        return _file_source(src, files, spool_base) if files else folder_source(path)
-    files = _listed_files(src)
+        return _file_source(src, files, spool_base, patience) if files else folder_source(path)
+    files = _listed_files(src, patience)
     if files:
-        return _file_source(src, files, spool_base)
+        return _file_source(src, files, spool_base, patience)
     if path.is_file():
         raise ConfigError(f"--source {src!r} is a file, no .tar or .parquet: use {FORMS}")
-    raise ConfigError(f"--source {src}: no .tar or .parquet files there; use {FORMS}")
+    denied = " (or not for you: ~/.netrc has passwords)" if src.startswith("http") else ""
+    raise ConfigError(f"--source {src}: no .tar or .parquet files there{denied}; use {FORMS}")
 
 
 def refuse_missing(src: str) -> None:
-    """Say at once that a local path is not there.
+    """Say at once that a local path is not there, or that a URL holds credentials.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: so it is.
     """
     pattern = "://" in src or glob.has_magic(src) or "{" in src
+    refuse_credentials(src, "--source")
     if src != "digits" and not pattern and not Path(src).exists():
         raise ConfigError(f"--source {src!r} does not exist: use {FORMS}")
 
 
-def _file_source(src: str, files: Sequence[SourceFile], spool_base: str | None) -> Found:
+def _file_source(src: str, files: Sequence[SourceFile], spool_base: str | None, patience: Patience) -> Found:
     """Tars or parquet files; local tars are read in place, all others through copies."""
     if files[0].name.endswith(".parquet"):
-        return _parquet_source(src, files, spool_base)
+        return _parquet_source(src, files, spool_base, patience)
     if is_local(files[0].fs):
         return _local_tars(src, files)
     what = f"tars {_base_name(src)}"
     name = source_name(what, ((f"{file.name} {file.version}", file.size, 0) for file in files), len(files))
-    return _copied("tars", name, what, files, spool_base, copy_tar)
+    return _copied("tars", name, what, files, spool_base, copy_tar, patience)
 
 
-def _parquet_source(src: str, files: Sequence[SourceFile], spool_base: str | None) -> Found:
+def _parquet_source(src: str, files: Sequence[SourceFile], spool_base: str | None, patience: Patience) -> Found:
     from ig_dist.data.sources.parquet import parquet_classes, parquet_rows, parquet_to_tar
 
-    names = parquet_classes(files[0])
+    names = parquet_classes(files[0], patience)
     what = f"parquet {_base_name(src)}"
     if is_local(files[0].fs):
-        rows = parquet_rows(files)
+        rows = parquet_rows(files, patience)
         name = source_name(what, rows, len(rows))
     else:  # a column of each of several hundred remote files takes minutes; the store's own version says as much
         entries = ((f"{file.name} {file.version}", file.size, 0) for file in files)
         name = source_name(what, entries, len(files))
-    return _copied("parquet files", name, what, files, spool_base, parquet_to_tar, names)
+    return _copied("parquet files", name, what, files, spool_base, parquet_to_tar, patience, names)
 
 
 def _local_tars(src: str, files: Sequence[SourceFile]) -> Found:
@@ -122,12 +127,13 @@ def _copied(
     files: Sequence[SourceFile],
     spool_base: str | None,
     copy: Copy,
+    patience: Patience,
     names: list[str] | None = None,
 ) -> Found:
     from ig_dist.data.sources.tars import TarFile, tar_source
 
     def opened(chosen: Sequence[SourceFile], into: Path, *, whole: bool) -> Source:
-        copies = spool(chosen, into, copy)
+        copies = spool(chosen, into, copy, patience)
         tars = [TarFile(str(path), file.name) for path, file in zip(copies, chosen, strict=True)]
         return tar_source(tars, what, name=name, names=names, whole=whole)[1]
 
@@ -154,21 +160,24 @@ def _files_in_folder(folder: Path) -> list[SourceFile]:
     return _chosen(str(folder), fs, fs.ls(path, detail=True))
 
 
-def _listed_files(src: str) -> list[SourceFile]:
+def _listed_files(src: str, patience: Patience) -> list[SourceFile]:
     """The tars or parquet files that SRC names: one, a URL's, a glob's or a brace range's, in sorted order."""
     import braceexpand
 
-    fs, _ = open_url(src, "--source")
+    fs, _ = open_url(src, "--source", patience, web=True)
+    web = "http" in fs.protocol
     try:
         patterns = list(braceexpand.braceexpand(src, escape=False))
     except ValueError:  # a brace that is only a letter
         patterns = [src]
     entries: list[dict[str, Any]] = []
     for pattern in patterns:
-        path = open_url(pattern, "--source")[1]
+        path = open_url(pattern, "--source", patience, web=True)[1]
         try:
             if glob.has_magic(path):
                 entries += fs.glob(path, detail=True).values()
+            elif web:  # looking for a folder would read the file
+                entries.append(fs.info(path))
             else:
                 entries += fs.ls(path, detail=True) if fs.isdir(path) else [fs.info(path)]
         except FileNotFoundError:
@@ -182,12 +191,11 @@ def _chosen(src: str, fs: Any, entries: Sequence[dict[str, Any]]) -> list[Source
     """The tars or parquet files among fsspec's entries; of several splits the one called train."""
     found: dict[str, SourceFile] = {}
     for entry in entries:
-        path, size = entry["name"], entry["size"] if entry["type"] == "file" else NO_FILE
-        if size == NO_FILE and is_local(fs):  # the hub's cache is a folder of links
-            size = file_size(path)
-        if size != NO_FILE and path.endswith(_SUFFIXES):
-            version = str(entry.get("ETag") or entry.get("etag") or "").strip('"')
-            found[path] = SourceFile(fs, path, PurePosixPath(path).name, int(size), version)
+        path = entry["name"]
+        if path.endswith(_SUFFIXES) and is_file(entry):  # or a link: the hub's cache is a folder of them
+            if entry["size"] is None:
+                raise ConfigError(f"--source {path}: the server does not tell its size: download it and use the copy")
+            found[path] = SourceFile(fs, path, PurePosixPath(path).name, int(entry["size"]), file_version(entry))
     files = [found[path] for path in sorted(found)]
     if {PurePosixPath(file.name).suffix for file in files} == set(_SUFFIXES):
         raise ConfigError(f"--source {src} holds both .tar and .parquet files: name one kind (e.g. '{src}/*.tar')")

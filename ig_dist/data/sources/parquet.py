@@ -10,20 +10,22 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ig_dist.data.sources.spool import SourceFile
+from ig_dist.data.sources.spool import SourceFile, SourceReader
 from ig_dist.data.sources.tars import LABEL, PICTURES
 from ig_dist.errors import ConfigError
+from ig_dist.progress import Advance
+from ig_dist.storage.faults import Patience, unreadable
 
 _ROWS = 256  # read at a time
 
 
-def parquet_classes(file: SourceFile) -> list[str] | None:
+def parquet_classes(file: SourceFile, patience: Patience) -> list[str] | None:
     """The names of the classes by label, from the ``huggingface`` key of the file's metadata; None: it has none.
 
     Raises:
         ConfigError: no parquet, or not these columns.
     """
-    with _opened(file) as opened:
+    with _opened(file, patience) as opened:
         metadata = opened.schema_arrow.metadata or {}
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
@@ -33,7 +35,7 @@ def parquet_classes(file: SourceFile) -> list[str] | None:
     return [str(name) for name in names] if isinstance(names, list) and names else None
 
 
-def parquet_rows(files: Sequence[SourceFile]) -> list[tuple[str, int, int]]:
+def parquet_rows(files: Sequence[SourceFile], patience: Patience) -> list[tuple[str, int, int]]:
     """(name of the file, its size, label) of every row. The images are not read.
 
     Raises:
@@ -41,19 +43,19 @@ def parquet_rows(files: Sequence[SourceFile]) -> list[tuple[str, int, int]]:
     """
     rows: list[tuple[str, int, int]] = []
     for file in files:
-        with _opened(file) as opened:
+        with _opened(file, patience) as opened:
             labels = opened.read(columns=["label"]).column("label").to_pylist()
         rows += [(file.name, file.size, _checked(label, file, row)) for row, label in enumerate(labels)]
     return rows
 
 
-def parquet_to_tar(file: SourceFile, target: Path) -> None:
+def parquet_to_tar(file: SourceFile, target: Path, patience: Patience, advance: Advance) -> None:
     """Write the rows of a parquet file as WebDataset samples, named by their row.
 
     Raises:
         ConfigError: see ``parquet_classes``.
     """
-    with _opened(file) as opened, tarfile.open(target, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with _opened(file, patience, advance) as opened, tarfile.open(target, "w", format=tarfile.USTAR_FORMAT) as tar:
         row = 0
         for batch in opened.iter_batches(batch_size=_ROWS, columns=["image", "label"]):
             for image, label in zip(batch.column("image"), batch.column("label"), strict=True):
@@ -79,14 +81,14 @@ def _checked(label: Any, file: SourceFile, row: int) -> int:
 
 
 @contextmanager
-def _opened(file: SourceFile) -> Iterator[Any]:
+def _opened(file: SourceFile, patience: Patience, advance: Advance | None = None) -> Iterator[Any]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise ConfigError("reading parquet needs pyarrow: pip install 'ig-dist[parquet]'") from None
     try:
-        with file.fs.open(file.path, "rb") as raw:
+        with SourceReader(file, patience, advance) as raw:
             opened = pyarrow.parquet.ParquetFile(raw)
             schema = opened.schema_arrow
             fields = {field.name: field.type for field in schema}
@@ -104,3 +106,5 @@ def _opened(file: SourceFile) -> Iterator[Any]:
             yield opened
     except pyarrow.ArrowInvalid as error:
         raise ConfigError(f"--source: {file.name} is not a readable parquet file ({error}): fetch it again") from None
+    except OSError as error:
+        raise unreadable(file.fs, file.path, error) from None

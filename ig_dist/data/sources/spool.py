@@ -1,27 +1,34 @@
 """Copies of what has no cheap random access: remote tars, and parquet files, become plain tars in a local folder.
 
-A file is there when it is whole, so any number of processes of a machine may fill the folder together.
+A file is there when it is whole, and is made by one process at a time: any number of them on a machine may fill the
+folder together.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+from filelock import FileLock, Timeout
 from rich.filesize import decimal
-from rich.progress import track
 
+from ig_dist.background import in_parallel
+from ig_dist.data.sources.source import file_size
 from ig_dist.errors import ConfigError, DataError
-from ig_dist.storage import retried
-from ig_dist.terminal import console, is_main_process
+from ig_dist.progress import Advance, progress
+from ig_dist.storage.faults import Patience
+from ig_dist.storage.files import REQUEST_BYTES, read_range
+from ig_dist.storage.urls import is_local
+from ig_dist.terminal import console
 
 _THREADS = 8
 
@@ -39,8 +46,45 @@ class SourceFile(NamedTuple):
     """What the store tells of its content (an ETag); may be empty."""
 
 
-Copy = Callable[[SourceFile, Path], None]
-"""Writes the tar of a source file to a path."""
+Copy = Callable[[SourceFile, Path, Patience, Advance], None]
+"""Writes the tar of a source file to a path; tells of the bytes that it has read."""
+
+
+class SourceReader(io.RawIOBase):
+    """A file of a source for who reads and seeks; requests are made again after a fault, from where they broke off."""
+
+    def __init__(self, file: SourceFile, patience: Patience, advance: Advance | None = None) -> None:
+        super().__init__()
+        self._file, self._patience, self._advance, self._at = file, patience, advance, 0
+
+    def readable(self) -> bool:  # noqa: D102
+        return True
+
+    def seekable(self) -> bool:  # noqa: D102
+        return True
+
+    def tell(self) -> int:  # noqa: D102
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:  # noqa: D102
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:  # noqa: D102
+        stop = self._file.size if size < 0 else min(self._at + size, self._file.size)
+        parts = []
+        while self._at < stop:
+            end = min(self._at + REQUEST_BYTES, stop)
+            parts.append(read_range(self._file.fs, self._file.path, self._at, end, self._patience))
+            self._at = end
+            if self._advance:
+                self._advance(len(parts[-1]))
+        return b"".join(parts)
+
+
+def file_version(entry: dict[str, Any]) -> str:
+    """What a store tells of a file's content, from its fsspec entry; empty: nothing."""
+    return str(entry.get("ETag") or entry.get("etag") or "").strip('"')
 
 
 def spool_folder(files: Sequence[SourceFile], chosen: str | None) -> Path:
@@ -55,8 +99,10 @@ def spool_folder(files: Sequence[SourceFile], chosen: str | None) -> Path:
     return base / hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-def spool(files: Sequence[SourceFile], folder: Path, copy: Copy) -> list[Path]:
+def spool(files: Sequence[SourceFile], folder: Path, copy: Copy, patience: Patience) -> list[Path]:
     """Copies of all files, in their order; those that exist are not made again.
+
+    Of several processes one copies a file, and the others wait for it.
 
     Raises:
         ConfigError: the folder cannot be made or belongs to another user, or has not enough space.
@@ -72,39 +118,66 @@ def spool(files: Sequence[SourceFile], folder: Path, copy: Copy) -> list[Path]:
     # Names in two folders may be equal; the number keeps them apart.
     copies = [folder / f"{i:05d}-{Path(file.name).stem}.tar" for i, file in enumerate(files)]
     missing = [i for i, path in enumerate(copies) if not path.exists()]
-    needed, free = sum(files[i].size for i in missing), shutil.disk_usage(folder).free
+    begun = sum(max(0, file_size(_unfinished(copies[i]))) for i in missing)  # by another process, or one that is dead
+    needed, free = sum(files[i].size for i in missing) - begun, shutil.disk_usage(folder).free
     if needed > free:
         raise ConfigError(
             f"copying the source takes {decimal(needed)}, {folder} has {decimal(free)} free:"
             " choose a folder on a larger disk with --spool"
         )
-    # Processes that begin together each take an order of their own, so that they seldom copy the same file.
+    # Processes that begin together each take an order of their own, so that they seldom wait for each other.
     Random(uuid.uuid4().int).shuffle(missing)
+    with progress("copy", sum(files[i].size for i in missing), "bytes") as advance:
 
-    def make(i: int) -> None:
-        if copies[i].exists():  # by another process, meanwhile
-            return
-        temporary = copies[i].with_name(f"{copies[i].name}.{uuid.uuid4().hex}.tmp")
-        try:
-            copy(files[i], temporary)
-            temporary.replace(copies[i])
-        except OSError as error:
-            raise DataError(
-                f"{files[i].path} cannot be copied to {folder} ({' '.join(str(error).split())}):"
-                " run the same command again, or choose another folder with --spool"
-            ) from None
-        finally:
-            temporary.unlink(missing_ok=True)
+        def make(i: int) -> None:
+            try:
+                with _alone(copies[i], files[i]):
+                    if copies[i].exists():  # by another process, meanwhile
+                        advance(files[i].size)
+                    else:
+                        _make(files[i], copies[i], copy, patience, advance)
+            except OSError as error:
+                raise DataError(
+                    f"{files[i].path} cannot be copied to {folder} ({' '.join(str(error).split())}):"
+                    " run the same command again, or choose another folder with --spool"
+                ) from None
 
-    hidden = not missing or not is_main_process()
-    with ThreadPoolExecutor(_THREADS) as pool:
-        done = pool.map(make, missing)
-        list(track(done, f"copy to {folder}", total=len(missing), console=console, disable=hidden))
+        in_parallel(make, missing, _THREADS, patience.stop)
     return copies
 
 
-def copy_tar(file: SourceFile, target: Path) -> None:
+def _make(file: SourceFile, target: Path, copy: Copy, patience: Patience, advance: Advance) -> None:
+    unfinished = _unfinished(target)
+    try:
+        copy(file, unfinished, patience, advance)
+        if not is_local(file.fs) and file_version(file.fs.info(file.path)) != file.version:
+            raise OSError("it changed meanwhile")
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _unfinished(copy: Path) -> Path:
+    """Where a copy is made, under its lock: what a killed process has left there is written over."""
+    return copy.with_name(f"{copy.name}.tmp")
+
+
+@contextmanager
+def _alone(copy: Path, file: SourceFile) -> Iterator[None]:
+    """The only process on this machine that makes this copy; the lock of one that dies is free."""
+    lock = FileLock(f"{copy}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        console.print(f"waits for another process that copies {file.name}", markup=False)
+        lock.acquire(poll_interval=0.2)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def copy_tar(file: SourceFile, target: Path, patience: Patience, advance: Advance) -> None:
     """A byte copy."""
-    retried(file.fs, file.path, lambda: file.fs.get_file(file.path, str(target)))
-    if target.stat().st_size != file.size:
-        raise OSError(f"{target.stat().st_size} of {file.size} bytes arrived")
+    with target.open("wb") as copy:
+        shutil.copyfileobj(SourceReader(file, patience, advance), copy, REQUEST_BYTES)

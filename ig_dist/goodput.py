@@ -1,0 +1,137 @@
+"""The goodput ledger: where the time of a run went, over all of its starts.
+
+``goodput.jsonl`` is appended to and never cut: what a start did beyond the checkpoint that the next one went on from is
+in it, and is its lost work.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ig_dist.phases import Phases
+from ig_dist.report_text import duration
+from ig_dist.terminal import console
+
+NAME = "goodput.jsonl"
+KINDS = {
+    "step": "training",
+    "lost": "lost work",
+    "start-up": "start-up",
+    "compile": "warm-up and compilation",
+    "data": "waiting for data",
+    "checkpoint": "checkpoints",
+    "validation": "validation",
+    "sampling": "sample grids",
+}
+"""Kinds of time and what they are called. ``step`` is the productive one."""
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """Where the time of a run went."""
+
+    starts: int
+    seconds: dict[str, float]
+    """Of each of ``KINDS``."""
+    lost_steps: int
+    """Steps that were done again."""
+    between_s: float
+    """From the last line of a start to the beginning of the next: the job did not run, or was killed between lines."""
+
+    @property
+    def running_s(self) -> float:
+        """Wall-clock time of all starts."""
+        return sum(self.seconds.values())
+
+    def percent(self, kind: str) -> float:
+        """Share of the wall-clock time of all starts."""
+        return 100 * self.seconds[kind] / max(self.running_s, 1e-9)
+
+    def __str__(self) -> str:
+        parts = [f"{name} {self.percent(kind):.1f}%" for kind, name in KINDS.items() if self.seconds[kind] > 0]
+        starts = f"{self.starts} start{'s' if self.starts > 1 else ''}"
+        return f"goodput {self.percent('step'):.1f}% of {duration(self.running_s)} in {starts}: {', '.join(parts)}"
+
+
+class Ledger:
+    """Writes the ledger of one start; on ranks but the first (``path`` is None) it does nothing.
+
+    Args:
+        path: run directory.
+        phases: the clock.
+        start: step that this start goes on from.
+    """
+
+    def __init__(self, path: Path | None, phases: Phases, start: int) -> None:
+        self._file = path and path / NAME
+        self._phases, self._start, self._step = phases, start, start
+        if self._file is not None and self._file.exists() and self._file.read_bytes()[-1:] != b"\n":
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write("\n")  # ends a line that a kill cut off
+        self.note(start)
+
+    def note(self, step: int) -> None:
+        """Append what the time has gone to until now, after ``step``; the phase in progress begins anew."""
+        self._step = step
+        if self._file is None:
+            return
+        self._phases.settle()
+        line = {
+            "began": round(self._phases.began_at, 3),
+            "from_step": self._start,
+            "step": step,
+            "seconds": {kind: round(seconds, 4) for kind, seconds in self._phases.seconds.items()},
+        }
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        """The last line of the start, and one for the user."""
+        self.note(self._step)
+        if self._file is not None and (found := read_goodput(self._file.parent)) is not None:
+            console.print(str(found))
+
+
+def read_goodput(run: Path) -> Goodput | None:
+    """The ledger of a run, added up; None where there is none. Lines that were cut off are passed over."""
+    lines = []
+    file = run / NAME
+    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        try:
+            line = json.loads(text)
+            lines.append({key: line[key] for key in ("began", "from_step", "step", "seconds")})
+        except (ValueError, KeyError, TypeError):
+            continue
+    return add_up(lines) if lines else None
+
+
+def add_up(lines: Sequence[Mapping[str, Any]]) -> Goodput:
+    """Where the time went, from the ledger's lines: each holds what its start has spent until then."""
+    starts: dict[float, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        starts.setdefault(line["began"], []).append(line)
+    ordered = list(starts.values())
+    seconds, lost_steps, between = dict.fromkeys(KINDS, 0.0), 0, 0.0
+    for number, start in enumerate(ordered):
+        for kind, spent in start[-1]["seconds"].items():
+            seconds[kind] += spent
+        # a later start that began before this one's end did some of its steps again
+        kept = min([start[-1]["step"], *(later[0]["from_step"] for later in ordered[number + 1 :])])
+        lost_steps += start[-1]["step"] - max(kept, start[0]["from_step"])
+        worked: dict[int, float] = {}  # until each step; the first line that tells of it, for what follows is not saved
+        for line in start:
+            worked.setdefault(line["step"], line["seconds"].get("step", 0.0))
+        lost = start[-1]["seconds"].get("step", 0.0) - float(np.interp(kept, list(worked), list(worked.values())))
+        seconds["step"] -= lost
+        seconds["lost"] += lost
+    for before, after in pairwise(ordered):
+        ended = before[-1]["began"] + sum(before[-1]["seconds"].values())
+        between += max(0.0, after[0]["began"] - ended)
+    return Goodput(len(ordered), seconds, lost_steps, between)

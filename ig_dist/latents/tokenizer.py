@@ -1,0 +1,63 @@
+"""What a tokenizer is: a pair of functions and a description. ``PIXEL``: small images are their own latents."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Images (B, H, W, channels) uint8 <-> latents (B, C, h, w). Results lie on the device of what was given."""
+
+    name: str
+    sha256: str
+    """Hash of weights and settings, whatever file they came in and whatever they are run on."""
+    downsample: int
+    """Side of the image over the side of its latent."""
+    image_channels: int | None
+    """None: any."""
+    stochastic: bool
+    """Whether ``encode`` gives mean and std of a posterior."""
+    scale: float | None
+    """The model sees latent * scale; None: (latent - mean) / std by the data set's statistics per channel."""
+    uint8_rule: str
+    """How decoded values become uint8; part of every score's protocol."""
+    encode: Callable[[Tensor], Tensor]
+    """To fp32 latents, or to mean and std stacked, (B, 2C, h, w), if stochastic."""
+    decode: Callable[[Tensor], Tensor]
+    """Latents of any float type, without the model's normalisation, to uint8 images (B, H, W, channels)."""
+    latent_channels: int | None = None
+    """None: those of the image."""
+
+
+_PIXEL_RULE = "clip(round(127.5 (x + 1)), 0, 255) of [-1, 1]"
+
+
+def _pixel_encode(images: Tensor) -> Tensor:
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def _pixel_decode(latents: Tensor) -> Tensor:
+    values = (127.5 * (latents.double() + 1.0)).round().clamp(0, 255)
+    return values.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+PIXEL = Tokenizer(
+    name="pixel",
+    sha256=hashlib.sha256(f"pixel: x / 127.5 - 1; {_PIXEL_RULE}".encode()).hexdigest(),
+    downsample=1,
+    image_channels=None,
+    stochastic=False,
+    scale=1.0,
+    uint8_rule=_PIXEL_RULE,
+    encode=_pixel_encode,
+    decode=_pixel_decode,
+)

@@ -1,0 +1,168 @@
+"""What is measured while training, between two lines of metrics: without waiting for the device until one is due."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ig_dist.config import Config
+from ig_dist.data.reader import ShardReader
+from ig_dist.data.stream import Batch
+from ig_dist.errors import NonFiniteError
+from ig_dist.metrics import model_flops_utilisation
+from ig_dist.models.dit import DiT
+from ig_dist.models.presets import forward_flops
+from ig_dist.parallel.dist import Dist, gather_objects, max_over_ranks, sum_over_ranks
+from ig_dist.parallel.engine import StepResult
+from ig_dist.phases import Phases
+from ig_dist.terminal import console
+
+MOST_SAMPLES = 64  # whose losses were not finite, in one line
+
+Metrics = dict[str, float | int | list[int] | None]
+
+
+class Meter:
+    """Throughput, waiting, memory, recompiles and non-finite steps since the last line of metrics."""
+
+    def __init__(self, config: Config, model: DiT, dist: Dist, phases: Phases) -> None:
+        self._config, self._dist, self._phases = config, dist, phases
+        self._train_flops = 3 * forward_flops(model.config)  # backward costs twice the forward
+        self._streak = torch.zeros((), device=dist.device)
+        self._skipped = torch.zeros((), device=dist.device)
+        self._told = 0
+        """Of ``_skipped``: what has been said."""
+        self._suspects: list[tuple[int, Tensor, Tensor]] = []
+        """Of each step since the last line: its number, its samples, and which of their losses are not finite."""
+        self._stall: float | None = None
+        self._recompiles, self._graphs = 0, 0
+        self.pause()
+
+    def pause(self) -> None:
+        """Begin to count anew: what lies behind (a save, the start) is not throughput."""
+        self._began, self._steps = time.perf_counter(), 0
+        self._waited = self._phases.seconds["data"]
+        self._graphs = compiled_graphs()  # those of validation and sampling have shapes of their own
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """The loop stands still for a save."""
+        began = time.perf_counter()
+        yield
+        self._stall = time.perf_counter() - began
+        self.pause()
+
+    def count(self, result: StepResult, batch: Batch, losses: Tensor, step: int) -> None:
+        """Count a step, on the device.
+
+        Args:
+            result: of the step.
+            batch: this rank's part of it.
+            losses: (losses, rows) of that part; the first one is what was differentiated.
+            step: its number.
+        """
+        self._steps += 1
+        self._skipped += 1 - result.finite
+        self._streak = (self._streak + 1) * (1 - result.finite)
+        self._suspects.append((step, batch.ids, ~losses[0].isfinite()))
+        graphs = compiled_graphs()
+        self._recompiles += graphs - self._graphs if self._phases.warm else 0
+        self._graphs = graphs
+
+    def read(self, losses: Tensor, result: StepResult, batch: Batch, step: int, reader: ShardReader) -> Metrics:
+        """The line of metrics. Waits for the device. COLLECTIVE."""
+        means = sum_over_ranks(losses.mean(dim=1).double() / self._dist.world_size, self._dist).tolist()
+        counts = [batch_fingerprint(batch), len(reader.quarantined), reader.patience.faults, self._recompiles]
+        fingerprint, quarantined, faults, recompiles = sum_over_ranks(torch.tensor(counts), self._dist).tolist()
+        waited = (self._phases.seconds["data"] - self._waited) / self._steps
+        most = torch.tensor([waited, float(peak_memory(self._dist.device))], dtype=torch.float64)
+        waited, memory = max_over_ranks(most, self._dist).tolist()
+        skipped, streak, guilty = int(self._skipped), int(self._streak), self._nonfinite_samples()
+        if streak >= self._config.train.max_nonfinite_steps:
+            raise NonFiniteError(
+                f"the last {streak} steps up to step {step} had a non-finite gradient ({_suspicion(guilty)}): lower"
+                " optimizer.lr or use train.precision=fp32; the last checkpoint is from before or equal to it"
+            )
+        batch_size = self._config.train.global_batch_size
+        images_per_s = self._steps * batch_size / (time.perf_counter() - self._began)
+        line: Metrics = {
+            "images_seen": step * batch_size,
+            "loss": means[0],
+            "loss_final": means[1],
+            "loss_aux": means[2],
+            "grad_norm": float(result.grad_norm),
+            "images_per_s": images_per_s,
+            "mfu": model_flops_utilisation(
+                self._train_flops,
+                images_per_s,
+                self._dist.world_size,
+                self._dist.device,
+                self._config.train.peak_tflops,
+            ),
+            "data_wait_s": waited,
+            "nonfinite_steps": skipped,
+            "quarantined": quarantined,
+            "storage_faults": faults,
+            "checkpoint_stall_s": self._stall,
+            "peak_memory_bytes": int(memory),
+            "recompiles": recompiles,
+            "batch_fingerprint": fingerprint,
+        }
+        if guilty is not None:
+            line["nonfinite_samples"] = sorted({sample for _, sample in guilty})[:MOST_SAMPLES]
+        self.pause()
+        return line
+
+    def _nonfinite_samples(self) -> list[tuple[int, int]] | None:
+        """(Step, sample) of all ranks whose loss was not finite; None when no step was skipped. COLLECTIVE."""
+        suspects, self._suspects = self._suspects, []
+        skipped, self._told = int(self._skipped) - self._told, int(self._skipped)
+        if not skipped:
+            return None  # the same on every rank: the gate is
+        mine = [(step, int(sample)) for step, ids, bad in suspects for sample in ids[bad.cpu()]]
+        guilty = sorted({pair for pairs in gather_objects(mine, self._dist) for pair in pairs})
+        if self._dist.is_main:
+            first, last = suspects[0][0], suspects[-1][0]
+            which = f"step {last}" if first == last else f"{skipped} of the steps {first} to {last}"
+            console.print(f"skipped for a non-finite gradient: {which} ({_suspicion(guilty)})")
+        return guilty
+
+
+def _suspicion(guilty: list[tuple[int, int]] | None) -> str:
+    if not guilty:
+        return "no sample's loss was non-finite: it arose in the backward pass"
+    named = ", ".join(f"{sample} (step {step})" for step, sample in guilty[:8])
+    return f"samples with a non-finite loss: {named}{f' and {len(guilty) - 8} more' if len(guilty) > 8 else ''}"
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process."""
+    dynamo: Any = sys.modules.get("torch._dynamo")  # slow to import, and without it nothing was compiled
+    return int(dynamo.utils.counters["stats"]["unique_graphs"]) if dynamo else 0
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory, in bytes: on a GPU allocated since the last call, else of the process since it began."""
+    if device.type != "cuda":
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+def batch_fingerprint(batch: Batch) -> int:
+    """A number that says which sample stood at which position; the sum over ranks names the global batch.
+
+    Equal lines of two runs prove equal batches, whatever the number of processes.
+    """
+    mixed = (batch.ids * 0x9E3779B1 + batch.positions * 0x85EBCA77) & 0xFFFFFFFF
+    mixed = (mixed ^ (mixed >> 15)) * 0x2C1B3C6D & 0xFFFFFFFF
+    return int((mixed ^ (mixed >> 12)).sum())

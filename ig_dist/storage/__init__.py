@@ -1,0 +1,1 @@
+"""Where files are: paths, URLs, the faults of a storage."""

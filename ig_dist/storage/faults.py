@@ -1,0 +1,171 @@
+"""Requests that outlast the storage's faults: what is transient, how long it is borne, what is said of the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from ig_dist.background import in_background
+from ig_dist.errors import ConfigError, DataError
+from ig_dist.storage.urls import full_url, is_local
+from ig_dist.terminal import console
+
+T = TypeVar("T")
+
+_LOG_EVERY_S = 5.0
+
+_LOOK_S = 0.2  # between looks for a stop
+
+_TRANSIENT_CODES = {
+    "BadDigest",
+    "ConditionalRequestConflict",
+    "IncompleteBody",
+    "RequestTimeout",
+    "SlowDown",
+    "XAmzContentSHA256Mismatch",
+}
+
+_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError"}
+
+_LASTING = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
+
+
+@dataclass
+class Patience:
+    """How long faults of a storage are borne, and how many were. Safe to share between threads."""
+
+    stall_s: float = 60.0
+    """A request of up to ``REQUEST_BYTES`` that takes longer is given up and made again."""
+    deadline_s: float = 600.0
+    """A request that fails for this long ends the command."""
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Set: no further tries, and whoever waits for one waits no longer."""
+    faults: int = 0
+    """Requests that had to be made again."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _said_at: float = -_LOG_EVERY_S
+    _unsaid: int = 0
+
+    def count(self, what: str, error: BaseException, wait_s: float) -> None:
+        """Count a fault, and say it: at most one line in some seconds, which tells of the others."""
+        with self._lock:
+            self.faults += 1
+            if time.monotonic() - self._said_at < _LOG_EVERY_S:
+                self._unsaid += 1
+                return
+            others = f" ({self._unsaid} more since the last line)" if self._unsaid else ""
+            self._said_at, self._unsaid = time.monotonic(), 0
+        console.print(f"storage: {what}: {_words(error)}; again in {wait_s:.1f} s{others}", markup=False)
+
+
+PATIENCE = Patience()
+"""For whoever has no reason for another."""
+
+
+def retried(fs: Any, path: str, operation: Callable[[], T], patience: Patience = PATIENCE) -> T:
+    """Do an operation on a file, again after a transient fault: with back-off and jitter, under the deadline.
+
+    A local file system is tried once.
+
+    Raises:
+        DataError: the deadline passed, or access is denied.
+        OSError: a fault that no repetition mends, such as FileNotFoundError.
+    """
+    if is_local(fs):
+        return operation()
+    import tenacity
+
+    url = full_url(fs, path)
+    failing_since: list[float] = []  # a long operation is not late because it once fails
+
+    def too_late(state: tenacity.RetryCallState) -> bool:
+        failing_since.append(time.monotonic())
+        return patience.stop.is_set() or failing_since[-1] - failing_since[0] >= patience.deadline_s
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_is_transient),
+        wait=tenacity.wait_exponential_jitter(multiplier=0.1, max=10.0, jitter=0.5),
+        stop=too_late,
+        sleep=tenacity.sleep_using_event(patience.stop),
+        before_sleep=lambda state: patience.count(
+            url,
+            state.outcome.exception(),  # type: ignore[union-attr, arg-type]  # it has failed
+            state.upcoming_sleep,
+        ),
+        reraise=True,
+    )
+    try:
+        return retrying(lambda: _unless_stopped(operation, patience))
+    except PermissionError as error:
+        raise DataError(
+            f"{url}: access denied ({_words(error)}): check the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID, instance"
+            " role) and what the bucket allows them"
+        ) from None
+    except Exception as error:
+        if patience.stop.is_set() and _is_transient(error):
+            raise DataError(f"{url}: given up, because the command ends") from None
+        if type(error).__name__ in _NO_CREDENTIALS:
+            raise DataError(
+                f"{url}: {_words(error)}: set AWS_PROFILE or AWS_ACCESS_KEY_ID, or run `aws login`"
+            ) from None
+        if not _is_transient(error):
+            if isinstance(error, ValueError) or type(error).__module__.startswith(("botocore", "aiohttp")):
+                remedy = "check the URL, AWS_ENDPOINT_URL, AWS_PROFILE and ~/.aws (with SSO, log in again), or ~/.netrc"
+                raise ConfigError(f"{url}: {_words(error)}: {remedy}") from None
+            raise
+        raise DataError(
+            f"{url}: the storage has failed for {patience.deadline_s:g} s, last with: {_words(error)}: see that it is"
+            " up and reachable, then run the same command again"
+        ) from None
+
+
+def _unless_stopped(operation: Callable[[], T], patience: Patience) -> T:
+    """What an operation gives, or InterruptedError soon after ``patience.stop`` is set.
+
+    It runs in a thread of its own, so that one that hangs can be left alone, whatever client it hangs in: it ends by
+    the client's time-out, or with the process.
+    """
+    work = in_background(operation)
+    while not concurrent.futures.wait([work], timeout=_LOOK_S).done:
+        if patience.stop.is_set():
+            raise InterruptedError("stopped")
+    return work.result()
+
+
+def unreadable(fs: Any, path: str, error: OSError) -> DataError:
+    """What is said of a file that the machine itself cannot read."""
+    gone = isinstance(error, FileNotFoundError)
+    words = error.strerror or _words(error)
+    return DataError(
+        f"{full_url(fs, path)} {'is gone' if gone else f'cannot be read ({words})'}: restore it and run again"
+    )
+
+
+def _is_transient(error: BaseException) -> bool:
+    response = getattr(error.__cause__, "response", None)  # s3fs keeps the server's answer there
+    if isinstance(response, dict):
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status >= 500 or status in (408, 429) or response.get("Error", {}).get("Code") in _TRANSIENT_CODES
+    status = getattr(error, "status", None)  # of aiohttp's answers
+    if isinstance(status, int):
+        return status >= 500 or status in (408, 429)
+    if type(error).__name__ in _NO_CREDENTIALS or isinstance(error, _LASTING):
+        return False
+    types: list[type[BaseException]] = [OSError, asyncio.TimeoutError]
+    # of the clients that are in use: a connection that fails before or in the answer is no OSError there
+    clients = (("botocore.exceptions", "HTTPClientError"), ("botocore.exceptions", "ConnectionError"))
+    for module, name in (*clients, ("botocore.exceptions", "IncompleteReadError"), ("aiohttp", "ClientError")):
+        if module in sys.modules:
+            types.append(getattr(sys.modules[module], name))
+    return isinstance(error, tuple(types))
+
+
+def _words(error: BaseException) -> str:
+    """One line that says what an exception is."""
+    return " ".join(str(error).split()) or type(error).__name__

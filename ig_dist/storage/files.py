@@ -1,0 +1,193 @@
+"""Files on a disk or an object store: one way to open, read and write them; they are whole or not there.
+
+Credentials, endpoint and region come from each protocol's standard chain (for S3: environment, profiles, instance
+roles) and are never part of a config, a log line or a report.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fsspec
+import numpy as np
+
+from ig_dist.errors import ConfigError, DataError
+from ig_dist.storage import s3
+from ig_dist.storage.faults import PATIENCE, Patience, retried
+from ig_dist.storage.urls import WEB, full_url, is_file, is_local, once, refuse_credentials
+
+REQUEST_BYTES = 32 * 2**20
+"""The most that one request reads: big enough to stream at full speed, small enough to ask for again."""
+
+
+def open_url(url: str, what: str, patience: Patience = PATIENCE, *, web: bool = False) -> tuple[Any, str]:
+    """The fsspec file system of a path or URL, and the path within it.
+
+    Args:
+        url: where.
+        what: names the setting in errors.
+        patience: how long faults are borne.
+        web: it may be http, which has no listings and cannot be written.
+
+    Raises:
+        ConfigError: credentials in it, an unknown protocol, or one that is not of use here or not installed.
+    """
+    refuse_credentials(url, what)
+    options: dict[str, Any] = {}
+    protocol = fsspec.utils.get_protocol(url)
+    if protocol in WEB:
+        if not web:
+            raise ConfigError(
+                f"{what} {url}: http has no listings and cannot be written: give the store's own URL (s3://, gs://), or"
+                " a copy on a disk"
+            )
+        options["client_kwargs"] = {"trust_env": True}  # for ~/.netrc
+    on_s3 = protocol in ("s3", "s3a")
+    if on_s3:
+        options["config_kwargs"] = s3.client_config(patience)
+        options["use_listings_cache"] = False  # other processes write there too
+    try:
+        fs, path = fsspec.core.url_to_fs(url.rstrip("/"), **options)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"{what} {url!r}: {' '.join(str(error).split())}") from None
+    if on_s3:
+        fs.retries = 1
+    return fs if is_local(fs) else _Persistent(fs, patience), str(path)
+
+
+class _Persistent:
+    """A remote file system whose calls on a path are ``retried``; all else is the file system's own."""
+
+    _READS = ("cat_file", "exists", "find", "glob", "info", "isdir", "isfile", "ls", "size")
+    _CALLS = frozenset((*_READS, "makedirs", "mv", "pipe_file", "rm", "rm_file", "rmdir"))
+
+    def __init__(self, fs: Any, patience: Patience) -> None:
+        self.wrapped, self._patience = fs, patience
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("wrapped", "_patience"):  # while it is copied
+            raise AttributeError(name)
+        call = getattr(self.wrapped, name)
+        if name not in self._CALLS:
+            return call
+
+        def persistent(path: Any, *arguments: Any, **options: Any) -> Any:
+            return retried(self.wrapped, path, lambda: call(path, *arguments, **options), self._patience)
+
+        return persistent
+
+
+def read_range(
+    fs: Any,
+    path: str,
+    start: int,
+    stop: int,
+    patience: Patience = PATIENCE,
+    *,
+    into: memoryview | None = None,
+    arrived: Callable[[memoryview, int], None] | None = None,
+) -> memoryview:
+    """Bytes ``start`` to ``stop`` (exclusive) of a file, all of them.
+
+    Args:
+        fs: the file system.
+        path: the file.
+        start: first byte.
+        stop: byte after the last.
+        patience: how long faults are borne.
+        into: memory for them, at least as long; None: new memory.
+        arrived: called after each part that came, with the memory and how many of its bytes are there: what is done
+            there overlaps with the sending of the next part.
+
+    Raises:
+        DataError: as ``retried``, or the file is shorter.
+        FileNotFoundError: there is no such file.
+    """
+    # numpy asks for huge pages: the kernel then clears and maps new memory several times faster
+    buffer = np.empty(stop - start, dtype=np.uint8).data if into is None else into[: stop - start]
+    done = 0  # a try goes on where the one before broke off
+
+    def read() -> None:
+        nonlocal done
+        for count in _chunks(fs, path, start + done, buffer[done:], patience):
+            done += count
+            if arrived:
+                arrived(buffer, done)
+        if done != len(buffer):  # a proxy's short body with a consistent length looks like success
+            raise ShortReadError(f"got {done} of {len(buffer)} bytes at {start}")
+
+    try:
+        retried(fs, path, read, patience)
+    except ShortReadError as error:
+        raise DataError(f"{full_url(fs, path)} is too short ({error}): restore it") from None
+    return buffer
+
+
+class ShortReadError(OSError):
+    """Fewer bytes than were asked for."""
+
+
+def read_file(fs: Any, path: str, patience: Patience = PATIENCE) -> bytes:
+    """A whole small file.
+
+    Raises:
+        FileNotFoundError: there is no such file; others as ``retried``.
+    """
+    fs = once(fs)
+    data: bytes = retried(fs, path, lambda: fs.cat_file(path, **request_timeout(fs, 0, patience)), patience)
+    return data
+
+
+def list_sizes(fs: Any, path: str, patience: Patience = PATIENCE) -> dict[str, int]:
+    """Name and size of every file of a folder; empty when there is none."""
+    fs = once(fs)
+    try:
+        entries = retried(fs, path, lambda: fs.ls(path, detail=True), patience)
+    except FileNotFoundError:
+        return {}
+    return {PurePosixPath(entry["name"]).name: entry["size"] for entry in entries if is_file(entry)}
+
+
+def write_whole(fs: Any, path: str, data: bytes | memoryview, patience: Patience = PATIENCE) -> None:
+    """Write a file that is whole or not there, also when several processes write the same one."""
+    if is_local(fs):
+        temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return
+    fs, options = once(fs), upload_options(fs, data, patience)
+    retried(fs, path, lambda: fs.pipe_file(path, data, **options), patience)
+
+
+def upload_options(fs: Any, data: bytes | memoryview, patience: Patience) -> dict[str, Any]:
+    """For ``pipe_file``: one request, with a bound on its time; the store refuses what changed on the way."""
+    checked = {"chunksize": s3.SINGLE_PUT_BYTES, "ContentMD5": s3.md5(data)} if "s3" in fs.protocol else {}
+    return request_timeout(fs, len(data), patience) | checked
+
+
+def _chunks(fs: Any, path: str, start: int, into: memoryview, patience: Patience) -> Iterator[int]:
+    """Read from byte ``start`` on until ``into`` is full or the file ends; the size of each part that came."""
+    if is_local(fs):
+        with Path(path).open("rb", buffering=0) as file:
+            file.seek(start)
+            yield file.readinto(into) or 0
+    elif "s3" in fs.protocol:
+        yield from s3.get_chunks(fs, path, start, into, patience)
+    else:
+        fs = once(fs)
+        data = fs.cat_file(path, start=start, end=start + len(into), **request_timeout(fs, len(into), patience))
+        if len(data) > len(into):
+            raise DataError(f"{full_url(fs, path)}: the server sends no parts of files: download it and use the copy")
+        into[: len(data)] = data
+        yield len(data)
+
+
+def request_timeout(fs: Any, size: int, patience: Patience) -> dict[str, Any]:
+    """The bound on one request, for file systems that know one: their synchronous calls wait on an event loop."""
+    return {"timeout": patience.stall_s * max(1.0, size / REQUEST_BYTES)} if fs.async_impl else {}

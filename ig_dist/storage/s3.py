@@ -1,0 +1,104 @@
+"""What is particular to S3: one streaming GET into memory, one PUT that is checked, uploads that nobody finishes."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+from ig_dist.storage.faults import PATIENCE, Patience, retried
+from ig_dist.storage.urls import once
+
+SINGLE_PUT_BYTES = 5 * 2**30  # S3's limit. One PUT is atomic and leaves no half upload behind.
+
+_CHUNK_BYTES = 2**20
+
+_CLIENT_LOCK = threading.Lock()
+
+
+def client_config(patience: Patience) -> dict[str, Any]:
+    """Settings of botocore. No retries of its own: every fault reaches ``retried``, which counts and bounds them."""
+    return {
+        "connect_timeout": min(10.0, patience.stall_s),
+        "read_timeout": patience.stall_s,
+        "retries": {"mode": "standard", "total_max_attempts": 1},
+        "max_pool_connections": 64,
+    }
+
+
+def get_chunks(fs: Any, path: str, start: int, into: memoryview, patience: Patience) -> Iterator[int]:
+    """One streaming GET into memory, in this thread.
+
+    s3fs hands every chunk through the one event loop of the process, joins them, and needs the GIL for each; with plain
+    sockets reader threads read side by side, straight into their buffers.
+    """
+    import botocore.exceptions
+    import s3fs.errors
+
+    bucket, key, _ = fs.split_path(path)
+    try:
+        asked = f"bytes={start}-{start + len(into) - 1}"
+        body = _client(fs, patience).get_object(Bucket=bucket, Key=key, Range=asked)["Body"]
+        with closing(body):  # what is left of a broken answer must not reach the next request
+            done = 0
+            while done < len(into) and (count := body.readinto(into[done : done + _CHUNK_BYTES])):
+                done += count
+                yield count
+    except botocore.exceptions.ClientError as error:
+        raise s3fs.errors.translate_boto_error(error) from error
+
+
+def _client(fs: Any, patience: Patience) -> Any:
+    """A synchronous client with the address and credentials of an s3fs file system; it may be used by many threads."""
+    import botocore.config
+    import botocore.session
+
+    fs = once(fs)
+    with _CLIENT_LOCK:
+        if not hasattr(fs, "synchronous_client"):  # lives as long as the file system, which fsspec keeps
+            config = botocore.config.Config(
+                **client_config(patience), signature_version=botocore.UNSIGNED if fs.anon else None
+            )
+            fs.synchronous_client = botocore.session.get_session().create_client(
+                "s3",
+                endpoint_url=fs.endpoint_url,
+                aws_access_key_id=fs.key,
+                aws_secret_access_key=fs.secret,
+                aws_session_token=fs.token,
+                config=config,
+            )
+    return fs.synchronous_client
+
+
+def md5(data: bytes | memoryview) -> str:
+    """The hash that S3 holds an upload against."""
+    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+
+
+def abort_orphaned_uploads(fs: Any, path: str, patience: Patience = PATIENCE) -> int:
+    """Abort the multipart uploads below a path that nobody will finish; the number of them.
+
+    A process that is killed while it uploads leaves parts that cost storage and are listed nowhere. Call it only
+    when nobody writes there any more. Nothing to do but on S3.
+    """
+    if "s3" not in fs.protocol:
+        return 0
+    bucket, prefix, _ = fs.split_path(f"{path}/")
+
+    def call(method: str, **arguments: Any) -> Any:
+        return retried(fs, path, lambda: fs.call_s3(method, Bucket=bucket, **arguments), patience)
+
+    count, page = 0, {"IsTruncated": True}
+    markers: dict[str, str] = {}
+    while page.get("IsTruncated"):  # at most 1,000 a page
+        page = call("list_multipart_uploads", Prefix=prefix, **markers)
+        for upload in page.get("Uploads") or []:
+            with contextlib.suppress(FileNotFoundError):  # it is gone, and the answer was lost
+                call("abort_multipart_upload", Key=upload["Key"], UploadId=upload["UploadId"])
+            count += 1
+        markers = {"KeyMarker": page.get("NextKeyMarker", ""), "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+    return count

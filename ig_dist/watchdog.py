@@ -1,0 +1,219 @@
+"""The watchdog: a rank that makes no progress ends the run, with one line that says who is behind.
+
+One thread looks whether the phase of the loop changes; another one tells the job's store where this rank is, and reads
+where the others are once this one stands still. Neither is ever waited for, and both work while the main thread is in
+a call that does not return.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from torch._C._distributed_c10d import TCPStore  # torch.distributed does not name it as its own
+
+from ig_dist.config import Config
+from ig_dist.errors import HangError
+from ig_dist.parallel.dist import Dist, from_main
+from ig_dist.phases import Now, Phases
+from ig_dist.storage.faults import Patience
+
+FIRST_TIMES = 3.0  # what compiles, loads or is done seldom may take that many times longer
+POLL_S = 2.0
+_SILENT_POLLS = 4
+_MOST_NAMED = 8
+_GRACE_POLLS = 4  # the others hear of it, and end by themselves; all within the 10 s that launchers/local.py gives them
+
+Limit = Callable[[Now, bool], float]
+"""How long a phase may last, whether the start is past its first step."""
+
+
+def phase_limits(config: Config) -> dict[str, float]:
+    """Seconds that a phase may last once a start is warm; others than these ``train.timeout_s``.
+
+    What waits for a storage is given the storage's own deadline on top, so that the storage's error comes first.
+    """
+    one = config.train.timeout_s
+    reads = config.data.retry_s + config.data.stall_s
+    writes = config.checkpoint.retry_s + Patience().stall_s
+    return {
+        "start-up": FIRST_TIMES * one + reads + writes,
+        "compile": FIRST_TIMES * one,
+        "data": one + reads,
+        "validation": FIRST_TIMES * one + reads,
+        "sampling": FIRST_TIMES * one,
+        "checkpoint": FIRST_TIMES * one + writes,
+    }
+
+
+def longest_wait_s(config: Config) -> float:
+    """What a collective is given: longer than any phase, for the watchdog knows more than a time-out."""
+    return max(phase_limits(config).values()) + 10 * POLL_S
+
+
+@dataclass(frozen=True)
+class _Word:
+    """What a rank says of itself."""
+
+    count: int
+    phase: str
+    step: int
+    idle_s: float
+    left_s: float
+    """Until it would end the run."""
+    ticks: int
+    """Grows while the process runs."""
+
+
+@contextmanager
+def watched(phases: Phases, config: Config, dist: Dist) -> Iterator[Watchdog]:
+    """End the process with exit code 5 when it hangs, or when another rank does. COLLECTIVE."""
+    watchdog = Watchdog(phases, config, dist)
+    watchdog.start()
+    try:
+        with watchdog.has_the_last_word():
+            yield watchdog
+    finally:
+        watchdog.stop.set()
+
+
+class Watchdog:
+    """Of one rank; see ``watched``."""
+
+    def __init__(self, phases: Phases, config: Config, dist: Dist) -> None:
+        self._phases, self._dist = phases, dist
+        self._timeout_s, self._limits = config.train.timeout_s, phase_limits(config)
+        self._poll_s = min(POLL_S, self._timeout_s / 10)
+        self._folder = Path(config.run.dir) / "hang"
+        self.stop = threading.Event()
+        self._word = _Word(0, "start-up", 0, 0.0, 1.0, 0)
+        self._heard: dict[int, tuple[_Word, float]] = {}
+        """The others' last words, and when they came."""
+        self.ending = self._asking = self._told = False
+        self._answered = time.monotonic()
+        self._prefix = f"watchdog/{from_main(uuid.uuid4().hex, dist)}"  # a store may outlive a start: torchrun's does
+
+    def start(self) -> None:
+        """Begin to watch."""
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        if self._dist.world_size > 1:
+            threading.Thread(target=self._talk, name="watchdog's talk", daemon=True).start()
+
+    @contextmanager
+    def has_the_last_word(self) -> Iterator[None]:
+        """A peer that ended may free the main thread while this process ends too: nothing more is said then."""
+        try:
+            yield
+        finally:
+            if self.ending:
+                time.sleep(60.0)  # the end is near
+
+    def _watch(self) -> None:
+        idle, ticks, last = 0.0, 0, time.monotonic()
+        seen = self._phases.now
+        while not self.stop.wait(self._poll_s):
+            now, at = self._phases.now, time.monotonic()
+            # a process that was stopped itself (a suspended job) was not idle meanwhile
+            idle = 0.0 if now.entered != seen.entered else idle + min(at - last, 2 * self._poll_s)
+            seen, last, ticks = now, at, ticks + 1
+            limit = self._limits.get(now.phase, self._timeout_s * (1 if self._phases.warm else FIRST_TIMES))
+            self._word = _Word(now.entered, now.phase, now.step, idle, limit - idle, ticks)
+            self._asking = idle > min(limit, self._timeout_s) / 2
+            # whatever this rank waits for, it will not come from one that does not even answer
+            lost = idle > self._timeout_s and any(self._silent(at) for _, at in self._heard.values())
+            if self._told or lost or (idle > limit and not self._excused()):
+                self._end()
+
+    def _talk(self) -> None:
+        """Tell and read the store; it may not answer, which is why the other thread never waits for it."""
+        ranks = [rank for rank in range(self._dist.world_size) if rank != self._dist.rank]
+        store, ended = None, f"{self._prefix}/ended"
+        while not self.stop.wait(self._poll_s):
+            try:
+                if store is None:
+                    store = TCPStore(
+                        os.environ["MASTER_ADDR"],
+                        int(os.environ["MASTER_PORT"]),
+                        is_master=False,
+                        wait_for_workers=False,
+                        timeout=timedelta(seconds=max(1.0, self._poll_s)),
+                    )
+                store.set(self._key(self._dist.rank), json.dumps(self._word.__dict__))
+                if self.ending:
+                    store.set(ended, "")
+                self._told = self._told or store.check([ended])
+                if self._asking or self._told:
+                    for rank, text in zip(ranks, store.multi_get([self._key(rank) for rank in ranks]), strict=True):
+                        word = _Word(**json.loads(text))
+                        if rank not in self._heard or self._heard[rank][0].ticks != word.ticks:
+                            self._heard[rank] = word, time.monotonic()
+                self._answered = time.monotonic()
+            except (RuntimeError, ValueError):  # of the store: a time-out, or a connection that broke
+                store = None
+
+    def _key(self, rank: int) -> str:
+        return f"{self._prefix}/{rank}"
+
+    def _silent(self, since: float) -> bool:
+        return time.monotonic() - since > max(1.0, _SILENT_POLLS * self._poll_s)
+
+    def _excused(self) -> bool:
+        """Whether this rank waits for one that is behind, runs, and is within its own time."""
+        heard = list(self._heard.values())
+        mine = self._word.count
+        return any(word.count < mine and word.left_s > 0 and not self._silent(at) for word, at in heard)
+
+    def _behind(self) -> str:
+        if self._dist.world_size > 1 and self._silent(self._answered):
+            return "; behind: rank 0 or its machine, whose store does not answer"
+        words = {rank: word for rank, (word, _) in self._heard.items()} | {self._dist.rank: self._word}
+        least = min(word.count for word in words.values())
+        named = []
+        for rank, word in sorted(words.items()):
+            silent = rank in self._heard and self._silent(self._heard[rank][1])
+            if silent or least == word.count < max(other.count for other in words.values()):
+                state = "does not answer" if silent else f"for {word.idle_s:.0f} s"
+                named.append(f"rank {rank} ({_place(word)}, {state})")
+        more = f" and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
+        if named:
+            return f"; behind: {', '.join(named[:_MOST_NAMED])}{more}"
+        return "; no rank is behind another" if self._dist.world_size > 1 else ""
+
+    def _end(self) -> None:
+        """One line, the stacks, and the end of the process; also where stderr or the disk hang too."""
+        self.ending = True  # the others are told
+        grace = _GRACE_POLLS * self._poll_s if self._dist.world_size > 1 else 0.0
+        last = threading.Timer(grace + 1.0, os._exit, [HangError.exit_code])
+        last.daemon = True
+        last.start()
+        file = self._folder / f"rank_{self._dist.rank:05d}.txt"
+        word = self._word
+        print(
+            f"error: rank {self._dist.rank}: no progress for {word.idle_s:.0f} s at {_place(word)}{self._behind()}."
+            f" The stacks of all threads are in {file}; run the same command again to go on from the newest"
+            " checkpoint, with a higher train.timeout_s if it was only slow",
+            file=sys.stderr,
+            flush=True,
+        )
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with file.open("w", encoding="utf-8") as stream:
+                faulthandler.dump_traceback(stream, all_threads=True)
+        except OSError:
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        time.sleep(grace)
+        os._exit(HangError.exit_code)
+
+
+def _place(word: _Word) -> str:
+    return f"step {word.step}, {word.phase}" if word.step else word.phase

@@ -1,0 +1,83 @@
+"""``launchers/local.py --processes 2`` in which one rank goes wrong at one place.
+
+    FAULT=nan FAULT_RANK=1 FAULT_STEPS=5,6 python -m tests.distributed.faulty CONFIG [a.b=c ...]
+
+| fault | the rank's forward pass |
+|---|---|
+| ``nan`` | gives a loss that is not a number, for its first sample |
+| ``sleep`` | does not return, in Python |
+| ``read`` | does not return, in a system call without end |
+| ``die`` | kills the process, while the other's threads do not end when they are told to |
+| ``late`` | waits ``FAULT_S`` seconds for its data before |
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import torch
+
+from ig_dist import cli, trainer
+from ig_dist.data.stream import BatchStream
+from launchers import local
+
+KIND = os.environ["FAULT"]
+MINE = os.environ["FAULT_RANK"] == os.environ.get("RANK", "0")
+STEPS = [int(step) for step in os.environ["FAULT_STEPS"].split(",")]
+
+whole = trainer.training_loss
+get = BatchStream.get
+step, handed, late_since = 0, 0, 0.0
+
+
+def training_loss(*arguments: Any) -> torch.Tensor:
+    global step
+    step += 1
+    losses = whole(*arguments)
+    if not MINE or step not in STEPS:
+        return losses
+    if KIND == "nan":
+        losses = losses * torch.tensor([float("nan"), *[1.0] * (losses.shape[1] - 1)])
+    elif KIND == "sleep":
+        time.sleep(3600)
+    elif KIND == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif KIND == "read":
+        os.read(os.pipe()[0], 1)
+    return losses
+
+
+def slow_get(self: BatchStream, timeout_s: float | None = None) -> Any:
+    global late_since, handed
+    if KIND == "late" and MINE and handed + 1 in STEPS:
+        late_since = late_since or time.monotonic()
+        if time.monotonic() - late_since < float(os.environ["FAULT_S"]):
+            time.sleep(timeout_s or 0.0)
+            return None
+    batch = get(self, timeout_s)
+    handed += batch is not None
+    return batch
+
+
+def launch() -> int:
+    start = local.subprocess.Popen
+
+    def faulty(command: list[str], **options: Any) -> Any:
+        return start([word.replace("ig_dist.cli", "tests.distributed.faulty") for word in command], **options)
+
+    local.subprocess.Popen = faulty  # type: ignore[assignment, misc]
+    return local.launch(["train", *sys.argv[1:]], 2)
+
+
+if __name__ == "__main__":
+    if "RANK" not in os.environ:
+        sys.exit(launch())
+    trainer.training_loss = training_loss
+    BatchStream.get = slow_get  # type: ignore[method-assign]
+    if KIND == "die":
+        BatchStream.close = lambda self: time.sleep(3600)  # type: ignore[method-assign]
+    cli.main()
