@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.test_bad_input import call
 from tests.integration.test_slurm import launch, write_config
 from tests.slurm_cluster import SlurmCluster
 
@@ -56,15 +57,18 @@ def left(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_line_and_nothing_submitted(case: str, cluster: SlurmCluster, tmp_path: Path, digits_index: Path) -> None:
+def test_one_line_and_nothing_submitted(
+    case: str, cluster: SlurmCluster, tmp_path: Path, digits_index: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments, words = CASES[case]
     config, file = write_config(tmp_path, digits_index), tmp_path / "FILE"
     file.touch()
     before = left(tmp_path)
-    done = launch("--config", config, *(argument.replace("FILE", str(file)) for argument in arguments))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
+    given = [argument.replace("FILE", str(file)) for argument in arguments]
+    code, errors = call(["launchers/slurm.py", "--config", str(config), *given], capsys)
+    assert code == 2 and errors.count("\n") == 1 and errors.startswith("error: "), errors
     for word in words:
-        assert word in done.stderr, done.stderr
+        assert word in errors, errors
     assert left(tmp_path) == before and not cluster.run("squeue", "-h")
 
 
@@ -95,13 +99,16 @@ def test_a_controller_that_is_away(tmp_path: Path, digits_index: Path) -> None:
         ("{: ]", ["not valid YAML"]),
     ],
 )
-def test_a_cluster_file_that_is_wrong(text: str, words: list[str], tmp_path: Path, digits_index: Path) -> None:
+def test_a_cluster_file_that_is_wrong(
+    text: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text(text)
-    done = launch("--config", write_config(tmp_path, digits_index), env={"IG_DIST_CLUSTER": str(file)})
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(file) in done.stderr, done.stderr
+    monkeypatch.setenv("IG_DIST_CLUSTER", str(file))
+    code, errors = call(["launchers/slurm.py", "--nodes", "2"], capsys)
+    assert code == 2 and errors.count("\n") == 1 and str(file) in errors, errors
     for word in words:
-        assert word in done.stderr
+        assert word in errors
 
 
 def test_dry_run_prints_the_script_of_an_h100_cluster(tmp_path: Path) -> None:
