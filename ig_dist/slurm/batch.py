@@ -57,6 +57,9 @@ class Signals:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+        os.write(
+            sys.stdout.fileno(), b"asked to stop: the time limit is near\n"
+        )  # print must not be interrupted by itself
         if self.srun is not None:
             self.srun.send_signal(signal.SIGUSR2)  # srun passes it on to all ranks
 
