@@ -10,6 +10,7 @@ between, the job is requeued, with growing pauses and a bound. A failure that wo
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -57,11 +58,14 @@ class Signals:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        os.write(
-            sys.stdout.fileno(), b"asked to stop: the time limit is near\n"
-        )  # print must not be interrupted by itself
+        os.write(sys.stdout.fileno(), b"asked to stop: the time limit is near\n")  # print is not for signal handlers
         if self.srun is not None:
             self.srun.send_signal(signal.SIGUSR2)  # srun passes it on to all ranks
+
+    def wait_for_srun(self) -> None:
+        """Until the ranks have ended, or SLURM kills this process."""
+        if self.srun is not None:
+            self.srun.wait()
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         self.ended = True
@@ -86,9 +90,13 @@ def main(path: str) -> int:
         start = f"{os.environ['SLURM_JOB_ID']}-{time.time_ns()}"
         folder.add_event("start", task, nodes=hosts[: world.nodes], log=_size(folder.batch_log(task)))
         srun_code, first_error = _run_ranks(folder, submission, hosts[: world.nodes], world, start, signals)
-        late = signals.ended and _time_is_up()
-        if signals.ended and (folder.cancelled or not late):  # SLURM's own log line says why, see Folder.why
-            return 128 + signal.SIGTERM
+        if signals.ended:
+            if folder.cancelled or not _time_is_up():  # SLURM's own log line says why, see Folder.why
+                signals.wait_for_srun()  # the ranks may be saving: a job whose first process ends is at its end
+                return 128 + signal.SIGTERM
+            reason = "time limit, before the ranks had saved"
+            folder.add_event("end", task, code=None, reason=reason, next="requeue")
+            return _requeue(0.0, signals)
         ranks = world.nodes * submission.tasks_per_node
         exits = folder.path / "exits" / start
         verdict = judge(exit_codes(exits, ranks), srun_code, first_error)
@@ -96,8 +104,6 @@ def main(path: str) -> int:
         newest = _newest_checkpoint(folder) if verdict.next == "failed" else None
         failures = failures_in_a_row(folder, task, newest)
         step = decide(verdict, failures, submission.max_failures)
-        if late and step == "again":
-            verdict, step = verdict._replace(reason="time limit, before the ranks had saved"), "requeue"
         folder.add_event("end", task, code=verdict.code, reason=verdict.reason, next=step, checkpoint=newest)
         pause = min(FIRST_PAUSE_S * 2**failures, LONGEST_PAUSE_S) if verdict.next == "failed" else 0.0
         print(f"{verdict.reason}: {_SAID[step]}" + (f" in {pause:.0f} s" if pause else ""), flush=True)
@@ -212,7 +218,12 @@ def _run_ranks(
     reader.start()
     if signals.asked:  # before there was a srun to pass it on to
         signals.srun.send_signal(signal.SIGUSR2)
-    code = signals.srun.wait()
+    code = None
+    while code is None and not signals.ended:  # then SLURM ends this process too, before a srun whose ranks hang
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = signals.srun.wait(timeout=0.2)
+    if code is None:
+        return 128 + signal.SIGTERM, ""
     reader.join(timeout=5)
     signals.srun = None
     return (128 - code if code < 0 else code), (first[0] if first else "")

@@ -258,6 +258,7 @@ def test_a_controller_that_restarts_is_not_noticed(
     cluster.start_controller()
     wait_for_end(run)
     same_run(run, whole, steps)
+    assert len(starts(run)) == 1
     wait_until(lambda: "COMPLETED" in cluster.run("scontrol", "show", "job", job, check=False), "no end", run)
 
 
