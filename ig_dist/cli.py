@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from ig_dist.errors import ConfigError
-from ig_dist.terminal import console, is_main_process, run_app
+from ig_dist.terminal import console, is_main_process, run_app, warn
 
 app = typer.Typer(
     help="Train, sample and score diffusion transformers with Internal Guidance.",
@@ -24,6 +24,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c ...]", he
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of `ig-dist train`.")]
 Ema = Annotated[float | None, typer.Option(help="Decay of the average to use; default: the first of ema.decays.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Use the weights themselves instead of an average.")]
+Weak = Annotated[str | None, typer.Option(help="Second model of autoguidance: RUN, RUN@STEP or an export folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -45,6 +46,9 @@ def train(
     from ig_dist.config_file import load_config
 
     loaded = load_config(config, overrides or [])
+    if is_main_process():
+        for line in loaded.warnings():
+            warn(line)
     if dry_run:
         from ig_dist.dry_run import dry_run as tell
 
@@ -68,6 +72,9 @@ def export(run: Run, ema: Ema = None, raw: Raw = False) -> None:
 def sample(
     run: Run,
     overrides: Overrides = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Sample as published: paper, or paper-ig (no CFG). Other options come on top.")
+    ] = None,
     num: Annotated[int | None, typer.Option(min=1, help="Number of images (sample.num).")] = None,
     labels: Annotated[str | None, typer.Option(help="balanced or random (sample.labels).")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Image i depends on (seed, i) only (sample.seed).")] = None,
@@ -77,23 +84,30 @@ def sample(
     cfg_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1: off.")] = None,
     ig_interval: Annotated[str | None, typer.Option(help="Times LOW,HIGH at which IG is on (t = 1 is noise).")] = None,
     cfg_interval: Annotated[str | None, typer.Option(help="Times LOW,HIGH at which CFG is on.")] = None,
+    weak: Weak = None,
+    auto_scale: Annotated[float | None, typer.Option(help="Scale of autoguidance by --weak; 1: off.")] = None,
+    auto_interval: Annotated[str | None, typer.Option(help="Times LOW,HIGH at which autoguidance is on.")] = None,
     ema: Ema = None,
     raw: Raw = False,
     score: Annotated[bool, typer.Option("--evaluate", help="Score them too, as `ig-dist evaluate` does.")] = False,
 ) -> None:
     """Make the images of a plan: one npz and a picture of some of them. Any number of processes may share the work."""
     from ig_dist.config_file import load_run, with_guidance
+    from ig_dist.evaluation.recipes import recipe
     from ig_dist.evaluation.sampling import sample_run
     from ig_dist.export import export_run
 
-    given = {"num": num, "labels": labels, "seed": seed, "solver": solver, "steps": steps}
+    given = {"num": num, "labels": labels, "seed": seed, "solver": solver, "steps": steps, "weak_model": weak}
     options = [f"sample.{key}={value}" for key, value in given.items() if value is not None]
+    published = [] if preset is None else recipe(preset, load_run(run).model)
     config = with_guidance(
-        load_run(run, [*(overrides or []), *options]),
+        load_run(run, [*published, *(overrides or []), *options]),
         ig_scale=ig_scale,
         cfg_scale=cfg_scale,
-        ig_interval=None if ig_interval is None else _interval("--ig-interval", ig_interval),
-        cfg_interval=None if cfg_interval is None else _interval("--cfg-interval", cfg_interval),
+        auto_scale=auto_scale,
+        ig_interval=_interval("--ig-interval", ig_interval),
+        cfg_interval=_interval("--cfg-interval", cfg_interval),
+        auto_interval=_interval("--auto-interval", auto_interval),
     )
     samples = sample_run(config, export_run(config, ema=ema, raw=raw))
     if score and is_main_process():
@@ -134,6 +148,9 @@ def sweep(
         list[str] | None, typer.Option(help="Times LOW,HIGH at which IG is on; give it again for more.")
     ] = None,
     cfg_interval: Annotated[str | None, typer.Option(help="Times LOW,HIGH at which CFG is on.")] = None,
+    weak: Weak = None,
+    auto_scale: Annotated[str, typer.Option(help="Scales of autoguidance by --weak, comma separated.")] = "1.0",
+    auto_interval: Annotated[str | None, typer.Option(help="Times LOW,HIGH at which autoguidance is on.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds per point; scores become means with deviations.")] = 1,
     as_json: AsJson = False,
 ) -> None:
@@ -143,12 +160,14 @@ def sweep(
 
     console.stderr = as_json  # stdout is the JSON alone
     result = sweep_run(
-        load_run(run, overrides or []),
+        load_run(run, [*(overrides or []), *([] if weak is None else [f"sample.weak_model={weak}"])]),
         _numbers("--ig-scale", ig_scale),
         _numbers("--cfg-scale", cfg_scale),
-        [_interval("--ig-interval", text) for text in ig_interval or []] or [None],
-        None if cfg_interval is None else _interval("--cfg-interval", cfg_interval),
-        seeds,
+        _numbers("--auto-scale", auto_scale),
+        ig_intervals=[_interval("--ig-interval", text) for text in ig_interval or []] or [None],
+        cfg_interval=_interval("--cfg-interval", cfg_interval),
+        auto_interval=_interval("--auto-interval", auto_interval),
+        seeds=seeds,
     )
     if not result:  # not the first of several processes
         return
@@ -156,6 +175,62 @@ def sweep(
         return _print_json(result)
     _print_sweep(result)
     console.print(f"written: {run}/sweep.json, {run}/sweep.png, {run}/grid.png")
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Published checkpoint; or a folder of ours, to go back.")
+    ],
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder to make; or the file, to go back.")],
+    format: Annotated[
+        str | None,
+        typer.Option(help="sit, repa, ig-sit, lightningdit or ig-lightningdit, where the weights do not tell."),
+    ] = None,
+    aux_depth: Annotated[
+        int | None, typer.Option(min=1, help="Block whose output the auxiliary head reads; of XL models: 8.")
+    ] = None,
+    num_heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads of a size that is not published.")
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Take `model` of a checkpoint instead of `ema`.")] = False,
+    data: Annotated[
+        str | None, typer.Option(metavar="INDEX", help="Its latents' index: DEST can then be sampled from like a run.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Instead of --data, of latents with a fixed scale: sd-vae-ft-ema.")
+    ] = None,
+) -> None:
+    """Convert published weights (SiT, REPA, IG, LightningDiT) to ours, or ours back; nothing in a file is run."""
+    from ig_dist.convert import convert_back, convert_published
+    from ig_dist.convert_checks import known_format
+
+    published = None if format is None else known_format(format)
+    if source.is_dir():
+        done = convert_back(source, dest, published=published)
+    else:
+        done = convert_published(
+            source,
+            dest,
+            published=published,
+            aux_depth=aux_depth,
+            num_heads=num_heads,
+            raw=raw,
+            index=data,
+            tokenizer=tokenizer,
+        )
+    console.print(f"{done.published}: {done.describe()}", markup=False)
+    console.print(f"{done.parameters:,} parameters, sha256 {done.weights_sha256}")
+    console.print(
+        "self-check: converting back gives the same bits; velocities at t = 0.25 and 0.75 are finite and differ from"
+        f" those of the untouched weights in their own time by {done.difference:g}"
+    )
+    if source.is_dir():
+        console.print(f"written: {dest}")
+    elif (dest / "config.yaml").is_file():
+        console.print(f"written: {dest}; sample from it with `ig-dist sample {dest}`", markup=False)
+    else:
+        console.print(f"written: {dest}; train on from it with train.init_from={dest}", markup=False)
 
 
 @app.command()
@@ -187,7 +262,9 @@ def _numbers(option: str, text: str) -> list[float]:
         raise ConfigError(f"{option} {text!r}: give numbers separated by commas, e.g. 1.0,1.4") from None
 
 
-def _interval(option: str, text: str) -> tuple[float, float]:
+def _interval(option: str, text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
     numbers = _numbers(option, text)
     if len(numbers) != 2 or not 0 <= numbers[0] <= numbers[1] <= 1:
         raise ConfigError(f"{option} {text!r}: give LOW,HIGH with 0 <= LOW <= HIGH <= 1, e.g. 0.3,1")
@@ -198,11 +275,13 @@ def _print_sweep(result: dict[str, Any]) -> None:
     """A row per point; the smallest Frechet distance stands out."""
     rows = result["rows"]
     names = list(rows[0]["scores"])
-    table = Table("IG scale", "CFG scale", "IG interval", *names, "fd_pixel / first")
+    auto = ["autoguidance"] if any(row["auto_scale"] != 1 for row in rows) else []
+    table = Table("IG scale", "CFG scale", *auto, "IG interval", *names, "fd_pixel / first")
     best = min(row["scores"]["fd_pixel"] for row in rows)
     for row in rows:
         scores, deviations = row["scores"], row.get("std", {})
-        cells = [f"{row['ig_scale']:g}", f"{row['cfg_scale']:g}", "{:g} to {:g}".format(*row["ig_interval"])]
+        cells = [f"{row['ig_scale']:g}", f"{row['cfg_scale']:g}", *(f"{row['auto_scale']:g}" for _ in auto)]
+        cells.append("{:g} to {:g}".format(*row["ig_interval"]))
         cells += [f"{scores[n]:.4f}" + (f" +- {deviations[n]:.4f}" if n in deviations else "") for n in names]
         ratio = scores["fd_pixel"] / rows[0]["scores"]["fd_pixel"]
         table.add_row(*cells, f"{ratio:.2f}", style="bold green" if scores["fd_pixel"] == best else None)

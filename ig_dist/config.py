@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from ig_dist.diffusion.guidance import GuidanceTerm, check_overlap
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiTConfig
-from ig_dist.models.presets import PRESETS
+from ig_dist.models.presets import PRESETS, Preset
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -32,6 +32,13 @@ def _known_protocol(url: str) -> str:
     return url
 
 
+def _ascending(interval: tuple[float, float]) -> tuple[float, float]:
+    if interval[0] > interval[1]:
+        raise ValueError(f"interval is {list(interval)}; write low <= high")
+    return interval
+
+
+Interval = Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)]
 Url = Annotated[str, AfterValidator(_known_protocol)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -52,10 +59,10 @@ class RunConfig(_Group):
 
 
 class ModelConfig(_Group):
-    """The diffusion transformer. Widths come from the preset; a width given here replaces the preset's."""
+    """The diffusion transformer. What is null comes from the preset; without one, layers are SiT's."""
 
     preset: str | None = None
-    """One of the published sizes, e.g. ``SiT-XL/2``."""
+    """One of the published sizes, e.g. ``SiT-XL/2`` or ``LightningDiT-XL/1``."""
     depth: Positive | None = None
     """Number of transformer blocks."""
     hidden_size: Positive | None = None
@@ -68,6 +75,20 @@ class ModelConfig(_Group):
     """The auxiliary head reads the output of this many blocks; null: no auxiliary head, no Internal Guidance."""
     time_input: Literal["t", "one_minus_t"] = "t"
     """What enters the time embedding: our t (0 = data), or 1 - t for weights trained the other way round."""
+    norm: Literal["layernorm", "rmsnorm"] | None = None
+    """LayerNorm without weights (SiT), or RMSNorm with weight (LightningDiT)."""
+    mlp: Literal["gelu", "swiglu"] | None = None
+    """Two matrices with GELU (SiT), or SwiGLU (LightningDiT)."""
+    rope: bool | None = None
+    """Queries and keys are turned by their position, beside the sine-cosine table (LightningDiT)."""
+    qk_norm: bool = False
+    """Norm queries and keys."""
+    modulation_shift: bool = True
+    """Blocks shift besides scaling (LightningDiT's ``wo_shift`` is false)."""
+    learn_sigma: bool = False
+    """Heads predict twice the channels, of which the first half is the velocity (the original SiT)."""
+    aux_init: Literal["zero", "xavier"] | None = None
+    """Initial weights of the auxiliary head: zero (SiT), or drawn (LightningDiT)."""
     input_size: Positive | None = None
     """Side of the latent. Taken from the data index when null."""
     in_channels: Positive | None = None
@@ -77,15 +98,16 @@ class ModelConfig(_Group):
 
     @model_validator(mode="after")
     def _fill_from_preset(self) -> Self:
-        widths = ("depth", "hidden_size", "num_heads", "patch_size")
+        preset: dict[str, Any] = Preset._field_defaults
         if self.preset is not None:
             if self.preset not in PRESETS:
                 near = difflib.get_close_matches(self.preset, PRESETS, n=3, cutoff=0.0)
                 raise ValueError(f"unknown preset {self.preset!r}; the nearest are {', '.join(near)}")
-            for name, value in zip(widths, PRESETS[self.preset], strict=True):
-                if getattr(self, name) is None:
-                    setattr(self, name, value)
-        missing = [name for name in widths if getattr(self, name) is None]
+            preset = PRESETS[self.preset]._asdict()
+        for name, value in preset.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        missing = [name for name in Preset._fields if getattr(self, name) is None]
         if missing:
             raise ValueError(f"{', '.join(missing)} not given: set model.preset (e.g. SiT-B/2) or each of them")
         self.to_dit(input_size=self.patch_size, in_channels=1, num_classes=1)  # its checks, before data is known
@@ -97,6 +119,19 @@ class ModelConfig(_Group):
         return DiTConfig(**{**values, **{k: v for k, v in missing.items() if values[k] is None}})
 
 
+class AccelerationConfig(_Group):
+    """Training acceleration (arXiv 2512.24176, section 6): the final head learns v + weight sg(v_final - v_aux)."""
+
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """w; 0: off."""
+    source: Literal["same_forward", "ema"] = "same_forward"
+    """Whose difference of the heads: the forward pass that is trained, or the first EMA, which costs a forward more."""
+    start_step: NonNegative = 0
+    """Steps of the run before it begins."""
+    interval: Interval = (0.0, 1.0)
+    """Times t at which it acts, both ends included (t = 1 is noise)."""
+
+
 class LossConfig(_Group):
     """The training objective (docs/architecture.md, "The mathematics")."""
 
@@ -104,10 +139,26 @@ class LossConfig(_Group):
     """Interpolation between data (t = 0) and noise (t = 1)."""
     aux_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
     """Weight of the auxiliary head's loss."""
-    time: Literal["uniform"] = "uniform"
-    """Distribution of the training times."""
+    cosine_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Weight of 1 - cos(v_final, v) over channels, of the final head; LightningDiT has 1."""
+    time: Literal["uniform", "logit_normal"] = "uniform"
+    """Distribution of the training times: uniform, or sigmoid(``time_mean`` + ``time_std`` n) for n normal."""
+    time_mean: Finite = 0.0
+    """Of logit_normal: above 0 more of the times are near noise (t = 1)."""
+    time_std: PositiveFloat = 1.0
+    """Of logit_normal."""
+    time_shift: PositiveFloat | Literal["latent_dimension"] = 1.0
+    """S > 1 moves times u towards noise: t = S u / (1 + (S - 1) u). latent_dimension: S = sqrt(C H W / 4096)."""
+    acceleration: AccelerationConfig = AccelerationConfig()
+    """Training acceleration."""
     label_drop: Fraction = 0.1
     """Share of labels replaced by the null label, for classifier-free guidance."""
+
+    @model_validator(mode="after")
+    def _keys_of_the_time(self) -> Self:
+        if self.time == "uniform" and (self.time_mean, self.time_std) != (0.0, 1.0):
+            raise ValueError("loss.time_mean and loss.time_std are for loss.time=logit_normal: set it, or remove them")
+        return self
 
 
 class DataConfig(_Group):
@@ -271,12 +322,19 @@ class CheckpointConfig(_Group):
 class GuidanceConfig(_Group):
     """One guidance term."""
 
-    kind: Literal["ig", "cfg"]
-    """Internal Guidance (weak head to final head) or classifier-free guidance (null label to label)."""
+    kind: Literal["ig", "cfg", "auto"]
+    """ig: Internal Guidance (weak head to final head). cfg: classifier-free guidance (null label to label). auto:
+    autoguidance (the second model ``sample.weak_model`` to the model)."""
     scale: Finite
     """Extrapolation scale; 1 is no guidance."""
     interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     """Times t at which the term is on, both ends included (t = 1 is noise)."""
+    branches: Literal["both", "conditional", "null"] = "both"
+    """Of ig and auto: guide the prediction for the label, the one for the null label that cfg needs, or both."""
+
+    def to_term(self) -> GuidanceTerm:
+        """The term as the samplers take it."""
+        return GuidanceTerm(self.kind, self.scale, self.interval, self.branches)
 
 
 class SampleConfig(_Group):
@@ -288,10 +346,20 @@ class SampleConfig(_Group):
     """balanced: image i has class i mod num_classes; random: drawn uniformly."""
     seed: Seed = 0
     """Image i depends on (this seed, i) only."""
-    solver: Literal["euler", "heun", "euler_maruyama"] = "heun"
-    """Euler and Heun solve the ODE, Euler-Maruyama the SDE."""
+    solver: Literal["euler", "heun", "euler_maruyama", "dopri5"] = "heun"
+    """Euler, Heun and the adaptive dopri5 solve the ODE, Euler-Maruyama the SDE."""
     steps: Positive = 32
-    """Steps of the solver."""
+    """Steps of the solver (n + 1 points in time); dopri5 chooses its own."""
+    time_shift: PositiveFloat | Literal["latent_dimension"] = 1.0
+    """Of euler and heun: S > 1 makes shorter steps near data, as ``loss.time_shift`` does with training times."""
+    correct_last_step: bool = True
+    """Of heun: false makes the last step an Euler step, as in the published SiT sampler."""
+    rtol: PositiveFloat = 1e-3
+    """Of dopri5: tolerance relative to the state."""
+    atol: PositiveFloat = 1e-6
+    """Of dopri5: absolute tolerance."""
+    weak_model: str = ""
+    """Second model of ``auto`` guidance: a run (RUN, or RUN@STEP for an earlier checkpoint) or an export folder."""
     batch_size: Positive = 64
     """Images at a time; a batch never crosses a unit."""
     unit_size: Positive = 512
@@ -302,6 +370,19 @@ class SampleConfig(_Group):
     """Folder of the plans' samples: a path or any fsspec URL. Empty: ``samples`` in the run directory."""
     tokenizer: str = ""
     """Folder, file or name of the tokenizer where it is not found under the name in the index."""
+
+    @model_validator(mode="after")
+    def _keys_of_the_solver(self) -> Self:
+        if self.time_shift != 1.0 and self.solver not in ("euler", "heun"):
+            raise ValueError(
+                f"sample.time_shift moves the steps of euler and heun, sample.solver is {self.solver}: set"
+                " sample.time_shift=1"
+            )
+        if not self.correct_last_step and self.solver != "heun":
+            raise ValueError(
+                f"sample.correct_last_step is heun's, sample.solver is {self.solver}: set sample.correct_last_step=true"
+            )
+        return self
 
 
 class EvaluateConfig(_Group):
@@ -373,13 +454,33 @@ class Config(_Group):
                 f"optimizer.implementation=apex is for adamw under ddp and fsdp2, not for {self.optimizer.kind} under"
                 f" {self.engine.kind}: use optimizer.implementation=fused"
             )
+        if "auto" in active and not self.sample.weak_model:
+            raise ValueError(
+                "guidance asks for auto, but there is no second model: set sample.weak_model=RUN, or RUN@STEP of an"
+                " earlier checkpoint"
+            )
+        if self.loss.acceleration.weight and self.model.aux_depth is None:
+            raise ValueError(
+                "loss.acceleration needs the auxiliary head: set model.aux_depth, or loss.acceleration.weight=0"
+            )
         if "ig" in active and self.model.aux_depth is None:
             raise ValueError("guidance asks for ig, but the model has no auxiliary head: set model.aux_depth")
         return self
 
+    def warnings(self) -> list[str]:
+        """What is allowed, and likely a mistake; a line each."""
+        aux, depth = self.model.aux_depth, self.model.depth
+        assert depth is not None
+        if aux is None or 2 * aux <= depth:
+            return []
+        return [
+            f"model.aux_depth {aux} is beyond half of the {depth} blocks, where the paper found the auxiliary head"
+            f" harmful (SiT-B/2 after block 8 of 12: FID 38.05 instead of 30.60): use {max(1, depth // 3)} or so"
+        ]
+
     def guidance_terms(self) -> list[GuidanceTerm]:
         """The terms as the samplers take them."""
-        return [GuidanceTerm(term.kind, term.scale, term.interval) for term in self.guidance]
+        return [term.to_term() for term in self.guidance]
 
     def with_data(self, latent_shape: tuple[int, int, int], num_classes: int) -> Config:
         """A copy whose model has the shapes of the data.

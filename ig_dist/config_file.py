@@ -58,12 +58,15 @@ def with_guidance(
     *,
     ig_scale: float | None = None,
     cfg_scale: float | None = None,
+    auto_scale: float | None = None,
     ig_interval: tuple[float, float] | None = None,
     cfg_interval: tuple[float, float] | None = None,
+    auto_interval: tuple[float, float] | None = None,
 ) -> Config:
-    """A copy with other guidance; what is None stays, and a term that is there keeps its interval."""
+    """A copy with other guidance; what is None stays, and a term that is there keeps its interval and branches."""
     tree = config.model_dump(mode="json")
-    for kind, scale, interval in (("ig", ig_scale, ig_interval), ("cfg", cfg_scale, cfg_interval)):
+    asked = (("ig", ig_scale, ig_interval), ("cfg", cfg_scale, cfg_interval), ("auto", auto_scale, auto_interval))
+    for kind, scale, interval in asked:
         terms = [term for term in tree["guidance"] if term["kind"] == kind]
         if scale is not None and not terms:
             terms = [{"kind": kind}]

@@ -58,7 +58,9 @@ def dry_run(config: Config, *, gpus: int, mfu: float, peak_tflops: float) -> Non
     config.check_world_size(gpus)
     model, batch = config.model.to_dit(), config.train.global_batch_size
     parameters, moments = count_state(model, config)
-    flops, steps = 3 * forward_flops(model), config.total_steps(images)  # backward costs twice the forward
+    acceleration = config.loss.acceleration
+    passes = 4 if acceleration.weight and acceleration.source == "ema" else 3  # backward costs twice the forward
+    flops, steps = passes * forward_flops(model), config.total_steps(images)
     micro = batch // gpus // config.train.accumulation
     seconds = steps * batch * flops / (gpus * peak_tflops * 1e12 * mfu)
     console.print(f"{assumed}{images:,} samples of {'x'.join(map(str, shape))}, {classes} classes", markup=False)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ig_dist.beginning import checkpoint_store
 from ig_dist.checkpoint import Checkpoint
 from ig_dist.config import Config
+from ig_dist.config_file import load_run
 from ig_dist.data.index import LatentInfo, ShardIndex, TokenizerInfo, read_index
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.models.dit import DiT, DiTConfig
@@ -65,6 +66,8 @@ def model_info(config: Config, index: ShardIndex) -> ModelInfo:
 def export_run(config: Config, *, ema: float | None = None, raw: bool = False) -> Path:
     """Export the newest whole checkpoint of a run; what is exported already is left as it is.
 
+    A folder that ``ig-dist convert`` made holds weights instead of checkpoints: it is an export itself.
+
     Args:
         config: the run's config.
         ema: decay of the average to export; None: the first of ``ema.decays``.
@@ -76,6 +79,11 @@ def export_run(config: Config, *, ema: float | None = None, raw: bool = False) -
     Raises:
         ConfigError: the run has no checkpoint, or no such average.
     """
+    converted = Path(config.run.dir)
+    if (converted / INFO_NAME).is_file():
+        if raw or ema is not None:
+            raise ConfigError(f"{converted} holds converted weights, and only these: leave out --ema and --raw")
+        return converted
     checkpoint = checkpoint_store(config).latest(ALONE)
     if checkpoint is None:
         raise ConfigError(f"{config.run.dir} has no checkpoint: train it first with `ig-dist train`")
@@ -164,3 +172,23 @@ def load_export(folder: Path, device: torch.device) -> tuple[DiT, ExportInfo]:
         model = DiT(info.model)
     model.load_state_dict(safetensors.torch.load(packed), assign=True)
     return model.to(device).eval().requires_grad_(False), info
+
+
+def find_export(source: str) -> Path:
+    """The export folder that ``source`` names: itself, or one made of a run's newest checkpoint or of that of a step.
+
+    Args:
+        source: an export folder, ``RUN`` or ``RUN@STEP``.
+
+    Raises:
+        ConfigError: neither an export nor a run, or no such checkpoint.
+    """
+    if (Path(source) / INFO_NAME).is_file():
+        return Path(source)
+    run, _, step = source.partition("@")
+    if not (Path(run) / "config.yaml").is_file():
+        raise ConfigError(f"sample.weak_model {source}: no export and no run there; give RUN, RUN@STEP or an export")
+    if step and not step.isdecimal():
+        raise ConfigError(f"sample.weak_model {source!r}: {step!r} is no step; write RUN or RUN@1000")
+    config = load_run(run)
+    return export_checkpoint(checkpoint_store(config).at(int(step), ALONE), config) if step else export_run(config)

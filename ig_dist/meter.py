@@ -97,6 +97,7 @@ class Meter:
             "loss": means[0],
             "loss_final": means[1],
             "loss_aux": means[2],
+            **({"loss_cosine": means[3]} if self._config.loss.cosine_weight else {}),
             "grad_norm": float(result.grad_norm),
             "images_per_s": images_per_s,
             "mfu": model_flops_utilisation(

@@ -33,22 +33,25 @@ def validate(
     batch_size = config.train.global_batch_size // dist.world_size // config.train.accumulation
     with ema.swapped_in(config.ema.decays[0]):
         losses = validation_loss(model, index, config, reader, batch_size, dist, stop)
-    return dict(zip(("val_loss", "val_loss_final", "val_loss_aux"), losses, strict=True))
+    named = dict(zip(("val_loss", "val_loss_final", "val_loss_aux", "val_loss_cosine"), losses, strict=True))
+    return {name: value for name, value in named.items() if name != "val_loss_cosine" or config.loss.cosine_weight}
 
 
 def sample_grid(model: DiT, ema: EMA, index: ShardIndex, config: Config, device: torch.device) -> NDArray[np.uint8]:
     """Images of the first EMA, (H, W, channels) uint8: unguided, then with the config's guidance. COLLECTIVE.
 
-    The same noise in each column and at every step of the run.
+    The same noise in each column and at every step of the run. Autoguidance is left out: its second model is not here.
     """
     info = model_info(config, index)
     plans = [_plan(config.model_copy(update={"guidance": []}), info)]
-    if config.guidance:
-        plans.append(_plan(config, info))
+    guidance = [term for term in config.guidance if term.kind != "auto"]
+    if guidance:
+        plans.append(_plan(config.model_copy(update={"guidance": guidance}), info))
     numbers, tokenizer = torch.arange(COLUMNS, device=device), grid_tokenizer(index, config, device)
     with ema.swapped_in(config.ema.decays[0]):
         rows = [
-            generate(model, info, plan, numbers, plan.image_labels(numbers), tokenizer).cpu().numpy() for plan in plans
+            generate(model, info, plan, numbers, plan.image_labels(numbers), tokenizer)[0].cpu().numpy()
+            for plan in plans
         ]
     return np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
 

@@ -24,7 +24,7 @@ from ig_dist.config_file import load_run
 from ig_dist.errors import ConfigError
 from ig_dist.goodput import KINDS, read_goodput
 from ig_dist.report_facts import run_facts
-from ig_dist.report_plots import Chart, best_row, curve_chart, heat_map, scale_chart, unguided
+from ig_dist.report_plots import SCALE_NAMES, Chart, best_row, curve_chart, heat_map, scale_chart, unguided
 from ig_dist.report_text import Facts, compact, duration, guidance_name, number, plain, score
 from ig_dist.run_dir import CONFIG_NAME, replace_text
 
@@ -44,6 +44,7 @@ class _Result(BaseModel):
 class _Row(_Result):
     ig_scale: float
     cfg_scale: float
+    auto_scale: float = 1.0
     ig_interval: tuple[float, float] = (0.0, 1.0)
     plans: list[str] = []
 
@@ -215,7 +216,7 @@ def _sweep(sweep: Mapping[str, Any], step: int) -> dict[str, Any]:
     """Charts or heat maps, one for each metric, the table, and the protocol that all rows share."""
     rows = sweep["rows"]
     scored = [(metric, found) for metric in _metric_names(rows) if (found := _scored(rows, metric))]
-    varied = {axis for axis in ("ig_scale", "cfg_scale", "ig_interval") if len({row[axis] for row in rows}) > 1}
+    varied = {axis for axis in (*SCALE_NAMES, "ig_interval") if len({row[axis] for row in rows}) > 1}
     two_axes = varied == {"ig_scale", "cfg_scale"}
     made_at = sweep["protocol"].get("step")
     return {
@@ -230,6 +231,10 @@ def _sweep(sweep: Mapping[str, Any], step: int) -> dict[str, Any]:
 def _sweep_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Scores, and each over the unguided one; ``best`` holds (row, column) of the cells to set off."""
     heads, table = ["IG scale", "CFG scale"], [[_scale(row["ig_scale"]), _scale(row["cfg_scale"])] for row in rows]
+    if any(row["auto_scale"] != 1 for row in rows):
+        heads.append("autoguidance scale")
+        for row, cells in zip(rows, table, strict=True):
+            cells.append(_scale(row["auto_scale"]))
     if len({row["ig_interval"] for row in rows}) > 1:
         heads.append("IG for t in")
         for row, cells in zip(rows, table, strict=True):
@@ -288,7 +293,7 @@ def _score_text(row: Mapping[str, Any], metric: str) -> str:
 
 
 def _scales(row: Mapping[str, Any]) -> str:
-    names = [f"{name} {number(row[key])}" for key, name in (("ig_scale", "IG"), ("cfg_scale", "CFG")) if row[key] != 1]
+    names = [f"{name} {number(row[key])}" for key, name in SCALE_NAMES.items() if row[key] != 1]
     return "at " + ", ".join(names) if names else "unguided"
 
 

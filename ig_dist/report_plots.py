@@ -18,6 +18,7 @@ from ig_dist.report_text import number, score
 
 BOX = 1000
 COLORS = 6
+SCALE_NAMES = {"ig_scale": "IG", "cfg_scale": "CFG", "auto_scale": "autoguidance"}
 MOST_POINTS = 500  # more than a screen shows
 LOWER_IS_BETTER = ("fd", "fid", "sfid", "kid", "mmd", "loss")
 HIGHER_IS_BETTER = ("accuracy", "agreement", "coverage", "density", "inception", "is", "precision", "recall")
@@ -174,8 +175,9 @@ def curve_chart(
 
 def scale_chart(rows: Sequence[Mapping[str, Any]], metric: str) -> Chart:
     """A score against the guidance scale that varies, one line per value of the other one."""
-    cfg_varies = len({row["cfg_scale"] for row in rows}) > 1
-    axis, other = ("cfg_scale", "ig_scale") if cfg_varies else ("ig_scale", "cfg_scale")
+    varied = [name for name in ("cfg_scale", "ig_scale", "auto_scale") if len({row[name] for row in rows}) > 1]
+    axis = varied[0] if varied else "ig_scale"
+    others = [name for name in ("cfg_scale", "ig_scale", "auto_scale") if name != axis]
     values = [row["scores"][metric] for row in rows]
     spread = [_std(row, metric) or 0.0 for row in rows]
     ends = [v - s for v, s in zip(values, spread, strict=True)] + [v + s for v, s in zip(values, spread, strict=True)]
@@ -186,18 +188,23 @@ def scale_chart(rows: Sequence[Mapping[str, Any]], metric: str) -> Chart:
     lines: list[Line] = []
     dots: list[Dot] = []
     intervals = {row.get("ig_interval") for row in rows}
-    for group, interval in sorted({(row[other], row.get("ig_interval")) for row in rows}, key=repr):
-        mine = [row for row in rows if (row[other], row.get("ig_interval")) == (group, interval)]
+
+    def line_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[other] for other in others), row.get("ig_interval")
+
+    for group, interval in sorted({line_of(row) for row in rows}, key=repr):
+        mine = [row for row in rows if line_of(row) == (group, interval)]
         mine.sort(key=lambda row: float(row[axis]))
         color = len(lines) % COLORS
         x = np.array([row[axis] for row in mine], np.float64)
         y = np.array([row["scores"][metric] for row in mine], np.float64)
-        name = f"{_axis_name(other)} {number(group)}" if group != 1 else f"no {_axis_name(other)}"
+        on = [f"{SCALE_NAMES[other]} {number(scale)}" for other, scale in zip(others, group, strict=True) if scale != 1]
+        name = ", ".join(on) or f"no {SCALE_NAMES[others[0]]}"
         name += ", IG for t in {:g} to {:g}".format(*interval) if interval and len(intervals) > 1 else ""
         lines.append(Line(name, color, _polyline(x, y, x_range, (low, high))))
         for row in mine:
             value, std = row["scores"][metric], _std(row, metric)
-            label = f"{_axis_name(axis)} {number(row[axis])}: {number(value)}" + (f" ± {number(std)}" if std else "")
+            label = f"{SCALE_NAMES[axis]} {number(row[axis])}: {number(value)}" + (f" ± {number(std)}" if std else "")
             bar = (_down(value + std, low, high), _down(value - std, low, high)) if std else None
             at_x, at_y = _across(row[axis], *x_range), _down(value, low, high)
             dots.append(Dot(at_x, at_y, color, label, row is best, bar))
@@ -205,7 +212,11 @@ def scale_chart(rows: Sequence[Mapping[str, Any]], metric: str) -> Chart:
     mark = Tick(_down(plain["scores"][metric], low, high) / BOX * 100, "unguided") if plain else None
     x_ticks = [Tick(_across(scale, *x_range) / BOX * 100, number(scale)) for scale in scales]
     spaced = [tick for i, tick in enumerate(x_ticks) if all(abs(tick.at - t.at) >= 6 for t in x_ticks[:i])]
-    x_label = {"ig_scale": "Internal Guidance scale", "cfg_scale": "classifier-free guidance scale"}[axis]
+    x_label = {
+        "ig_scale": "Internal Guidance scale",
+        "cfg_scale": "classifier-free guidance scale",
+        "auto_scale": "autoguidance scale",
+    }[axis]
     y_ticks = _ticks(low, high, upward=True)
     return Chart(metric, direction(metric), f"{x_label} (1: off)", spaced, y_ticks, lines, dots, mark)
 
@@ -235,7 +246,7 @@ def heat_map(rows: Sequence[Mapping[str, Any]], metric: str) -> HeatMap:
 
 def unguided(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The row without guidance."""
-    return next((row for row in rows if row["ig_scale"] == 1 and row["cfg_scale"] == 1), None)
+    return next((row for row in rows if all(row[axis] == 1 for axis in SCALE_NAMES)), None)
 
 
 def best_row(rows: Sequence[Mapping[str, Any]], metric: str) -> Mapping[str, Any] | None:
@@ -250,10 +261,6 @@ def best_row(rows: Sequence[Mapping[str, Any]], metric: str) -> Mapping[str, Any
 def _std(row: Mapping[str, Any], metric: str) -> float | None:
     std: float | None = row["std"].get(metric)
     return std
-
-
-def _axis_name(axis: str) -> str:
-    return {"ig_scale": "IG", "cfg_scale": "CFG"}[axis]
 
 
 def _curve_range(curves: Sequence[tuple[Floats, Floats]], from_zero: bool) -> tuple[float, float]:

@@ -53,7 +53,9 @@ def guidance_name(terms: Sequence[Mapping[str, Any]]) -> str:
     for term in terms:
         low, high = term.get("interval", (0, 1))
         on = "" if (low, high) == (0, 1) else f" on t {number(low)} to {number(high)}"
-        names.append(f"{str(term['kind']).upper()} {number(term['scale'])}{on}")
+        name = {"auto": "autoguidance"}.get(term["kind"], str(term["kind"]).upper())
+        branch = f" on the {term['branches']} branch" if term.get("branches", "both") != "both" else ""
+        names.append(f"{name} {number(term['scale'])}{on}{branch}")
     return ", ".join(names) or "unguided"
 
 

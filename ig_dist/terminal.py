@@ -20,6 +20,11 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def warn(text: str) -> None:
+    """Say what a command goes on in spite of."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def run_app(app: typer.Typer | Callable[..., Any]) -> None:
     """Run a command line: an IgDistError becomes one line on stderr and its exit code, a bug keeps its traceback."""
     if not isinstance(app, typer.Typer):

@@ -29,7 +29,7 @@ from ig_dist.meter import Meter
 from ig_dist.metrics import RunLog
 from ig_dist.models.dit import DiT, count_parameters, initialize
 from ig_dist.monitor import grid_tokenizer, sample_grid, validate
-from ig_dist.objective import open_reader, training_loss
+from ig_dist.objective import ema_differences, open_reader, training_loss, training_task
 from ig_dist.optim import learning_rate
 from ig_dist.parallel.agreement import Awaited
 from ig_dist.parallel.build import build_engine, check_engine
@@ -135,7 +135,7 @@ def train(config: Config, *, force: bool = False) -> None:
                 lr = learning_rate(step - 1, config.optimizer, total)
                 phases.enter("data", step)
                 batch = batches.next(final=last)
-                losses, result = _train_step(engine, batch, config, index, lr, dist, phases)
+                losses, result = _train_step(engine, ema, model, batch, config, index, lr, step - 1, dist, phases)
                 ema.update(result.finite)
                 meter.count(result, batch, losses, step)
                 done = step
@@ -187,15 +187,27 @@ def _due(step: int, every: int, last: bool) -> bool:
 
 
 def _train_step(
-    engine: Engine, batch: Batch, config: Config, index: ShardIndex, lr: float, dist: Dist, phases: Phases
+    engine: Engine,
+    ema: EMA,
+    model: DiT,
+    batch: Batch,
+    config: Config,
+    index: ShardIndex,
+    lr: float,
+    step: int,
+    dist: Dist,
+    phases: Phases,
 ) -> tuple[Tensor, StepResult]:
-    """One optimizer step; the losses (total, final, aux) of this rank's rows, (3, rows) on the device."""
+    """One optimizer step, after ``step`` others; the losses of this rank's rows, (losses, rows) on the device."""
     accumulation = config.train.accumulation
+    phases.enter("forward")
+    tasks = [training_task(micro, config, index.info, dist.device) for micro in batch.split(accumulation)]
+    differences = ema_differences(model, ema, tasks, config, step=step)
     losses = []
-    for i, micro in enumerate(batch.split(accumulation)):
+    for i, (task, difference) in enumerate(zip(tasks, differences, strict=True)):
         phases.enter("forward")
         with engine.microbatch(last=i == accumulation - 1):
-            loss = training_loss(engine.module, micro, config, index.info, dist.device)
+            loss = training_loss(engine.module, task, config, step=step, difference=difference)
             phases.enter("backward")
             engine.backward(loss[0].mean() / accumulation)
         losses.append(loss.detach())

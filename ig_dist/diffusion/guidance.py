@@ -1,8 +1,8 @@
-"""Internal Guidance and classifier-free guidance, as one guided velocity function.
+"""Guidance as data: a list of terms, and the one guided velocity function that they make.
 
-IG extrapolates from the auxiliary head to the final head (arXiv 2512.24176); CFG from the null label to the
-label (arXiv 2207.12598), here between predictions that IG has guided already. Each acts in an interval of
-times (arXiv 2404.07724).
+IG extrapolates from the auxiliary head to the final head (arXiv 2512.24176), autoguidance from a second, weaker model
+to the model (arXiv 2406.02507), and CFG from the null label to the label (arXiv 2207.12598), here between predictions
+that the other two have guided already. Each acts in an interval of times (arXiv 2404.07724).
 """
 
 import math
@@ -16,29 +16,44 @@ from torch import Tensor
 
 from ig_dist.models.dit import DiTOutput
 
+Kind = Literal["ig", "cfg", "auto"]
+Branch = Literal["conditional", "null"]
+BRANCHES: tuple[Branch, ...] = ("conditional", "null")
+
 
 @dataclass(frozen=True)
 class GuidanceTerm:
     """One guidance: weak + scale * (strong - weak) for times in `interval`.
 
     Attributes:
-        kind: "ig" (weak: auxiliary head) or "cfg" (weak: null label).
+        kind: "ig" (weak: auxiliary head), "auto" (weak: second model) or "cfg" (weak: null label).
         scale: 1 switches the term off.
         interval: (low, high) in time, both ends included; t = 0 is data, t = 1 is noise.
+        branches: of "ig" and "auto": whether they guide the prediction for the label, the one for the null label
+            that CFG needs, or both.
     """
 
-    kind: Literal["ig", "cfg"]
+    kind: Kind
     scale: float
     interval: tuple[float, float] = (0.0, 1.0)
+    branches: Literal["both", "conditional", "null"] = "both"
 
     def __post_init__(self) -> None:
-        if self.kind not in ("ig", "cfg"):
-            raise ValueError(f"guidance kind is {self.kind!r}; write 'ig' or 'cfg'")
+        if self.kind not in ("ig", "cfg", "auto"):
+            raise ValueError(f"guidance kind is {self.kind!r}; write 'ig', 'cfg' or 'auto'")
         if not math.isfinite(self.scale):
             raise ValueError(f"{self.kind} scale is {self.scale}; write a finite number (1 switches it off)")
         low, high = self.interval
         if not 0.0 <= low <= high <= 1.0:
             raise ValueError(f"{self.kind} interval is [{low}, {high}]; write 0 <= low <= high <= 1")
+        if self.branches not in ("both", *BRANCHES):
+            raise ValueError(f"{self.kind} branches is {self.branches!r}; write 'both', 'conditional' or 'null'")
+        if self.kind == "cfg" and self.branches != "both":
+            raise ValueError("cfg leads from one branch to the other: leave its branches out")
+
+    def acts(self, kind: Kind, branch: Branch, t: float) -> bool:
+        """Whether this is a term of that kind which is on at t in that branch."""
+        return self.kind == kind and self.branches in ("both", branch) and self.interval[0] <= t <= self.interval[1]
 
 
 class GuidableModel(Protocol):
@@ -54,22 +69,27 @@ class GuidableModel(Protocol):
 
 
 def guided_velocity(
-    model: GuidableModel, labels: Tensor, guidance: Sequence[GuidanceTerm]
+    model: GuidableModel,
+    labels: Tensor,
+    guidance: Sequence[GuidanceTerm],
+    weak_model: GuidableModel | None = None,
 ) -> Callable[[Tensor, float], Tensor]:
     """Return the function (x, t) -> velocity of a model under guidance.
 
-    The model sees float32; the combination is made in the dtype of x, or in float32 where that is coarser.
-    The time is a Python float, so intervals are tested exactly and without waiting for the device. What has
-    no effect at t is not evaluated: with scale 1 the result is bitwise the unguided one, and the null label
-    is run (as a second half of the batch) inside the CFG interval only.
+    In each branch v + (w_ig - 1)(v - v_aux) + (w_auto - 1)(v - v_weak); between the branches v_c + (w_cfg - 1)(v_c -
+    v_null). The models see float32; the combination is made in the dtype of x, or in float32 where that is coarser.
+    The time is a Python float, so intervals are tested exactly and without waiting for the device. What has no effect
+    at t is not evaluated: with scale 1 the result is bitwise the unguided one, the null label is run (as a second half
+    of the batch) inside the CFG interval only, and the second model inside its own, on its branches.
 
     Args:
         model: predicts the velocity from (x_t, t, labels).
         labels: (B,) int64, on the device of x.
-        guidance: the terms, at most one of a kind at any time.
+        guidance: the terms, at most one of a kind at any time in a branch.
+        weak_model: the second model of "auto" terms.
 
     Raises:
-        ValueError: two terms of a kind overlap, or IG is asked of a model without auxiliary head.
+        ValueError: two terms of a kind overlap, or a term asks for what is not there.
     """
     terms = [term for term in guidance if term.scale != 1.0]
     check_overlap(terms)
@@ -77,40 +97,63 @@ def guided_velocity(
         raise ValueError(
             "guidance asks for 'ig' but the model has no auxiliary head; remove the term, or train with model.aux_depth"
         )
-    with_null = torch.cat([labels, torch.full_like(labels, model.null_label)])
+    if any(term.kind == "auto" for term in terms) and weak_model is None:
+        raise ValueError("guidance asks for 'auto' but there is no second model; give one, or remove the term")
+    labels_of: dict[Branch, Tensor] = {"conditional": labels, "null": torch.full_like(labels, model.null_label)}
+    batches = {chosen: torch.cat([labels_of[branch] for branch in chosen]) for chosen in (BRANCHES[:1], BRANCHES[1:])}
+    batches[BRANCHES] = torch.cat([labels_of[branch] for branch in BRANCHES])
+
+    def predict(asked: GuidableModel, x: Tensor, t: float, branches: tuple[Branch, ...]) -> DiTOutput:
+        many = torch.cat([x] * len(branches)) if len(branches) > 1 else x
+        times = torch.full((len(many),), t, dtype=torch.float32, device=x.device)
+        return asked(many, times, batches[branches])
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        ig_scale, cfg_scale = _scale_at(terms, "ig", t), _scale_at(terms, "cfg", t)
-        model_input, model_labels = x.float(), labels
-        if cfg_scale != 1.0:
-            model_input, model_labels = torch.cat([model_input, model_input]), with_null
-        times = torch.full((len(model_input),), t, dtype=torch.float32, device=x.device)
-        output = model(model_input, times, model_labels)
+        cfg_scale = _scale_at(terms, "cfg", "conditional", t)
+        branches = BRANCHES if cfg_scale != 1.0 else BRANCHES[:1]
+        output = predict(model, x.float(), t, branches)
 
         dtype = torch.promote_types(x.dtype, torch.float32)
-        guided = output.velocity.to(dtype)
-        if ig_scale != 1.0 and output.aux_velocity is not None:
-            guided = guided + (ig_scale - 1.0) * (guided - output.aux_velocity.to(dtype))
-        if cfg_scale != 1.0:
-            conditional, unconditional = guided.chunk(2)
-            guided = conditional + (cfg_scale - 1.0) * (conditional - unconditional)
-        return guided
+        strong = dict(zip(branches, output.velocity.to(dtype).chunk(len(branches)), strict=True))
+        guided = dict(strong)
+        if output.aux_velocity is not None:
+            weak = dict(zip(branches, output.aux_velocity.to(dtype).chunk(len(branches)), strict=True))
+            _extrapolate(guided, strong, weak, _scales_at(terms, "ig", branches, t))
+        scales = _scales_at(terms, "auto", branches, t)
+        if scales and weak_model is not None:
+            chosen = tuple(scales)
+            second = predict(weak_model, x.float(), t, chosen).velocity.to(dtype)
+            _extrapolate(guided, strong, dict(zip(chosen, second.chunk(len(chosen)), strict=True)), scales)
+        if cfg_scale == 1.0:
+            return guided["conditional"]
+        return guided["conditional"] + (cfg_scale - 1.0) * (guided["conditional"] - guided["null"])
 
     return velocity
 
 
-def _scale_at(terms: Sequence[GuidanceTerm], kind: str, t: float) -> float:
-    for term in terms:
-        if term.kind == kind and term.interval[0] <= t <= term.interval[1]:
-            return term.scale
-    return 1.0
+def _extrapolate(
+    guided: dict[Branch, Tensor], strong: dict[Branch, Tensor], weak: dict[Branch, Tensor], scales: dict[Branch, float]
+) -> None:
+    for branch, scale in scales.items():
+        guided[branch] = guided[branch] + (scale - 1.0) * (strong[branch] - weak[branch])
+
+
+def _scales_at(terms: Sequence[GuidanceTerm], kind: Kind, branches: Sequence[Branch], t: float) -> dict[Branch, float]:
+    """The scale in each branch where a term of the kind is on."""
+    scales = {branch: _scale_at(terms, kind, branch, t) for branch in branches}
+    return {branch: scale for branch, scale in scales.items() if scale != 1.0}
+
+
+def _scale_at(terms: Sequence[GuidanceTerm], kind: Kind, branch: Branch, t: float) -> float:
+    return next((term.scale for term in terms if term.acts(kind, branch, t)), 1.0)
 
 
 def check_overlap(terms: Sequence[GuidanceTerm]) -> None:
-    """Raise ValueError when two terms of one kind are on at the same time."""
+    """Raise ValueError when two terms of one kind are on at the same time in the same branch."""
     for a, b in combinations(terms, 2):
         low, high = max(a.interval[0], b.interval[0]), min(a.interval[1], b.interval[1])
-        if a.kind == b.kind and low <= high:
+        same_branch = a.branches == b.branches or "both" in (a.branches, b.branches)
+        if a.kind == b.kind and low <= high and same_branch:
             raise ValueError(
                 f"two {a.kind!r} guidance terms are both active on [{low}, {high}], ends included; "
                 "make their intervals disjoint, or keep one term"

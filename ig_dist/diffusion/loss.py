@@ -1,4 +1,4 @@
-"""The training loss of Internal Guidance (arXiv 2512.24176)."""
+"""The training losses of Internal Guidance (arXiv 2512.24176) and LightningDiT (arXiv 2501.01423)."""
 
 from typing import NamedTuple
 
@@ -9,27 +9,66 @@ from ig_dist.models.dit import DiTOutput
 
 
 class Losses(NamedTuple):
-    """Loss of every sample, (B,) float32 each: total = final + aux_weight * aux."""
+    """Loss of every sample, (B,) float32 each: total = final + aux_weight * aux + cosine_weight * cosine."""
 
     total: Tensor
     final: Tensor
     aux: Tensor
+    cosine: Tensor
 
 
-def ig_loss(output: DiTOutput, velocity: Tensor, aux_weight: float) -> Losses:
-    """Return the squared velocity errors of both heads, averaged over C, H, W in float32.
+def ig_loss(
+    output: DiTOutput,
+    velocity: Tensor,
+    aux_weight: float,
+    *,
+    cosine_weight: float = 0.0,
+    final_target: Tensor | None = None,
+) -> Losses:
+    """Return the squared velocity errors of both heads, averaged over C, H, W in float32, and the cosine loss.
 
     Args:
         output: the model's predictions, (B, C, H, W); any float dtype.
         velocity: (B, C, H, W) target.
         aux_weight: lambda, the weight of the auxiliary head; without that head `aux` is zero.
+        cosine_weight: weight of the final head's cosine loss; at 0 it is not computed, and `cosine` is zero.
+        final_target: the final head's target where it is another one, see `accelerated_target`.
     """
-    final = _mean_square(output.velocity, velocity)
+    target = velocity if final_target is None else final_target
+    final = _mean_square(output.velocity, target)
+    nothing = torch.zeros_like(final)
+    aux = nothing if output.aux_velocity is None else _mean_square(output.aux_velocity, velocity)
+    cosine = _cosine(output.velocity, target) if cosine_weight else nothing
+    return Losses(final + aux_weight * aux + cosine_weight * cosine, final, aux, cosine)
+
+
+def head_difference(output: DiTOutput) -> Tensor:
+    """Return v_final - v_aux, (B, C, H, W) float32, cut off from the gradient.
+
+    Raises:
+        ValueError: the model has no auxiliary head.
+    """
     if output.aux_velocity is None:
-        return Losses(final, final, torch.zeros_like(final))
-    aux = _mean_square(output.aux_velocity, velocity)
-    return Losses(final + aux_weight * aux, final, aux)
+        raise ValueError("the difference of the heads needs an auxiliary head; train with model.aux_depth")
+    return output.velocity.detach().float() - output.aux_velocity.detach().float()
+
+
+def accelerated_target(velocity: Tensor, difference: Tensor, weight: Tensor) -> Tensor:
+    """Return v + w sg(v_final - v_aux), the final head's target of arXiv 2512.24176, section 6.
+
+    Args:
+        velocity: (B, C, H, W) target.
+        difference: (B, C, H, W), of `head_difference`; of the same forward or of an average of the weights.
+        weight: (B,), w of each sample.
+    """
+    return velocity + weight.to(velocity.dtype).reshape(-1, *[1] * (velocity.dim() - 1)) * difference.detach()
 
 
 def _mean_square(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+
+
+def _cosine(prediction: Tensor, target: Tensor) -> Tensor:
+    """1 - cos over channels, averaged over H, W."""
+    similarity = torch.nn.functional.cosine_similarity(prediction.float(), target.float(), dim=1)
+    return (1.0 - similarity).flatten(1).mean(dim=1)

@@ -13,6 +13,7 @@ Source: SiT, arXiv 2401.08740, section 2, with the time as stated above.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
@@ -20,6 +21,9 @@ import torch
 from torch import Tensor
 
 _Time = TypeVar("_Time", float, Tensor)
+
+SHIFT_FREE_DIMENSION = 4096
+"""Numbers of an SD-VAE latent of 256 x 256 pixels, 4 x 32 x 32: what needs no shift by dimension."""
 
 
 class Coefficients(NamedTuple):
@@ -95,3 +99,29 @@ def shift_time(u: _Time, shift: float) -> _Time:
     if shift <= 0:
         raise ValueError(f"shift is {shift}; it must be positive (1 for no shift)")
     return u if shift == 1 else u / (u + (1 - u) / shift)
+
+
+def dimension_shift(latent_shape: Sequence[int]) -> float:
+    """Return S = sqrt(C H W / 4096): the more numbers a latent has, the more noise hides as much of it.
+
+    Source: arXiv 2403.03206, section 5.3.2, for resolutions; arXiv 2510.11690 for the dimension of the latents.
+    """
+    return math.sqrt(math.prod(latent_shape) / SHIFT_FREE_DIMENSION)
+
+
+def resolve_shift(shift: float | Literal["latent_dimension"], latent_shape: Sequence[int]) -> float:
+    """Return S: the number itself, or `dimension_shift`."""
+    return dimension_shift(latent_shape) if shift == "latent_dimension" else shift
+
+
+def logit_normal(normal: Tensor, mean: float, std: float) -> Tensor:
+    """Return t = sigmoid(mean + std * normal) in float64 (arXiv 2403.03206, section 3.1).
+
+    A mean above 0 spends more time near noise (t = 1).
+
+    Args:
+        normal: standard normal draws.
+        mean: mu, of the logit.
+        std: s, of the logit.
+    """
+    return torch.sigmoid(mean + std * normal.double())

@@ -15,7 +15,7 @@ from ig_dist.diffusion.path import Path, shift_time
 
 VelocityFn = Callable[[Tensor, float], Tensor]
 NoiseFn = Callable[[int, Tensor], Tensor]
-Solver = Literal["euler", "heun", "euler_maruyama"]
+Solver = Literal["euler", "heun", "euler_maruyama", "dopri5"]
 
 
 def time_grid(steps: int, shift: float = 1.0) -> list[float]:
@@ -130,10 +130,36 @@ def euler_maruyama(
     return x
 
 
-def evaluations(solver: Solver, steps: int, correct_last_step: bool = True) -> int:
-    """Count the velocity evaluations that a solver spends on `steps` steps."""
-    _check_steps(steps)
-    return 2 * steps - (not correct_last_step) if solver == "heun" else steps
+@torch.no_grad()
+def dopri5(velocity_fn: VelocityFn, x: Tensor, *, rtol: float = 1e-3, atol: float = 1e-6) -> Tensor:
+    """Integrate dx = v dt from t = 1 to 0 by Dormand and Prince's method, order 5, with torchdiffeq's step control.
+
+    The error is controlled over the whole batch, as in the published SiT sampler: a sample depends, within the
+    tolerance, on the batch that it is in, and the evaluations can only be counted while it runs. The last step ends at
+    t = 0; torchdiffeq alone would step beyond it, where there is no model, and interpolate.
+
+    Args:
+        velocity_fn: (x, t) -> velocity.
+        x: (B, C, H, W), the state at t = 1.
+        rtol: tolerance relative to the state; the default is SiT's.
+        atol: absolute tolerance; the default is SiT's.
+
+    Returns:
+        The state at t = 0.
+    """
+    from torchdiffeq import odeint  # it imports scipy's solvers
+
+    ends = torch.tensor([1.0, 0.0], dtype=torch.float64, device=x.device)
+    solution: Tensor = odeint(
+        lambda t, x: velocity_fn(x, float(t)).to(x.dtype),
+        x,
+        ends,
+        rtol=rtol,
+        atol=atol,
+        method="dopri5",
+        options={"dtype": torch.float64, "step_t": ends[1:]},
+    )
+    return solution[-1]
 
 
 def _check_steps(steps: int) -> None:

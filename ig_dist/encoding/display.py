@@ -37,8 +37,8 @@ def _config(index: ShardIndex) -> str:
     """The config that fits the latents, with what must be said beside it."""
     info, name = index.info, PurePosixPath(index.folder).name
     run = name.removesuffix("-data") if name.endswith("-data") else f"{name}-run"
-    fitting = {(4, 32, 32): "configs/sit_xl2_ig.yaml"}.get(info.latent.shape, "CONFIG")
-    file = "configs/digits.yaml" if info.tokenizer.name == "pixel" else fitting
+    fitting = {(4, 32, 32): "configs/sit_xl2_ig.yaml", (32, 16, 16): "configs/lightningdit_xl1_ig.yaml"}
+    file = "configs/digits.yaml" if info.tokenizer.name == "pixel" else fitting.get(info.latent.shape, "CONFIG")
     return f"{file} data.index={index.folder} run.dir=runs/{run}"
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BEST_CELL: dict[str, Any] = {"markersize": 30, "markerfacecolor": "none", "markeredgecolor": "red"}
+SCALES = {"ig_scale": "Internal Guidance", "cfg_scale": "CFG", "auto_scale": "autoguidance"}
 MIN_SIDE = 48  # smaller images are enlarged to about this many pixels
 
 
@@ -41,13 +42,14 @@ def save_grid(rows: Sequence[tuple[str, NDArray[np.uint8]]], file: Path, title: 
 
 
 def save_sweep_plot(rows: Sequence[dict[str, Any]], metric: str, file: Path) -> None:
-    """The score over the sweep, as PNG: a heat map where IG and CFG scales vary, else a line per IG interval."""
+    """The score over the sweep, as PNG: a heat map where IG and CFG scales vary alone, else lines over one scale."""
     figure = _figure(5.2, 3.6)
     axes = figure.subplots()
     ig_scales, cfg_scales = (sorted({row[key] for row in rows}) for key in ("ig_scale", "cfg_scale"))
     intervals = sorted({tuple(row["ig_interval"]) for row in rows})
     best = min(rows, key=lambda row: row["scores"][metric])
-    if len(ig_scales) > 1 and len(cfg_scales) > 1 and len(intervals) == 1:
+    auto_scales = sorted({row["auto_scale"] for row in rows})
+    if len(ig_scales) > 1 and len(cfg_scales) > 1 and len(intervals) == len(auto_scales) == 1:
         scores = np.full((len(cfg_scales), len(ig_scales)), np.nan)
         for row in rows:
             scores[cfg_scales.index(row["cfg_scale"]), ig_scales.index(row["ig_scale"])] = row["scores"][metric]
@@ -61,16 +63,20 @@ def save_sweep_plot(rows: Sequence[dict[str, Any]], metric: str, file: Path) -> 
         axes.plot(ig_scales.index(best["ig_scale"]), cfg_scales.index(best["cfg_scale"]), "s", **BEST_CELL)
         axes.set(xlabel="Internal Guidance scale", ylabel="CFG scale", title=f"{metric} (lower is better)")
     else:
-        for cfg_scale in cfg_scales:
-            for interval in intervals:
-                chosen = [r for r in rows if r["cfg_scale"] == cfg_scale and tuple(r["ig_interval"]) == interval]
-                chosen.sort(key=lambda row: float(row["ig_scale"]))
-                name = f"CFG {cfg_scale:g}" if cfg_scale != 1 else "no CFG"
-                name += f", IG for t in [{interval[0]:g}, {interval[1]:g}]" if len(intervals) > 1 else ""
-                x, y = [row["ig_scale"] for row in chosen], [row["scores"][metric] for row in chosen]
-                axes.errorbar(x, y, [row.get("std", {}).get(metric, 0.0) for row in chosen], fmt="o-", label=name)
-        axes.plot(best["ig_scale"], best["scores"][metric], "*", markersize=14, color="black", label="best", zorder=-1)
-        axes.set(xlabel="Internal Guidance scale (1 = unguided)", ylabel=f"{metric} (lower is better)")
+        varied = [axis for axis in SCALES if len({row[axis] for row in rows}) > 1]
+        axis, *others = [*varied, *(axis for axis in SCALES if axis not in varied)]
+        lines: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for row in rows:
+            lines.setdefault((*(row[other] for other in others), tuple(row["ig_interval"])), []).append(row)
+        for (*scales, interval), chosen in sorted(lines.items()):
+            chosen.sort(key=lambda row: float(row[axis]))
+            name = ", ".join(f"{SCALES[o]} {s:g}" for o, s in zip(others, scales, strict=True) if s != 1)
+            name = name or f"{SCALES[axis]} alone"
+            name += f", IG for t in [{interval[0]:g}, {interval[1]:g}]" if len(intervals) > 1 else ""
+            x, y = [row[axis] for row in chosen], [row["scores"][metric] for row in chosen]
+            axes.errorbar(x, y, [row.get("std", {}).get(metric, 0.0) for row in chosen], fmt="o-", label=name)
+        axes.plot(best[axis], best["scores"][metric], "*", markersize=14, color="black", label="best", zorder=-1)
+        axes.set(xlabel=f"{SCALES[axis]} scale (1 = off)", ylabel=f"{metric} (lower is better)")
         axes.set_ylim(0, 1.08 * max(row["scores"][metric] for row in rows))
         axes.grid(alpha=0.3)
         axes.legend()

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ig_dist.config import Config, GuidanceConfig
 from ig_dist.diffusion.guidance import GuidanceTerm
-from ig_dist.diffusion.samplers import evaluations
+from ig_dist.diffusion.path import resolve_shift
+from ig_dist.diffusion.samplers import Solver
 from ig_dist.errors import ConfigError
-from ig_dist.export import ModelInfo
+from ig_dist.export import ExportInfo, ModelInfo
 from ig_dist.rng import Purpose, integers
 
 
@@ -26,13 +27,19 @@ class Plan(BaseModel):
     labels: Literal["balanced", "random"]
     num_classes: int
     seed: int
-    solver: Literal["euler", "heun", "euler_maruyama"]
+    solver: Solver
     steps: int
+    time_shift: float = 1.0
+    correct_last_step: bool = True
+    rtol: float = 1e-3
+    atol: float = 1e-6
     guidance: tuple[GuidanceConfig, ...]
     precision: Literal["fp32", "bf16"]
     unit_size: int
     batch_size: int
     weights_sha256: str
+    weak_sha256: str | None = None
+    """Hash of the weights of the second model, of plans with auto guidance."""
 
     @property
     def digest(self) -> str:
@@ -44,14 +51,9 @@ class Plan(BaseModel):
         """Units of ``unit_size`` images; the last one may be smaller."""
         return -(-self.num // self.unit_size)
 
-    @property
-    def evaluations(self) -> int:
-        """Velocity evaluations per image."""
-        return evaluations(self.solver, self.steps)
-
     def terms(self) -> list[GuidanceTerm]:
         """Guidance as the samplers take it."""
-        return [GuidanceTerm(term.kind, term.scale, term.interval) for term in self.guidance]
+        return [term.to_term() for term in self.guidance]
 
     def unit(self, number: int) -> range:
         """Image numbers of a unit."""
@@ -65,11 +67,17 @@ class Plan(BaseModel):
         return words * self.num_classes >> 32
 
 
-def make_plan(config: Config, info: ModelInfo, weights_sha256: str) -> Plan:
+def make_plan(config: Config, info: ModelInfo, weights_sha256: str, weak: ExportInfo | None = None) -> Plan:
     """The plan of the config's ``sample`` and ``guidance`` groups for weights of that hash.
 
+    Args:
+        config: the run's.
+        info: of the model.
+        weights_sha256: of its weights.
+        weak: of the second model, where guidance has an auto term.
+
     Raises:
-        ConfigError: guidance that the model cannot give.
+        ConfigError: guidance that the models cannot give.
     """
     guidance = [term for term in config.guidance if term.scale != 1]  # a term of scale 1 is no guidance
     if any(term.kind == "ig" for term in guidance) and info.model.aux_depth is None:
@@ -78,6 +86,15 @@ def make_plan(config: Config, info: ModelInfo, weights_sha256: str) -> Plan:
         raise ConfigError(
             "guidance asks for cfg, but the model never saw the null label: train with loss.label_drop=0.1"
         )
+    auto = [term for term in guidance if term.kind == "auto"]
+    if auto and weak is not None:
+        _check_weak(weak, info, config)
+        cfg = any(term.kind == "cfg" for term in guidance)
+        if cfg and not weak.trained_with_null_label and any(term.branches != "conditional" for term in auto):
+            raise ConfigError(
+                f"sample.weak_model {config.sample.weak_model}: it never saw the null label, which cfg asks of it:"
+                " give its auto term branches=conditional"
+            )
     sample = config.sample
     return Plan(
         num=sample.num,
@@ -86,12 +103,33 @@ def make_plan(config: Config, info: ModelInfo, weights_sha256: str) -> Plan:
         seed=sample.seed,
         solver=sample.solver,
         steps=sample.steps,
+        time_shift=resolve_shift(sample.time_shift, info.latent.shape),
+        correct_last_step=sample.correct_last_step,
+        rtol=sample.rtol,
+        atol=sample.atol,
         guidance=tuple(guidance),
         precision=sample.precision,
         unit_size=sample.unit_size,
         batch_size=sample.batch_size,
         weights_sha256=weights_sha256,
+        weak_sha256=weak.weights_sha256 if auto and weak is not None else None,
     )
+
+
+def _check_weak(weak: ExportInfo, info: ModelInfo, config: Config) -> None:
+    """Both models must speak of the same latents, classes and path; sizes and heads may differ."""
+    pairs = {
+        "latents": (weak.latent, info.latent),
+        "tokenizer": (weak.tokenizer.sha256, info.tokenizer.sha256),
+        "classes": (weak.classes, info.classes),
+        "loss.path": (weak.path, info.path),
+    }
+    for name, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            raise ConfigError(
+                f"sample.weak_model {config.sample.weak_model} was trained with other {name} than the model: give one"
+                " that was trained on the same index with the same loss.path"
+            )
 
 
 def image_numbers(numbers: range, device: torch.device) -> Tensor:

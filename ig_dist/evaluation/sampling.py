@@ -17,7 +17,7 @@ from ig_dist.errors import ConfigError
 from ig_dist.evaluation.generate import Samples, collect, finished_images, generate_units
 from ig_dist.evaluation.pictures import save_grid
 from ig_dist.evaluation.plan import Plan, make_plan
-from ig_dist.export import ExportInfo, load_export
+from ig_dist.export import ExportInfo, find_export, load_export
 from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.storage.files import open_url, write_whole
 from ig_dist.terminal import console, is_main_process
@@ -35,7 +35,10 @@ def sample_run(config: Config, export: Path) -> Samples:
     device = sampling_device()
     model, info = load_export(export, device)
     tokenizer = index_tokenizer(info.tokenizer, info.latent, config.sample.tokenizer, device=device)
-    plan = make_plan(config, info, info.weights_sha256)
+    weak_model, weak = None, None
+    if any(term.kind == "auto" and term.scale != 1 for term in config.guidance):
+        weak_model, weak = load_export(find_export(config.sample.weak_model), device)
+    plan = make_plan(config, info, info.weights_sha256, weak)
     url = f"{config.sample.url.rstrip('/') or config.run.dir + '/samples'}/{plan.digest}"
     with _PlanProgress(plan, url) as progress:
         generate_units(
@@ -44,15 +47,17 @@ def sample_run(config: Config, export: Path) -> Samples:
             plan,
             url,
             tokenizer,
+            weak_model=weak_model,
             worker=int(os.environ.get("RANK", "0")),
             workers=int(os.environ.get("WORLD_SIZE", "1")),
             on_progress=progress.update,
         )
-    samples = Samples(plan, info, url, tokenizer.uint8_rule, config.sample.tokenizer)
+    samples = Samples(plan, info, url, tokenizer.uint8_rule, config.sample.tokenizer, weak)
     if is_main_process():
         fs, path = open_url(url, "sample.url")
         described: dict[str, object] = {"plan": plan.model_dump(mode="json"), "export": info.model_dump(mode="json")}
         described["run"] = config.run.dir
+        described["weak"] = None if weak is None else weak.model_dump(mode="json")
         described["uint8_rule"], described["tokenizer"] = samples.uint8_rule, samples.tokenizer
         described["evaluate"] = {
             "reference": config.evaluate.reference or config.data.index,
@@ -78,7 +83,8 @@ def read_samples(url: str) -> tuple[Samples, Path, str, list[str]]:
         described = json.loads(fs.cat_file(f"{path}/{PLAN_NAME}"))
         plan, info = Plan(**described["plan"]), ExportInfo(**described["export"])
         evaluate = described["evaluate"]
-        samples = Samples(plan, info, url.rstrip("/"), str(described["uint8_rule"]), str(described["tokenizer"]))
+        weak = None if described["weak"] is None else ExportInfo(**described["weak"])
+        samples = Samples(plan, info, url.rstrip("/"), str(described["uint8_rule"]), str(described["tokenizer"]), weak)
         return samples, Path(described["run"]), str(evaluate["reference"]), list(evaluate["metrics"])
     except (OSError, ValueError, KeyError, TypeError, ValidationError):
         raise ConfigError(
@@ -88,8 +94,10 @@ def read_samples(url: str) -> tuple[Samples, Path, str, list[str]]:
 
 def describe(plan: Plan) -> str:
     """The plan in a few words."""
-    guidance = ", ".join(f"{term.kind.upper()} {term.scale:g}" for term in plan.guidance) or "unguided"
-    return f"sample ({guidance}, {plan.solver} {plan.steps}, seed {plan.seed})"
+    names = {"ig": "IG", "cfg": "CFG", "auto": "autoguidance"}
+    guidance = ", ".join(f"{names[term.kind]} {term.scale:g}" for term in plan.guidance) or "unguided"
+    solver = plan.solver if plan.solver == "dopri5" else f"{plan.solver} {plan.steps}"
+    return f"sample ({guidance}, {solver}, seed {plan.seed})"
 
 
 def sampling_device() -> torch.device:

@@ -18,7 +18,9 @@ from ig_dist.errors import ConfigError
 from ig_dist.evaluation.agreement import CLASSIFIER, label_agreement, train_classifier
 from ig_dist.evaluation.features import Moments, pixel_extractor, streamed_moments
 from ig_dist.evaluation.generate import Samples, read_units
+from ig_dist.evaluation.plan import Plan
 from ig_dist.evaluation.sampling import sampling_device
+from ig_dist.export import ExportInfo
 from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.run_dir import replace_text
 
@@ -82,7 +84,7 @@ def load_reference(url: str, metrics: Sequence[str], tokenizer: str = "") -> Ref
 def evaluate_samples(samples: Samples, reference: Reference, out: Path | None = None) -> dict[str, Any]:
     """Score samples; scores and protocol, also written to ``out``."""
     plan, info, extractor = samples.plan, samples.info, pixel_extractor()
-    generated = streamed_moments((images for images, _ in read_units(plan, samples.url)), extractor)
+    generated = streamed_moments((unit.images for unit in read_units(plan, samples.url)), extractor)
     if reference.moments.mean.shape != generated.mean.shape:
         raise ConfigError(
             f"the images of {reference.source} have {reference.moments.mean.size} values, the samples"
@@ -90,7 +92,9 @@ def evaluate_samples(samples: Samples, reference: Reference, out: Path | None = 
         )
     scores = {"fd_pixel": frechet_distance(reference.moments, generated)}
     if reference.classifier is not None:
-        scores["label_agreement"] = label_agreement(reference.classifier, read_units(plan, samples.url))
+        scores["label_agreement"] = label_agreement(
+            reference.classifier, ((unit.images, unit.labels) for unit in read_units(plan, samples.url))
+        )
     result = {
         "scores": scores,
         "protocol": {
@@ -98,8 +102,8 @@ def evaluate_samples(samples: Samples, reference: Reference, out: Path | None = 
             "labels": plan.labels,
             "seed": plan.seed,
             "solver": plan.solver,
-            "steps": plan.steps,
-            "evaluations": plan.evaluations,
+            **_of_the_solver(plan),
+            **_work(plan, samples.url),
             "guidance": [term.model_dump(mode="json") for term in plan.guidance],
             "precision": plan.precision,
             "uint8_rule": samples.uint8_rule,
@@ -116,6 +120,7 @@ def evaluate_samples(samples: Samples, reference: Reference, out: Path | None = 
             "images_seen": info.images_seen,
             "checkpoint_sha256": info.checkpoint_sha256,
             "weights_sha256": info.weights_sha256,
+            **({} if samples.weak is None else _of_the_weak_model(samples.weak)),
             "plan": plan.digest,
         },
     }
@@ -123,3 +128,25 @@ def evaluate_samples(samples: Samples, reference: Reference, out: Path | None = 
         out.parent.mkdir(parents=True, exist_ok=True)
         replace_text(out, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _of_the_solver(plan: Plan) -> dict[str, Any]:
+    if plan.solver == "dopri5":
+        return {"rtol": plan.rtol, "atol": plan.atol}
+    if plan.solver == "euler_maruyama":
+        return {"steps": plan.steps}
+    steps = {"steps": plan.steps, "time_shift": plan.time_shift}
+    return {**steps, "correct_last_step": plan.correct_last_step} if plan.solver == "heun" else steps
+
+
+def _work(plan: Plan, url: str) -> dict[str, float]:
+    """What an image took, as it was counted: the mean, where dopri5 took another number of steps for another batch."""
+    work = np.concatenate([unit.work for unit in read_units(plan, url)]).mean(axis=0)
+    names = ["evaluations", "forwards", "weak_forwards"][: 3 if plan.weak_sha256 else 2]
+    return {name: float(mean) for name, mean in zip(names, work, strict=False)}
+
+
+def _of_the_weak_model(weak: ExportInfo) -> dict[str, Any]:
+    model = {"depth": weak.model.depth, "hidden_size": weak.model.hidden_size}
+    told = {**model, "ema": weak.ema, "step": weak.step, "checkpoint_sha256": weak.checkpoint_sha256}
+    return {f"weak_{key}": value for key, value in {**told, "weights_sha256": weak.weights_sha256}.items()}

@@ -32,8 +32,11 @@ def sweep_run(
     config: Config,
     ig_scales: Sequence[float],
     cfg_scales: Sequence[float],
+    auto_scales: Sequence[float] = (1.0,),
+    *,
     ig_intervals: Sequence[Interval | None] = (None,),
     cfg_interval: Interval | None = None,
+    auto_interval: Interval | None = None,
     seeds: int = 1,
 ) -> dict[str, Any]:
     """Score every combination; ``sweep.json``, ``sweep.png`` and ``grid.png`` in the run.
@@ -47,9 +50,15 @@ def sweep_run(
     reference_url = config.evaluate.reference or config.data.index
     reference = load_reference(reference_url, config.evaluate.metrics, config.sample.tokenizer) if main else None
     rows, protocols = [], []
-    for cfg_scale, ig_interval, ig_scale in product(cfg_scales, ig_intervals, ig_scales):
+    for auto_scale, cfg_scale, ig_interval, ig_scale in product(auto_scales, cfg_scales, ig_intervals, ig_scales):
         point = with_guidance(
-            config, ig_scale=ig_scale, cfg_scale=cfg_scale, ig_interval=ig_interval, cfg_interval=cfg_interval
+            config,
+            ig_scale=ig_scale,
+            cfg_scale=cfg_scale,
+            auto_scale=auto_scale,
+            ig_interval=ig_interval,
+            cfg_interval=cfg_interval,
+            auto_interval=auto_interval,
         )
         results = []
         for seed in range(config.sample.seed, config.sample.seed + seeds):
@@ -60,8 +69,9 @@ def sweep_run(
                 results.append(evaluate_samples(samples, reference, out))
         if results:
             intervals = {term.kind: term.interval for term in point.guidance}
-            row = {"ig_scale": ig_scale, "cfg_scale": cfg_scale, "ig_interval": intervals["ig"]}
-            rows.append({**row, "cfg_interval": intervals["cfg"], **_over_seeds(results)})
+            scales = {"ig_scale": ig_scale, "cfg_scale": cfg_scale, "auto_scale": auto_scale}
+            ranges = {f"{kind}_interval": intervals[kind] for kind in ("ig", "cfg", "auto")}
+            rows.append({**scales, **ranges, **_over_seeds(results)})
             protocols += [result["protocol"] for result in results]
     if not main:
         return {}
@@ -82,7 +92,7 @@ def _over_seeds(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _save_scale_grid(config: Config, export: Path, ig_scales: Sequence[float], file: Path) -> None:
-    """Real images above generated ones at every scale, the same noise in each column, without CFG."""
+    """Real images above generated ones at every scale, the same noise in each column, without CFG and autoguidance."""
     device = sampling_device()
     model, info = load_export(export, device)
     tokenizer = index_tokenizer(info.tokenizer, info.latent, config.sample.tokenizer, device=device)
@@ -92,8 +102,9 @@ def _save_scale_grid(config: Config, export: Path, ig_scales: Sequence[float], f
     shown = config.model_copy(update={"sample": sample})
     rows = [("real", _real_by_class(config, len(info.classes)))]
     for scale in ig_scales:
-        plan = make_plan(with_guidance(shown, ig_scale=scale, cfg_scale=1.0), info, info.weights_sha256)
-        rows.append((f"IG {scale:g}" if scale != 1 else "unguided", make_unit(model, info, plan, 0, tokenizer)[0]))
+        point = with_guidance(shown, ig_scale=scale, cfg_scale=1.0, auto_scale=1.0)
+        plan = make_plan(point, info, info.weights_sha256)
+        rows.append((f"IG {scale:g}" if scale != 1 else "unguided", make_unit(model, info, plan, 0, tokenizer).images))
     save_grid(rows, file, "the same noise in every column")
 
 

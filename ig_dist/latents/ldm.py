@@ -8,16 +8,14 @@ are 1 x 1 convolutions.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import torch
 from torch import Tensor
 
 from ig_dist.errors import ConfigError
+from ig_dist.tensor_files import read_safetensors, read_torch_file
 
 # Of the training around the autoencoder.
 OTHER_PARTS = ("loss.", "discriminator.", "foundation_model.", "linear_proj.")
@@ -97,30 +95,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of pickle dialects, about files that are refused anyway
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # a damaged file can make it raise anything; its own messages are pages
-        raise ConfigError(
-            f"{path} is damaged, or holds more than tensors and is not read because that could run code:"
-            " where you trust it, save its state_dict alone, as .safetensors"
-        ) from None
+    found = read_torch_file(path)
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     if not isinstance(found, dict):
         raise ConfigError(f"{path} holds no state_dict: save the autoencoder's state_dict in it")
     return {name: tensor for name, tensor in found.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        ConfigError: it is not there, cannot be read, or is damaged.
-    """
-    try:
-        return safetensors.torch.load_file(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}: download or save it again") from None
-    except safetensors.SafetensorError as error:
-        raise ConfigError(f"{path} is damaged ({error}): download or save it again") from None

@@ -1,7 +1,7 @@
 """Tokenizers by name: ``pixel``, and the autoencoders.
 
-The weights of these lie in a folder or file (``weights.py``); they run on diffusers (``vae.py``), which is imported when
-the first of them is asked for.
+The weights of these lie in a folder or file (``weights.py``); they run on diffusers (``vae.py``), which is imported
+when the first of them is asked for.
 """
 
 from __future__ import annotations

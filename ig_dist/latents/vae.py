@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ig_dist.errors import ConfigError
-from ig_dist.latents.ldm import ldm_name, ldm_settings, read_checkpoint, read_safetensors
+from ig_dist.latents.ldm import ldm_name, ldm_settings, read_checkpoint
 from ig_dist.latents.tokenizer import Precision, Tokenizer
 from ig_dist.latents.weights import FOLDER_FILES, PUBLISHED, missing_diffusers
+from ig_dist.tensor_files import read_safetensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SD_SCALE = 0.18215

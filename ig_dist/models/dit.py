@@ -16,8 +16,12 @@ from ig_dist.models.layers import (
     Block,
     FinalLayer,
     LabelEmbedder,
+    MlpKind,
+    NormKind,
     PatchEmbed,
+    RotaryTable,
     TimestepEmbedder,
+    rotary_table,
     sincos_pos_embed,
 )
 
@@ -37,6 +41,13 @@ class DiTConfig:
         aux_depth: the auxiliary head reads the output of this many blocks; None builds no such head.
         mlp_ratio: width of the MLP over D.
         time_input: what enters the time embedding.
+        norm: LayerNorm without weights (SiT) or RMSNorm with weight (LightningDiT).
+        mlp: two matrices with GELU (SiT), or SwiGLU (LightningDiT).
+        rope: turn queries and keys by their position, beside the sine-cosine table.
+        qk_norm: norm queries and keys, with weights: `norm` says which.
+        modulation_shift: blocks shift besides scaling.
+        learn_sigma: heads predict 2 C channels, of which the first C are the velocity and the rest is left alone.
+        aux_init: initial weights of the auxiliary head: zero as of the final head (SiT), or drawn (LightningDiT).
     """
 
     depth: int
@@ -49,6 +60,13 @@ class DiTConfig:
     aux_depth: int | None
     mlp_ratio: float = 4.0
     time_input: Literal["t", "one_minus_t"] = "t"
+    norm: NormKind = "layernorm"
+    mlp: MlpKind = "gelu"
+    rope: bool = False
+    qk_norm: bool = False
+    modulation_shift: bool = True
+    learn_sigma: bool = False
+    aux_init: Literal["zero", "xavier"] = "zero"
 
     def __post_init__(self) -> None:
         for name in (
@@ -81,8 +99,37 @@ class DiTConfig:
                 f"aux_depth {self.aux_depth} is outside 1..{self.depth - 1} for {self.depth} blocks; "
                 "choose an intermediate block, or null for no auxiliary head"
             )
-        if self.time_input not in ("t", "one_minus_t"):
-            raise ValueError(f"time_input is {self.time_input!r}; write 't' or 'one_minus_t'")
+        if self.rope and self.head_width % 4:
+            raise ValueError(
+                f"rope needs heads whose width is a multiple of 4, and hidden_size {self.hidden_size} over num_heads"
+                f" {self.num_heads} is {self.head_width}; choose another num_heads, or no rope"
+            )
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; write {' or '.join(map(repr, allowed))}")
+
+    @property
+    def out_channels(self) -> int:
+        """Channels that a head predicts."""
+        return 2 * self.in_channels if self.learn_sigma else self.in_channels
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along a side of the latents."""
+        return self.input_size // self.patch_size
+
+    @property
+    def head_width(self) -> int:
+        """Width of an attention head."""
+        return self.hidden_size // self.num_heads
+
+
+_CHOICES = {
+    "time_input": ("t", "one_minus_t"),
+    "norm": ("layernorm", "rmsnorm"),
+    "mlp": ("gelu", "swiglu"),
+    "aux_init": ("zero", "xavier"),
+}
 
 
 class DiTOutput(NamedTuple):
@@ -93,7 +140,7 @@ class DiTOutput(NamedTuple):
 
 
 class DiT(nn.Module):
-    """A class-conditional diffusion transformer (SiT blocks, arXiv 2401.08740).
+    """A class-conditional diffusion transformer: SiT (arXiv 2401.08740) or LightningDiT (arXiv 2501.01423).
 
     It can be built on the meta device; `initialize` then sets every parameter and buffer.
     """
@@ -108,9 +155,22 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(config.num_classes, width)
         self.register_buffer("pos_embed", _position_table(config))
-        self.blocks = nn.ModuleList(Block(width, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
-        self.final_layer = FinalLayer(width, config.patch_size, config.in_channels)
-        self.aux_layer = None if config.aux_depth is None else FinalLayer(width, config.patch_size, config.in_channels)
+        self.feat_rope = RotaryTable(config.head_width, config.grid_size) if config.rope else None
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                config.num_heads,
+                config.mlp_ratio,
+                config.norm,
+                config.mlp,
+                qk_norm=config.qk_norm,
+                modulation_shift=config.modulation_shift,
+            )
+            for _ in range(config.depth)
+        )
+        head = (width, config.patch_size, config.out_channels, config.norm)
+        self.final_layer = FinalLayer(*head)
+        self.aux_layer = None if config.aux_depth is None else FinalLayer(*head)
 
     @property
     def null_label(self) -> int:
@@ -133,19 +193,19 @@ class DiT(nn.Module):
         x = self.x_embedder(x_t) + self.pos_embed
         time = t if self.config.time_input == "t" else 1 - t
         condition = self.t_embedder(time) + self.y_embedder(labels)
+        rope = None if self.feat_rope is None else (self.feat_rope.freqs_cos, self.feat_rope.freqs_sin)
         aux_velocity = None
         for number, block in enumerate(self.blocks, start=1):
-            x = block(x, condition)
+            x = block(x, condition, rope)
             if self.aux_layer is not None and number == self.config.aux_depth:
                 aux_velocity = self._unpatchify(self.aux_layer(x, condition))
         return DiTOutput(self._unpatchify(self.final_layer(x, condition)), aux_velocity)
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
-        """(B, T, patch * patch * C) to (B, C, H, W)."""
-        patch, size = self.config.patch_size, self.config.input_size
-        side = size // patch
-        grid = patches.reshape(-1, side, side, patch, patch, self.config.in_channels)
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.config.in_channels, size, size)
+        """(B, T, patch * patch * out channels) to the velocity (B, C, H, W)."""
+        patch, side, channels = self.config.patch_size, self.config.grid_size, self.config.in_channels
+        grid = patches.reshape(-1, side, side, patch, patch, self.config.out_channels)[..., :channels]
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, side * patch, side * patch)
 
 
 def count_parameters(model: DiT) -> int:
@@ -158,15 +218,24 @@ def initialize(model: DiT, seed: int) -> None:
     """Set every parameter from (seed, its name) and rebuild `pos_embed`, in place, on the model's device.
 
     SiT's published scheme: Xavier uniform on linear weights and on the flattened patch kernel, normal(0.02)
-    on the label table and the time MLP, zero biases, zero adaLN modulations and zero output linears. It also
-    completes a model that was built on the meta device and then given memory by `to_empty`.
+    on the label table and the time MLP, zero biases, zero adaLN modulations and zero output linears; norms start as
+    the identity. LightningDiT leaves its auxiliary head as drawn. It also completes a model that was built on the
+    meta device and then given memory by `to_empty`.
     """
-    model.pos_embed.copy_(_position_table(model.config))
+    config = model.config
+    model.pos_embed.copy_(_position_table(config))
+    if model.feat_rope is not None:
+        cos, sin = rotary_table(config.head_width, config.grid_size)
+        model.feat_rope.freqs_cos.copy_(cos)
+        model.feat_rope.freqs_sin.copy_(sin)
     for name, parameter in model.named_parameters():
         ids = torch.tensor([rng.name_id(name)], device=parameter.device)
+        drawn_head = name.startswith("aux_layer.") and config.aux_init == "xavier"
         starts_at_zero = "adaLN_modulation" in name or name.startswith(("final_layer.", "aux_layer."))
-        if starts_at_zero or name.endswith(".bias"):
+        if name.endswith(".bias") or (starts_at_zero and parameter.ndim > 1 and not drawn_head):
             parameter.zero_()
+        elif parameter.ndim == 1:  # of a norm
+            parameter.fill_(1.0)
         elif name.startswith(("y_embedder.", "t_embedder.")):
             parameter.copy_(0.02 * rng.normal(seed, rng.Purpose.INIT, ids, parameter.shape)[0])
         else:
@@ -177,4 +246,4 @@ def initialize(model: DiT, seed: int) -> None:
 
 
 def _position_table(config: DiTConfig) -> Tensor:
-    return sincos_pos_embed(config.hidden_size, config.input_size // config.patch_size)
+    return sincos_pos_embed(config.hidden_size, config.grid_size)

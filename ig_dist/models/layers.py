@@ -1,15 +1,22 @@
-"""The layers of a diffusion transformer, with the published parameter names (DiT, arXiv 2212.09748)."""
+"""The layers of SiT (arXiv 2401.08740) and LightningDiT (arXiv 2501.01423), with the published parameter names."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu, layer_norm, rms_norm, scaled_dot_product_attention, silu
+
+NormKind = Literal["layernorm", "rmsnorm"]
+MlpKind = Literal["gelu", "swiglu"]
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines, (T, head width) each."""
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
     """Scale and shift tokens x (B, T, D) by per-sample vectors (B, D); scale 0 is the identity."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    scaled = x * (1 + scale.unsqueeze(1))
+    return scaled if shift is None else scaled + shift.unsqueeze(1)
 
 
 def sincos_pos_embed(width: int, grid_size: int) -> Tensor:
@@ -23,6 +30,78 @@ def sincos_pos_embed(width: int, grid_size: int) -> Tensor:
     columns = axis[None, :, :].expand(grid_size, -1, -1)
     rows = axis[:, None, :].expand(-1, grid_size, -1)
     return torch.cat([columns, rows], dim=2).reshape(1, grid_size**2, width).to(torch.float32)
+
+
+class RotaryTable(nn.Module):
+    """Angles of the 2-D rotary embedding (RoFormer, arXiv 2104.09864; in two dimensions as in EVA-02, 2303.11331).
+
+    The first half of a head's width turns by the row and the second by the column, neighbours in pairs. Like the
+    sine-cosine table it is a persistent buffer: stored and loaded with the weights.
+    """
+
+    freqs_cos: Tensor
+    freqs_sin: Tensor
+
+    def __init__(self, head_width: int, grid_size: int) -> None:
+        super().__init__()
+        cos, sin = rotary_table(head_width, grid_size)
+        self.register_buffer("freqs_cos", cos)
+        self.register_buffer("freqs_sin", sin)
+
+
+def rotary_table(head_width: int, grid_size: int) -> Rope:
+    """Cosines and sines (grid_size^2, head_width) of the positions, rows first."""
+    pairs = head_width // 4
+    frequencies = 10000.0 ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
+    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies
+    axis = angles.repeat_interleave(2, dim=1)  # (grid_size, head_width / 2)
+    rows = axis[:, None, :].expand(-1, grid_size, -1)
+    columns = axis[None, :, :].expand(grid_size, -1, -1)
+    both = torch.cat([rows, columns], dim=2).reshape(grid_size**2, head_width)
+    return both.cos().to(torch.float32), both.sin().to(torch.float32)
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Turn each pair of neighbours of x (B, heads, T, head width) by its position's angle."""
+    cos, sin = rope
+    even, odd = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
+    return x * cos + turned * sin
+
+
+class AffineNorm(nn.Module):
+    """LayerNorm with weight and bias, or RMSNorm with weight.
+
+    Under autocast both are rounded to its type, as the other weights are: FSDP2 gathers them so, and engines agree.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, kind: NormKind, width: int, eps: float) -> None:
+        super().__init__()
+        self.kind, self.eps = kind, eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if kind == "layernorm" else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x of unit variance or mean square along its last dimension, scaled and shifted."""
+        normalise = layer_norm if self.kind == "layernorm" else rms_norm
+        out: Tensor = normalise(x, x.shape[-1:], eps=self.eps) * _rounded(self.weight)
+        return out if self.bias is None else out + _rounded(self.bias)
+
+
+def _rounded(weight: Tensor) -> Tensor:
+    device = weight.device.type
+    if weight.is_meta or not torch.is_autocast_enabled(device):  # there is no autocast for shapes
+        return weight
+    return weight.to(torch.get_autocast_dtype(device))
+
+
+def token_norm(kind: NormKind, width: int) -> nn.Module:
+    """The norm before a modulation: LayerNorm without weights, or RMSNorm with its weight."""
+    if kind == "layernorm":
+        return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+    return AffineNorm(kind, width, eps=1e-6)
 
 
 class PatchEmbed(nn.Module):
@@ -73,22 +152,31 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens (B, T, D)."""
+    """Multi-head self-attention over tokens (B, T, D); queries and keys may be normed, then turned by position."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, qk_norm: NormKind | None) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm, self.k_norm = (_head_norm(qk_norm, width // num_heads) for _ in range(2))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None) -> Tensor:
         """Return the attended tokens."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T, D / heads) each
-        attended = scaled_dot_product_attention(query, key, value)
+        query, key = self.q_norm(query), self.k_norm(key)
+        if rope is not None:
+            query, key = rotate(query, rope), rotate(key, rope)
+        attended = scaled_dot_product_attention(query.to(value.dtype), key.to(value.dtype), value)
         out: Tensor = self.proj(attended.transpose(1, 2).reshape(batch, tokens, width))
         return out
+
+
+def _head_norm(kind: NormKind | None, width: int) -> nn.Module:
+    # the epsilons of timm and of LightningDiT
+    return nn.Identity() if kind is None else AffineNorm(kind, width, eps=1e-5 if kind == "layernorm" else 1e-6)
 
 
 class Mlp(nn.Module):
@@ -105,22 +193,58 @@ class Mlp(nn.Module):
         return out
 
 
+class SwiGLU(nn.Module):
+    """Linear to a gate and values, their gated product, linear (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the tokens."""
+        gate, values = self.w12(x).chunk(2, dim=-1)
+        out: Tensor = self.w3(silu(gate) * values)
+        return out
+
+
+def mlp_width(kind: MlpKind, width: int, ratio: float) -> int:
+    """Hidden width: two thirds for SwiGLU, which has three matrices instead of two."""
+    hidden = int(width * ratio)
+    return hidden if kind == "gelu" else int(2 / 3 * hidden)
+
+
 class Block(nn.Module):
     """A transformer block conditioned by adaLN-zero (DiT, section 3.2)."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_ratio: float,
+        norm: NormKind,
+        mlp: MlpKind,
+        *,
+        qk_norm: bool,
+        modulation_shift: bool,
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.attn = Attention(width, num_heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.norm1 = token_norm(norm, width)
+        self.attn = Attention(width, num_heads, norm if qk_norm else None)
+        self.norm2 = token_norm(norm, width)
+        self.mlp = (Mlp if mlp == "gelu" else SwiGLU)(width, mlp_width(mlp, width, mlp_ratio))
+        self.num_modulations = 6 if modulation_shift else 4
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.num_modulations * width))
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Return tokens (B, T, D) from tokens (B, T, D) and the condition (B, D)."""
-        modulation = self.adaLN_modulation(condition).chunk(6, dim=1)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+    def forward(self, x: Tensor, condition: Tensor, rope: Rope | None) -> Tensor:
+        """Return tokens (B, T, D) from tokens (B, T, D), the condition (B, D) and the angles of the positions."""
+        modulation = self.adaLN_modulation(condition).chunk(self.num_modulations, dim=1)
+        if self.num_modulations == 6:
+            shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+        else:
+            shift_msa = shift_mlp = None
+            scale_msa, gate_msa, scale_mlp, gate_mlp = modulation
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), rope)
         x = x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
         return x
 
@@ -128,9 +252,9 @@ class Block(nn.Module):
 class FinalLayer(nn.Module):
     """A prediction head: tokens (B, T, D) to patches (B, T, patch_size^2 * out_channels)."""
 
-    def __init__(self, width: int, patch_size: int, out_channels: int) -> None:
+    def __init__(self, width: int, patch_size: int, out_channels: int, norm: NormKind) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.norm_final = token_norm(norm, width)
         self.linear = nn.Linear(width, patch_size**2 * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 

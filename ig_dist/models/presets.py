@@ -1,11 +1,12 @@
 """The published model sizes, and what a forward pass of a model costs."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ig_dist.models.dit import DiT, DiTConfig
+from ig_dist.models.layers import MlpKind, NormKind
 
 
 class Preset(NamedTuple):
@@ -15,12 +16,22 @@ class Preset(NamedTuple):
     hidden_size: int
     num_heads: int
     patch_size: int
+    norm: NormKind = "layernorm"
+    mlp: MlpKind = "gelu"
+    rope: bool = False
+    aux_init: Literal["zero", "xavier"] = "zero"
 
 
-_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+_SIT = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+_LIGHTNING = {size: _SIT[size] for size in ("B", "L", "XL")} | {"1p0B": (24, 1536, 24), "1p6B": (28, 1792, 28)}
 
 PRESETS: dict[str, Preset] = {
-    f"SiT-{size}/{patch_size}": Preset(*shape, patch_size) for size, shape in _SIZES.items() for patch_size in (2, 4, 8)
+    **{f"SiT-{size}/{patch}": Preset(*shape, patch) for size, shape in _SIT.items() for patch in (2, 4, 8)},
+    **{
+        f"LightningDiT-{size}/{patch}": Preset(*shape, patch, "rmsnorm", "swiglu", rope=True, aux_init="xavier")
+        for size, shape in _LIGHTNING.items()
+        for patch in (1, 2)
+    },
 }
 
 

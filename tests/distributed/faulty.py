@@ -34,10 +34,10 @@ get = BatchStream.get
 step, handed, late_since = 0, 0, 0.0
 
 
-def training_loss(*arguments: Any) -> torch.Tensor:
+def training_loss(*arguments: Any, **named: Any) -> torch.Tensor:
     global step
     step += 1
-    losses = whole(*arguments)
+    losses = whole(*arguments, **named)
     if not MINE or step not in STEPS:
         return losses
     if KIND == "nan":

@@ -97,6 +97,8 @@ def run(folder: Path, name: str, *overrides: str) -> Job:
 
 BLOWN = ["optimizer.lr=1e30", "optimizer.warmup_steps=0", "train.max_nonfinite_steps=5", "checkpoint.every_steps=1"]
 
+ACCELERATED = ["loss.acceleration={weight: 0.8, source: ema, start_step: 5}", "ema.decays=[0.5]", "train.steps=20"]
+
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> Path:
@@ -107,12 +109,39 @@ def two(folder: Path) -> Path:
         jobs.append(run(folder, name, *engine))
         jobs.append(run(folder, f"{name}-bf16", *engine, few, "train.precision=bf16"))
         jobs.append(run(folder, f"{name}-watched", *engine, few, *watched))
+        jobs.append(run(folder, f"{name}-ema", *engine, *ACCELERATED, f"train.accumulation={1 + (name != 'ddp')}"))
         if name != "ddp":
             jobs.append(run(folder, f"{name}-accumulated", *engine, "train.steps=10", "train.accumulation=2"))
             jobs.append(run(folder, f"{name}-restarted", *engine, f"run.fork_from={folder / name}@{2 * SAVED}"))
             jobs.append({**run(folder, f"{name}-blown", *engine, *BLOWN), "blows_up": True})
     launch(jobs, 2, folder)
     return folder
+
+
+LIGHTNING = ["model.norm=rmsnorm", "model.mlp=swiglu", "model.rope=true", "model.qk_norm=true", "train.steps=12"]
+
+
+@pytest.fixture(scope="module")
+def lightning(folder: Path) -> Path:
+    """LightningDiT's layers, with and without bf16; the engines that gather blocks compute them again in backward."""
+    jobs = []
+    for name in ("ddp", "fsdp2", "zero3"):
+        checkpointing = f"train.activation_checkpointing={str(name != 'ddp').lower()}"
+        layers = [*LIGHTNING, *ENGINES[name], checkpointing]
+        jobs.append(run(folder, f"{name}-lightning", *layers))
+        jobs.append(run(folder, f"{name}-lightning-bf16", *layers, "train.precision=bf16"))
+    launch(jobs, 2, folder)
+    return folder
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_layers_of_lightningdit_under_every_kind_of_engine(lightning: Path, engine: str) -> None:
+    assert_curve(lightning / f"{engine}-lightning", lightning / "ddp-lightning", rel=1e-5)
+    assert_curve(lightning / f"{engine}-lightning-bf16", lightning / "ddp-lightning-bf16", rel=1e-3)
+    lines = [metrics(lightning / f"{engine}-lightning{bf16}")[-1]["loss"] for bf16 in ("", "-bf16")]
+    assert lines[0] != lines[1]
+    names = {name.removeprefix("model/") for name in saved(lightning / f"{engine}-lightning", 12)}
+    assert {"feat_rope.freqs_cos", "blocks.0.norm1.weight", "blocks.1.mlp.w12.weight"} <= names
 
 
 MUON_STEPS = 30
@@ -218,6 +247,14 @@ def test_bf16_follows_bf16_of_ddp(two: Path, engine: str) -> None:
 @pytest.mark.parametrize("engine", SHARDED)
 def test_accumulation_changes_nothing(two: Path, engine: str) -> None:
     assert_curve(two / f"{engine}-accumulated", two / engine, rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", SHARDED)
+def test_acceleration_by_the_ema_is_that_of_ddp(two: Path, engine: str) -> None:
+    """Every step runs the average's weights between forward passes of the trained ones, here with accumulation."""
+    assert_curve(two / f"{engine}-ema", two / "ddp-ema", rel=1e-5)
+    plain, accelerated = ([line["loss"] for line in metrics(two / name)[:20]] for name in ("ddp", "ddp-ema"))
+    assert plain[:5] == accelerated[:5] and accelerated[19] != pytest.approx(plain[19], rel=1e-3)
 
 
 @pytest.mark.parametrize("engine", SHARDED)

@@ -121,6 +121,44 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["sample", "HEADLESS", "--ig-scale", "2"],
         ["ig", "auxiliary head", "model.aux_depth"],
     ),
+    "guidance of a model without a head, whatever the config says": (
+        ["sample", "HEADLESS", "--ig-scale", "2", "model.aux_depth=1"],
+        ["ig", "no auxiliary head", "train with model.aux_depth"],
+    ),
+    "cfg of a model that saw every label": (["sample", "NODROP", "--cfg-scale", "2"], ["cfg", "loss.label_drop=0.1"]),
+    "cfg of a model that saw every label, whatever the config says": (
+        ["sweep", "NODROP", "--cfg-scale", "2", "loss.label_drop=0.1"],
+        ["cfg", "never saw the null label", "train with loss.label_drop=0.1"],
+    ),
+    "autoguidance without a second model": (["sample", "RUN", "--auto-scale", "2"], ["auto", "sample.weak_model=RUN"]),
+    "a second model that is not there": (
+        ["sample", "RUN", "--auto-scale", "2", "--weak", "nowhere"],
+        ["sample.weak_model nowhere", "RUN@STEP"],
+    ),
+    "a second model of no step": (
+        ["sample", "RUN", "--auto-scale", "2", "--weak", "RUN@last"],
+        ["'last' is no step", "RUN@1000"],
+    ),
+    "a second model of a step that is not there": (
+        ["sample", "RUN", "--auto-scale", "2", "--weak", "RUN@1"],
+        ["no whole checkpoint", "step 1"],
+    ),
+    "a second model without the null label": (
+        ["sample", "RUN", "--auto-scale", "2", "--cfg-scale", "2", "--weak", "NODROP"],
+        ["NODROP", "null label", "branches=conditional"],
+    ),
+    "branches of cfg": (
+        ["sample", "RUN", "guidance=[{kind: cfg, scale: 2, branches: 'null'}]"],
+        ["cfg", "leave its branches out"],
+    ),
+    "a shift of the SDE": (
+        ["sample", "RUN", "--solver", "euler_maruyama", "sample.time_shift=2"],
+        ["sample.time_shift", "euler_maruyama", "set sample.time_shift=1"],
+    ),
+    "the last step of euler": (
+        ["sample", "RUN", "--solver", "euler", "sample.correct_last_step=false"],
+        ["sample.correct_last_step", "heun"],
+    ),
     "a run without a checkpoint": (["sample", "FRESH"], ["has no checkpoint", "ig-dist train"]),
     "report of no run": (["report", "nowhere"], ["nowhere"]),
     "checkpoints of an unknown protocol": (["train", GOOD, "checkpoint.url=s4://b/x"], ["checkpoint.url", "s4"]),
@@ -143,16 +181,16 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, digits_index: Path) -> dict[str, str]:
-    """Two trained runs, one of them without an auxiliary head, and one that was never trained."""
+    """A trained run, one without an auxiliary head, one that dropped no label, and one that was never trained."""
     folder = tmp_path_factory.mktemp("runs")
-    for name, aux_depth in (("RUN", 1), ("HEADLESS", None)):
+    for name, aux_depth, label_drop in (("RUN", 1, 0.1), ("HEADLESS", None, 0.1), ("NODROP", 1, 0.0)):
         tree = {**TINY, "model": {**TINY["model"], "aux_depth": aux_depth}, "run": {"dir": str(folder / name)}}
-        tree["data"] = {**TINY["data"], "index": str(digits_index)}
+        tree["data"], tree["loss"] = {**TINY["data"], "index": str(digits_index)}, {"label_drop": label_drop}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
         assert run_command(["ig-dist", "train", folder / f"{name}.yaml", "train.steps=2"]).returncode == 0
     (folder / "FRESH").mkdir()
     shutil.copy(folder / "RUN" / "config.yaml", folder / "FRESH")
-    return {name: str(folder / name) for name in ("RUN", "HEADLESS", "FRESH")}
+    return {name: str(folder / name) for name in ("RUN", "HEADLESS", "NODROP", "FRESH")}
 
 
 @pytest.fixture

@@ -55,8 +55,10 @@ def test_every_config_in_the_repository_is_valid_and_says_how_to_use_it(name: st
     config = load_config(Path("configs") / name)
     header = Path("configs", name).read_text().split("\nmodel:")[0]
     assert f"train configs/{name}" in header and "Hardware:" in header
+    assert not config.warnings()
     if config.model.preset:
-        assert config.with_data((4, 32, 32), 1000).model.to_dit().num_classes == 1000
+        shape = (32, 16, 16) if config.model.preset.startswith("Lightning") else (4, 32, 32)
+        assert config.with_data(shape, 1000).model.to_dit().num_classes == 1000
 
 
 def test_epochs_become_steps(file: Path) -> None:

@@ -68,3 +68,13 @@ def test_muon_keeps_one_moment_of_a_matrix(capsys: pytest.CaptureFixture[str]) -
 def test_processes_that_do_not_divide_are_refused() -> None:
     done = run_command(["ig-dist", "train", "configs/sit_xl2_ig.yaml", "--dry-run", "--gpus", "7"])
     assert done.returncode == 2 and "7 processes do not divide data.streams 256" in done.stderr
+
+
+def test_acceleration_by_the_ema_costs_a_forward_more(capsys: pytest.CaptureFixture[str]) -> None:
+    def gflop(*overrides: str) -> float:
+        dry_run(load_config("configs/sit_b2_ig.yaml", overrides), gpus=8, mfu=0.4, peak_tflops=989.0)
+        return float(capsys.readouterr().out.split(" GFLOP a training image")[0].split()[-1])
+
+    plain = gflop()
+    assert gflop("loss.acceleration.weight=0.5") == plain
+    assert gflop("loss.acceleration={weight: 0.5, source: ema}") == pytest.approx(4 / 3 * plain, rel=0.01)

@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from ig_dist.config import GuidanceConfig
+from ig_dist.config_file import load_config
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.features import Moments, pixel_extractor, streamed_moments
 from ig_dist.evaluation.generate import generate, make_unit
 from ig_dist.evaluation.plan import Plan
+from ig_dist.evaluation.plan import make_plan as plan_of
 from ig_dist.evaluation.scores import frechet_distance
 from ig_dist.export import ExportInfo
 from ig_dist.latents.tokenizer import PIXEL
@@ -93,11 +95,16 @@ def test_the_plans_hash_names_everything() -> None:
             {"batch_size": 4},
             {"precision": "bf16"},
             {"weights_sha256": "1"},
+            {"weak_sha256": "1"},
+            {"time_shift": 2.0},
+            {"correct_last_step": False},
+            {"rtol": 1e-4},
+            {"atol": 1e-4},
+            {"guidance": (GuidanceConfig(kind="ig", scale=1.5, branches="null"),)},
         )
     }
-    assert len(digests) == 12 and make_plan().digest in digests
+    assert len(digests) == 18 and make_plan().digest in digests
     assert [list(make_plan().unit(k))[::15] for k in range(3)] == [[0, 15], [16, 31], [32]]
-    assert make_plan().evaluations == 6
 
 
 def test_labels_are_balanced_or_random() -> None:
@@ -139,15 +146,56 @@ def model() -> tuple[DiT, ExportInfo]:
     return model.eval(), info
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "euler_maruyama"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "euler_maruyama", "dopri5"])
 def test_an_image_depends_on_seed_and_number_only(model: tuple[DiT, ExportInfo], solver: str) -> None:
     plan = make_plan(solver=solver)
-    images, labels = make_unit(*model, plan, 1, PIXEL)
+    images, labels, work = make_unit(*model, plan, 1, PIXEL)
     assert images.shape == (16, 8, 8, 1) and images.dtype == np.uint8
     assert labels.tolist() == [i % 10 for i in range(16, 32)]
     numbers = torch.arange(20, 23)
-    some = generate(*model, plan, numbers, plan.image_labels(numbers), PIXEL).numpy()
+    some = generate(*model, plan, numbers, plan.image_labels(numbers), PIXEL)[0].numpy()
     assert np.abs(some.astype(int) - images[4:7]).max() <= 1  # another batch: within rounding
     assert len({image.tobytes() for image in images}) == 16
-    other, _ = make_unit(*model, make_plan(solver=solver, seed=1), 1, PIXEL)
+    evaluations = {"euler": 3, "heun": 6, "euler_maruyama": 3}.get(solver, work[0, 0])
+    assert work.tolist() == [[evaluations, evaluations, 0]] * 16 and work[0, 0] >= 3
+    other = make_unit(*model, make_plan(solver=solver, seed=1), 1, PIXEL).images
     assert (other != images).mean() > 0.5
+
+
+IG = GuidanceConfig(kind="ig", scale=1.4)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "work"),
+    [
+        (
+            {
+                "solver": "euler_maruyama",
+                "steps": 250,
+                "guidance": (IG, GuidanceConfig(kind="cfg", scale=1.35, interval=(0.0, 0.7))),
+            },
+            [250, 422, 0],  # SiT as published, of 500
+        ),
+        (
+            {
+                "solver": "heun",
+                "steps": 124,
+                "time_shift": 1 / 0.3,
+                "guidance": (IG, GuidanceConfig(kind="cfg", scale=1.45, interval=(0.0, 0.81))),
+            },
+            [248, 387, 0],  # LightningDiT as published, of 496
+        ),
+        ({"solver": "heun", "steps": 8, "correct_last_step": False}, [15, 15, 0]),
+    ],
+    ids=["sit", "lightningdit", "heun without its last correction"],
+)
+def test_the_published_recipes_take_the_published_forwards(
+    model: tuple[DiT, ExportInfo], recipe: dict[str, object], work: list[int]
+) -> None:
+    unit = make_unit(*model, make_plan(num=2, unit_size=2, batch_size=2, **recipe), 0, PIXEL)
+    assert unit.work.tolist() == [work] * 2
+
+
+def test_a_shift_by_latent_dimension_is_a_number_in_the_plan(model: tuple[DiT, ExportInfo]) -> None:
+    config = load_config("configs/digits.yaml", ["sample.time_shift=latent_dimension"])
+    assert plan_of(config, model[1], "0").time_shift == (8 * 8 / 4096) ** 0.5

@@ -13,7 +13,7 @@ from ig_dist.data.stream import Batch
 from ig_dist.export import ALONE
 from ig_dist.meter import Meter
 from ig_dist.models.dit import DiT
-from ig_dist.objective import open_reader, training_loss
+from ig_dist.objective import open_reader, training_loss, training_task
 from ig_dist.parallel.engine import StepResult
 from ig_dist.phases import Phases
 
@@ -33,7 +33,9 @@ def test_a_recompile_is_counted_but_not_the_first_step_nor_validation(tiny_confi
         latents, _ = reader.read(0, 0, rows)
         numbers = torch.arange(rows)
         batch = Batch(torch.from_numpy(latents), torch.zeros_like(numbers), numbers, numbers, torch.zeros_like(numbers))
-        return batch, training_loss(model, batch, config, index.info, ALONE.device).detach()
+        return batch, training_loss(
+            model, training_task(batch, config, index.info, ALONE.device), config, step=0
+        ).detach()
 
     def recompiles(step: int, rows: int) -> object:
         phases.enter("forward", step)

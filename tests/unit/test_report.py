@@ -50,7 +50,13 @@ def make_run(
 
 def sweep_of(ig_scales: list[float], cfg_scales: list[float], **fields: Any) -> dict[str, Any]:
     rows = [
-        {"ig_scale": ig, "cfg_scale": cfg, "scores": {"fd_pixel": 0.3 + (ig - 1.5) ** 2 + (cfg - 1) ** 2}, **fields}
+        {
+            "ig_scale": ig,
+            "cfg_scale": cfg,
+            "auto_scale": 1.0,
+            "scores": {"fd_pixel": 0.3 + (ig - 1.5) ** 2 + (cfg - 1) ** 2},
+            **fields,
+        }
         for cfg in cfg_scales
         for ig in ig_scales
     ]
@@ -288,6 +294,15 @@ def test_a_sweep_over_cfg_alone_has_it_on_the_axis_and_bars_span_one_std() -> No
     rows[1]["std"] = {}
     assert scale_chart(rows, "fd_pixel").dots[1].bar is None
     assert heat_map(rows, "fd_pixel").ig_scales == ["1"]
+
+
+def test_a_sweep_over_autoguidance_has_it_on_the_axis_and_in_the_table(tmp_path: Path) -> None:
+    sweep = sweep_of([1.0, 1.5], [1.0], std={})
+    sweep["rows"] += [{**row, "auto_scale": 2.0, "plans": ["other"]} for row in sweep_of([1.0], [1.0], std={})["rows"]]
+    chart = scale_chart([row for row in sweep["rows"] if row["ig_scale"] == 1], "fd_pixel")
+    assert chart.x_label.startswith("autoguidance") and [tick.label for tick in chart.x_ticks] == ["1", "2"]
+    page = write_report(make_run(tmp_path / "run", sweep=sweep)).read_text()
+    assert "autoguidance scale" in page and "autoguidance 2" in page
 
 
 def test_numbers() -> None:

@@ -10,9 +10,9 @@ from ig_dist.diffusion.guidance import GuidanceTerm, guided_velocity
 from ig_dist.diffusion.loss import ig_loss
 from ig_dist.diffusion.path import Path, shift_time
 from ig_dist.diffusion.samplers import (
+    dopri5,
     euler,
     euler_maruyama,
-    evaluations,
     heun,
     sde_grid,
     time_grid,
@@ -183,14 +183,52 @@ def test_evaluations_are_counted_exactly(steps, correct_last_step):
     for solver, run in runs.items():
         flow, finished = GaussianFlow(Path()), []
         run(flow, finished.append)
-        assert len(flow.times) == evaluations(solver, steps, correct_last_step), solver
+        assert len(flow.times) == (2 * steps - (not correct_last_step) if solver == "heun" else steps), solver
         assert finished == list(range(steps)), solver
 
 
-def test_published_evaluation_counts():
-    assert evaluations("heun", 124) == 248  # LightningDiT: 125 grid points
-    assert evaluations("heun", 8, correct_last_step=False) == 15
-    assert evaluations("euler_maruyama", 250) == 250
+def forwards(guidance, sample):
+    """Evaluations and half-batch forwards of a solver under guidance."""
+    model, labels, times = ToyModel(), torch.tensor([1, 2, 3]), []
+    guided = guided_velocity(model, labels, guidance)
+
+    def velocity(x, t):
+        times.append(t)
+        return guided(x, t)
+
+    sample(velocity)
+    return len(times), sum(len(asked) for _, _, asked in model.calls) / 3
+
+
+def test_published_counts_of_sit():
+    """Euler-Maruyama 250, IG 1.4 everywhere and CFG 1.35 for t <= 0.7: 422 half-batch forwards of 500."""
+    guidance = [GuidanceTerm("ig", 1.4), GuidanceTerm("cfg", 1.35, (0.0, 0.7))]
+    counts = forwards(guidance, lambda v: euler_maruyama(v, start(), sde_grid(250), Path(), lambda i, x: x))
+    assert counts == (250, 422)
+
+
+def test_published_counts_of_lightningdit():
+    """Heun on 125 grid points shifted by 1 / 0.3, CFG 1.45 for t <= 0.81: 387 half-batch forwards of 496."""
+    guidance = [GuidanceTerm("ig", 1.4), GuidanceTerm("cfg", 1.45, (0.0, 0.81))]
+    assert forwards(guidance, lambda v: heun(v, start(), time_grid(124, shift=1 / 0.3))) == (248, 387)
+    # the published grid, in its own time: t' = 0.3 u / (1 + (0.3 - 1) u) for u of linspace(0, 1, 125)
+    u = torch.linspace(0, 1, 125, dtype=torch.float64)
+    theirs = 1 - 0.3 * u / (1 + (0.3 - 1) * u)
+    assert time_grid(124, shift=1 / 0.3) == pytest.approx(theirs.tolist(), abs=1e-15)
+    assert forwards([], lambda v: heun(v, start(), time_grid(8), correct_last_step=False)) == (15, 15)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.kind)
+def test_dopri5_keeps_its_tolerance_and_the_interval_of_times(path):
+    x, spent = start(), []
+    for rtol in (1e-3, 1e-6, 1e-9):
+        flow = GaussianFlow(path)
+        out = dopri5(flow, x, rtol=rtol, atol=rtol)
+        assert (out - (MEAN + STD * x)).abs().max() < 100 * rtol and out.dtype == torch.float64
+        assert 0.0 <= min(flow.times) < 1e-300 and max(flow.times) == 1.0
+        spent.append(len(flow.times))
+    assert spent[0] < spent[1] < spent[2]
+    assert dopri5(GaussianFlow(path), x.float()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -282,9 +320,74 @@ def test_ig_needs_a_head():
     guided_velocity(ToyModel(has_aux_head=False), LABELS, [GuidanceTerm("ig", 1.0), CFG])
 
 
+class WeakModel(ToyModel):
+    """Another model, other constants; it has no head."""
+
+    def __init__(self):
+        super().__init__(has_aux_head=False)
+
+    def __call__(self, x_t, t, labels):
+        velocity = super().__call__(x_t, t, labels).velocity
+        return DiTOutput(0.5 * velocity, None)
+
+
+def expected_terms(x, ig, auto, cfg):
+    """v + (w_ig - 1)(v - aux) + (w_auto - 1)(v - weak) in each branch, then v_c + (w_cfg - 1)(v_c - v_n)."""
+    x = x.float().double()
+    branches = []
+    for (strong, aux), ig_scale, auto_scale in zip(((1.0, 0.7), (0.3, 0.2)), ig, auto, strict=True):
+        v, weak_head = strong + 0.1 * x, aux + 0.05 * x
+        branches.append(v + (ig_scale - 1) * (v - weak_head) + (auto_scale - 1) * (v - 0.5 * v))
+    return branches[0] + (cfg - 1) * (branches[0] - branches[1])
+
+
+@pytest.mark.parametrize(
+    ("branches", "scales", "asked"),
+    [("both", (1.6, 1.6), 6), ("conditional", (1.6, 1.0), 3), ("null", (1.0, 1.6), 3)],
+)
+def test_autoguidance_asks_the_second_model_where_it_acts(branches, scales, asked):
+    x, model, weak = start(), ToyModel(), WeakModel()
+    terms = [GuidanceTerm("auto", 1.6, (0.2, 0.8), branches), GuidanceTerm("ig", 1.4), GuidanceTerm("cfg", 1.35)]
+    fn = guided_velocity(model, LABELS, terms, weak)
+    torch.testing.assert_close(fn(x, 0.5), expected_terms(x, (1.4, 1.4), scales, 1.35), rtol=1e-6, atol=1e-6)
+    labels = {"both": [1, 2, 3, 9, 9, 9], "conditional": [1, 2, 3], "null": [9, 9, 9]}[branches]
+    ((x_t, t, given),) = weak.calls
+    assert given.tolist() == labels and len(x_t) == len(t) == asked and t.tolist() == [0.5] * asked
+    assert torch.equal(fn(x, 0.1), guided_velocity(ToyModel(), LABELS, terms[1:])(x, 0.1))
+    assert len(weak.calls) == 1  # not asked outside its interval
+
+
+def test_autoguidance_alone_asks_for_the_label_only():
+    x, weak = start(), WeakModel()
+    guided = guided_velocity(ToyModel(), LABELS, [GuidanceTerm("auto", 1.6)], weak)(x, 0.5)
+    torch.testing.assert_close(guided, expected_terms(x, (1, 1), (1.6, 1), 1.0), rtol=1e-6, atol=1e-6)
+    assert [given.tolist() for *_, given in weak.calls] == [[1, 2, 3]]
+    null_only = guided_velocity(ToyModel(), LABELS, [GuidanceTerm("auto", 1.6, branches="null")], weak)(x, 0.5)
+    assert torch.equal(null_only, guided_velocity(ToyModel(), LABELS, [])(x, 0.5)) and len(weak.calls) == 1
+    with pytest.raises(ValueError, match="no second model"):
+        guided_velocity(ToyModel(), LABELS, [GuidanceTerm("auto", 1.6)])
+    guided_velocity(ToyModel(), LABELS, [GuidanceTerm("auto", 1.0)])
+
+
+def test_a_scale_for_each_branch():
+    x = start()
+    terms = [GuidanceTerm("ig", 1.4, branches="conditional"), GuidanceTerm("ig", 2.0, branches="null"), CFG]
+    guided = guided_velocity(ToyModel(), LABELS, terms)(x, 0.5)
+    torch.testing.assert_close(guided, expected_terms(x, (1.4, 2.0), (1, 1), 1.35), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="two 'ig'"):
+        guided_velocity(ToyModel(), LABELS, [*terms, GuidanceTerm("ig", 1.1)])
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [("IG", 1.4), ("ig", math.nan), ("cfg", 1.5, (0.7, 0.3)), ("cfg", 1.5, (0.0, 1.1))],
+    [
+        ("IG", 1.4),
+        ("ig", math.nan),
+        ("cfg", 1.5, (0.7, 0.3)),
+        ("cfg", 1.5, (0.0, 1.1)),
+        ("ig", 1.5, (0.0, 1.0), "left"),
+        ("cfg", 1.5, (0.0, 1.0), "null"),
+    ],
 )
 def test_impossible_terms_are_refused(arguments):
     with pytest.raises(ValueError):

@@ -87,8 +87,9 @@ def test_damaged_samples_do_not_count_and_all_others_do(index: ShardIndex, confi
         data[at : at + 512] = b"\xff\x7f" * 256  # NaN
         file.write_bytes(data)
     reader = ShardReader(index, "skip")
-    _, final, aux = validation_loss(guess, index, config, reader, batch_size, ALONE, StopFlag())
+    _, final, aux, cosine = validation_loss(guess, index, config, reader, batch_size, ALONE, StopFlag())
     assert [final, aux] == pytest.approx(expected({5, 795, sum(SIZES[1:]) - 1}), rel=1e-5)
+    assert cosine == 0  # the config has no such loss
     assert reader.quarantined == {10, 800, sum(SIZES) - 1}
 
 
@@ -110,4 +111,4 @@ def test_the_held_out_latents_are_never_all_in_memory(
 def test_a_stop_does_not_end_it_while_its_samples_come(index: ShardIndex, config: Config) -> None:
     stop = StopFlag()
     stop.asked = True
-    assert len(validation_loss(guess, index, config, ShardReader(index), 64, ALONE, stop)) == 3
+    assert len(validation_loss(guess, index, config, ShardReader(index), 64, ALONE, stop)) == 4

@@ -1,0 +1,60 @@
+"""Published ways of sampling, by model size: the ``--preset`` of ``ig-dist sample``."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from ig_dist.config import ModelConfig
+from ig_dist.errors import ConfigError
+from ig_dist.models.presets import PRESETS
+
+_SIT: dict[str, Any] = {"solver": "euler_maruyama", "steps": 250}
+_LIGHTNING: dict[str, Any] = {"solver": "heun", "steps": 124, "time_shift": 1 / 0.3}  # 125 points in time
+
+# name -> size -> (sampler, guidance): arXiv 2512.24176; of SiT without an auxiliary head arXiv 2401.08740
+_RECIPES: dict[str, dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]] = {
+    "paper": {
+        "SiT-B/2": (_SIT, [{"kind": "ig", "scale": 1.9}]),
+        "SiT-XL/2": (_SIT, [{"kind": "ig", "scale": 1.4}, {"kind": "cfg", "scale": 1.35, "interval": [0.0, 0.7]}]),
+        "LightningDiT-XL/1": (
+            _LIGHTNING,
+            [{"kind": "ig", "scale": 1.4}, {"kind": "cfg", "scale": 1.45, "interval": [0.0, 0.81]}],
+        ),
+        "SiT-XL/2 without an auxiliary head": (_SIT, [{"kind": "cfg", "scale": 1.5}]),
+    },
+    "paper-ig": {
+        "SiT-B/2": (_SIT, [{"kind": "ig", "scale": 1.9}]),
+        "SiT-XL/2": (_SIT, [{"kind": "ig", "scale": 1.4}]),
+        "LightningDiT-XL/1": (_LIGHTNING, [{"kind": "ig", "scale": 1.7}]),
+    },
+}
+
+
+def recipe(name: str, model: ModelConfig) -> list[str]:
+    """The overrides that sample a model as published: 50,000 images of random classes, from fp32 forwards.
+
+    Raises:
+        ConfigError: no such recipe, or none for a model of this size.
+    """
+    if name not in _RECIPES:
+        near = difflib.get_close_matches(name, _RECIPES, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"--preset {name!r}: did you mean {near!r}? There are {', '.join(_RECIPES)}")
+    size = _size(model)
+    if size not in _RECIPES[name]:
+        raise ConfigError(
+            f"--preset {name}: there is no published recipe for {size}, only for {', '.join(_RECIPES[name])}:"
+            " give solver, steps and scales instead"
+        )
+    sampler, guidance = _RECIPES[name][size]
+    plain = {"time_shift": 1.0, "correct_last_step": True}  # of another solver that a run's config may have
+    settings = {"num": 50_000, "labels": "random", "precision": "fp32", **plain, **sampler}
+    return [*(f"sample.{key}={value}" for key, value in settings.items()), f"guidance={guidance}"]
+
+
+def _size(model: ModelConfig) -> str:
+    layers = ("depth", "hidden_size", "num_heads", "patch_size", "norm", "mlp", "rope")
+    for name, preset in PRESETS.items():
+        if all(getattr(model, layer) == getattr(preset, layer) for layer in layers):
+            return name if model.aux_depth is not None else f"{name} without an auxiliary head"
+    return f"{model.depth} blocks of width {model.hidden_size}"
