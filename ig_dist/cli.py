@@ -89,6 +89,7 @@ def sample(
     auto_interval: Annotated[str | None, typer.Option(help="Times LOW,HIGH at which autoguidance is on.")] = None,
     ema: Ema = None,
     raw: Raw = False,
+    score: Annotated[bool, typer.Option("--evaluate", help="Score them too, as `ig-dist evaluate` does.")] = False,
 ) -> None:
     """Make the images of a plan: one npz and a picture of some of them. Any number of processes may share the work."""
     from ig_dist.config_file import load_run, with_guidance
@@ -108,7 +109,9 @@ def sample(
         cfg_interval=_interval("--cfg-interval", cfg_interval),
         auto_interval=_interval("--auto-interval", auto_interval),
     )
-    sample_run(config, export_run(config, ema=ema, raw=raw))
+    samples = sample_run(config, export_run(config, ema=ema, raw=raw))
+    if score and is_main_process():
+        evaluate(samples.url)
 
 
 @app.command()

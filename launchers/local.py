@@ -2,6 +2,7 @@
 
     python launchers/local.py --processes 2 configs/digits.yaml run.dir=runs/two
     python launchers/local.py --processes 3 --job sample runs/two --ig-scale 1.4
+    python launchers/local.py --processes 2 --job encode --source pictures --dest runs/data --tokenizer pixel
 
 One process per GPU, or any number on CPUs (gloo). The first process that fails ends the others; the exit code is
 the job's own (README, "Exit codes").
@@ -16,27 +17,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from enum import StrEnum
 from types import FrameType
 from typing import Annotated
 
 import typer
 
+from ig_dist.jobs import Job, program
 from ig_dist.terminal import run_app
 
 GRACE_S = 10.0
 
 
-class Job(StrEnum):
-    """The verbs of ig-dist that run on several processes."""
-
-    train = "train"
-    sample = "sample"
-    sweep = "sweep"
-
-
 def launch(arguments: Sequence[str], processes: int) -> int:
-    """Run ``ig-dist ARGUMENTS`` in ``processes`` ranks; the exit code that explains a failure, else 0."""
+    """Run ``python ARGUMENTS`` in ``processes`` ranks; the exit code that explains a failure, else 0."""
     with socket.socket() as probe:  # a free port for the rendezvous
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -54,7 +47,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        children.append(subprocess.Popen([sys.executable, "-m", "ig_dist.cli", *arguments], env=environment))
+        children.append(subprocess.Popen([sys.executable, *arguments], env=environment))
 
     def forward(number: int, frame: FrameType | None) -> None:
         for child in children:
@@ -98,15 +91,20 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 # What follows the first argument belongs to the job, its options included.
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def main(
-    target: Annotated[str, typer.Argument(metavar="CONFIG|RUN", help="Config file to train, or run to sample from.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG|RUN", help="Config file to train, run to sample from, or the first option of an encoding."
+        ),
+    ],
     rest: Annotated[
         list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Arguments and options of the job.")
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes, one per GPU if there are GPUs.")] = 1,
-    job: Annotated[Job, typer.Option(help="The verb of ig-dist to run.")] = Job.train,
+    job: Annotated[Job, typer.Option(help="What to run.")] = Job.train,
 ) -> None:
     """Start a job on the processes of this machine."""
-    raise typer.Exit(launch([job.value, target, *(rest or [])], processes))
+    raise typer.Exit(launch(program(job, [target, *(rest or [])]), processes))
 
 
 if __name__ == "__main__":

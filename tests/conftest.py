@@ -14,8 +14,10 @@ import pytest
 import yaml
 
 from tests import object_store as object_stores
+from tests import slurm_cluster as slurm_clusters
 from tests.fault_proxy import FaultProxy
 from tests.object_store import ObjectStore
+from tests.slurm_cluster import SlurmCluster
 
 # Small tensors gain nothing from threads, and tests that share the cores lose a lot. Also for the processes they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -79,8 +81,20 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectSto
 
 def require_object_store() -> None:
     """Skip a user's test where there can be no store; CI has one."""
-    if reason := object_stores.available():
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    _require(object_stores.available())
+
+
+def _require(missing: str | None) -> None:
+    if missing:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[SlurmCluster]:
+    """A SLURM cluster of two nodes on this machine."""
+    _require(slurm_clusters.available())
+    with SlurmCluster(nodes=2) as cluster:
+        yield cluster
 
 
 @pytest.fixture

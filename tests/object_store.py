@@ -33,8 +33,12 @@ START_SECONDS = 60.0
 
 def available() -> str | None:
     """Why there can be no store on this machine, or None."""
-    missing = [name for name in PROGRAMS if not shutil.which(name, path=ENVIRONMENT["PATH"])]
-    return f"no {', '.join(missing)} on this machine (Debian: apt install {PACKAGES})" if missing else None
+    return f"no {', '.join(missing())} on this machine (Debian: apt install {PACKAGES})" if missing() else None
+
+
+def missing() -> list[str]:
+    """Programs that are not on this machine."""
+    return [name for name in PROGRAMS if not shutil.which(name, path=ENVIRONMENT["PATH"])]
 
 
 def free_port() -> int:

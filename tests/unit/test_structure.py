@@ -27,6 +27,8 @@ FORBIDDEN = {
     "ig_dist/diffusion": ["ig_dist.parallel", "ig_dist.data", "ig_dist.latents", "torch.distributed", "ig_dist.rng"],
     "ig_dist/trainer.py": [
         "submitit",
+        "ig_dist.slurm",
+        "ig_dist.jobs",
         "tarfile",
         "s3fs",
         "fsspec",
@@ -44,7 +46,7 @@ FORBIDDEN = {
 }
 ALLOWED = {"ig_dist/parallel/deepspeed.py": ["deepspeed"]}
 # slow to import, or not installed everywhere: never by importing a module of ours
-LAZY = ["diffusers", "huggingface_hub", "deepspeed", "torchdiffeq"]
+LAZY = ["diffusers", "huggingface_hub", "deepspeed", "submitit", "torchdiffeq"]
 
 
 def files(part: str) -> list[Path]:
@@ -101,21 +103,25 @@ def test_pickles_are_read_in_one_place_and_tensors_only() -> None:
     assert [call["weights_only"] for call in calls] == ["True"]
 
 
-@pytest.mark.parametrize("program", [["-m", "ig_dist.cli"], ["data_prep/encode_latents.py"]])
-def test_help_answers_in_under_a_second(program: list[str]) -> None:
-    command = [sys.executable, *program, "--help"]
+PROGRAMS = {"-m ig_dist.cli": "quickstart", "data_prep/encode_latents.py": "--source", "launchers/slurm.py": "--nodes"}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_answers_in_under_a_second(program: str) -> None:
+    command = [sys.executable, *program.split(), "--help"]
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
         seconds.append(time.perf_counter() - began)
     assert min(seconds) < 1.0, seconds
-    assert ("quickstart" if program[0] == "-m" else "--source") in done.stdout
+    assert PROGRAMS[program] in done.stdout
 
 
 def test_the_command_line_alone_imports_no_torch() -> None:
-    heavy = "import sys; sys.argv = ['ig-dist']; import ig_dist.cli; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", heavy], check=True)
+    for module in ("ig_dist.cli", "ig_dist.slurm.batch"):  # a job's ranks wait for the second
+        heavy = f"import sys, {module}; assert 'torch' not in sys.modules"
+        subprocess.run([sys.executable, "-c", heavy], check=True)
 
 
 def test_every_exit_code_is_in_the_operators_document() -> None:

@@ -1,0 +1,344 @@
+"""The first process of a job, on its first node: starts the ranks, and decides what comes after them.
+
+``python -m ig_dist.slurm.batch FOLDER``. It imports no torch: a start waits for nothing here.
+
+SLURM signals it ``--signal-delay`` seconds before the time limit, and it passes the signal on through srun. Ranks that
+were asked to stop save and leave exit code 75, and the job is requeued. A rank that died is not SLURM's business (it
+would only fail the job): the ranks are started again on the same nodes, and if they die again without a new checkpoint
+between, the job is requeued, with growing pauses and a bound. A failure that would come again is left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import IO, NamedTuple
+
+from ig_dist.errors import IgDistError
+from ig_dist.slurm.commands import SlurmError, host_names, queued, slurm
+from ig_dist.slurm.rank import STOPPED
+from ig_dist.slurm.record import Folder, Submission, World
+
+DETERMINISTIC = (2, 3, 4)
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 600.0
+LOCK_WAIT_S = 600.0
+
+
+class Verdict(NamedTuple):
+    """What comes after a start, and why."""
+
+    next: str
+    """done, requeue (asked to stop), failed (to be tried again) or stop."""
+    code: int
+    reason: str
+
+
+class Signals:
+    """What SLURM has told this process."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        """To stop: the time limit is near."""
+        self.ended = False
+        """SLURM is ending the job, and knows what to do with it."""
+        self.srun: subprocess.Popen[str] | None = None
+        signal.signal(signal.SIGUSR2, self._stop)
+        signal.signal(signal.SIGTERM, self._end)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        os.write(sys.stdout.fileno(), b"asked to stop: the time limit is near\n")  # print is not for signal handlers
+        if self.srun is not None:
+            self.srun.send_signal(signal.SIGUSR2)  # srun passes it on to all ranks
+
+    def wait_for_srun(self) -> None:
+        """Until the ranks have ended, or SLURM kills this process."""
+        if self.srun is not None:
+            self.srun.wait()
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        self.ended = True
+
+
+def main(path: str) -> int:
+    """Run the job in its folder until it is done, requeued or given up; the exit code."""
+    folder, task = Folder(Path(path)), os.environ.get("SLURM_ARRAY_TASK_ID", "")
+    submission, signals = folder.read(), Signals()
+    hosts = host_names(os.environ["SLURM_JOB_NODELIST"])
+    while not signals.ended:
+        if folder.cancelled:
+            print("cancelled: nothing is started", flush=True)
+            return 0
+        if not _lock_is_free(submission.hold, signals):
+            return 1
+        if signals.asked and not signals.ended:  # while nothing ran
+            folder.add_event("end", task, code=STOPPED, reason="asked to stop", next="requeue")
+            return _requeue(0.0, signals)
+        world = submission.worlds[len(hosts)]
+        _say_idle(hosts, world, submission)
+        start = f"{os.environ['SLURM_JOB_ID']}-{time.time_ns()}"
+        folder.add_event("start", task, nodes=hosts[: world.nodes], log=_size(folder.batch_log(task)))
+        srun_code, first_error = _run_ranks(folder, submission, hosts[: world.nodes], world, start, signals)
+        if signals.ended:
+            if folder.cancelled or not _time_is_up():  # SLURM's own log line says why, see Folder.why
+                signals.wait_for_srun()  # the ranks may be saving: a job whose first process ends is at its end
+                return 128 + signal.SIGTERM
+            reason = "time limit, before the ranks had saved"
+            folder.add_event("end", task, code=None, reason=reason, next="requeue")
+            return _requeue(0.0, signals)
+        ranks = world.nodes * submission.tasks_per_node
+        exits = folder.path / "exits" / start
+        verdict = judge(exit_codes(exits, ranks), srun_code, first_error)
+        shutil.rmtree(exits, ignore_errors=True)
+        newest = _newest_checkpoint(folder) if verdict.next == "failed" else None
+        failures = failures_in_a_row(folder, task, newest)
+        step = decide(verdict, failures, submission.max_failures)
+        folder.add_event("end", task, code=verdict.code, reason=verdict.reason, next=step, checkpoint=newest)
+        pause = min(FIRST_PAUSE_S * 2**failures, LONGEST_PAUSE_S) if verdict.next == "failed" else 0.0
+        print(f"{verdict.reason}: {_SAID[step]}" + (f" in {pause:.0f} s" if pause else ""), flush=True)
+        if step in ("done", "stop"):
+            return verdict.code
+        if step == "requeue":
+            return _requeue(pause, signals)
+        _sleep(pause, signals)
+    return 128 + signal.SIGTERM
+
+
+_SAID = {
+    "done": "finished",
+    "stop": "not started again",
+    "again": "started again on the same nodes",
+    "requeue": "requeued",
+}
+
+
+def exit_codes(exits: Path, ranks: int) -> dict[int, int | None]:
+    """By rank; None: it left none."""
+    files = {rank: exits / str(rank) for rank in range(ranks)}
+    return {rank: int(file.read_text() or 1) if file.exists() else None for rank, file in files.items()}
+
+
+def judge(codes: Mapping[int, int | None], srun_code: int, first_error: str) -> Verdict:
+    """What the exit codes of all ranks say together."""
+    if all(code == 0 for code in codes.values()):
+        return Verdict("done", 0, "done")
+    for code in DETERMINISTIC:  # another rank's loss of its peer, or its death by srun, is only an echo
+        who = [rank for rank, found in codes.items() if found == code]
+        if who:
+            return Verdict("stop", code, f"exit code {code} of rank {who[0]}, which trying again does not mend")
+    if STOPPED in codes.values():
+        return Verdict("requeue", STOPPED, "asked to stop, and saved")
+    dead = ", ".join(str(rank) for rank, code in codes.items() if code is None)
+    code = max((code for code in codes.values() if code), default=srun_code or 1)
+    return Verdict("failed", code, first_error or (f"rank {dead} died" if dead else f"exit code {code}"))
+
+
+def decide(verdict: Verdict, failures: int, most: int) -> str:
+    """done, stop, again (on the same nodes) or requeue.
+
+    Args:
+        verdict: of the start that has just ended.
+        failures: that came before it, in a row, without a new checkpoint between.
+        most: failures in a row that are tried again.
+    """
+    if verdict.next != "failed":
+        return verdict.next
+    if failures >= most:
+        return "stop"
+    return "requeue" if failures % 2 else "again"  # other nodes may help where the same ones did not
+
+
+def failures_in_a_row(folder: Folder, task: str, checkpoint: int | None) -> int:
+    """Failures since the last end that was none, or since a checkpoint was written.
+
+    Args:
+        folder: of the submission.
+        task: of the array, or "".
+        checkpoint: the newest one now; None: the job writes none.
+    """
+    count = 0
+    for event in reversed(folder.events(task)):
+        if event["event"] != "end":
+            continue
+        if event["next"] not in ("again", "requeue") or event["code"] in (None, STOPPED):
+            break
+        if checkpoint is not None and checkpoint > (event.get("checkpoint") or 0):
+            break
+        count += 1
+    return count
+
+
+def _newest_checkpoint(folder: Folder) -> int | None:
+    """The newest checkpoint of a training; None: none, or not a training."""
+    config = folder.path / "config.yaml"
+    if not config.exists():
+        return None
+    from ig_dist.beginning import checkpoint_store  # 2 s, for torch; after a failure nobody waits for them
+    from ig_dist.config_file import load_config
+
+    try:
+        return max(checkpoint_store(load_config(config)).steps(), default=0)
+    except (IgDistError, OSError) as error:
+        print(f"the checkpoints cannot be listed: {error}", flush=True)
+        return None
+
+
+def _run_ranks(
+    folder: Folder, submission: Submission, hosts: list[str], world: World, start: str, signals: Signals
+) -> tuple[int, str]:
+    """Run srun to its end; its exit code, and the first rank's end that it reported."""
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    count = world.nodes * submission.tasks_per_node
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": hosts[0],
+        "MASTER_PORT": str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 10_000),  # jobs may share a node
+        "WORLD_SIZE": str(count * max(1, submission.array)),
+        "LOCAL_WORLD_SIZE": str(submission.tasks_per_node),
+        "IG_DIST_ACCUMULATION": str(world.accumulation),
+    }
+    command = srun_command(folder.path, submission, hosts, start, task)
+    signals.srun = subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+    )
+    assert signals.srun.stderr is not None
+    first: list[str] = []
+    reader = threading.Thread(target=_pass_on, args=(signals.srun.stderr, first), daemon=True)
+    reader.start()
+    if signals.asked:  # before there was a srun to pass it on to
+        signals.srun.send_signal(signal.SIGUSR2)
+    code = None
+    while code is None and not signals.ended:  # then SLURM ends this process too, before a srun whose ranks hang
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = signals.srun.wait(timeout=0.2)
+    if code is None:
+        return 128 + signal.SIGTERM, ""
+    reader.join(timeout=5)
+    signals.srun = None
+    return (128 - code if code < 0 else code), (first[0] if first else "")
+
+
+def srun_command(
+    folder: Path, submission: Submission, hosts: list[str], start: str, task: str | None = None
+) -> list[str]:
+    """How the ranks are started."""
+    count = len(hosts) * submission.tasks_per_node
+    return [
+        "srun",
+        f"--nodes={len(hosts)}",
+        f"--nodelist={','.join(hosts)}",
+        f"--ntasks={count}",
+        f"--ntasks-per-node={submission.tasks_per_node}",
+        # since SLURM 22.05 srun does not take it from sbatch
+        *([f"--cpus-per-task={submission.cpus_per_task}"] if submission.cpus_per_task else []),
+        # neighbouring ranks on one socket, as the GPUs that they use are
+        "--cpu-bind=cores",
+        "--distribution=block:block",
+        "--kill-on-bad-exit=1",  # NCCL would find out that a rank is dead after train.timeout_s only
+        "--unbuffered",
+        "--open-mode=append",
+        f"--output={folder}/log/{f'task_{task}_' if task else ''}rank_%t.log",
+        sys.executable,
+        "-u",
+        "-m",
+        "ig_dist.slurm.rank",
+        str(folder),
+        start,
+    ]
+
+
+def _pass_on(stream: IO[str], first: list[str]) -> None:
+    """Print what srun says, and keep the first rank's bad end."""
+    for line in stream:
+        print(line, end="", flush=True)
+        if match := re.match(r"srun: error: (\S+: tasks? .+)", line):
+            first.append(match[1].strip())
+
+
+def _requeue(pause: float, signals: Signals) -> int:
+    """Requeue this job, to start no sooner than after ``pause`` seconds. SLURM then ends this process."""
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    for wait in (1, 5, 20, *[60] * 60, 0):  # the controller may be away for a while
+        try:
+            slurm("scontrol", "requeue", job)
+            break
+        except SlurmError as error:
+            print(f"scontrol requeue: {error}", flush=True)
+            if signals.ended or not wait:  # SLURM was faster, and requeues by itself
+                return 128 + signal.SIGTERM
+            _sleep(wait, signals)
+    if pause > 0:
+        try:
+            slurm("scontrol", "update", f"jobid={job}", f"starttime=now+{pause:.0f}")
+        except SlurmError as error:
+            print(f"without the pause: {error}", flush=True)
+    time.sleep(30)
+    return STOPPED
+
+
+def _time_is_up() -> bool:
+    """Whether the time limit is why SLURM ends this job: it requeues after everything else, but not then."""
+    try:
+        return any(job.reason == "TimeLimit" for job in queued([os.environ["SLURM_JOB_ID"]]))
+    except SlurmError:
+        return False
+
+
+def _sleep(seconds: float, signals: Signals) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not signals.ended:
+        time.sleep(0.1)
+
+
+def _lock_is_free(file: str, signals: Signals) -> bool:
+    """Wait until no process of an earlier start holds the run: one may live on where the network was cut."""
+    deadline = time.monotonic() + LOCK_WAIT_S
+    said = False
+    while file and Path(file).exists() and not signals.ended:
+        with Path(file).open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    print(
+                        f"{file} is held by a process of another job for {LOCK_WAIT_S:.0f} s: not started", flush=True
+                    )
+                    return False
+                if not said:
+                    print(f"waiting for the process that holds {file}", flush=True)
+                said = True
+            except OSError:  # no locks there: the trainer says so
+                break
+        time.sleep(0.5)
+    return True
+
+
+def _say_idle(hosts: list[str], world: World, submission: Submission) -> None:
+    if len(hosts) > world.nodes:
+        print(
+            f"{len(hosts)} nodes, {world.nodes} are used ({world.nodes * submission.tasks_per_node} processes): more"
+            f" do not divide data.streams. Idle: {', '.join(hosts[world.nodes :])}",
+            flush=True,
+        )
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

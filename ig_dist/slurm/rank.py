@@ -1,0 +1,70 @@
+"""One process of a job on a node, started by srun: ``python -m ig_dist.slurm.rank FOLDER START``.
+
+It tells the job who it is in torchrun's words, and leaves its exit code for the job's first process, which decides what
+comes next. A rank that was killed leaves none.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+
+from ig_dist.slurm.record import ACCUMULATION, Folder
+
+STOPPED = 75
+
+
+def main(folder: str, start: str) -> None:
+    """Run the job's commands as this rank."""
+    number = os.environ["SLURM_PROCID"]
+    exits = Path(folder) / "exits" / start
+    task, local = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")), int(os.environ["LOCAL_WORLD_SIZE"])
+    os.environ["RANK"] = str(task * local + int(number))
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+
+    def leave(code: int) -> None:
+        exits.mkdir(parents=True, exist_ok=True)
+        (exits / number).write_text(str(code))
+
+    def stop(signal_number: int, frame: FrameType | None) -> None:
+        leave(STOPPED)
+        os._exit(0)
+
+    # The trainer puts its own handlers in their place. Until then nothing is lost, nor is it in jobs whose work is in
+    # units that are written whole.
+    for name in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(name, stop)
+    code = 1
+    for command in Folder(Path(folder)).read().commands:
+        code = run([part.replace(ACCUMULATION, os.environ["IG_DIST_ACCUMULATION"]) for part in command])
+        if code:
+            break
+    leave(code)
+    # srun ends the other ranks when one ends badly; one that has saved and stopped has not: rank 0 may still be writing
+    sys.exit(0 if code == STOPPED else code)
+
+
+def run(arguments: list[str]) -> int:
+    """``python ARGUMENTS`` in this process; its exit code."""
+    module = arguments[0] == "-m"
+    sys.argv = arguments[1:] if module else arguments
+    try:
+        if module:
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

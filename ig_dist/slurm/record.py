@@ -1,0 +1,146 @@
+"""A submission's folder: what was submitted, and what has happened to it. Everything is JSON or text.
+
+RUN/slurm/20260102-030405-ab12/
+job.json, id      the submission, written once, and the number that SLURM gave it
+batch.sh          what sbatch got
+config.yaml       the resolved config of a training
+source/           the code as it was
+history.jsonl     starts and ends (an array: history_3.jsonl for its task 3)
+exits/            the exit code of each rank of a start, until it was judged
+log/              batch.log, rank_0.log, ... appended to at each start
+cancelled         there once `cancel` was asked for
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+JOB_NAME, ID_NAME, CANCELLED_NAME = "job.json", "id", "cancelled"
+ACCUMULATION = "{accumulation}"  # in a command: that of the world at hand
+Kind = Literal["train", "encode", "sample", "sweep", "merge"]
+
+
+class World(BaseModel):
+    """How many of the nodes that SLURM gave are used, and the micro-batches a step."""
+
+    nodes: int
+    accumulation: int
+
+
+class Submission(BaseModel):
+    """A job as it was submitted."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Kind
+    commands: list[list[str]]
+    """What each rank runs, one after the other: Python's arguments."""
+    run: str
+    """The run directory, or the folder given for a job without one."""
+    cwd: str
+    """Relative paths are meant from here."""
+    tasks_per_node: int
+    cpus_per_task: int | None
+    worlds: dict[int, World]
+    """By the number of nodes that SLURM gave."""
+    array: int = 0
+    """Tasks of the array; 0: no array."""
+    max_failures: int
+    signal_delay_s: int
+    options: dict[str, Any]
+    """What was typed, for `resume`."""
+    hold: str = ""
+    """File whose lock a running job of this run holds; a start waits until it is free."""
+
+
+class Folder:
+    """A submission's folder on the shared file system."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.log = path / "log"
+
+    def write(self, submission: Submission) -> None:
+        """Write ``job.json``."""
+        (self.path / JOB_NAME).write_text(submission.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    def read(self) -> Submission:
+        """What was submitted."""
+        return Submission.model_validate_json((self.path / JOB_NAME).read_text(encoding="utf-8"))
+
+    @property
+    def id(self) -> str:
+        """The id that SLURM gave the job; empty: none yet."""
+        file = self.path / ID_NAME
+        return file.read_text().strip() if file.exists() else ""
+
+    @id.setter
+    def id(self, number: str) -> None:
+        (self.path / ID_NAME).write_text(f"{number}\n")
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was asked for."""
+        return (self.path / CANCELLED_NAME).exists()
+
+    def cancel(self) -> None:
+        """No start, and no requeue, from now on."""
+        (self.path / CANCELLED_NAME).touch()
+
+    def batch_log(self, task: str = "") -> Path:
+        """Where SLURM and the job's first process write."""
+        return self.log / f"batch{_suffix(task)}.log"
+
+    def add_event(self, event: str, task: str = "", **what: Any) -> None:
+        """Append a start or an end."""
+        line = {"event": event, "time": round(time.time(), 3), **what}
+        with (self.path / f"history{_suffix(task)}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def events(self, task: str = "") -> list[dict[str, Any]]:
+        """Starts and ends, oldest first; an end that SLURM brought about is told by SLURM's own log line."""
+        file = self.path / f"history{_suffix(task)}.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        events: list[dict[str, Any]] = []
+        for event in map(json.loads, lines):
+            if event["event"] == "start" and events and events[-1]["event"] == "start":
+                events.append(self._unseen_end(events[-1], event["log"], task))
+            events.append(event)
+        return events
+
+    def _unseen_end(self, start: dict[str, Any], until: int, task: str) -> dict[str, Any]:
+        return {"event": "end", "code": None, "next": "requeue", "reason": self.why(start, until, task)}
+
+    def why(self, start: dict[str, Any], until: int | None = None, task: str = "") -> str:
+        """Why a start came to an end that it did not see itself, in SLURM's words."""
+        log = self.batch_log(task)
+        text = log.read_bytes()[start["log"] : until].decode(errors="replace") if log.exists() else ""
+        found = re.findall(r"DUE TO (.+?)(?:, SEE .*)? \*\*\*", text)
+        failed = re.findall(r"Node failure on (\S+)", text)
+        words = str(found[0]).lower() if found else "ended by SLURM without a word (a node, or its controller)"
+        return words + (f" ({', '.join(dict.fromkeys(failed))})" if failed else "")
+
+    def tasks(self) -> list[str]:
+        """The array's tasks that have a history, or "" for a plain job."""
+        names = [match[1] for file in self.path.glob("history*.jsonl") if (match := re.search(r"_(\d+)\.", file.name))]
+        return sorted(names, key=int) or [""]
+
+
+def folders(run: Path) -> Iterator[tuple[Folder, Submission]]:
+    """The submissions of a run, oldest first."""
+    for path in sorted((run / "slurm").glob("*/")):
+        try:
+            yield Folder(path), Folder(path).read()
+        except (OSError, ValidationError):
+            continue  # being written, or not ours
+
+
+def _suffix(task: str) -> str:
+    return f"_{task}" if task else ""

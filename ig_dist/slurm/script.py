@@ -1,0 +1,195 @@
+"""What is asked of SLURM, and the batch script that says it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from ig_dist.errors import ConfigError, IgDistError
+from ig_dist.slurm.commands import Partition, minutes, partition
+from ig_dist.slurm.record import Folder, Submission
+
+DAY = 24 * 60
+ASSUMED = Partition("", gpus=8, cpus=96, minutes=None)  # a node of H100s, where SLURM cannot be asked
+
+
+class Request(BaseModel):
+    """What the user asked for; None: whatever is right for the cluster."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    nodes: str = "1"
+    gpus_per_node: int | None = None
+    tasks_per_node: int | None = None
+    cpus_per_gpu: int | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    mem: str | None = None
+    signal_delay: int = 120
+    setup: list[str] = []
+    max_failures: int = 8
+    tasks: int = 0
+    exclusive: bool = False
+    """Whole nodes; set by `complete` where all of their GPUs are asked for."""
+
+    @property
+    def node_range(self) -> tuple[int, int]:
+        """The fewest and the most nodes.
+
+        Raises:
+            ConfigError: not N or A-B.
+        """
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", self.nodes)
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= low <= high:
+            raise ConfigError(f"--nodes {self.nodes!r}: give a number of nodes, or the fewest and the most, e.g. 4-8")
+        return low, high
+
+    @property
+    def ranks_per_node(self) -> int:
+        """One for each GPU, or as many as asked for where there are none."""
+        return self.gpus_per_node or self.tasks_per_node or 1
+
+    @property
+    def cpus_per_task(self) -> int | None:
+        """CPUs of a rank; None: as the cluster gives them."""
+        return self.cpus_per_gpu
+
+
+def complete(request: Request, *, assume: bool = False) -> Request:
+    """Fill in what was not said, from what the partition's nodes have.
+
+    Args:
+        request: as typed.
+        assume: nodes of eight H100s, where SLURM cannot be asked.
+
+    Raises:
+        ConfigError: more time than the partition gives, or GPUs and --tasks-per-node.
+    """
+    request.node_range  # noqa: B018  (raises)
+    if request.gpus_per_node and request.tasks_per_node not in (None, request.gpus_per_node):
+        raise ConfigError("--tasks-per-node is for nodes without GPUs: with GPUs there is one task for each")
+    try:
+        found = partition(request.partition)
+    except IgDistError:
+        if not assume:
+            raise
+        found = ASSUMED
+    filled: dict[str, Any] = {}
+    if request.gpus_per_node is None:
+        own = found.gpus if found else 0
+        # a task of an array is one GPU's work
+        filled["gpus_per_node"] = 0 if request.tasks_per_node else min(own, 1) if request.tasks else own
+    gpus = filled.get("gpus_per_node", request.gpus_per_node)
+    filled["exclusive"] = bool(found and gpus and gpus == found.gpus and not request.tasks)
+    if request.cpus_per_gpu is None and found:
+        filled["cpus_per_gpu"] = max(1, found.cpus // max(gpus or request.tasks_per_node or 1, found.gpus))
+    if request.mem is None and filled["exclusive"]:
+        filled["mem"] = "0"  # of an exclusive node, SLURM gives all CPUs and GPUs, but not all memory
+    limit = found.minutes if found else None
+    if request.time is None:
+        filled["time"] = _duration(min(limit or DAY, DAY))
+    elif limit is not None and (minutes(request.time) or 2**31) > limit:
+        raise ConfigError(
+            f"--time {request.time} is more than partition {found.name if found else ''} gives, {_duration(limit)}:"
+            " ask for less, the run goes on by itself in a new job"
+        )
+    whole = request.model_copy(update=filled)
+    given = minutes(whole.time or "")
+    if given is not None and whole.signal_delay >= given * 60:
+        raise ConfigError(
+            f"--signal-delay {whole.signal_delay} s is no less than --time {whole.time}: nothing would be left to train"
+        )
+    return whole
+
+
+def batch_script(request: Request, submission: Submission, folder: Path, *, name: str, after: str = "") -> str:
+    """The text of the batch script.
+
+    Args:
+        request: completed.
+        submission: what it runs.
+        folder: the submission's.
+        name: of the job.
+        after: id of the job that must have ended.
+    """
+    try:
+        import submitit
+    except ModuleNotFoundError:
+        raise ConfigError("jobs on SLURM need submitit: pip install 'ig-dist[slurm]'") from None
+
+    class Script(submitit.SlurmExecutor):
+        """Writes scripts also where there is no SLURM."""
+
+        @classmethod
+        def affinity(cls) -> int:
+            return 2
+
+    low, high = request.node_range
+    # SLURM would keep the number of tasks of a job's first start, and with it that start's number of nodes
+    fixed, cpus = low == high, request.cpus_per_task
+    task = "_%a" if submission.array else ""
+    log = Folder(folder).log
+    said: dict[str, Any] = {
+        "nodes": low if fixed else f"{low}-{high}",
+        **({"mincpus": request.ranks_per_node * cpus} if cpus and not fixed else {}),
+        "time": request.time,
+        # so long before the time limit, to the first process of the job, which passes it on
+        "signal": f"B:USR2@{request.signal_delay}",
+        "requeue": True,
+        "chdir": submission.cwd,
+        "output": f"{log}/batch{task}.log",
+        **({"mem": request.mem} if request.mem is not None else {}),
+        **({"array": f"0-{submission.array - 1}"} if submission.array else {}),
+    }
+    executor = Script(folder)
+    executor.update_parameters(
+        job_name=name,
+        partition=request.partition,
+        nodes=low,
+        ntasks_per_node=request.ranks_per_node if fixed else None,
+        cpus_per_task=cpus if fixed else None,
+        gpus_per_node=request.gpus_per_node or None,
+        account=request.account,
+        qos=request.qos,
+        constraint=request.constraint,
+        exclude=request.exclude,
+        exclusive=request.exclusive or None,
+        dependency=f"afterany:{after}" if after else None,
+        wckey=None,
+        stderr_to_stdout=True,
+        use_srun=False,  # the first process calls it: how many nodes it uses is known when the job starts
+        setup=[*request.setup, *_environment(request, folder)],
+        additional_parameters=said,
+    )
+    # submitit's own command would unpickle the call from this folder; ours reads JSON
+    command = shlex.join([sys.executable, "-u", "-m", "ig_dist.slurm.batch", str(folder)])
+    return str(executor._make_submission_file_text(f"exec {command}", folder.name))
+
+
+def _environment(request: Request, folder: Path) -> list[str]:
+    cpus = request.cpus_per_task or 1
+    threads = max(1, min(8, cpus // 2)) if request.gpus_per_node else cpus
+    return [
+        "# the code as it was when this was submitted, whatever is edited since",
+        f"export PYTHONPATH={shlex.quote(str(folder / 'source'))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "export PYTHONSAFEPATH=1  # or the working directory would come before it",
+        "# a fixed number, since sums depend on it; reader threads need CPUs too",
+        f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{threads}}}",
+        "# a link or a GPU that fails is named in the rank's log",
+        "export NCCL_DEBUG=${NCCL_DEBUG:-WARN}",
+    ]
+
+
+def _duration(limit: int) -> str:
+    days, rest = divmod(limit, DAY)
+    return f"{days}-{rest // 60:02d}:{rest % 60:02d}:00"

@@ -1,0 +1,185 @@
+"""Submitting: what can be known to be wrong is said before; then a snapshot of the source, and sbatch."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ig_dist.config import Config
+from ig_dist.config_file import to_yaml
+from ig_dist.data.index import read_index
+from ig_dist.data.latents import check_latents
+from ig_dist.data.stream import check_window_memory
+from ig_dist.errors import ConfigError
+from ig_dist.jobs import SOURCE
+from ig_dist.parallel.build import check_engine
+from ig_dist.run_dir import changed_keys
+from ig_dist.slurm.commands import SlurmError, queued, slurm
+from ig_dist.slurm.record import Folder, Submission, World, folders
+from ig_dist.slurm.script import Request, batch_script
+
+# what SLURM's refusals are about, and the option that says it
+OPTIONS = {
+    "partition": "--partition",
+    "account": "--account",
+    "qos": "--qos",
+    "feature": "--constraint",
+    "node name": "--exclude",
+    "time": "--time",
+    "memory": "--mem",
+    "node configuration": "--nodes, --gpus-per-node, --cpus-per-gpu or --mem",
+    "node count": "--nodes",
+}
+
+
+def worlds(config: Config, request: Request) -> dict[int, World]:
+    """For each number of nodes that SLURM may give, how many are used.
+
+    With fewer nodes a process has more of the batch: micro-batches are made more, so that they need no more memory.
+
+    Raises:
+        ConfigError: none of the numbers asked for can share the batch.
+    """
+    low, high = request.node_range
+    ranks, batch = request.ranks_per_node, config.train.global_batch_size
+    if low == high:
+        _check_nodes(config, high, ranks)
+    allowed = [nodes for nodes in range(1, high + 1) if _fits(config, nodes * ranks)]
+    if not allowed or allowed[0] > low:
+        _check_nodes(config, low, ranks)
+    largest = batch // (allowed[-1] * ranks * config.train.accumulation)  # micro-batch on all the nodes
+    found = {}
+    for nodes in range(low, high + 1):
+        used = max(n for n in allowed if n <= nodes)
+        share = batch // (used * ranks)
+        most = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= largest)
+        found[nodes] = World(nodes=used, accumulation=max(most, config.train.accumulation))
+    return found
+
+
+def _check_nodes(config: Config, nodes: int, ranks: int) -> None:
+    try:
+        config.check_world_size(nodes * ranks)
+    except ConfigError as error:
+        raise ConfigError(f"--nodes {nodes} with {ranks} processes each: {error}") from None
+
+
+def _fits(config: Config, processes: int) -> bool:
+    try:
+        config.check_world_size(processes)
+    except ConfigError:
+        return False
+    return True
+
+
+def check_training(config: Config, found: dict[int, World]) -> None:
+    """What the trainer would refuse.
+
+    Raises:
+        ConfigError: the config does not fit the data, the run directory or the numbers of nodes.
+    """
+    check_engine(config)
+    index = read_index(config.data.index)
+    config = config.with_data(index.info.latent.shape, len(index.info.classes))
+    check_latents(index.info.latent, config.data.posterior, config.data.flip)
+    for nodes in {world.nodes for world in found.values()}:
+        check_window_memory(
+            index,
+            streams=config.data.streams,
+            window_samples=config.data.window_samples,
+            window_bytes=config.data.window_bytes,
+            nodes=nodes,
+        )
+    differ = changed_keys(Path(config.run.dir), config)
+    if differ:
+        raise ConfigError(f"run.dir {config.run.dir} belongs to another config: {', '.join(differ)}; choose another")
+
+
+@contextmanager
+def submitting(run: Path) -> Iterator[None]:
+    """One submission of a run at a time.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    existed = [path for path in (run, run / "slurm") if path.exists()]
+    try:
+        (run / "slurm").mkdir(parents=True, exist_ok=True)
+        lock = (run / "slurm/.lock").open("a")
+    except OSError as error:
+        raise ConfigError(f"{run}: {error.strerror}: choose a folder that can be written (run.dir)") from None
+    try:
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except BaseException:  # a refusal leaves nothing behind
+        if run / "slurm" not in existed:
+            shutil.rmtree(run / "slurm")
+        if run not in existed:
+            run.rmdir()
+        raise
+
+
+def refuse_active(run: Path, why: str) -> None:
+    """Raise ConfigError if a training of the run is queued or runs."""
+    ids = [folder.id for folder, submission in folders(run) if submission.kind == "train" and folder.id]
+    for job in queued(ids):
+        if job.active:
+            raise ConfigError(f"{run} {why} job {job.id} ({job.state}): follow or cancel that one, or wait")
+
+
+def new_folder(run: Path) -> Path:
+    """The path of a new submission."""
+    return run.absolute() / "slurm" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
+
+
+def submit(
+    path: Path, submission: Submission, request: Request, *, config: Config | None = None, after: str = ""
+) -> str:
+    """Write the submission's folder and hand it to SLURM; the job's id.
+
+    Raises:
+        ConfigError: SLURM refuses; nothing is submitted and nothing is left.
+    """
+    folder, name = Folder(path), f"{submission.kind}-{Path(submission.run).name}"
+    folder.log.mkdir(parents=True)
+    try:
+        snapshot(path / "source")
+        folder.write(submission)
+        if config is not None:
+            (path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        script = path / "batch.sh"
+        script.write_text(batch_script(request, submission, path, name=name, after=after), encoding="utf-8")
+        for check in (["--test-only"], ["--parsable"]):
+            answer = slurm("sbatch", *check, str(script))
+        folder.id = answer.split(";")[0]
+    except SlurmError as error:
+        shutil.rmtree(path)
+        raise ConfigError(f"SLURM refuses: {error}; {_remedy(str(error))}") from None
+    except BaseException:
+        shutil.rmtree(path)
+        raise
+    return folder.id
+
+
+def withdraw(path: Path) -> None:
+    """Take a submission back."""
+    slurm("scancel", Folder(path).id)
+    shutil.rmtree(path)
+
+
+def snapshot(dest: Path) -> None:
+    """Copy the code that this process runs."""
+    for name in ("ig_dist", "data_prep"):
+        if (SOURCE / name).is_dir():
+            shutil.copytree(SOURCE / name, dest / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def _remedy(words: str) -> str:
+    options = [option for word, option in OPTIONS.items() if word in words.lower()]
+    return f"change {options[0]}" if options else "see its options with --help"

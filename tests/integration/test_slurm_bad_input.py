@@ -1,0 +1,172 @@
+"""Mistakes in a submission: one line that names the culprit and the remedy, exit code 2, nothing submitted or left."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.test_bad_input import call
+from tests.integration.test_slurm import launch, write_config
+from tests.slurm_cluster import SlurmCluster
+
+CASES = {
+    "unknown partition": (["--partition", "gpus"], ["SLURM refuses", "invalid partition", "gpus", "--partition"]),
+    "more nodes than there are": (["--nodes", "4"], ["SLURM refuses", "node configuration", "--nodes"]),
+    "more GPUs than a node has": (["--gpus-per-node", "8"], ["SLURM refuses", "node configuration", "--gpus-per-node"]),
+    "more CPUs than a node has": (["--cpus-per-gpu", "64"], ["SLURM refuses", "configuration", "--cpus-per-gpu"]),
+    "more memory than a node has": (["--mem", "9000G"], ["SLURM refuses", "node configuration", "--mem"]),
+    "an unknown feature": (["--constraint", "h100"], ["SLURM refuses", "feature", "--constraint"]),
+    "an unknown node": (["--exclude", "node77"], ["SLURM refuses", "node name", "--exclude"]),
+    "more time than the partition gives": (
+        ["--time", "2-00:00:00"],
+        ["--time 2-00:00:00", "partition main", "0-02:00"],
+    ),
+    "a signal before the start": (["--time", "5", "--signal-delay", "300"], ["--signal-delay 300", "--time 5"]),
+    "a time that is none": (["--time", "soon"], ["--time 'soon'", "HH:MM:SS"]),
+    "a range upside down": (["--nodes", "8-4"], ["--nodes '8-4'", "4-8"]),
+    "no range": (["--nodes", "two"], ["--nodes 'two'"]),
+    "GPUs and tasks": (["--gpus-per-node", "2", "--tasks-per-node", "3"], ["--tasks-per-node", "without GPUs"]),
+    "processes that do not divide": (
+        ["--tasks-per-node", "3", "--gpus-per-node", "0"],
+        ["--nodes 1 with 3 processes", "data.streams 8", "1, 2, 4, 8"],
+    ),
+    "a misspelt option": (["--partitoin", "main"], ["unknown option --partitoin", "--partition"]),
+    "an option after a value": (["train.steps=5", "--nodes", "2"], ["--nodes comes after a config value"]),
+    "a misspelt key": (["trian.steps=5"], ["trian", "train"]),
+    "a missing index": (["data.index=nowhere"], ["data.index", "nowhere", "encode_latents"]),
+    "a folder that cannot be written": (["run.dir=/proc/run"], ["/proc/run", "can be written"]),
+    "a run that is a file": (["run.dir=FILE"], ["FILE", "run.dir"]),
+    "nodes for an array": (["--job", "sample", "--nodes", "2"], ["--nodes", "--tasks"]),
+    "an array without a run": (["--job", "sample"], ["--job sample", "run directory"]),
+    "an encoding without a place": (["--job", "encode", "--source", "digits"], ["--dest"]),
+}
+
+
+@pytest.fixture
+def cluster(slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
+    for name, value in slurm.environment().items():
+        monkeypatch.setenv(name, value)
+    yield slurm
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(str(path) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_line_and_nothing_submitted(
+    case: str, cluster: SlurmCluster, tmp_path: Path, digits_index: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, words = CASES[case]
+    config, file = write_config(tmp_path, digits_index), tmp_path / "FILE"
+    file.touch()
+    before = left(tmp_path)
+    given = [argument.replace("FILE", str(file)) for argument in arguments]
+    code, errors = call(["launchers/slurm.py", "--config", str(config), *given], capsys)
+    assert code == 2 and errors.count("\n") == 1 and errors.startswith("error: "), errors
+    for word in words:
+        assert word in errors, errors
+    assert left(tmp_path) == before and not cluster.run("squeue", "-h")
+
+
+def test_no_slurm_here(tmp_path: Path, digits_index: Path) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    done = launch("--config", write_config(tmp_path, digits_index), env={"PATH": str(folder)})
+    assert done.returncode == 2 and "no sinfo on PATH" in done.stderr and "launchers/local.py" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_controller_that_is_away(tmp_path: Path, digits_index: Path) -> None:
+    if not shutil.which("sinfo"):
+        pytest.skip("no SLURM commands on this machine")
+    (tmp_path / "slurm.conf").write_text(
+        "ClusterName=x\nSlurmctldHost=x(127.0.0.1)\nSlurmctldPort=1\nAuthType=auth/none\n"
+    )
+    env = {"SLURM_CONF": str(tmp_path / "slurm.conf")}
+    done = launch("--config", write_config(tmp_path, digits_index), env=env)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "error: sinfo: " in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("partitoin: main", ["unknown option 'partitoin'", "'partition'"]),
+        ("- 1", ["option: value"]),
+        ("{: ]", ["not valid YAML"]),
+    ],
+)
+def test_a_cluster_file_that_is_wrong(
+    text: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(text)
+    monkeypatch.setenv("IG_DIST_CLUSTER", str(file))
+    code, errors = call(["launchers/slurm.py", "--nodes", "2"], capsys)
+    assert code == 2 and errors.count("\n") == 1 and str(file) in errors, errors
+    for word in words:
+        assert word in errors
+
+
+def test_dry_run_prints_the_script_of_an_h100_cluster(tmp_path: Path) -> None:
+    """Without SLURM, nodes of eight GPUs are assumed; environment and cluster file say what was not typed."""
+    (tmp_path / "cluster.yaml").write_text("account: vision\npartition: batch\nsetup: [module load cuda]\n")
+    before = left(tmp_path)
+    done = launch(
+        "--dry-run",
+        "--nodes",
+        "8",
+        f"run.dir={tmp_path / 'run'}",
+        env={
+            "PATH": str(tmp_path),
+            "IG_DIST_CLUSTER": str(tmp_path / "cluster.yaml"),
+            "IG_DIST_SLURM_PARTITION": "h100",
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == 1 and "would be refused: data.index" in done.stderr
+    lines = done.stdout.splitlines()
+    folder = (
+        next(line for line in lines if line.startswith("#SBATCH --output=")).split("=", 1)[1].rpartition("/log/")[0]
+    )
+    assert folder.startswith(f"{tmp_path}/run/slurm/")
+    assert [line for line in lines if line.startswith("#SBATCH")] == [
+        "#SBATCH --account=vision",
+        f"#SBATCH --chdir={Path.cwd()}",
+        "#SBATCH --cpus-per-task=12",
+        "#SBATCH --exclusive",
+        "#SBATCH --gpus-per-node=8",
+        "#SBATCH --job-name=train-run",
+        "#SBATCH --mem=0",
+        "#SBATCH --nodes=8",
+        "#SBATCH --ntasks-per-node=8",
+        "#SBATCH --open-mode=append",
+        f"#SBATCH --output={folder}/log/batch.log",
+        "#SBATCH --partition=h100",
+        "#SBATCH --requeue",
+        "#SBATCH --signal=B:USR2@120",
+        "#SBATCH --time=1-00:00:00",
+    ]
+    assert lines.index("module load cuda") < lines.index(
+        "export PYTHONSAFEPATH=1  # or the working directory would come before it"
+    )
+    assert f"export PYTHONPATH={folder}/source${{PYTHONPATH:+:$PYTHONPATH}}" in lines
+    (started,) = (line for line in lines if line.startswith("#   srun"))
+    for part in ("--nodes=8", "--ntasks=64", "--ntasks-per-node=8", "--cpus-per-task=12", "--kill-on-bad-exit=1"):
+        assert part in started.split()
+    assert left(tmp_path) == before
+
+
+def test_dry_run_asks_the_cluster_where_there_is_one(cluster: SlurmCluster, tmp_path: Path, digits_index: Path) -> None:
+    before = left(tmp_path)
+    config = write_config(tmp_path, digits_index)
+    done = launch("--dry-run", "--nodes", "1-2", "--config", config)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    for line in ("--gpus-per-node=2", "--mincpus=8", "--nodes=1-2", "--time=0-02:00:00", "--exclusive"):
+        assert f"#SBATCH {line}" in done.stdout.splitlines()
+    assert "# on 1 node, 2 processes, each with 2 micro-batches:" in done.stdout  # as many images at a time as on two
+    assert "# on 2 nodes, 4 processes, each with 1 micro-batches:" in done.stdout
+    assert left(tmp_path) == [*before, str(config)] and not cluster.run("squeue", "-h")

@@ -1,0 +1,157 @@
+"""What comes after a start of a job, which nodes it uses, and what SLURM's words mean."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from ig_dist.config import Config
+from ig_dist.errors import ConfigError
+from ig_dist.slurm.batch import Verdict, decide, failures_in_a_row, judge
+from ig_dist.slurm.commands import Partition, minutes, partition
+from ig_dist.slurm.rank import STOPPED
+from ig_dist.slurm.record import Folder, World
+from ig_dist.slurm.script import Request, complete
+from ig_dist.slurm.submit import worlds
+
+
+def config(streams: int = 256, batch: int = 256, accumulation: int = 1) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"preset": "SiT-B/2"},
+            "data": {"index": "x", "streams": streams},
+            "train": {"steps": 1, "global_batch_size": batch, "accumulation": accumulation},
+        }
+    )
+
+
+def test_all_ranks_together_say_what_comes_next() -> None:
+    assert judge({0: 0, 1: 0}, 0, "").next == "done"
+    assert judge({0: STOPPED, 1: STOPPED}, 0, "")[:2] == ("requeue", STOPPED)
+    # one rank saved and left, another was killed on the way: not a failure of the job
+    assert judge({0: STOPPED, 1: None}, 137, "node2: task 1: Killed").next == "requeue"
+    for code in (2, 3, 4):  # the others lost their peer, or were killed by srun
+        assert judge({0: 1, 1: code, 2: None}, 143, "node2: task 2: Killed")[:2] == ("stop", code)
+    assert judge({0: 1, 1: None}, 137, "node2: task 1: Killed") == Verdict("failed", 1, "node2: task 1: Killed")
+    assert judge({0: None, 1: None}, 137, "") == Verdict("failed", 137, "rank 0, 1 died")
+    assert judge({0: 1, 1: 1}, 1, "") == Verdict("failed", 1, "exit code 1")
+
+
+def test_failures_are_tried_again_in_place_and_elsewhere_and_not_for_ever() -> None:
+    failed = Verdict("failed", 1, "")
+    assert [decide(failed, failures, 3) for failures in range(5)] == ["again", "requeue", "again", "stop", "stop"]
+    assert decide(failed, 0, 0) == "stop"
+    for verdict in (Verdict("done", 0, ""), Verdict("stop", 2, ""), Verdict("requeue", STOPPED, "")):
+        assert decide(verdict, 99, 3) == verdict.next
+
+
+def test_only_failures_without_progress_between_them_count(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+
+    def fail(checkpoint: int, code: int | None = 1) -> None:
+        folder.add_event("start", nodes=["a"], log=0)
+        folder.add_event("end", code=code, reason="", next="again", checkpoint=checkpoint)
+
+    assert failures_in_a_row(folder, "", 0) == 0
+    fail(100)
+    fail(100)
+    assert failures_in_a_row(folder, "", 100) == 2
+    assert failures_in_a_row(folder, "", 200) == 0
+    fail(200)
+    assert failures_in_a_row(folder, "", 200) == 1
+    fail(200, code=STOPPED)  # a time limit between
+    assert failures_in_a_row(folder, "", 200) == 0
+    fail(200)
+    folder.add_event("start", nodes=["a"], log=0)  # a node died
+    folder.add_event("start", nodes=["a"], log=0)
+    assert failures_in_a_row(folder, "", 200) == 0
+
+
+def test_an_end_that_only_slurm_saw_is_told_in_its_words(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.log.mkdir()
+    folder.batch_log().write_text("earlier: DUE TO TIME LIMIT ***\n")
+    place = folder.batch_log().stat().st_size
+    folder.add_event("start", nodes=["a", "b"], log=place)
+    with folder.batch_log().open("a") as log:
+        log.write(
+            "srun: error: Node failure on b\nslurmstepd: error: *** JOB 1 ON a CANCELLED AT x DUE TO NODE FAILURE, "
+        )
+        log.write("SEE SLURMCTLD LOG FOR DETAILS ***\n")
+    folder.add_event("start", nodes=["a", "b"], log=folder.batch_log().stat().st_size)
+    folder.add_event("start", nodes=["a", "b"], log=folder.batch_log().stat().st_size)
+    reasons = [event["reason"] for event in folder.events() if event["event"] == "end"]
+    assert reasons == ["node failure (b)", "ended by SLURM without a word (a node, or its controller)"]
+
+
+def test_a_range_of_nodes_uses_what_divides_the_streams() -> None:
+    request = Request(nodes="3-8", gpus_per_node=8)
+    assert worlds(config(), request) == {
+        3: World(nodes=2, accumulation=4),
+        4: World(nodes=4, accumulation=2),
+        5: World(nodes=4, accumulation=2),
+        6: World(nodes=4, accumulation=2),
+        7: World(nodes=4, accumulation=2),
+        8: World(nodes=8, accumulation=1),
+    }
+    assert worlds(config(accumulation=4), Request(nodes="1-2", gpus_per_node=8)) == {
+        1: World(nodes=1, accumulation=8),
+        2: World(nodes=2, accumulation=4),
+    }
+    with pytest.raises(ConfigError, match=r"--nodes 3 with 8 processes each: 24 processes do not divide"):
+        worlds(config(), Request(nodes="3", gpus_per_node=8))
+    with pytest.raises(ConfigError, match=r"--nodes 2 with 6 processes each"):
+        worlds(config(), Request(nodes="2-4", gpus_per_node=6))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("90", 90), ("30:00", 30), ("2:00:00", 120), ("1-00:00:00", 1440), ("2-12", 3600), ("infinite", None)],
+)
+def test_slurms_times(text: str, expected: int | None) -> None:
+    assert minutes(text) == expected
+
+
+SINFO = """#!/bin/sh
+cat <<END
+cpu*|(null)|64|infinite
+h100|gpu:h100:8(S:0-1)|192|2-00:00:00
+mixed|gpu:a100:4,gpu:t4:2|64+|1:00:00
+mixed|(null)|128|1:00:00
+END
+"""
+
+
+@pytest.fixture
+def clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output of sinfo on larger clusters than one machine can be."""
+    program = tmp_path / "sinfo"
+    program.write_text(SINFO)
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+
+def test_what_a_partition_has(clusters: None) -> None:
+    assert partition(None) == Partition("cpu", 0, 64, None)
+    assert partition("h100") == Partition("h100", 8, 192, 2880)
+    assert partition("mixed") == Partition("mixed", 6, 64, 60)
+    assert partition("gpus") is None
+
+
+def test_what_is_not_said_comes_from_the_partition(clusters: None) -> None:
+    whole = complete(Request(nodes="8", partition="h100"))
+    assert (whole.gpus_per_node, whole.cpus_per_gpu, whole.mem, whole.time) == (8, 24, "0", "1-00:00:00")
+    assert whole.exclusive and whole.ranks_per_node == 8
+    part = complete(Request(partition="h100", gpus_per_node=2, mem="100G"))
+    assert (part.cpus_per_gpu, part.mem, part.exclusive, part.ranks_per_node) == (24, "100G", False, 2)
+    short = complete(Request(partition="mixed"))
+    assert (short.time, short.gpus_per_node) == ("0-01:00:00", 6)
+    task = complete(Request(partition="h100", tasks=16))
+    assert (task.gpus_per_node, task.cpus_per_gpu, task.exclusive) == (1, 24, False)
+    none = complete(Request(tasks_per_node=4))
+    assert (none.gpus_per_node, none.cpus_per_gpu, none.ranks_per_node) == (0, 16, 4)
+    with pytest.raises(ConfigError, match=r"--time 3:00:00 is more than partition mixed gives, 0-01:00:00"):
+        complete(Request(partition="mixed", time="3:00:00"))
