@@ -41,12 +41,12 @@ SMALL = [
     *(f"checkpoint.every_steps={EARLY}", "checkpoint.keep_last=9", "log.sample_every_steps=0"),
     *("sample.num=1000", "sample.steps=8", "sample.batch_size=250", "sample.unit_size=1000"),
 ]
-DEPTHS = {"no head": "null", **{f"block {depth}": str(depth) for depth in range(1, 6)}}
+DEPTHS = {"no head": "null", **{f"block {depth}": str(depth) for depth in range(1, 5)}}
 USUAL = "block 2"
 ACCELERATED = {
     f"{source}, w = {weight}": f"loss.acceleration={{weight: {weight}, source: {key}, start_step: {STEPS // 6}}}"
     for source, key in (("same forward", "same_forward"), ("EMA", "ema"))
-    for weight in (0.2, 0.5)
+    for weight in (0.5,)
 }
 KINDS = {name: [f"model.aux_depth={depth}"] for name, depth in DEPTHS.items()}
 KINDS |= {name: ["model.aux_depth=2", override] for name, override in ACCELERATED.items()}

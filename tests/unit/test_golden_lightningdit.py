@@ -9,7 +9,6 @@ from pathlib import Path as FilePath
 import pytest
 import torch
 from safetensors import safe_open
-from torch.nn.functional import cosine_similarity
 
 from ig_dist.diffusion.guidance import GuidanceTerm, guided_velocity
 from ig_dist.diffusion.loss import ig_loss
@@ -54,8 +53,9 @@ def test_losses(model):
     with torch.no_grad():
         output = model(x_t, 1 - GOLDEN["loss.t"], GOLDEN["forward.labels"])
     assert_close(ig_loss(output, velocity, aux_weight=0.5).total, GOLDEN["loss.mse_total"])
-    cosine = (1 - cosine_similarity(output.velocity, velocity, dim=1)).flatten(1).mean(1)
-    assert_close(cosine, GOLDEN["loss.cos"])
+    losses = ig_loss(output, velocity, aux_weight=0.5, cosine_weight=1.0)
+    assert_close(losses.cosine, GOLDEN["loss.cos"])
+    assert_close(losses.total, GOLDEN["loss.mse_total"] + GOLDEN["loss.cos"])
 
 
 @pytest.mark.parametrize("case", META["cases"])
