@@ -2,7 +2,7 @@
 
 python docs/figures/guidance_toy.py runs/guidance-figures docs/pictures
 
-Two networks of the plane are trained (about two minutes on one core; kept in the first folder), with the project's own
+Two networks of the plane are trained (150 s on one free core; kept in the first folder), with the project's own
 path, loss, guidance and sampler. Prints the table of the page.
 """
 
