@@ -23,7 +23,7 @@ def slurm(*command: str) -> str:
     """The output of a client command.
 
     Raises:
-        ConfigError: it is not on PATH.
+        ConfigError: it is not on PATH, or knows of no cluster.
         SlurmError: it failed; the text is SLURM's.
     """
     if shutil.which(command[0]) is None:
@@ -45,6 +45,11 @@ def slurm(*command: str) -> str:
         )
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{command[0]} did not answer in {CLIENT_SECONDS:.0f} s") from None
+    if "configuration source" in done.stderr:
+        raise ConfigError(
+            f"{command[0]} is here, but knows of no cluster (no slurm.conf): run this on a login node, set SLURM_CONF,"
+            " or use launchers/local.py here"
+        )
     if done.returncode:
         raise SlurmError(f"{command[0]}: {_words(done.stderr) or f'exit code {done.returncode}'}")
     return done.stdout.strip()

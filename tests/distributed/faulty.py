@@ -63,19 +63,9 @@ def slow_get(self: BatchStream, timeout_s: float | None = None) -> Any:
     return batch
 
 
-def launch() -> int:
-    start = local.subprocess.Popen
-
-    def faulty(command: list[str], **options: Any) -> Any:
-        return start([word.replace("ig_dist.cli", "tests.distributed.faulty") for word in command], **options)
-
-    local.subprocess.Popen = faulty  # type: ignore[assignment, misc]
-    return local.launch(["train", *sys.argv[1:]], 2)
-
-
 if __name__ == "__main__":
     if "RANK" not in os.environ:
-        sys.exit(launch())
+        sys.exit(local.launch(["-m", "tests.distributed.faulty", "train", *sys.argv[1:]], 2))
     trainer.training_loss = training_loss
     BatchStream.get = slow_get  # type: ignore[method-assign]
     if KIND == "die":

@@ -80,6 +80,15 @@ def test_no_slurm_here(tmp_path: Path, digits_index: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_commands_without_a_cluster(tmp_path: Path, digits_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not shutil.which("sinfo") or Path("/etc/slurm/slurm.conf").exists():
+        pytest.skip("no SLURM commands on this machine, or a cluster")
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    done = launch("--config", write_config(tmp_path, digits_index))
+    assert done.returncode == 2 and "knows of no cluster" in done.stderr and "launchers/local.py" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_controller_that_is_away(tmp_path: Path, digits_index: Path) -> None:
     if not shutil.which("sinfo"):
         pytest.skip("no SLURM commands on this machine")
