@@ -89,7 +89,7 @@ def test_export_sample_evaluate(run: Path) -> None:
         "precision": "fp32", "reference_images": 1797, "extractor": "pixel", "step": 50,
     }  # fmt: skip
     assert {key: protocol[key] for key in expected} == expected
-    assert protocol["guidance"] == [{"kind": "ig", "scale": 1.5, "interval": [0.0, 1.0]}]
+    assert protocol["guidance"] == [{"kind": "ig", "scale": 1.5, "interval": [0.0, 1.0], "branches": "both"}]
     for key in ("uint8_rule", "extractor_sha256", "reference_sha256", "checkpoint_sha256", "weights_sha256"):
         assert protocol[key]
     assert json.loads((run / "evaluations" / f"{plan.name}.json").read_text()) == result
