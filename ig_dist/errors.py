@@ -40,6 +40,13 @@ class HangError(IgDistError):
     exit_code = 5
 
 
+class NodeError(IgDistError):
+    """A machine is broken or slow; the message names it, and the launcher is told (``parallel/blame.py``)."""
+
+    exit_code = 6
+    everywhere = True
+
+
 class LostPeerError(IgDistError):
     """Another process of the job ended; its own message says why."""
 

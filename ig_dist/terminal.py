@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -34,9 +36,38 @@ def run_app(app: typer.Typer | Callable[..., Any]) -> None:
         app()
     except IgDistError as error:
         say(error)
-        sys.exit(error.exit_code)
+        leave(error.exit_code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        leave(130)
+    except SystemExit as end:  # typer's way to end
+        leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+
+
+_code: int | None = None
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with this exit code."""
+    global _code
+    _code = code
+    sys.exit(code)
+
+
+def without_teardown() -> None:
+    """From now on ``leave`` ends the process at once, with the interpreter as it is.
+
+    Gloo's threads need the interpreter to let go of a collective's tensors, late on a busy machine. One that asks for
+    it while it is being taken down aborts the process (SIGABRT), whatever the exit code was to be.
+    """
+
+    def end() -> None:
+        if _code is not None:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):  # whoever read it is gone
+                    stream.flush()
+            os._exit(_code)
+
+    atexit.register(end)
 
 
 def say(error: IgDistError) -> None:

@@ -43,6 +43,7 @@ from ig_dist.parallel.dist import (
 )
 from ig_dist.parallel.engine import Engine, StepResult
 from ig_dist.phases import Phases
+from ig_dist.preflight import preflight
 from ig_dist.run_dir import claim
 from ig_dist.saving import Saver
 from ig_dist.terminal import console
@@ -97,6 +98,7 @@ def train(config: Config, *, force: bool = False) -> None:
         stop_flag = StopFlag()
         if dist.is_main:
             console.print(f"{count_parameters(model):,} parameters on {dist.world_size} x {dist.device.type}")
+        preflight(index, config, dist, stop_flag, phases.beat)
         phases.enter("compile")
         engine = build_engine(model, config, checkpoint, dist)
         phases.enter("start-up")

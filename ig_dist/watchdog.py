@@ -84,7 +84,7 @@ def watched(phases: Phases, config: Config, dist: Dist) -> Iterator[Watchdog]:
         with watchdog.has_the_last_word():
             yield watchdog
     finally:
-        watchdog.close()
+        watchdog.stop.set()
 
 
 class Watchdog:
@@ -94,7 +94,6 @@ class Watchdog:
         self._phases, self._dist = phases, dist
         self._timeout_s, self._limits = config.train.timeout_s, phase_limits(config)
         self._poll_s = min(POLL_S, self._timeout_s / 10)
-        self._store_s = max(1.0, self._poll_s)
         self._folder = Path(config.run.dir) / "hang"
         self.stop = threading.Event()
         self._word = _Word(0, "start-up", 0, 0.0, 1.0, 0)
@@ -102,24 +101,13 @@ class Watchdog:
         """The others' last words, and when they came."""
         self.ending = self._asking = self._told = False
         self._answered = time.monotonic()
-        self._threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
-        if dist.world_size > 1:
-            self._threads.append(threading.Thread(target=self._talk, name="watchdog's talk", daemon=True))
         self._prefix = f"watchdog/{from_main(uuid.uuid4().hex, dist)}"  # a store may outlive a start: torchrun's does
 
     def start(self) -> None:
         """Begin to watch."""
-        for thread in self._threads:
-            thread.start()
-
-    def close(self) -> None:
-        """Stop watching.
-
-        Waits for the threads: one that is still inside torch's store when the interpreter ends aborts the process.
-        """
-        self.stop.set()
-        for thread in self._threads:
-            thread.join(3 * self._store_s)  # longer only where the store hangs
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        if self._dist.world_size > 1:
+            threading.Thread(target=self._talk, name="watchdog's talk", daemon=True).start()
 
     @contextmanager
     def has_the_last_word(self) -> Iterator[None]:
@@ -158,7 +146,7 @@ class Watchdog:
                         int(os.environ["MASTER_PORT"]),
                         is_master=False,
                         wait_for_workers=False,
-                        timeout=timedelta(seconds=self._store_s),
+                        timeout=timedelta(seconds=max(1.0, self._poll_s)),
                     )
                 store.set(self._key(self._dist.rank), json.dumps(self._word.__dict__))
                 if self.ending:

@@ -73,6 +73,9 @@ def submit(
     max_failures: Annotated[
         int, typer.Option(min=0, help="Tries after failures in a row, without a new checkpoint between.")
     ] = 8,
+    exclude_after: Annotated[
+        int, typer.Option(min=0, help="Failures within a day after which the node to blame is not used; 0: never.")
+    ] = 2,
     folder: Annotated[Path | None, typer.Option(help="Of an encoding's job. Default: runs/encode-DEST.")] = None,
     follow: Follow = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script; submit nothing.")] = False,
@@ -104,6 +107,7 @@ def submit(
         signal_delay=signal_delay,
         setup=setup or [],
         max_failures=max_failures,
+        exclude_after=exclude_after,
         tasks=0 if job is Job.train else tasks or 8,
     )
     if job is Job.train:
@@ -167,6 +171,7 @@ def _train(request: Any, config: Any, *, follow: bool, dry_run: bool) -> None:
         cpus_per_task=request.cpus_per_task,
         worlds=worlds,
         max_failures=request.max_failures,
+        exclude_after=request.exclude_after,
         signal_delay_s=request.signal_delay,
         options=asked.model_dump(),
         hold=f"{run}/.lock",
@@ -215,6 +220,7 @@ def _array(
             worlds={1: World(nodes=1, accumulation=1)},
             array=array,
             max_failures=request.max_failures,
+            exclude_after=request.exclude_after,
             signal_delay_s=request.signal_delay,
             options=asked.model_dump(),
         )

@@ -121,6 +121,12 @@ class TrainConfig(Group):
     """A rank that makes no progress for this long ends the run (exit code 5). The first step of a start, and what is
     seldom done, may take three times as long; a wait for a storage has the storage's own deadline on top."""
 
+    preflight: bool = True
+    """Try every rank before the first step: a matrix product, the links, a read of the data. One that fails where
+    others do not is named and ends the run (exit code 6); one that is slow is named."""
+    preflight_min_speed: Fraction = 0.0
+    """A rank slower in one of these than this share of the median rank ends the run too (exit code 6)."""
+
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.steps is None) == (self.epochs is None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch._C._distributed_c10d import HashStore  # torch.distributed does not n
 from torch.distributed.rendezvous import rendezvous
 
 from ig_dist.errors import ConfigError, HangError, LostPeerError
-from ig_dist.terminal import say
+from ig_dist.terminal import say, without_teardown
 
 SAME_SIGNAL_S = 1.0
 _PEER_IS_GONE = (
@@ -50,6 +51,11 @@ class Dist:
     def nodes(self) -> int:
         """Number of machines."""
         return -(-self.world_size // self.local_world_size)
+
+    @property
+    def host(self) -> str:
+        """This machine, as the launcher calls it."""
+        return os.environ.get("IG_DIST_NODE") or socket.gethostname()
 
 
 def init_distributed(join_s: float, collective_s: float) -> Dist:
@@ -94,6 +100,7 @@ def init_distributed(join_s: float, collective_s: float) -> Dist:
                 f"not all of the {world_size} processes came to {place} within {join_s:.0f} s (train.timeout_s):"
                 f" see what the others say, then start the job again ({str(error).splitlines()[0]})"
             ) from None
+        without_teardown()
         torch_dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=collective_s)
         )

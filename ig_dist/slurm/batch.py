@@ -5,7 +5,8 @@
 SLURM signals it ``--signal-delay`` seconds before the time limit, and it passes the signal on through srun. Ranks that
 were asked to stop save and leave exit code 75, and the job is requeued. A rank that died is not SLURM's business (it
 would only fail the job): the ranks are started again on the same nodes, and if they die again without a new checkpoint
-between, the job is requeued, with growing pauses and a bound. A failure that would come again is left alone.
+between, the job is requeued, with growing pauses and a bound. A failure that would come again is left alone. A node
+that is to blame for several failures is not used again.
 """
 
 from __future__ import annotations
@@ -20,28 +21,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from types import FrameType
-from typing import IO, NamedTuple
+from typing import IO
 
 from ig_dist.errors import IgDistError
-from ig_dist.slurm.commands import SlurmError, host_names, queued, slurm
+from ig_dist.parallel.blame import blamed
+from ig_dist.slurm.commands import SlurmError, excluded, host_names, queued, slurm
 from ig_dist.slurm.rank import STOPPED
-from ig_dist.slurm.record import Folder, Submission, World
+from ig_dist.slurm.record import BLAME_NAME, Folder, Submission, World
+from ig_dist.slurm.verdict import bad_nodes, exit_codes, judge, nodes_to_blame, usable, what_next
 
-DETERMINISTIC = (2, 3, 4)
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 600.0
 LOCK_WAIT_S = 600.0
-
-
-class Verdict(NamedTuple):
-    """What comes after a start, and why."""
-
-    next: str
-    """done, requeue (asked to stop), failed (to be tried again) or stop."""
-    code: int
-    reason: str
 
 
 class Signals:
@@ -75,16 +67,18 @@ def main(path: str) -> int:
     """Run the job in its folder until it is done, requeued or given up; the exit code."""
     folder, task = Folder(Path(path)), os.environ.get("SLURM_ARRAY_TASK_ID", "")
     submission, signals = folder.read(), Signals()
-    hosts = host_names(os.environ["SLURM_JOB_NODELIST"])
+    given = host_names(os.environ["SLURM_JOB_NODELIST"])
     while not signals.ended:
         if folder.cancelled:
             print("cancelled: nothing is started", flush=True)
             return 0
         if not _lock_is_free(submission.hold, signals):
             return 1
+        bad = bad_nodes(folder.events(task), submission.exclude_after)
         if signals.asked and not signals.ended:  # while nothing ran
             folder.add_event("end", task, code=STOPPED, reason="asked to stop", next="requeue")
-            return _requeue(0.0, signals)
+            return _requeue(0.0, signals, bad)
+        hosts = usable(given, bad, submission)
         world = submission.worlds[len(hosts)]
         _say_idle(hosts, world, submission)
         start = f"{os.environ['SLURM_JOB_ID']}-{time.time_ns()}"
@@ -96,87 +90,33 @@ def main(path: str) -> int:
                 return 128 + signal.SIGTERM
             reason = "time limit, before the ranks had saved"
             folder.add_event("end", task, code=None, reason=reason, next="requeue")
-            return _requeue(0.0, signals)
-        ranks = world.nodes * submission.tasks_per_node
+            return _requeue(0.0, signals, bad)
         exits = folder.path / "exits" / start
-        verdict = judge(exit_codes(exits, ranks), srun_code, first_error)
+        verdict = judge(exit_codes(exits, world.nodes * submission.tasks_per_node), srun_code, first_error)
+        blame = nodes_to_blame(blamed(exits / BLAME_NAME), first_error, hosts, submission.tasks_per_node)
         shutil.rmtree(exits, ignore_errors=True)
         newest = _newest_checkpoint(folder) if verdict.next == "failed" else None
-        failures = failures_in_a_row(folder, task, newest)
-        step = decide(verdict, failures, submission.max_failures)
-        folder.add_event("end", task, code=verdict.code, reason=verdict.reason, next=step, checkpoint=newest)
-        pause = min(FIRST_PAUSE_S * 2**failures, LONGEST_PAUSE_S) if verdict.next == "failed" else 0.0
-        print(f"{verdict.reason}: {_SAID[step]}" + (f" in {pause:.0f} s" if pause else ""), flush=True)
-        if step in ("done", "stop"):
+        end = {"code": verdict.code, "reason": verdict.reason, "checkpoint": newest, "blame": blame}
+        what = what_next(verdict, end, folder.events(task), given, submission)
+        folder.add_event("end", task, **end, next=what.step)
+        if what.new:
+            print(f"not used again: {', '.join(what.new)} (--exclude-after {submission.exclude_after})", flush=True)
+        pause = f" in {what.pause_s:.0f} s" if what.pause_s else ""
+        print(f"{verdict.reason}: {_SAID[what.step]}{pause}", flush=True)
+        if what.step in ("done", "stop"):
             return verdict.code
-        if step == "requeue":
-            return _requeue(pause, signals)
-        _sleep(pause, signals)
+        if what.step == "requeue":
+            return _requeue(what.pause_s, signals, bad | set(what.new))
+        _sleep(what.pause_s, signals)
     return 128 + signal.SIGTERM
 
 
 _SAID = {
     "done": "finished",
     "stop": "not started again",
-    "again": "started again on the same nodes",
+    "again": "started again, without a requeue",
     "requeue": "requeued",
 }
-
-
-def exit_codes(exits: Path, ranks: int) -> dict[int, int | None]:
-    """By rank; None: it left none."""
-    files = {rank: exits / str(rank) for rank in range(ranks)}
-    return {rank: int(file.read_text() or 1) if file.exists() else None for rank, file in files.items()}
-
-
-def judge(codes: Mapping[int, int | None], srun_code: int, first_error: str) -> Verdict:
-    """What the exit codes of all ranks say together."""
-    if all(code == 0 for code in codes.values()):
-        return Verdict("done", 0, "done")
-    for code in DETERMINISTIC:  # another rank's loss of its peer, or its death by srun, is only an echo
-        who = [rank for rank, found in codes.items() if found == code]
-        if who:
-            return Verdict("stop", code, f"exit code {code} of rank {who[0]}, which trying again does not mend")
-    if STOPPED in codes.values():
-        return Verdict("requeue", STOPPED, "asked to stop, and saved")
-    dead = ", ".join(str(rank) for rank, code in codes.items() if code is None)
-    code = max((code for code in codes.values() if code), default=srun_code or 1)
-    return Verdict("failed", code, first_error or (f"rank {dead} died" if dead else f"exit code {code}"))
-
-
-def decide(verdict: Verdict, failures: int, most: int) -> str:
-    """done, stop, again (on the same nodes) or requeue.
-
-    Args:
-        verdict: of the start that has just ended.
-        failures: that came before it, in a row, without a new checkpoint between.
-        most: failures in a row that are tried again.
-    """
-    if verdict.next != "failed":
-        return verdict.next
-    if failures >= most:
-        return "stop"
-    return "requeue" if failures % 2 else "again"  # other nodes may help where the same ones did not
-
-
-def failures_in_a_row(folder: Folder, task: str, checkpoint: int | None) -> int:
-    """Failures since the last end that was none, or since a checkpoint was written.
-
-    Args:
-        folder: of the submission.
-        task: of the array, or "".
-        checkpoint: the newest one now; None: the job writes none.
-    """
-    count = 0
-    for event in reversed(folder.events(task)):
-        if event["event"] != "end":
-            continue
-        if event["next"] not in ("again", "requeue") or event["code"] in (None, STOPPED):
-            break
-        if checkpoint is not None and checkpoint > (event.get("checkpoint") or 0):
-            break
-        count += 1
-    return count
 
 
 def _newest_checkpoint(folder: Folder) -> int | None:
@@ -266,8 +206,8 @@ def _pass_on(stream: IO[str], first: list[str]) -> None:
             first.append(match[1].strip())
 
 
-def _requeue(pause: float, signals: Signals) -> int:
-    """Requeue this job, to start no sooner than after ``pause`` seconds. SLURM then ends this process."""
+def _requeue(pause: float, signals: Signals, bad: Collection[str]) -> int:
+    """Requeue this job, to start no sooner than after ``pause`` seconds, elsewhere. SLURM then ends this process."""
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -280,11 +220,14 @@ def _requeue(pause: float, signals: Signals) -> int:
             if signals.ended or not wait:  # SLURM was faster, and requeues by itself
                 return 128 + signal.SIGTERM
             _sleep(wait, signals)
-    if pause > 0:
-        try:
-            slurm("scontrol", "update", f"jobid={job}", f"starttime=now+{pause:.0f}")
-        except SlurmError as error:
-            print(f"without the pause: {error}", flush=True)
+    changes = [f"starttime=now+{pause:.0f}"] if pause > 0 else []
+    try:
+        if bad:
+            changes.append(f"excnodelist={','.join(sorted({*excluded(job), *bad}))}")
+        if changes:
+            slurm("scontrol", "update", f"jobid={job}", *changes)
+    except SlurmError as error:
+        print(f"requeued as it was, without {' '.join(changes)}: {error}", flush=True)
     time.sleep(30)
     return STOPPED
 

@@ -14,7 +14,9 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
-from ig_dist.slurm.record import ACCUMULATION, Folder
+from ig_dist.parallel.blame import VARIABLE
+from ig_dist.slurm.record import ACCUMULATION, BLAME_NAME, Folder
+from ig_dist.terminal import leave
 
 STOPPED = 75
 
@@ -26,13 +28,15 @@ def main(folder: str, start: str) -> None:
     task, local = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")), int(os.environ["LOCAL_WORLD_SIZE"])
     os.environ["RANK"] = str(task * local + int(number))
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    os.environ["IG_DIST_NODE"] = os.environ["SLURMD_NODENAME"]  # as users know it
+    exits.mkdir(parents=True, exist_ok=True)
+    os.environ[VARIABLE] = str(exits / BLAME_NAME)
 
-    def leave(code: int) -> None:
-        exits.mkdir(parents=True, exist_ok=True)
+    def note(code: int) -> None:
         (exits / number).write_text(str(code))
 
     def stop(signal_number: int, frame: FrameType | None) -> None:
-        leave(STOPPED)
+        note(STOPPED)
         os._exit(0)
 
     # The trainer puts its own handlers in their place. Until then nothing is lost, nor is it in jobs whose work is in
@@ -44,9 +48,9 @@ def main(folder: str, start: str) -> None:
         code = run([part.replace(ACCUMULATION, os.environ["IG_DIST_ACCUMULATION"]) for part in command])
         if code:
             break
-    leave(code)
+    note(code)
     # srun ends the other ranks when one ends badly; one that has saved and stopped has not: rank 0 may still be writing
-    sys.exit(0 if code == STOPPED else code)
+    leave(0 if code == STOPPED else code)
 
 
 def run(arguments: list[str]) -> int:

@@ -6,7 +6,7 @@ batch.sh          what sbatch got
 config.yaml       the resolved config of a training
 source/           the code as it was
 history.jsonl     starts and ends (an array: history_3.jsonl for its task 3)
-exits/            the exit code of each rank of a start, until it was judged
+exits/            the exit code of each rank of a start, and which are to blame, until it was judged
 log/              batch.log, rank_0.log, ... appended to at each start
 cancelled         there once `cancel` was asked for
 """
@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-JOB_NAME, ID_NAME, CANCELLED_NAME = "job.json", "id", "cancelled"
+JOB_NAME, ID_NAME, CANCELLED_NAME, BLAME_NAME = "job.json", "id", "cancelled", "blame"
 ACCUMULATION = "{accumulation}"  # in a command: that of the world at hand
 Kind = Literal["train", "encode", "sample", "sweep", "merge"]
 
@@ -53,6 +53,8 @@ class Submission(BaseModel):
     array: int = 0
     """Tasks of the array; 0: no array."""
     max_failures: int
+    exclude_after: int = 2
+    """Failures that a node is blamed for within a day, after which no start uses it; 0: never."""
     signal_delay_s: int
     options: dict[str, Any]
     """What was typed, for `resume`."""

@@ -37,6 +37,7 @@ class Request(BaseModel):
     signal_delay: int = 120
     setup: list[str] = []
     max_failures: int = 8
+    exclude_after: int = 2
     tasks: int = 0
     exclusive: bool = False
     """Whole nodes; set by `complete` where all of their GPUs are asked for."""

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ig_dist.errors import ConfigError
-from ig_dist.slurm.batch import DETERMINISTIC
 from ig_dist.slurm.commands import QueuedJob, SlurmError, queued, slurm
 from ig_dist.slurm.rank import STOPPED
 from ig_dist.slurm.record import Folder, Submission, folders
+from ig_dist.slurm.verdict import DETERMINISTIC, bad_nodes
 from ig_dist.terminal import console
 
 POLL_S = 2.0
@@ -50,7 +50,7 @@ def show_status(run: Path) -> None:
             console.print(f"  {text}")
         active = {job.id for job in jobs if job.active}
         for task in folder.tasks():
-            _show_history(folder, task, any(job.endswith(f"_{task}") if task else True for job in active))
+            _show_history(folder, submission, task, any(job.endswith(f"_{task}") if task else True for job in active))
         console.print(f"  log: {folder.log}", markup=False)
     step = last_step(run)
     if step is not None:
@@ -70,18 +70,21 @@ def history(folder: Folder, task: str, active: bool) -> list[dict[str, Any]]:
     return starts
 
 
-def _show_history(folder: Folder, task: str, active: bool) -> None:
+def _show_history(folder: Folder, submission: Submission, task: str, active: bool) -> None:
     starts = history(folder, task, active)
     if not starts or (task and [(start["end"] or {}).get("next") for start in starts] == ["done"]):
         return  # of an array, only tasks with something to tell
     name = f"task {task}: " if task else ""
     console.print(f"  {name}{len(starts)} start{'s' * (len(starts) > 1)}, {len(starts) - 1} restarts", markup=False)
+    if bad := bad_nodes(folder.events(task), submission.exclude_after):
+        console.print(f"    not used again today: {', '.join(sorted(bad))}", markup=False)
     for number, start in list(enumerate(starts))[-SHOWN_STARTS:]:
         began = datetime.fromtimestamp(start["time"]).strftime("%Y-%m-%d %H:%M:%S")
         nodes, end = start["nodes"], start["end"]
+        blame = f" (blamed: {', '.join(end['blame'])})" if end and end.get("blame") else ""
         where = ",".join(nodes) if len(nodes) < 5 else f"{len(nodes)} nodes ({nodes[0]}, ...)"
         then = f" -> {end['next']}" if end and end["next"] not in ("", "done") else ""
-        console.print(f"    {number}  {began}  {where}: {end['reason'] if end else 'runs'}{then}", markup=False)
+        console.print(f"    {number}  {began}  {where}: {end['reason'] if end else 'runs'}{blame}{then}", markup=False)
 
 
 def last_step(run: Path) -> int | None:

@@ -24,6 +24,7 @@ from ig_dist.models.dit import DiT, initialize
 from ig_dist.parallel.build import build_engine
 from ig_dist.parallel.dist import Dist, init_distributed, shut_down
 from ig_dist.saving import Saver
+from ig_dist.terminal import leave
 
 
 def reload(job: dict[str, Any], dist: Dist) -> None:
@@ -60,3 +61,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
 from typing import Any
 
@@ -71,7 +70,4 @@ if __name__ == "__main__":
     BatchStream.get = slow_get  # type: ignore[method-assign]
     if KIND == "die":
         BatchStream.close = lambda self: time.sleep(3600)  # type: ignore[method-assign]
-    try:
-        cli.main()
-    finally:  # one that is in torch's store when the interpreter ends would abort it, now and then
-        print("threads at the end:", *(thread.name for thread in threading.enumerate()), file=sys.stderr)
+    cli.main()

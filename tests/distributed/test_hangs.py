@@ -87,8 +87,6 @@ def test_a_long_wait_for_a_storage_is_no_hang(tiny_config: Write, tmp_path: Path
     assert done.returncode == 0, done.stderr
     line = next(line for line in metrics(tmp_path / "runs" / "late") if line["step"] == 7)
     assert line["data_wait_s"] > 1.9 * TIMEOUT_S  # of the rank that waited, not of the first
-    assert done.stderr.count("threads at the end: ") == 2
-    assert "watchdog" not in done.stderr, done.stderr
 
 
 def test_a_suspended_job_goes_on(tiny_config: Write, tmp_path: Path) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from pathlib import Path
 
 import pytest
 
 from ig_dist.config import Config
 from ig_dist.errors import ConfigError
-from ig_dist.slurm.batch import Verdict, decide, failures_in_a_row, judge
 from ig_dist.slurm.commands import Partition, minutes, partition
 from ig_dist.slurm.rank import STOPPED
-from ig_dist.slurm.record import Folder, World
+from ig_dist.slurm.record import Folder, Submission, World
 from ig_dist.slurm.script import Request, complete
 from ig_dist.slurm.submit import worlds
+from ig_dist.slurm.verdict import Next, Verdict, decide, failures_in_a_row, judge, nodes_to_blame, what_next
 
 
 def config(streams: int = 256, batch: int = 256, accumulation: int = 1) -> Config:
@@ -51,23 +52,52 @@ def test_failures_are_tried_again_in_place_and_elsewhere_and_not_for_ever() -> N
 def test_only_failures_without_progress_between_them_count(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
 
+    def failures(checkpoint: int) -> int:
+        return failures_in_a_row(folder.events(), checkpoint)
+
     def fail(checkpoint: int, code: int | None = 1) -> None:
         folder.add_event("start", nodes=["a"], log=0)
         folder.add_event("end", code=code, reason="", next="again", checkpoint=checkpoint)
 
-    assert failures_in_a_row(folder, "", 0) == 0
+    assert failures(0) == 0
     fail(100)
     fail(100)
-    assert failures_in_a_row(folder, "", 100) == 2
-    assert failures_in_a_row(folder, "", 200) == 0
+    assert failures(100) == 2
+    assert failures(200) == 0
     fail(200)
-    assert failures_in_a_row(folder, "", 200) == 1
+    assert failures(200) == 1
     fail(200, code=STOPPED)  # a time limit between
-    assert failures_in_a_row(folder, "", 200) == 0
+    assert failures(200) == 0
     fail(200)
     folder.add_event("start", nodes=["a"], log=0)  # a node died
     folder.add_event("start", nodes=["a"], log=0)
-    assert failures_in_a_row(folder, "", 200) == 0
+    assert failures(200) == 0
+
+
+def test_a_node_that_is_to_blame_again_is_not_used() -> None:
+    """In the nodes that are given, where they suffice without it; else after a requeue."""
+    failed = Verdict("failed", 1, "node2: task 1: Killed")
+    job = {"run": "", "cwd": "", "tasks_per_node": 2, "cpus_per_task": None, "signal_delay_s": 1, "options": {}}
+    worlds = {number: World(nodes=number, accumulation=1) for number in (2, 3)}
+    submission = Submission(kind="train", commands=[], worlds=worlds, max_failures=8, **job)
+    end = {"code": 1, "reason": failed.reason, "checkpoint": 0, "blame": ["node2"]}
+    before = {"event": "end", "time": time.time() - 3600, "next": "again", **end}
+    three = ["node1", "node2", "node3"]
+    assert what_next(failed, end, [], three, submission) == Next("again", 5.0, [])
+    assert what_next(failed, end, [before], three, submission) == Next("again", 0.0, ["node2"])
+    assert what_next(failed, end, [before], three[:2], submission) == Next("requeue", 0.0, ["node2"])
+    assert what_next(failed, {**end, "blame": ["node1"]}, [before], three, submission).new == []
+    assert what_next(failed, end, [{**before, "time": time.time() - 90_000}], three, submission).new == []
+    never = submission.model_copy(update={"exclude_after": 0})
+    assert what_next(failed, end, [before], three, never) == Next("requeue", 10.0, [])
+    last = submission.model_copy(update={"max_failures": 1})
+    assert what_next(failed, end, [before], three, last) == Next("stop", 0.0, [])
+    done = Verdict("done", 0, "done")
+    assert what_next(done, end, [before], three, submission) == Next("done", 0.0, [])
+
+    assert nodes_to_blame({3, 2}, "node3: task 4: Killed", three, 2) == ["node2"]  # the job knows better than srun
+    assert nodes_to_blame((), "node3: task 4: Killed", three, 2) == ["node3"]
+    assert nodes_to_blame((), "", three, 2) == nodes_to_blame((), "Unable to create step", three, 2) == []
 
 
 def test_an_end_that_only_slurm_saw_is_told_in_its_words(tmp_path: Path) -> None:

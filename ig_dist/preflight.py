@@ -1,0 +1,200 @@
+"""Before the first step: can every rank compute, be reached, and read the data, and is one slower than the others?
+
+One bad machine makes a whole job slow, wrong or stuck. Here it is named before it costs anything.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.distributed as torch_dist
+
+from ig_dist.background import in_background
+from ig_dist.config import Config
+from ig_dist.data.index import ShardIndex
+from ig_dist.data.reader import ShardReader
+from ig_dist.errors import DataError, NodeError
+from ig_dist.parallel.agreement import meet
+from ig_dist.parallel.blame import blame
+from ig_dist.parallel.dist import Dist, StopFlag, gather_objects, sum_over_ranks
+from ig_dist.storage.faults import Patience
+from ig_dist.terminal import console
+
+ROUNDS = 3  # the best one counts: of a short work the others tell more of what else the machine does
+READ_S = 60.0
+SLOW = 0.5
+WORKS = {"matmul": 0.0, "link": 1e-3, "read": 0.5}
+"""What is timed, and seconds below which it is never called slow."""
+
+
+class Findings(NamedTuple):
+    """What one rank found of itself; seconds of a work that is the same for all."""
+
+    place: str
+    matmul: float
+    link: float
+    read: float
+    trouble: str
+    """What it cannot do; empty: nothing."""
+
+
+def preflight(index: ShardIndex, config: Config, dist: Dist, stop_flag: StopFlag, beat: Callable[[], None]) -> None:
+    """Try each rank; say what was found, and who is slow. COLLECTIVE.
+
+    Takes well under a second, unless a storage is away. A stop that is asked for meanwhile is left to the caller.
+
+    Raises:
+        NodeError: a rank computes wrong numbers, does not get what others send, or cannot read what others can, or is
+            slower than ``train.preflight_min_speed`` allows.
+    """
+    if dist.world_size == 1 or not config.train.preflight:
+        return
+    matmul, wrong = _matmul(dist.device)
+    link, lost = _links(dist)
+    read, unread = _storage(index, config, dist, stop_flag, beat)
+    if any(gather_objects(stop_flag.asked, dist)):
+        return
+    everyone: list[Findings] = gather_objects(
+        Findings(f"rank {dist.rank} on {dist.host}", matmul, link, read, wrong or lost or unread), dist
+    )
+    slow = slow_ranks(everyone, max(SLOW, config.train.preflight_min_speed))
+    if dist.is_main:
+        console.print(summary(everyone), markup=False)
+        for rank, what in slow.items():
+            console.print(f"slow: {everyone[rank].place}: {what}", markup=False)
+    bad = troubles(everyone)
+    if config.train.preflight_min_speed:
+        bad = slow_ranks(everyone, config.train.preflight_min_speed) | bad
+    if bad:
+        if dist.is_main:
+            blame(bad)
+        named = "; ".join(f"{everyone[rank].place}: {what}" for rank, what in bad.items())
+        raise NodeError(f"{named}: mend that machine, or start without it (launchers/slurm.py --exclude)")
+
+
+def troubles(everyone: Sequence[Findings]) -> dict[int, str]:
+    """Ranks that cannot do what others can. What nobody can, such as reading, is no fault of a machine."""
+    found = {rank: one.trouble for rank, one in enumerate(everyone) if one.trouble}
+    return found if len(found) < len(everyone) else {}
+
+
+def slow_ranks(everyone: Sequence[Findings], least: float) -> dict[int, str]:
+    """Ranks with less than this share of the median rank's speed in something, and in what."""
+    found: dict[int, str] = {}
+    for what, enough in WORKS.items():
+        middle = statistics.median(getattr(one, what) for one in everyone)
+        for rank, one in enumerate(everyone):
+            seconds = getattr(one, what)
+            if seconds * least > middle and seconds > enough:
+                found.setdefault(rank, f"{what} at {middle / seconds:.2f} of the median rank's speed")
+    return dict(sorted(found.items()))
+
+
+def summary(everyone: Sequence[Findings]) -> str:
+    """One line: the median and the slowest rank of each work."""
+    parts = []
+    for what in WORKS:
+        seconds = [getattr(one, what) for one in everyone]
+        worst = max(range(len(seconds)), key=seconds.__getitem__)
+        parts.append(
+            f"{what} {1e3 * statistics.median(seconds):.2f} ms (slowest {1e3 * seconds[worst]:.2f},"
+            f" {everyone[worst].place})"
+        )
+    return f"pre-flight of {len(everyone)} ranks: {', '.join(parts)}"
+
+
+def _matmul(device: torch.device) -> tuple[float, str]:
+    """Seconds of a product, and whether it is wrong.
+
+    The entries are -1, 0 and 1, few enough of them that all sums are exact in bf16. The product is compared by what
+    it does to a vector of integers (Freivalds 1977), in fp64, where that is exact too.
+    """
+    size, count, dtype = (4096, 20, torch.bfloat16) if device.type == "cuda" else (512, 1, torch.float32)
+    draw = torch.randint(8, (2, size, size), device=device, generator=torch.Generator(device).manual_seed(0))
+    a, b = (draw == 0).to(dtype) - (draw == 1).to(dtype)
+    vector = torch.arange(size, device=device, dtype=torch.float64) % 97 - 48
+    product = a @ b
+
+    def work() -> None:
+        for _ in range(count):
+            torch.mm(a, b, out=product)
+
+    seconds = _best(work, device) / count
+    right = torch.equal(product.double() @ vector, a.double() @ (b.double() @ vector))
+    return seconds, "" if right else "a matrix product is wrong"
+
+
+def _links(dist: Dist) -> tuple[float, str]:
+    """Seconds to send to the same device of the next machine while the one before sends here; and what went wrong.
+
+    Not around the ranks one by one: most of these would share a machine, and its network would not be tried.
+    """
+    size = 2**22 if dist.device.type == "cuda" else 2**18
+    step = dist.local_world_size if dist.nodes > 1 else 1
+    there, here = (dist.rank + step) % dist.world_size, (dist.rank - step) % dist.world_size
+    mine = torch.full((size,), float(dist.rank), device=dist.device)
+    theirs = torch.empty_like(mine)
+    total = torch.full((size,), float(dist.rank + 1), device=dist.device)
+    sum_over_ranks(total, dist)
+
+    def work() -> None:
+        exchange = [torch_dist.P2POp(torch_dist.isend, mine, there), torch_dist.P2POp(torch_dist.irecv, theirs, here)]
+        for request in torch_dist.batch_isend_irecv(exchange):
+            request.wait()
+
+    def together() -> None:
+        sum_over_ranks(torch.zeros(1, device=dist.device), dist)
+
+    seconds = _best(work, dist.device, together)
+    if not bool((total == dist.world_size * (dist.world_size + 1) / 2).all()):
+        return seconds, "a sum over all ranks is wrong"
+    return seconds, "" if bool((theirs == here).all()) else f"what rank {here} sent comes damaged"
+
+
+def _storage(
+    index: ShardIndex, config: Config, dist: Dist, stop_flag: StopFlag, beat: Callable[[], None]
+) -> tuple[float, str]:
+    """Seconds to read the first sample; why it cannot be read. All wait for the last one."""
+    deadline_s = min(READ_S, config.data.retry_s)
+    patience = Patience(deadline_s=deadline_s, stall_s=min(config.data.stall_s, deadline_s))
+    reader = ShardReader(index, on_corrupt="skip", patience=patience)  # a sample that is damaged is so everywhere
+    seconds = 0.0
+
+    def read() -> None:
+        nonlocal seconds
+        began = time.perf_counter()
+        reader.read(0, 0, 1)
+        seconds = time.perf_counter() - began
+
+    def wait() -> None:
+        beat()
+        if stop_flag.asked:
+            patience.stop.set()
+
+    work = in_background(read)
+    meet(work, dist, wait)
+    error = work.exception()
+    if error is None:
+        return seconds, ""
+    if not isinstance(error, DataError | OSError):
+        raise error
+    return seconds, f"cannot read the data ({error})"
+
+
+def _best(work: Callable[[], None], device: torch.device, before: Callable[[], None] = lambda: None) -> float:
+    """Seconds of the fastest of some rounds."""
+    wait: Callable[[], object] = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    seconds = []
+    for _ in range(ROUNDS):
+        before()
+        wait()
+        began = time.perf_counter()
+        work()
+        wait()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)

@@ -1,0 +1,138 @@
+"""What comes after a start: judged from how all its ranks ended, and from what came before it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ig_dist.slurm.rank import STOPPED
+from ig_dist.slurm.record import Submission
+
+DETERMINISTIC = (2, 3, 4)
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 600.0
+BLAME_S = 86_400.0
+
+
+class Verdict(NamedTuple):
+    """What comes after a start, and why."""
+
+    next: str
+    """done, requeue (asked to stop), failed (to be tried again) or stop."""
+    code: int
+    reason: str
+
+
+class Next(NamedTuple):
+    """What is done now."""
+
+    step: str
+    """done, stop, again (in this allocation) or requeue."""
+    pause_s: float
+    new: list[str]
+    """Nodes that are not used from now on."""
+
+
+def exit_codes(exits: Path, ranks: int) -> dict[int, int | None]:
+    """By rank; None: it left none."""
+    files = {rank: exits / str(rank) for rank in range(ranks)}
+    return {rank: int(file.read_text() or 1) if file.exists() else None for rank, file in files.items()}
+
+
+def judge(codes: Mapping[int, int | None], srun_code: int, first_error: str) -> Verdict:
+    """What the exit codes of all ranks say together."""
+    if all(code == 0 for code in codes.values()):
+        return Verdict("done", 0, "done")
+    for code in DETERMINISTIC:  # another rank's loss of its peer, or its death by srun, is only an echo
+        who = [rank for rank, found in codes.items() if found == code]
+        if who:
+            return Verdict("stop", code, f"exit code {code} of rank {who[0]}, which trying again does not mend")
+    if STOPPED in codes.values():
+        return Verdict("requeue", STOPPED, "asked to stop, and saved")
+    dead = ", ".join(str(rank) for rank, code in codes.items() if code is None)
+    code = max((code for code in codes.values() if code), default=srun_code or 1)
+    return Verdict("failed", code, first_error or (f"rank {dead} died" if dead else f"exit code {code}"))
+
+
+def what_next(
+    verdict: Verdict,
+    end: Mapping[str, Any],
+    events: Sequence[Mapping[str, Any]],
+    given: Sequence[str],
+    submission: Submission,
+) -> Next:
+    """What follows a start that has just ended.
+
+    Args:
+        verdict: of the start.
+        end: how it ended: its newest ``checkpoint``, and the nodes to ``blame``.
+        events: what came before it.
+        given: the nodes that SLURM gave.
+        submission: the job.
+    """
+    failures = failures_in_a_row(events, end["checkpoint"])
+    step = decide(verdict, failures, submission.max_failures)
+    if step not in ("again", "requeue") or verdict.next != "failed":
+        return Next(step, 0.0, [])
+    now = {"event": "end", "time": time.time(), **end}
+    bad = bad_nodes([*events, now], submission.exclude_after)
+    if new := sorted(bad & set(end["blame"])):
+        return Next("requeue" if bad & set(usable(given, bad, submission)) else "again", 0.0, new)
+    return Next(step, min(FIRST_PAUSE_S * 2**failures, LONGEST_PAUSE_S), [])
+
+
+def decide(verdict: Verdict, failures: int, most: int) -> str:
+    """done, stop, again (on the same nodes) or requeue.
+
+    Args:
+        verdict: of the start that has just ended.
+        failures: that came before it, in a row, without a new checkpoint between.
+        most: failures in a row that are tried again.
+    """
+    if verdict.next != "failed":
+        return verdict.next
+    if failures >= most:
+        return "stop"
+    return "requeue" if failures % 2 else "again"  # other nodes may help where the same ones did not
+
+
+def failures_in_a_row(events: Sequence[Mapping[str, Any]], checkpoint: int | None) -> int:
+    """Failures since the last end that was none, or since a checkpoint was written.
+
+    Args:
+        events: of the job, oldest first.
+        checkpoint: the newest one now; None: the job writes none.
+    """
+    count = 0
+    for event in reversed(events):
+        if event["event"] != "end":
+            continue
+        if event["next"] not in ("again", "requeue") or event["code"] in (None, STOPPED):
+            break
+        if checkpoint is not None and checkpoint > (event.get("checkpoint") or 0):
+            break
+        count += 1
+    return count
+
+
+def nodes_to_blame(ranks: Iterable[int], first_error: str, hosts: Sequence[str], tasks_per_node: int) -> list[str]:
+    """Where the ranks run that the job itself blames, or else the one that srun saw end first."""
+    if named := {hosts[rank // tasks_per_node] for rank in ranks}:
+        return sorted(named)
+    host = first_error.partition(":")[0]
+    return [host] if host in hosts else []
+
+
+def bad_nodes(events: Iterable[Mapping[str, Any]], most: int) -> set[str]:
+    """Nodes that were to blame so many times within a day; 0: none ever are."""
+    newest = [event for event in events if event["event"] == "end" and event["time"] > time.time() - BLAME_S]
+    counts = Counter(node for event in newest for node in event.get("blame", []))
+    return {node for node, count in counts.items() if most and count >= most}
+
+
+def usable(given: Sequence[str], bad: Collection[str], submission: Submission) -> list[str]:
+    """The nodes but the bad ones; all of them where the job cannot do with so few."""
+    good = [host for host in given if host not in bad]
+    return good if len(good) in submission.worlds else list(given)
