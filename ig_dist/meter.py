@@ -22,6 +22,7 @@ from ig_dist.models.presets import forward_flops
 from ig_dist.parallel.dist import Dist, gather_objects, max_over_ranks, sum_over_ranks
 from ig_dist.parallel.engine import StepResult
 from ig_dist.phases import Phases
+from ig_dist.stragglers import OwnWork, Watch, slowest
 from ig_dist.terminal import console
 
 MOST_SAMPLES = 64  # whose losses were not finite, in one line
@@ -33,7 +34,7 @@ class Meter:
     """Throughput, waiting, memory, recompiles and non-finite steps since the last line of metrics."""
 
     def __init__(self, config: Config, model: DiT, dist: Dist, phases: Phases) -> None:
-        self._config, self._dist, self._phases = config, dist, phases
+        self._config, self._dist, self.phases = config, dist, phases
         self._train_flops = 3 * forward_flops(model.config)  # backward costs twice the forward
         self._streak = torch.zeros((), device=dist.device)
         self._skipped = torch.zeros((), device=dist.device)
@@ -43,12 +44,14 @@ class Meter:
         """Of each step since the last line: its number, its samples, and which of their losses are not finite."""
         self._stall: float | None = None
         self._recompiles, self._graphs = 0, 0
+        self.own, self._watch = OwnWork(dist.device), Watch()
         self.pause()
 
     def pause(self) -> None:
         """Begin to count anew: what lies behind (a save, the start) is not throughput."""
         self._began, self._steps = time.perf_counter(), 0
-        self._waited = self._phases.seconds["data"]
+        self._waited = self.phases.seconds["data"]
+        self.own.take()
         self._graphs = compiled_graphs()  # those of validation and sampling have shapes of their own
 
     @contextmanager
@@ -72,8 +75,10 @@ class Meter:
         self._skipped += 1 - result.finite
         self._streak = (self._streak + 1) * (1 - result.finite)
         self._suspects.append((step, batch.ids, ~losses[0].isfinite()))
+        if not self.phases.warm:
+            self.own.take()  # what the first step does once is not what it takes
         graphs = compiled_graphs()
-        self._recompiles += graphs - self._graphs if self._phases.warm else 0
+        self._recompiles += graphs - self._graphs if self.phases.warm else 0
         self._graphs = graphs
 
     def read(self, losses: Tensor, result: StepResult, batch: Batch, step: int, reader: ShardReader) -> Metrics:
@@ -81,7 +86,7 @@ class Meter:
         means = sum_over_ranks(losses.mean(dim=1).double() / self._dist.world_size, self._dist).tolist()
         counts = [batch_fingerprint(batch), len(reader.quarantined), reader.patience.faults, self._recompiles]
         fingerprint, quarantined, faults, recompiles = sum_over_ranks(torch.tensor(counts), self._dist).tolist()
-        waited = (self._phases.seconds["data"] - self._waited) / self._steps
+        waited = (self.phases.seconds["data"] - self._waited) / self._steps
         most = torch.tensor([waited, float(peak_memory(self._dist.device))], dtype=torch.float64)
         waited, memory = max_over_ranks(most, self._dist).tolist()
         skipped, streak, guilty = int(self._skipped), int(self._streak), self._nonfinite_samples()
@@ -90,6 +95,7 @@ class Meter:
                 f"the last {streak} steps up to step {step} had a non-finite gradient ({_suspicion(guilty)}): lower"
                 " optimizer.lr or use train.precision=fp32; the last checkpoint is from before or equal to it"
             )
+        own = self._slowest()
         batch_size = self._config.train.global_batch_size
         images_per_s = self._steps * batch_size / (time.perf_counter() - self._began)
         line: Metrics = {
@@ -115,11 +121,26 @@ class Meter:
             "peak_memory_bytes": int(memory),
             "recompiles": recompiles,
             "batch_fingerprint": fingerprint,
+            **own,
         }
         if guilty is not None:
             line["nonfinite_samples"] = sorted({sample for _, sample in guilty})[:MOST_SAMPLES]
         self.pause()
         return line
+
+    def _slowest(self) -> Metrics:
+        """Which rank takes longest for what it does alone, said where it matters. COLLECTIVE."""
+        if self._dist.world_size == 1:
+            return {}
+        hosts, own = zip(*gather_objects((self._dist.host, self.own.take()), self._dist), strict=True)
+        found = slowest(own, time.perf_counter() - self._began)
+        if self._watch.sees(found) and self._dist.is_main:
+            console.print(
+                f"slow: rank {found.rank} on {hosts[found.rank]} takes {found.ratio:.1f} times the median rank's time"
+                f" for its own work, which makes every step {100 * found.cost:.0f}% longer",
+                markup=False,
+            )
+        return {"slowest_rank": found.rank, "slowest_rank_ratio": found.ratio}
 
     def _nonfinite_samples(self) -> list[tuple[int, int]] | None:
         """(Step, sample) of all ranks whose loss was not finite; None when no step was skipped. COLLECTIVE."""

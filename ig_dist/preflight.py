@@ -39,8 +39,10 @@ class Findings(NamedTuple):
     matmul: float
     link: float
     read: float
-    trouble: str
-    """What it cannot do; empty: nothing."""
+    wrong: str
+    """What it does wrong; empty: nothing."""
+    unread: str
+    """Why it cannot read; empty: it can."""
 
 
 def preflight(index: ShardIndex, config: Config, dist: Dist, stop_flag: StopFlag, beat: Callable[[], None]) -> None:
@@ -60,7 +62,7 @@ def preflight(index: ShardIndex, config: Config, dist: Dist, stop_flag: StopFlag
     if any(gather_objects(stop_flag.asked, dist)):
         return
     everyone: list[Findings] = gather_objects(
-        Findings(f"rank {dist.rank} on {dist.host}", matmul, link, read, wrong or lost or unread), dist
+        Findings(f"rank {dist.rank} on {dist.host}", matmul, link, read, wrong or lost, unread), dist
     )
     slow = slow_ranks(everyone, max(SLOW, config.train.preflight_min_speed))
     if dist.is_main:
@@ -78,16 +80,17 @@ def preflight(index: ShardIndex, config: Config, dist: Dist, stop_flag: StopFlag
 
 
 def troubles(everyone: Sequence[Findings]) -> dict[int, str]:
-    """Ranks that cannot do what others can. What nobody can, such as reading, is no fault of a machine."""
-    found = {rank: one.trouble for rank, one in enumerate(everyone) if one.trouble}
-    return found if len(found) < len(everyone) else {}
+    """Ranks that do something wrong, or cannot read what others can: what nobody can is no machine's fault."""
+    wrong = {rank: one.wrong for rank, one in enumerate(everyone) if one.wrong}
+    unread = {rank: one.unread for rank, one in enumerate(everyone) if one.unread}
+    return dict(sorted(((unread if len(unread) < len(everyone) else {}) | wrong).items()))
 
 
 def slow_ranks(everyone: Sequence[Findings], least: float) -> dict[int, str]:
     """Ranks with less than this share of the median rank's speed in something, and in what."""
     found: dict[int, str] = {}
     for what, enough in WORKS.items():
-        middle = statistics.median(getattr(one, what) for one in everyone)
+        middle = statistics.median_low(getattr(one, what) for one in everyone)
         for rank, one in enumerate(everyone):
             seconds = getattr(one, what)
             if seconds * least > middle and seconds > enough:
@@ -102,7 +105,7 @@ def summary(everyone: Sequence[Findings]) -> str:
         seconds = [getattr(one, what) for one in everyone]
         worst = max(range(len(seconds)), key=seconds.__getitem__)
         parts.append(
-            f"{what} {1e3 * statistics.median(seconds):.2f} ms (slowest {1e3 * seconds[worst]:.2f},"
+            f"{what} {1e3 * statistics.median_low(seconds):.2f} ms (slowest {1e3 * seconds[worst]:.2f},"
             f" {everyone[worst].place})"
         )
     return f"pre-flight of {len(everyone)} ranks: {', '.join(parts)}"

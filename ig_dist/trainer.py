@@ -7,7 +7,7 @@ randomness depend on.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NoReturn
 
@@ -137,8 +137,9 @@ def train(config: Config, *, force: bool = False) -> None:
                 lr = learning_rate(step - 1, config.optimizer, total)
                 phases.enter("data", step)
                 batch = batches.next(final=last)
-                losses, result = _train_step(engine, ema, model, batch, config, index, lr, step - 1, dist, phases)
-                ema.update(result.finite)
+                losses, result = _train_step(engine, ema, model, batch, config, index, lr, step - 1, dist, meter)
+                with meter.own.timed():
+                    ema.update(result.finite)
                 meter.count(result, batch, losses, step)
                 done = step
                 if last or step % config.log.every_steps == 0:
@@ -198,10 +199,10 @@ def _train_step(
     lr: float,
     step: int,
     dist: Dist,
-    phases: Phases,
+    meter: Meter,
 ) -> tuple[Tensor, StepResult]:
     """One optimizer step, after ``step`` others; the losses of this rank's rows, (losses, rows) on the device."""
-    accumulation = config.train.accumulation
+    accumulation, phases = config.train.accumulation, meter.phases
     phases.enter("forward")
     tasks = [training_task(micro, config, index.info, dist.device) for micro in batch.split(accumulation)]
     differences = ema_differences(model, ema, tasks, config, step=step)
@@ -209,7 +210,8 @@ def _train_step(
     for i, (task, difference) in enumerate(zip(tasks, differences, strict=True)):
         phases.enter("forward")
         with engine.microbatch(last=i == accumulation - 1):
-            loss = training_loss(engine.module, task, config, step=step, difference=difference)
+            with meter.own.timed() if engine.forward_alone else nullcontext():
+                loss = training_loss(engine.module, task, config, step=step, difference=difference)
             phases.enter("backward")
             engine.backward(loss[0].mean() / accumulation)
         losses.append(loss.detach())

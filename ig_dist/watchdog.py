@@ -24,6 +24,7 @@ from torch._C._distributed_c10d import TCPStore  # torch.distributed does not na
 
 from ig_dist.config import Config
 from ig_dist.errors import HangError
+from ig_dist.parallel.blame import blame
 from ig_dist.parallel.dist import Dist, from_main
 from ig_dist.phases import Now, Phases
 from ig_dist.storage.faults import Patience
@@ -173,21 +174,22 @@ class Watchdog:
         mine = self._word.count
         return any(word.count < mine and word.left_s > 0 and not self._silent(at) for word, at in heard)
 
-    def _behind(self) -> str:
+    def _behind(self) -> tuple[str, list[int]]:
+        """Who is to blame: in words, and as ranks."""
         if self._dist.world_size > 1 and self._silent(self._answered):
-            return "; behind: rank 0 or its machine, whose store does not answer"
+            return "; behind: rank 0 or its machine, whose store does not answer", [0]
         words = {rank: word for rank, (word, _) in self._heard.items()} | {self._dist.rank: self._word}
         least = min(word.count for word in words.values())
-        named = []
+        named = {}
         for rank, word in sorted(words.items()):
             silent = rank in self._heard and self._silent(self._heard[rank][1])
             if silent or least == word.count < max(other.count for other in words.values()):
                 state = "does not answer" if silent else f"for {word.idle_s:.0f} s"
-                named.append(f"rank {rank} ({_place(word)}, {state})")
+                named[rank] = f"rank {rank} ({_place(word)}, {state})"
         more = f" and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
         if named:
-            return f"; behind: {', '.join(named[:_MOST_NAMED])}{more}"
-        return "; no rank is behind another" if self._dist.world_size > 1 else ""
+            return f"; behind: {', '.join([*named.values()][:_MOST_NAMED])}{more}", list(named)
+        return "; no rank is behind another" if self._dist.world_size > 1 else "", []
 
     def _end(self) -> None:
         """One line, the stacks, and the end of the process; also where stderr or the disk hang too."""
@@ -197,15 +199,16 @@ class Watchdog:
         last.daemon = True
         last.start()
         file = self._folder / f"rank_{self._dist.rank:05d}.txt"
-        word = self._word
+        word, (behind, ranks) = self._word, self._behind()
         print(
-            f"error: rank {self._dist.rank}: no progress for {word.idle_s:.0f} s at {_place(word)}{self._behind()}."
+            f"error: rank {self._dist.rank}: no progress for {word.idle_s:.0f} s at {_place(word)}{behind}."
             f" The stacks of all threads are in {file}; run the same command again to go on from the newest"
             " checkpoint, with a higher train.timeout_s if it was only slow",
             file=sys.stderr,
             flush=True,
         )
         try:
+            blame(ranks)
             self._folder.mkdir(parents=True, exist_ok=True)
             with file.open("w", encoding="utf-8") as stream:
                 faulthandler.dump_traceback(stream, all_threads=True)

@@ -29,6 +29,7 @@ class DDPEngine:
         model.to(dist.device)
         self._parameters = dict(model.named_parameters())
         self.module: nn.Module = model
+        self.forward_alone = True
         self._ddp: DistributedDataParallel | None = None
         if dist.world_size > 1:
             devices = [dist.device.index] if dist.device.type == "cuda" else None

@@ -56,6 +56,7 @@ class DeepSpeedEngine:
         self._optimizer = build_optimizer(list(model.to(dist.device).parameters()), config)
         self._engine = initialize(model, self._optimizer, stage, batch_size, dist)
         self.module: nn.Module = self._engine
+        self.forward_alone = stage < 3
         self._optimizer.register_step_pre_hook(self._clip_and_gate)
         self._result: StepResult | None = None
         zero = self._engine.optimizer

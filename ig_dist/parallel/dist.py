@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import HashStore  # torch.distributed does not n
 from torch.distributed.rendezvous import rendezvous
 
 from ig_dist.errors import ConfigError, HangError, LostPeerError
+from ig_dist.parallel.blame import blame
 from ig_dist.terminal import say, without_teardown
 
 SAME_SIGNAL_S = 1.0
@@ -118,11 +119,15 @@ def ensure_process_group(dist: Dist) -> None:
 def lost_peers_explained(dist: Dist) -> Iterator[None]:
     """A collective that fails because another rank is gone is that rank's story: one line, no traceback.
 
+    An error of this rank's device is for the launcher to know.
+
     The line is said at once: what is closed after it may take longer than a launcher gives the others.
     """
     try:
         yield
     except RuntimeError as error:  # gloo has no class of its own for it
+        if isinstance(error, torch.AcceleratorError):  # memory that went bad, a GPU that fell off the bus
+            blame([dist.rank])
         if "Timed out waiting" in str(error):
             raise HangError("a collective timed out: a rank hangs; run the same command again to go on") from None
         if not isinstance(error, torch_dist.DistNetworkError) and not any(sign in str(error) for sign in _PEER_IS_GONE):

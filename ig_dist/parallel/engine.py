@@ -38,6 +38,8 @@ class Engine(Protocol):
 
     module: nn.Module
     """Called for the forward pass."""
+    forward_alone: bool
+    """Whether the forward pass has no collective in it."""
 
     def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
         """Surrounds forward and backward of a micro-batch; gradients are reduced over ranks in the last one only."""

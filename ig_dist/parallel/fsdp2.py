@@ -50,6 +50,7 @@ class FSDP2Engine:
     ) -> None:
         self._dist, self._grad_clip = dist, config.grad_clip
         self.module: nn.Module = model
+        self.forward_alone = False  # it gathers the weights of each block
         self._root = shard_blocks(model, precision, reshard_after_forward, dist)
         self._shards = local_shards(model, dist)
         self._sharded = {name: p for name, p in model.named_parameters() if name in self._shards}

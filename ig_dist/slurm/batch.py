@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -114,7 +114,7 @@ def main(path: str) -> int:
 _SAID = {
     "done": "finished",
     "stop": "not started again",
-    "again": "started again, without a requeue",
+    "again": "started again in this allocation",
     "requeue": "requeued",
 }
 
@@ -213,23 +213,40 @@ def _requeue(pause: float, signals: Signals, bad: Collection[str]) -> int:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     for wait in (1, 5, 20, *[60] * 60, 0):  # the controller may be away for a while
         try:
-            slurm("scontrol", "requeue", job)
+            with _undisturbed():
+                slurm("scontrol", "requeue", job)
             break
         except SlurmError as error:
             print(f"scontrol requeue: {error}", flush=True)
             if signals.ended or not wait:  # SLURM was faster, and requeues by itself
                 return 128 + signal.SIGTERM
             _sleep(wait, signals)
+    _change(job, pause, bad)
+    _sleep(30, signals)
+    return STOPPED
+
+
+def _change(job: str, pause: float, bad: Collection[str]) -> None:
+    """Hold a job that waits back for ``pause`` seconds, and keep it from the bad nodes."""
     changes = [f"starttime=now+{pause:.0f}"] if pause > 0 else []
     try:
-        if bad:
-            changes.append(f"excnodelist={','.join(sorted({*excluded(job), *bad}))}")
-        if changes:
-            slurm("scontrol", "update", f"jobid={job}", *changes)
+        with _undisturbed():
+            if bad:
+                changes.append(f"excnodelist={','.join(sorted({*excluded(job), *bad}))}")
+            if changes:
+                slurm("scontrol", "update", f"jobid={job}", *changes)
     except SlurmError as error:
         print(f"requeued as it was, without {' '.join(changes)}: {error}", flush=True)
-    time.sleep(30)
-    return STOPPED
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """SLURM's SIGTERM comes later: at a requeue it goes to all processes of the job, a scontrol that asks too."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
 
 def _time_is_up() -> bool:

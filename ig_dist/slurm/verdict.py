@@ -118,11 +118,14 @@ def failures_in_a_row(events: Sequence[Mapping[str, Any]], checkpoint: int | Non
 
 
 def nodes_to_blame(ranks: Iterable[int], first_error: str, hosts: Sequence[str], tasks_per_node: int) -> list[str]:
-    """Where the ranks run that the job itself blames, or else the one that srun saw end first."""
+    """Where the ranks run that the job itself blames, or else the one that srun saw killed first.
+
+    Not the first one that exits by itself: with a bug that is any.
+    """
     if named := {hosts[rank // tasks_per_node] for rank in ranks}:
         return sorted(named)
     host = first_error.partition(":")[0]
-    return [host] if host in hosts else []
+    return [host] if host in hosts and "Exited with" not in first_error else []
 
 
 def bad_nodes(events: Iterable[Mapping[str, Any]], most: int) -> set[str]:

@@ -9,6 +9,9 @@
 | ``read`` | does not return, in a system call without end |
 | ``die`` | kills the process, while the other's threads do not end when they are told to |
 | ``late`` | waits ``FAULT_S`` seconds for its data before |
+| ``slow`` | takes ``FAULT_S`` seconds longer |
+
+and of the trials before the first step ``miscounts``, ``drags`` (by ``FAULT_S`` a product) and ``unreadable``.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from typing import Any
 import torch
 
 from ig_dist import cli, trainer
+from ig_dist.data.reader import ShardReader
 from ig_dist.data.stream import BatchStream
+from ig_dist.errors import DataError
 from launchers import local
 
 KIND = os.environ["FAULT"]
@@ -31,6 +36,7 @@ STEPS = [int(step) for step in os.environ["FAULT_STEPS"].split(",")]
 
 whole = trainer.training_loss
 get = BatchStream.get
+product = torch.mm
 step, handed, late_since = 0, 0, 0.0
 
 
@@ -46,9 +52,24 @@ def training_loss(*arguments: Any, **named: Any) -> torch.Tensor:
         time.sleep(3600)
     elif KIND == "die":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif KIND == "slow":
+        time.sleep(float(os.environ["FAULT_S"]))
     elif KIND == "read":
         os.read(os.pipe()[0], 1)
     return losses
+
+
+def faulty_product(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    if out is None:  # of others than the trials
+        return product(a, b)
+    product(a, b, out=out)
+    if KIND == "drags":
+        time.sleep(float(os.environ["FAULT_S"]))
+    return out.add_(out == out.max()) if KIND == "miscounts" else out
+
+
+def unreadable(self: ShardReader, *arguments: Any, **named: Any) -> Any:
+    raise DataError(f"{self._path}/shard-00000.tar cannot be read (Input/output error)")
 
 
 def slow_get(self: BatchStream, timeout_s: float | None = None) -> Any:
@@ -70,4 +91,8 @@ if __name__ == "__main__":
     BatchStream.get = slow_get  # type: ignore[method-assign]
     if KIND == "die":
         BatchStream.close = lambda self: time.sleep(3600)  # type: ignore[method-assign]
+    if MINE and KIND in ("miscounts", "drags"):
+        torch.mm = faulty_product  # type: ignore[assignment]
+    if MINE and KIND == "unreadable":
+        ShardReader.read = unreadable  # type: ignore[method-assign]
     cli.main()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from ig_dist.parallel.blame import VARIABLE, blamed
 from tests.conftest import ROOT
 from tests.distributed.test_training import faulty, last_step, local, metrics
 
@@ -70,11 +71,13 @@ def test_a_stopped_process_is_named_by_the_other(tiny_config: Write, tmp_path: P
 @pytest.mark.parametrize("fault", ["sleep", "read"])
 def test_a_rank_that_hangs_ends_all_and_is_named_by_all(tiny_config: Write, tmp_path: Path, fault: str) -> None:
     config = tiny_config(fault, train={"timeout_s": TIMEOUT_S})
-    done = faulty(config, fault, rank=1, steps="7")
+    file = tmp_path / "blame"
+    done = faulty(config, fault, rank=1, steps="7", **{VARIABLE: str(file)})
     assert done.returncode == 5, done.stderr
     lines = hang_lines(done.stderr)
     assert sorted(lines) == [0, 1]
     assert "rank 1: no progress for " in lines[1] and "at step 7, forward; behind: rank 1 (step 7, forward" in lines[1]
+    assert blamed(file) == {1}
     assert re.search(r"at step 7, backward; behind: rank 1 \(step 7, forward, for \d+ s\)", lines[0])
     culprit = (tmp_path / "runs" / fault / "hang" / "rank_00001.txt").read_text()
     assert "training_loss" in culprit and "faulty.py" in culprit

@@ -94,6 +94,12 @@ def submit(*arguments: object, root: Path = ROOT) -> str:
     return next(line.split()[1].rstrip(",") for line in done.stdout.splitlines() if line.startswith("job:"))
 
 
+def copied_checkout(folder: Path) -> Path:
+    for part in ("ig_dist", "launchers", "data_prep"):
+        shutil.copytree(ROOT / part, folder / "checkout" / part, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder / "checkout"
+
+
 def wait_until(true: Callable[[], object], what: str, run: Path) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not true():
@@ -163,9 +169,7 @@ def test_a_stop_signal_and_a_source_that_is_edited_meanwhile(
     cluster: SlurmCluster, uninterrupted: Callable[[int], Path], tmp_path: Path, digits_index: Path
 ) -> None:
     whole = uninterrupted(STEPS)
-    checkout = tmp_path / "checkout"
-    for part in ("ig_dist", "launchers", "data_prep"):
-        shutil.copytree(ROOT / part, checkout / part, ignore=shutil.ignore_patterns("__pycache__"))
+    checkout = copied_checkout(tmp_path)
     config, run = write_config(tmp_path, digits_index), tmp_path / "run"
     job = submit("--nodes", 2, "--config", config, root=checkout)
     config.write_text("edited: and wrong")
@@ -347,7 +351,33 @@ def test_a_failure_that_may_pass_is_tried_again_so_many_times(
     done = launch(*options, "--config", write_config(tmp_path, digits_index), "--follow")
     assert done.returncode == 1, done.stdout + done.stderr
     assert [start.next for start in starts(run)] == ["again", "stop"]
-    assert "started again on the same nodes in 5 s" in done.stdout
+    assert "started again in this allocation in 5 s" in done.stdout
+
+
+BROKEN = """
+if os.environ.get("IG_DIST_NODE") == "node1":
+    product = torch.mm
+    torch.mm = lambda *of, **to: product(*of, **to).add_(1)
+"""
+
+
+@pytest.mark.parametrize("nodes", ["1", pytest.param("1-2", marks=pytest.mark.full)])
+def test_a_node_that_computes_wrong_numbers_is_not_used_again(
+    cluster: SlurmCluster, uninterrupted: Callable[[int], Path], tmp_path: Path, digits_index: Path, nodes: str
+) -> None:
+    """After a requeue where the job needs as many nodes, else in the nodes that it has."""
+    checkout, run = copied_checkout(tmp_path), tmp_path / "run"
+    module = checkout / "ig_dist/preflight.py"
+    module.write_text(module.read_text().replace("import torch\n", f"import os\nimport torch\n{BROKEN}\n", 1))
+    options = ["--nodes", nodes, "--tasks-per-node", 2, "--exclude-after", 1]
+    submit(*options, "--config", write_config(tmp_path, digits_index), root=checkout)
+    wait_for_end(run)
+    first, second = starts(run)
+    assert "node1" in first.nodes and first.next == ("requeue" if nodes == "1" else "again")
+    assert second.nodes == ["node2"] and second.next == "done"
+    same_run(run, uninterrupted(STEPS), bitwise=False)
+    shown = launch("status", run).stdout
+    assert "not used again today: node1" in shown and "(blamed: node1)" in shown, shown
 
 
 def test_the_cluster_ends_with_the_process_that_started_it() -> None:

@@ -97,6 +97,7 @@ def test_a_node_that_is_to_blame_again_is_not_used() -> None:
 
     assert nodes_to_blame({3, 2}, "node3: task 4: Killed", three, 2) == ["node2"]  # the job knows better than srun
     assert nodes_to_blame((), "node3: task 4: Killed", three, 2) == ["node3"]
+    assert nodes_to_blame((), "node3: tasks 4-5: Exited with exit code 1", three, 2) == []  # a bug, anywhere
     assert nodes_to_blame((), "", three, 2) == nodes_to_blame((), "Unable to create step", three, 2) == []
 
 

@@ -127,7 +127,7 @@ def test_the_command_line_alone_imports_no_torch() -> None:
 def test_every_exit_code_is_in_the_operators_document() -> None:
     errors = vars(importlib.import_module("ig_dist.errors")).values()
     codes = {kind.exit_code for kind in errors if hasattr(kind, "exit_code")}
-    given = re.compile(r"exit\((?:128 \+ number|(\d+))\)")
+    given = re.compile(r"(?:exit|leave)\((?:128 \+ number|(\d+))\)")
     for file in [*files("ig_dist"), *files("launchers")]:  # those that no error has
         codes |= {int(code) if code else 128 + signal.SIGTERM for code in given.findall(file.read_text())}
     assert codes >= {1, 2, 3, 4, 5, 75, 130, 143}
