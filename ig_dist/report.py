@@ -23,7 +23,7 @@ from ig_dist.config import Config
 from ig_dist.config_file import load_run
 from ig_dist.errors import ConfigError
 from ig_dist.goodput import KINDS, read_goodput
-from ig_dist.report_facts import run_facts
+from ig_dist.report_facts import read_conversion, run_facts
 from ig_dist.report_plots import SCALE_NAMES, Chart, best_row, curve_chart, heat_map, scale_chart, unguided
 from ig_dist.report_text import Facts, compact, duration, guidance_name, number, plain, score
 from ig_dist.run_dir import CONFIG_NAME, replace_text
@@ -65,12 +65,14 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         The file.
 
     Raises:
-        ConfigError: not a run directory, nothing trained yet, a damaged result, or ``out`` cannot be written.
+        ConfigError: not a run directory, nothing trained or converted yet, a damaged result, or ``out`` cannot be
+            written.
     """
     out = out or run / "report.html"
     config = load_run(run)
     metrics = _read_metrics(run, {"step", "images_seen", "loss", "images_per_s"})
-    if not metrics:
+    conversion = read_conversion(run)
+    if not metrics and conversion is None:
         command = f"ig-dist train {_quoted(run / CONFIG_NAME)}"
         raise ConfigError(f"{run} has no metrics in metrics.jsonl: train it first with `{command}`")
     validation = _read_metrics(run, {"step", "val_loss"})
@@ -83,12 +85,12 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         "written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
         "version": __version__,
         "headline": _headline(config, metrics, sweep),
-        "facts": run_facts(run, config, metrics),
-        "curves": _curves(metrics, validation),
+        "facts": run_facts(run, config, metrics, conversion),
+        "curves": _curves(metrics, validation) if metrics else [],
         "goodput": _goodput(run),
         "grid": _embedded(run / "grid.png") if (run / "grid.png").exists() else None,
         "samples": _sample_grids(run),
-        "sweep": None if sweep is None else _sweep(sweep, int(metrics[-1]["step"])),
+        "sweep": None if sweep is None else _sweep(sweep, int(metrics[-1]["step"]) if metrics else None),
         "evaluations": _evaluations(run, sweep),
         "config": (run / CONFIG_NAME).read_text(encoding="utf-8"),
     }
@@ -129,13 +131,15 @@ def _headline(
     config: Config, metrics: Sequence[Mapping[str, Any]], sweep: Mapping[str, Any] | None
 ) -> list[tuple[str, str, str]]:
     """The few numbers that say how the run went: name, value, remark."""
-    last = metrics[-1]
-    middle = sorted(line["images_per_s"] for line in metrics)[len(metrics) // 2]
-    tiles = [
-        ("Steps", number(last["step"]), f"of {config.train.steps:,}" if config.train.steps else ""),
-        ("Images seen", compact(last["images_seen"]), f"in batches of {config.train.global_batch_size:,}"),
-        ("Throughput", f"{middle:,.0f}", "images/s, median"),
-    ]
+    tiles = []
+    if metrics:
+        last = metrics[-1]
+        middle = sorted(line["images_per_s"] for line in metrics)[len(metrics) // 2]
+        tiles = [
+            ("Steps", number(last["step"]), f"of {config.train.steps:,}" if config.train.steps else ""),
+            ("Images seen", compact(last["images_seen"]), f"in batches of {config.train.global_batch_size:,}"),
+            ("Throughput", f"{middle:,.0f}", "images/s, median"),
+        ]
     for metric in _metric_names(sweep["rows"]) if sweep else []:
         rows = _scored(sweep["rows"], metric) if sweep else []
         top, base = best_row(rows, metric), unguided(rows)
@@ -212,7 +216,7 @@ def _sample_grids(run: Path) -> dict[str, Any]:
     return {"shown": [part[1:] for part in sorted(shown)], "left_out": len(files) - len(shown)}
 
 
-def _sweep(sweep: Mapping[str, Any], step: int) -> dict[str, Any]:
+def _sweep(sweep: Mapping[str, Any], step: int | None) -> dict[str, Any]:
     """Charts or heat maps, one for each metric, the table, and the protocol that all rows share."""
     rows = sweep["rows"]
     scored = [(metric, found) for metric in _metric_names(rows) if (found := _scored(rows, metric))]

@@ -13,21 +13,47 @@ import torch
 
 from ig_dist.checkpoint import MANIFEST, CheckpointStore
 from ig_dist.config import Config
+from ig_dist.convert import RECORD_NAME
 from ig_dist.data.index import IndexFile
+from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT, count_parameters
-from ig_dist.report_text import Facts, duration, number
+from ig_dist.report_text import Facts, duration, number, plain
 
 Metrics = Sequence[Mapping[str, Any]]
 
 
-def run_facts(run: Path, config: Config, metrics: Metrics) -> dict[str, Facts]:
+def read_conversion(run: Path) -> dict[str, Any] | None:
+    """What `ig-dist convert` wrote down; None: the run's weights were trained here.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    file = run / RECORD_NAME
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+    except ValueError:
+        raise ConfigError(f"{file} is damaged: convert the published checkpoint again") from None
+
+
+def run_facts(run: Path, config: Config, metrics: Metrics, conversion: Mapping[str, Any] | None) -> dict[str, Facts]:
     """Names and values, by what they are about.
 
     Args:
         run: run directory.
         config: its config.
         metrics: the lines of ``metrics.jsonl``.
+        conversion: where converted weights come from.
     """
+    if conversion is not None:
+        origin = {"Checkpoint": "source", "Published as": "published", "sha256": "source_sha256"}
+        return {
+            "Converted": [
+                ("Directory", str(run)),
+                *((name, plain(conversion.get(key))) for name, key in origin.items()),
+            ],
+            "Model": _model_facts(config),
+            "Data": _data_facts(config, _read_index(config.data.index), metrics),
+        }
     return {
         "Run": _run_facts(run, config, metrics, _newest_manifest(config, run)),
         "Model": _model_facts(config),
@@ -95,7 +121,7 @@ def _data_facts(config: Config, index: IndexFile | None, metrics: Metrics) -> Fa
     return [
         ("Source", index.source),
         ("Images", f"{images:,} of {len(index.classes):,} classes"),
-        ("Passes", f"{number(metrics[-1]['images_seen'] / images, 3)} over the data"),
+        *([("Passes", f"{number(metrics[-1]['images_seen'] / images, 3)} over the data")] if metrics else []),
         ("Image size", f"{side} × {side}, {'grey' if channels == 1 else f'{channels} channels'}"),
         ("Tokenizer", index.tokenizer.name),
         ("Index", config.data.index),

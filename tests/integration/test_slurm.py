@@ -313,7 +313,12 @@ def test_cancel_leaves_no_process_and_resume_goes_on(
 ) -> None:
     whole = uninterrupted(STEPS)
     config, run = write_config(tmp_path, digits_index), tmp_path / "run"
+    began = time.monotonic()
     job = submit("--nodes", 2, "--config", config)
+    wait_until(lambda: last_step(run), "no steps", run)
+    seconds = time.monotonic() - began
+    print(f"from the command to the first step: {seconds:.1f} s")
+    assert seconds < 30
     wait_until(lambda: last_step(run) >= 10, "no steps", run)
     refused = launch("--nodes", 2, "--config", config)
     assert refused.returncode == 2 and f"in use by job {job} (RUNNING)" in refused.stderr

@@ -287,6 +287,10 @@ def test_converted_weights_are_sampled_from_like_a_run(tmp_path: Path, digits_in
     assert done.returncode == 0 and "8 images" in done.stdout, done.stderr
     done = run_command(["ig-dist", "sample", tmp_path / "run", *small, "--raw"])
     assert done.returncode == 2 and "holds converted weights, and only these" in done.stderr
+    assert run_command(["ig-dist", "report", tmp_path / "run"]).returncode == 0
+    page = (tmp_path / "run/report.html").read_text()
+    assert "<dt>Published as</dt><dd>ig-sit</dd>" in page and 'id="training"' not in page
+    assert "data:image/png;base64," in page  # of the samples
     with pytest.raises(ConfigError, match=r"takes latents 4x8x8 of 10 classes, but .* has latents 1x8x8 of 10 classes"):
         torch.save(published_weights("ig-sit"), tmp_path / "b.pt")
         convert_published(tmp_path / "b.pt", tmp_path / "x", **options("ig-sit"), index=str(digits_index))
