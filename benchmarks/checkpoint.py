@@ -25,13 +25,13 @@ import torch
 import typer
 from torch import Tensor
 
-from ig_dist.checkpoint import CheckpointStore, Piece
+from ig_dist.checkpoints.saving import Saver
+from ig_dist.checkpoints.store import CheckpointStore, Piece
 from ig_dist.config.model import ModelConfig
-from ig_dist.ema import EMA
 from ig_dist.export import ALONE
 from ig_dist.models.dit import DiT
-from ig_dist.saving import Saver
 from ig_dist.terminal import run_app
+from ig_dist.training.ema import EMA
 
 
 def state(megabytes: int) -> dict[str, Piece]:

@@ -24,14 +24,14 @@ from ig_dist.config import Config
 from ig_dist.config_file import config_from_tree
 from ig_dist.data.index import IndexFile, LatentInfo, ShardInfo, Statistics, TokenizerInfo
 from ig_dist.data.stream import Batch
-from ig_dist.ema import EMA
-from ig_dist.metrics import model_flops_utilisation
 from ig_dist.models.dit import DiT, initialize
 from ig_dist.models.presets import forward_flops
-from ig_dist.objective import training_loss, training_task
 from ig_dist.parallel.build import build_engine
 from ig_dist.parallel.dist import Dist, init_distributed
 from ig_dist.terminal import console, run_app
+from ig_dist.training.ema import EMA
+from ig_dist.training.metrics import model_flops_utilisation
+from ig_dist.training.objective import training_loss, training_task
 
 
 def synthetic_info(channels: int, size: int, num_classes: int) -> IndexFile:

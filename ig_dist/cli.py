@@ -54,7 +54,7 @@ def train(
 
         return tell(loaded, gpus=gpus, mfu=mfu, peak_tflops=peak_tflops)
 
-    from ig_dist.trainer import train as run_training
+    from ig_dist.training.trainer import train as run_training
 
     run_training(loaded, force=force_config)
 
@@ -239,7 +239,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The HTML file; default: RUN/report.html.")] = None,
 ) -> None:
     """Write one HTML file of a run: curves, pictures, scores with their protocol, config."""
-    from ig_dist.report import write_report
+    from ig_dist.report.page import write_report
 
     console.print(f"written: {write_report(run, out)}")
 

@@ -12,14 +12,14 @@ import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ig_dist.beginning import checkpoint_store
-from ig_dist.checkpoint import Checkpoint
+from ig_dist.checkpoints.store import Checkpoint
 from ig_dist.config import Config
 from ig_dist.config_file import load_run
 from ig_dist.data.index import LatentInfo, ShardIndex, TokenizerInfo, read_index
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.models.dit import DiT, DiTConfig
 from ig_dist.parallel.dist import Dist
+from ig_dist.training.beginning import checkpoint_store
 
 WEIGHTS_NAME = "model.safetensors"
 INFO_NAME = "export.json"

@@ -32,7 +32,7 @@ from ig_dist.evaluation.sampling import sample_run
 from ig_dist.evaluation.scores import Reference, evaluate_samples, load_reference
 from ig_dist.export import export_run
 from ig_dist.terminal import console
-from ig_dist.trainer import train
+from ig_dist.training.trainer import train
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS, STEPS, EARLY = (0, 1), 600, 150

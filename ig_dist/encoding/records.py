@@ -23,7 +23,7 @@ from ig_dist.errors import ConfigError, DataError, IgDistError
 from ig_dist.storage.faults import Patience, unreadable
 from ig_dist.storage.files import list_sizes, open_url, read_file, write_whole
 from ig_dist.storage.urls import is_local
-from ig_dist.writes import create_file
+from ig_dist.storage.writes import create_file
 
 PARTS = "parts"
 REJECTED_NAME = "rejected.csv"

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ig_dist.checkpoint import Piece
+from ig_dist.checkpoints.store import Piece
 from ig_dist.config.training import OptimizerConfig
 from ig_dist.models.dit import DiT
-from ig_dist.optim import build_optimizer, steps_of
+from ig_dist.optim.optimizer import build_optimizer, steps_of
 from ig_dist.parallel.dist import Dist
 from ig_dist.parallel.engine import LoadedState, StepResult
 from ig_dist.parallel.orthogonalise import orthogonalise_replicas

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ig_dist.checkpoint import Piece
+from ig_dist.checkpoints.store import Piece
 from ig_dist.config.training import OptimizerConfig
 from ig_dist.models.dit import DiT
-from ig_dist.optim import MOMENTS, build_optimizer, moments_of, set_learning_rate, set_state, steps_of
+from ig_dist.optim.optimizer import MOMENTS, build_optimizer, moments_of, set_learning_rate, set_state, steps_of
 from ig_dist.parallel.dist import Dist, ensure_process_group
 from ig_dist.parallel.engine import LoadedState, StepResult
 from ig_dist.parallel.sharded import clip_and_gate, cut, norm_over_ranks, to_pieces

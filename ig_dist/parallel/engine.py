@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from ig_dist.checkpoint import Piece
+from ig_dist.checkpoints.store import Piece
 
 
 class StepResult(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from ig_dist.muon import orthogonalise_each, orthogonalised
+from ig_dist.optim.muon import orthogonalise_each, orthogonalised
 from ig_dist.parallel.dist import Dist
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ig_dist.checkpoint import Piece
-from ig_dist.optim import moment_names, moments_of, set_learning_rate, set_state
+from ig_dist.checkpoints.store import Piece
+from ig_dist.optim.optimizer import moment_names, moments_of, set_learning_rate, set_state
 from ig_dist.parallel.dist import Dist, sum_over_ranks
 from ig_dist.parallel.engine import LoadedState, StepResult
 

@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
-from ig_dist import trainer
-from ig_dist.checkpoint import CheckpointStore
+from ig_dist.checkpoints.saving import Saver
+from ig_dist.checkpoints.store import CheckpointStore
 from ig_dist.config_file import load_config
 from ig_dist.data.index import read_index
 from ig_dist.errors import NonFiniteError
 from ig_dist.models.dit import DiT, initialize
 from ig_dist.parallel.build import build_engine
 from ig_dist.parallel.dist import Dist, init_distributed, shut_down
-from ig_dist.saving import Saver
 from ig_dist.terminal import leave
+from ig_dist.training import trainer
 
 
 def reload(job: dict[str, Any], dist: Dist) -> None:

@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 
-from ig_dist import cli, trainer
+from ig_dist import cli
 from ig_dist.data.reader import ShardReader
 from ig_dist.data.stream import BatchStream
 from ig_dist.errors import DataError
+from ig_dist.training import trainer
 from launchers import local
 
 KIND = os.environ["FAULT"]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ig_dist.manifest import MANIFEST
+from ig_dist.checkpoints.manifest import MANIFEST
 
 KINDS = ("one", "all", "save")
 ENDS_S = 60.0  # in which the ranks that are left end by themselves

@@ -19,13 +19,13 @@ import pytest
 import torch
 import yaml
 
-from ig_dist.beginning import checkpoint_store, find_checkpoint
-from ig_dist.checkpoint import CheckpointStore
+from ig_dist.checkpoints.store import CheckpointStore
 from ig_dist.config_file import load_config
 from ig_dist.data.index import read_index
 from ig_dist.errors import ConfigError
 from ig_dist.export import ALONE
 from ig_dist.parallel.build import check_engine
+from ig_dist.training.beginning import checkpoint_store, find_checkpoint
 from tests.conftest import ROOT, TINY, run_command
 from tests.distributed.kills import carry_out, kills
 from tests.distributed.test_training import local, metrics

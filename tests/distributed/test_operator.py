@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ig_dist.config_file import load_config
 from ig_dist.data.index import read_index
 from ig_dist.export import ALONE
-from ig_dist.trainer import build_order
+from ig_dist.training.trainer import build_order
 from tests.conftest import run_command
 from tests.distributed.test_training import final_tensors, local, metrics
 

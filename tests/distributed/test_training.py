@@ -21,8 +21,8 @@ import torch
 from ig_dist.config_file import load_config
 from ig_dist.data.index import read_index
 from ig_dist.export import ALONE
-from ig_dist.goodput import read_goodput
-from ig_dist.trainer import build_order
+from ig_dist.training.goodput import read_goodput
+from ig_dist.training.trainer import build_order
 from tests.conftest import ROOT, run_command
 
 STEPS = 50

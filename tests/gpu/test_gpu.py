@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ig_dist.apex_adam import check_apex
 from ig_dist.config.training import OptimizerConfig
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT, DiTConfig, initialize
-from ig_dist.optim import build_optimizer, moments_of, set_state, steps_of
+from ig_dist.optim.apex_adam import check_apex
+from ig_dist.optim.optimizer import build_optimizer, moments_of, set_state, steps_of
 from ig_dist.parallel.apply import apply_compile, apply_precision
 from ig_dist.parallel.sharded import update
 from ig_dist.rng import Purpose, integers, normal, uniform

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from ig_dist import snapshot
-from ig_dist.checkpoint import Checkpoint, CheckpointStore, Piece
+from ig_dist.checkpoints import snapshot
+from ig_dist.checkpoints.saving import Saver
+from ig_dist.checkpoints.store import Checkpoint, CheckpointStore, Piece
 from ig_dist.errors import DataError
 from ig_dist.export import ALONE
-from ig_dist.saving import Saver
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import open_url
 from tests.conftest import ROOT, run_command

@@ -16,8 +16,8 @@ import webdataset
 
 from ig_dist.data.index import read_index
 from ig_dist.data.order import SampleOrder
-from ig_dist.meter import batch_fingerprint
 from ig_dist.storage.files import open_url
+from ig_dist.training.meter import batch_fingerprint
 from tests import imagenet_like
 from tests.autoencoders import save_vae
 from tests.conftest import ROOT, run_command

@@ -372,7 +372,7 @@ def test_a_node_that_computes_wrong_numbers_is_not_used_again(
 ) -> None:
     """After a requeue where the job needs as many nodes, else in the nodes that it has."""
     checkout, run = copied_checkout(tmp_path), tmp_path / "run"
-    module = checkout / "ig_dist/preflight.py"
+    module = checkout / "ig_dist/training/preflight.py"
     module.write_text(module.read_text().replace("import torch\n", f"import os\nimport torch\n{BROKEN}\n", 1))
     options = ["--nodes", nodes, "--tasks-per-node", 2, "--exclude-after", 1]
     submit(*options, "--config", write_config(tmp_path, digits_index), root=checkout)

@@ -12,10 +12,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from ig_dist.checkpoint import Checkpoint, CheckpointStore, Piece
+from ig_dist.checkpoints.saving import Saver
+from ig_dist.checkpoints.store import Checkpoint, CheckpointStore, Piece
 from ig_dist.errors import DataError
 from ig_dist.export import ALONE
-from ig_dist.saving import Saver
 
 TENSORS = {
     "model/a": torch.arange(12.0).view(3, 4),

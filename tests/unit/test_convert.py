@@ -12,12 +12,12 @@ import torch
 from safetensors import safe_open
 
 from ig_dist import rng
-from ig_dist.beginning import load_weights
 from ig_dist.convert import Conversion, convert_back, convert_published
 from ig_dist.errors import ConfigError
 from ig_dist.models.convert import FROM_NOISE, read_config, read_format, to_ours, to_published
 from ig_dist.models.dit import DiT, DiTConfig, initialize
 from ig_dist.models.presets import PRESETS
+from ig_dist.training.beginning import load_weights
 from tests.conftest import ROOT, run_command
 
 SIT = DiTConfig(

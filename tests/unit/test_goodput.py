@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ig_dist.goodput import NAME, Ledger, add_up, read_goodput
-from ig_dist.phases import Phases
+from ig_dist.training.goodput import NAME, Ledger, add_up, read_goodput
+from ig_dist.training.phases import Phases
 
 
 def line(began: float, from_step: int, at: int, **seconds: float) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from ig_dist.config_file import load_config
 from ig_dist.data.index import read_index
 from ig_dist.data.stream import Batch
 from ig_dist.export import ALONE
-from ig_dist.meter import Meter
 from ig_dist.models.dit import DiT
-from ig_dist.objective import open_reader, training_loss, training_task
 from ig_dist.parallel.engine import StepResult
-from ig_dist.phases import Phases
+from ig_dist.training.meter import Meter
+from ig_dist.training.objective import open_reader, training_loss, training_task
+from ig_dist.training.phases import Phases
 
 
 def test_a_recompile_is_counted_but_not_the_first_step_nor_validation(tiny_config: Callable[..., Path]) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from ig_dist.muon import Muon, orthogonalised
+from ig_dist.optim.muon import Muon, orthogonalised
 
 SHAPES = [(6, 10), (10, 6), (5, 5), (8, 3, 2, 2), (12, 1), (7,), (1,)]
 

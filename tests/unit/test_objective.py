@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ig_dist import trainer
-from ig_dist.checkpoint import CheckpointStore
+from ig_dist.checkpoints.store import CheckpointStore
 from ig_dist.config import Config
 from ig_dist.config.training import LossConfig
 from ig_dist.config_file import load_config
@@ -19,14 +18,16 @@ from ig_dist.data.index import read_index
 from ig_dist.data.stream import Batch
 from ig_dist.diffusion.loss import accelerated_target, head_difference, ig_loss
 from ig_dist.diffusion.path import dimension_shift
-from ig_dist.ema import EMA
 from ig_dist.errors import ConfigError
 from ig_dist.export import ALONE
 from ig_dist.models.dit import DiT, DiTOutput, initialize
-from ig_dist.objective import Task, ema_differences, training_loss, training_task, training_times
 from ig_dist.parallel.build import build_engine
-from ig_dist.phases import Phases
 from ig_dist.rng import Purpose, normal, uniform
+from ig_dist.training import trainer
+from ig_dist.training.ema import EMA
+from ig_dist.training.meter import Meter
+from ig_dist.training.objective import Task, ema_differences, training_loss, training_task, training_times
+from ig_dist.training.phases import Phases
 
 POSITIONS = torch.arange(20_000)
 SHAPE = (32, 16, 16)
@@ -173,7 +174,8 @@ def test_acceleration_in_a_step_is_the_formula(parts: Callable[..., Any], source
         )
         expected = (final - target).square().mean((1, 2, 3)), (aux - task.velocity).square().mean((1, 2, 3))
 
-    losses, _ = trainer._train_step(engine, ema, model, batch, config, index, 1e-9, 2, ALONE, Phases())
+    meter = Meter(config, model, ALONE, Phases())
+    losses, _ = trainer._train_step(engine, ema, model, batch, config, index, 1e-9, 2, ALONE, meter)
     torch.testing.assert_close(losses[1], expected[0])
     torch.testing.assert_close(losses[2], expected[1])
     torch.testing.assert_close(losses[0], expected[0] + 0.5 * expected[1])

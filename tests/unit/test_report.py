@@ -17,9 +17,9 @@ import pytest
 from ig_dist.config_file import config_from_tree, load_run, to_yaml
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT
-from ig_dist.report import write_report
-from ig_dist.report_plots import _thinned, curve_chart, heat_map, scale_chart, smooth
-from ig_dist.report_text import compact, duration, guidance_name, number, score
+from ig_dist.report.page import write_report
+from ig_dist.report.plots import _thinned, curve_chart, heat_map, scale_chart, smooth
+from ig_dist.report.text import compact, duration, guidance_name, number, score
 from tests.conftest import TINY, run_command
 
 HOSTILE = """x"><script>alert('1')</script>&amp;<img src="http://evil.example/x.png">"""

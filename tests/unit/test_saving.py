@@ -11,12 +11,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from ig_dist import saving, snapshot
-from ig_dist.checkpoint import Checkpoint, CheckpointStore, Piece
+from ig_dist.checkpoints import saving, snapshot
+from ig_dist.checkpoints.saving import Saver
+from ig_dist.checkpoints.snapshot import DTYPES, Snapshot
+from ig_dist.checkpoints.store import Checkpoint, CheckpointStore, Piece
 from ig_dist.errors import DataError
 from ig_dist.export import ALONE
-from ig_dist.saving import Saver
-from ig_dist.snapshot import DTYPES, Snapshot
 from tests.unit.test_checkpoint import data_file, folder, truncate
 from tests.unit.test_reader import file_size_limit
 

@@ -25,7 +25,7 @@ FORBIDDEN = {
         "fsspec",
     ],
     "ig_dist/diffusion": ["ig_dist.parallel", "ig_dist.data", "ig_dist.latents", "torch.distributed", "ig_dist.rng"],
-    "ig_dist/trainer.py": [
+    "ig_dist/training/trainer.py": [
         "submitit",
         "ig_dist.slurm",
         "ig_dist.jobs",
@@ -36,12 +36,12 @@ FORBIDDEN = {
         "ig_dist.evaluation",
         "ig_dist.diffusion.samplers",
     ],
-    "ig_dist/parallel": ["ig_dist.models.presets", "ig_dist.trainer", "ig_dist.evaluation"],
-    "ig_dist/evaluation": ["ig_dist.parallel", "ig_dist.trainer"],
-    "ig_dist/report.py": ["ig_dist.parallel", "ig_dist.trainer", "ig_dist.evaluation"],
+    "ig_dist/parallel": ["ig_dist.models.presets", "ig_dist.training.trainer", "ig_dist.evaluation"],
+    "ig_dist/evaluation": ["ig_dist.parallel", "ig_dist.training.trainer"],
+    "ig_dist/report/page.py": ["ig_dist.parallel", "ig_dist.training.trainer", "ig_dist.evaluation"],
     "ig_dist/data/sources": ["torch", "ig_dist.encoding"],
-    "ig_dist/encoding": ["ig_dist.parallel", "ig_dist.trainer", "ig_dist.evaluation", "ig_dist.models"],
-    "launchers": ["ig_dist.trainer", "ig_dist.models", "ig_dist.parallel", "torch"],
+    "ig_dist/encoding": ["ig_dist.parallel", "ig_dist.training.trainer", "ig_dist.evaluation", "ig_dist.models"],
+    "launchers": ["ig_dist.training.trainer", "ig_dist.models", "ig_dist.parallel", "torch"],
     "ig_dist": ["launchers", "data_prep", "deepspeed"],
 }
 ALLOWED = {"ig_dist/parallel/deepspeed.py": ["deepspeed"]}
@@ -85,7 +85,7 @@ def test_optional_packages_are_imported_where_they_are_used() -> None:
 def test_models_do_not_compile_and_the_trainer_knows_no_engine_class() -> None:
     for file in files("ig_dist/models"):
         assert "compile(" not in file.read_text()
-    trainer = (ROOT / "ig_dist/trainer.py").read_text()
+    trainer = (ROOT / "ig_dist/training/trainer.py").read_text()
     assert "isinstance(engine" not in trainer and "DDPEngine" not in trainer
 
 
@@ -137,7 +137,7 @@ def test_every_exit_code_is_in_the_operators_document() -> None:
 
 
 def test_every_phase_of_the_loop_is_in_the_operators_document() -> None:
-    entered = re.findall(r'phases\.enter\("([\w-]+)"', (ROOT / "ig_dist/trainer.py").read_text())
+    entered = re.findall(r'phases\.enter\("([\w-]+)"', (ROOT / "ig_dist/training/trainer.py").read_text())
     assert len(set(entered)) >= 10
     table = (ROOT / "docs/running.md").read_text().split("| phase |")[1].split("\n\n")[0]
     assert all(phase in table for phase in entered)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from ig_dist import objective
 from ig_dist.config import Config
 from ig_dist.config_file import load_config
 from ig_dist.data.index import SampleTable, ShardIndex, read_index, write_index
@@ -19,9 +18,10 @@ from ig_dist.data.reader import ShardReader
 from ig_dist.data.shards import pack_shard, scan_shard
 from ig_dist.export import ALONE
 from ig_dist.models.dit import DiTOutput
-from ig_dist.objective import VALIDATION_SEED, validation_loss
 from ig_dist.parallel.dist import StopFlag
 from ig_dist.rng import Purpose, normal
+from ig_dist.training import objective
+from ig_dist.training.objective import VALIDATION_SEED, validation_loss
 
 SHAPE = (4, 16, 16)
 SIZES = [5, 700, 900]  # the first is trained on

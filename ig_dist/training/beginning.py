@@ -7,7 +7,7 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 
-from ig_dist.checkpoint import Checkpoint, CheckpointStore
+from ig_dist.checkpoints.store import Checkpoint, CheckpointStore
 from ig_dist.config import Config
 from ig_dist.config_file import load_run
 from ig_dist.data.index import ShardIndex

@@ -11,13 +11,13 @@ from typing import Any
 import fsspec
 import torch
 
-from ig_dist.checkpoint import MANIFEST, CheckpointStore
+from ig_dist.checkpoints.store import MANIFEST, CheckpointStore
 from ig_dist.config import Config
 from ig_dist.convert import RECORD_NAME
 from ig_dist.data.index import IndexFile
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT, count_parameters
-from ig_dist.report_text import Facts, duration, number, plain
+from ig_dist.report.text import Facts, duration, number, plain
 
 Metrics = Sequence[Mapping[str, Any]]
 

@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from ig_dist.config import Config
 from ig_dist.data.index import ShardIndex
 from ig_dist.data.reader import ShardReader
-from ig_dist.ema import EMA
 from ig_dist.evaluation.generate import generate
 from ig_dist.evaluation.plan import Plan, make_plan
 from ig_dist.export import ModelInfo, model_info
 from ig_dist.latents.tokenizer import Tokenizer
 from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.models.dit import DiT
-from ig_dist.objective import validation_loss
 from ig_dist.parallel.dist import Dist, StopFlag
+from ig_dist.training.ema import EMA
+from ig_dist.training.objective import validation_loss
 
 COLUMNS = 10
 

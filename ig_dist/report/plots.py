@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ig_dist.report_text import number, score
+from ig_dist.report.text import number, score
 
 BOX = 1000
 COLORS = 6

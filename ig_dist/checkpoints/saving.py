@@ -19,17 +19,17 @@ from functools import partial
 from typing import Any
 
 from ig_dist.background import in_background
-from ig_dist.checkpoint import Checkpoint, CheckpointStore, Piece
+from ig_dist.checkpoints.manifest import MANIFEST, folder_name, make_manifest, sealed, unsealed
+from ig_dist.checkpoints.snapshot import Snapshot
+from ig_dist.checkpoints.store import Checkpoint, CheckpointStore, Piece
 from ig_dist.errors import DataError, IgDistError
-from ig_dist.manifest import MANIFEST, folder_name, make_manifest, sealed, unsealed
 from ig_dist.parallel.agreement import meet
 from ig_dist.parallel.dist import Dist, from_main
-from ig_dist.snapshot import Snapshot
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import list_sizes, read_file, write_whole
 from ig_dist.storage.urls import is_local
+from ig_dist.storage.writes import create_file, write_hashed
 from ig_dist.terminal import console
-from ig_dist.writes import create_file, write_hashed
 
 CLOSE_S = 5.0  # less than a launcher gives the other ranks when one has failed
 _LAST_WORD_S = 10.0  # how long a rank that failed tries to tell rank 0

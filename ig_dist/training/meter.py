@@ -16,14 +16,14 @@ from ig_dist.config import Config
 from ig_dist.data.reader import ShardReader
 from ig_dist.data.stream import Batch
 from ig_dist.errors import NonFiniteError
-from ig_dist.metrics import model_flops_utilisation
 from ig_dist.models.dit import DiT
 from ig_dist.models.presets import forward_flops
 from ig_dist.parallel.dist import Dist, gather_objects, max_over_ranks, sum_over_ranks
 from ig_dist.parallel.engine import StepResult
-from ig_dist.phases import Phases
-from ig_dist.stragglers import OwnWork, Watch, slowest
 from ig_dist.terminal import console
+from ig_dist.training.metrics import model_flops_utilisation
+from ig_dist.training.phases import Phases
+from ig_dist.training.stragglers import OwnWork, Watch, slowest
 
 MOST_SAMPLES = 64  # whose losses were not finite, in one line
 

@@ -24,13 +24,13 @@ from torch import Tensor
 from zlib_ng import zlib_ng
 
 from ig_dist.background import in_background
+from ig_dist.checkpoints.manifest import MANIFEST as MANIFEST
+from ig_dist.checkpoints.manifest import check_pieces, folder_name, inspect
+from ig_dist.checkpoints.snapshot import DTYPE_NAMES, SMALL_BYTES
+from ig_dist.checkpoints.snapshot import Piece as Piece
 from ig_dist.errors import ConfigError, DataError
-from ig_dist.manifest import MANIFEST as MANIFEST
-from ig_dist.manifest import check_pieces, folder_name, inspect
 from ig_dist.parallel.agreement import meet
 from ig_dist.parallel.dist import Dist, from_main
-from ig_dist.snapshot import DTYPE_NAMES, SMALL_BYTES
-from ig_dist.snapshot import Piece as Piece
 from ig_dist.storage.faults import Patience, retried
 from ig_dist.storage.files import REQUEST_BYTES, list_sizes, open_url, read_range
 from ig_dist.storage.s3 import abort_orphaned_uploads

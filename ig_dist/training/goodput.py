@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from ig_dist.phases import Phases
-from ig_dist.report_text import duration
+from ig_dist.report.text import duration
 from ig_dist.terminal import console
+from ig_dist.training.phases import Phases
 
 NAME = "goodput.jsonl"
 KINDS = {

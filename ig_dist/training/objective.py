@@ -21,7 +21,6 @@ from ig_dist.data.reader import Samples, ShardReader
 from ig_dist.data.stream import Batch
 from ig_dist.diffusion.loss import accelerated_target, head_difference, ig_loss
 from ig_dist.diffusion.path import Path, logit_normal, resolve_shift, shift_time
-from ig_dist.ema import EMA
 from ig_dist.errors import DataError, Ending
 from ig_dist.models.dit import DiTOutput
 from ig_dist.parallel.agreement import Awaited
@@ -29,6 +28,7 @@ from ig_dist.parallel.dist import Dist, StopFlag, sum_over_ranks
 from ig_dist.rng import Purpose, bernoulli, normal, uniform
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import REQUEST_BYTES
+from ig_dist.training.ema import EMA
 
 VALIDATION_SAMPLES = 4096
 VALIDATION_SEED = 0  # not the run's: the loss must be comparable over runs

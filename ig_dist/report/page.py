@@ -22,11 +22,11 @@ from ig_dist import __version__
 from ig_dist.config import Config
 from ig_dist.config_file import load_run
 from ig_dist.errors import ConfigError
-from ig_dist.goodput import KINDS, read_goodput
-from ig_dist.report_facts import read_conversion, run_facts
-from ig_dist.report_plots import SCALE_NAMES, Chart, best_row, curve_chart, heat_map, scale_chart, unguided
-from ig_dist.report_text import Facts, compact, duration, guidance_name, number, plain, score
+from ig_dist.report.facts import read_conversion, run_facts
+from ig_dist.report.plots import SCALE_NAMES, Chart, best_row, curve_chart, heat_map, scale_chart, unguided
+from ig_dist.report.text import Facts, compact, duration, guidance_name, number, plain, score
 from ig_dist.run_dir import CONFIG_NAME, replace_text
+from ig_dist.training.goodput import KINDS, read_goodput
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_SAMPLE_GRIDS = 8  # each is about 100 kB

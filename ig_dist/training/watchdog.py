@@ -26,8 +26,8 @@ from ig_dist.config import Config
 from ig_dist.errors import HangError
 from ig_dist.parallel.blame import blame
 from ig_dist.parallel.dist import Dist, from_main
-from ig_dist.phases import Now, Phases
 from ig_dist.storage.faults import Patience
+from ig_dist.training.phases import Now, Phases
 
 FIRST_TIMES = 3.0  # what compiles, loads or is done seldom may take that many times longer
 POLL_S = 2.0

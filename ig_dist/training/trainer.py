@@ -14,23 +14,17 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ig_dist.beginning import checkpoint_store, find_checkpoint, load_weights
-from ig_dist.checkpoint import Checkpoint, Piece
+from ig_dist.checkpoints.saving import Saver
+from ig_dist.checkpoints.store import Checkpoint, Piece
 from ig_dist.config import Config
 from ig_dist.data.index import ShardIndex, read_index
 from ig_dist.data.latents import check_latents
 from ig_dist.data.order import SampleOrder
 from ig_dist.data.stream import Batch, BatchStream, check_window_memory
-from ig_dist.ema import EMA
 from ig_dist.errors import ConfigError, DataError, Ending, Preempted
 from ig_dist.export import export_checkpoint
-from ig_dist.goodput import Ledger
-from ig_dist.meter import Meter
-from ig_dist.metrics import RunLog
 from ig_dist.models.dit import DiT, count_parameters, initialize
-from ig_dist.monitor import grid_tokenizer, sample_grid, validate
-from ig_dist.objective import ema_differences, open_reader, training_loss, training_task
-from ig_dist.optim import learning_rate
+from ig_dist.optim.optimizer import learning_rate
 from ig_dist.parallel.agreement import Awaited
 from ig_dist.parallel.build import build_engine, check_engine
 from ig_dist.parallel.dist import (
@@ -42,12 +36,18 @@ from ig_dist.parallel.dist import (
     shut_down,
 )
 from ig_dist.parallel.engine import Engine, StepResult
-from ig_dist.phases import Phases
-from ig_dist.preflight import preflight
 from ig_dist.run_dir import claim
-from ig_dist.saving import Saver
 from ig_dist.terminal import console
-from ig_dist.watchdog import longest_wait_s, watched
+from ig_dist.training.beginning import checkpoint_store, find_checkpoint, load_weights
+from ig_dist.training.ema import EMA
+from ig_dist.training.goodput import Ledger
+from ig_dist.training.meter import Meter
+from ig_dist.training.metrics import RunLog
+from ig_dist.training.monitor import grid_tokenizer, sample_grid, validate
+from ig_dist.training.objective import ema_differences, open_reader, training_loss, training_task
+from ig_dist.training.phases import Phases
+from ig_dist.training.preflight import preflight
+from ig_dist.training.watchdog import longest_wait_s, watched
 
 
 def train(config: Config, *, force: bool = False) -> None:

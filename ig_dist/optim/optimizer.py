@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from ig_dist.apex_adam import apex_adam
 from ig_dist.config.training import OptimizerConfig
-from ig_dist.muon import Muon, orthogonalise_each
+from ig_dist.optim.apex_adam import apex_adam
+from ig_dist.optim.muon import Muon, orthogonalise_each
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

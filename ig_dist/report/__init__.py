@@ -1,0 +1,1 @@
+"""The static HTML page of a run."""
