@@ -39,10 +39,9 @@ def main(folder: str, start: str) -> None:
         note(STOPPED)
         os._exit(0)
 
-    # The trainer puts its own handlers in their place. Until then nothing is lost, nor is it in jobs whose work is in
-    # units that are written whole.
-    for name in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(name, stop)
+    # The trainer puts its own handler in its place. Until then nothing is lost, nor is it in jobs whose work is in
+    # units that are written whole. SIGTERM is no such wish: srun sends it to the others when a rank has failed.
+    signal.signal(signal.SIGUSR2, stop)
     code = 1
     for command in Folder(Path(folder)).read().commands:
         code = run([part.replace(ACCUMULATION, os.environ["IG_DIST_ACCUMULATION"]) for part in command])

@@ -320,7 +320,10 @@ def test_cancel_leaves_no_process_and_resume_goes_on(
     print(f"from the command to the first step: {seconds:.1f} s")
     assert seconds < 30
     wait_until(lambda: last_step(run) >= 10, "no steps", run)
+    rank = rank_on(cluster, "node2")
+    os.kill(rank, signal.SIGSTOP)  # or it might be done before the next command asks
     refused = launch("--nodes", 2, "--config", config)
+    os.kill(rank, signal.SIGCONT)
     assert refused.returncode == 2 and f"in use by job {job} (RUNNING)" in refused.stderr
     assert refused.stderr.count("\n") == 1 and len(list(folders(run))) == 1
     done = launch("cancel", run)

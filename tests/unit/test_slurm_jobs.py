@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +20,7 @@ from ig_dist.slurm.rank import STOPPED
 from ig_dist.slurm.record import Folder, Submission, World
 from ig_dist.slurm.script import Request, complete
 from ig_dist.slurm.submit import worlds
-from ig_dist.slurm.verdict import Next, Verdict, decide, failures_in_a_row, judge, nodes_to_blame, what_next
+from ig_dist.slurm.verdict import Next, Verdict, decide, exit_codes, failures_in_a_row, judge, nodes_to_blame, what_next
 
 
 def config(streams: int = 256, batch: int = 256, accumulation: int = 1) -> Config:
@@ -29,6 +33,12 @@ def config(streams: int = 256, batch: int = 256, accumulation: int = 1) -> Confi
     )
 
 
+def submission(**changed: Any) -> Submission:
+    job = {"run": "", "cwd": "", "tasks_per_node": 2, "cpus_per_task": None, "signal_delay_s": 1, "options": {}}
+    worlds = {number: World(nodes=number, accumulation=1) for number in (2, 3)}
+    return Submission(**{"kind": "train", "commands": [], "worlds": worlds, "max_failures": 8, **job, **changed})
+
+
 def test_all_ranks_together_say_what_comes_next() -> None:
     assert judge({0: 0, 1: 0}, 0, "").next == "done"
     assert judge({0: STOPPED, 1: STOPPED}, 0, "")[:2] == ("requeue", STOPPED)
@@ -39,6 +49,25 @@ def test_all_ranks_together_say_what_comes_next() -> None:
     assert judge({0: 1, 1: None}, 137, "node2: task 1: Killed") == Verdict("failed", 1, "node2: task 1: Killed")
     assert judge({0: None, 1: None}, 137, "") == Verdict("failed", 137, "rank 0, 1 died")
     assert judge({0: 1, 1: 1}, 1, "") == Verdict("failed", 1, "exit code 1")
+
+
+@pytest.mark.parametrize(("number", "left"), [(signal.SIGUSR2, {0: STOPPED}), (signal.SIGTERM, {0: None})])
+def test_a_rank_that_srun_ends_was_not_asked_to_stop(tmp_path: Path, number: int, left: dict[int, int | None]) -> None:
+    """SIGTERM is what the others get when one has failed; taken for a wish, a failure would be tried for ever."""
+    script, ready = tmp_path / "job.py", tmp_path / "ready"
+    script.write_text(f"import pathlib, time\npathlib.Path({str(ready)!r}).touch()\ntime.sleep(60)")
+    Folder(tmp_path).write(submission(commands=[[str(script)]]))
+    ids = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "LOCAL_WORLD_SIZE": "1", "SLURMD_NODENAME": "a"}
+    rank = subprocess.Popen(
+        [sys.executable, "-m", "ig_dist.slurm.rank", str(tmp_path), "s"],
+        env={**os.environ, **ids, "IG_DIST_ACCUMULATION": "1"},
+    )
+    while not ready.exists():
+        assert rank.poll() is None
+        time.sleep(0.01)
+    rank.send_signal(number)
+    rank.wait(timeout=30)
+    assert exit_codes(tmp_path / "exits/s", 1) == left
 
 
 def test_failures_are_tried_again_in_place_and_elsewhere_and_not_for_ever() -> None:
@@ -77,23 +106,21 @@ def test_only_failures_without_progress_between_them_count(tmp_path: Path) -> No
 def test_a_node_that_is_to_blame_again_is_not_used() -> None:
     """In the nodes that are given, where they suffice without it; else after a requeue."""
     failed = Verdict("failed", 1, "node2: task 1: Killed")
-    job = {"run": "", "cwd": "", "tasks_per_node": 2, "cpus_per_task": None, "signal_delay_s": 1, "options": {}}
-    worlds = {number: World(nodes=number, accumulation=1) for number in (2, 3)}
-    submission = Submission(kind="train", commands=[], worlds=worlds, max_failures=8, **job)
+    job = submission()
     end = {"code": 1, "reason": failed.reason, "checkpoint": 0, "blame": ["node2"]}
     before = {"event": "end", "time": time.time() - 3600, "next": "again", **end}
     three = ["node1", "node2", "node3"]
-    assert what_next(failed, end, [], three, submission) == Next("again", 5.0, [])
-    assert what_next(failed, end, [before], three, submission) == Next("again", 0.0, ["node2"])
-    assert what_next(failed, end, [before], three[:2], submission) == Next("requeue", 0.0, ["node2"])
-    assert what_next(failed, {**end, "blame": ["node1"]}, [before], three, submission).new == []
-    assert what_next(failed, end, [{**before, "time": time.time() - 90_000}], three, submission).new == []
-    never = submission.model_copy(update={"exclude_after": 0})
+    assert what_next(failed, end, [], three, job) == Next("again", 5.0, [])
+    assert what_next(failed, end, [before], three, job) == Next("again", 0.0, ["node2"])
+    assert what_next(failed, end, [before], three[:2], job) == Next("requeue", 0.0, ["node2"])
+    assert what_next(failed, {**end, "blame": ["node1"]}, [before], three, job).new == []
+    assert what_next(failed, end, [{**before, "time": time.time() - 90_000}], three, job).new == []
+    never = job.model_copy(update={"exclude_after": 0})
     assert what_next(failed, end, [before], three, never) == Next("requeue", 10.0, [])
-    last = submission.model_copy(update={"max_failures": 1})
+    last = job.model_copy(update={"max_failures": 1})
     assert what_next(failed, end, [before], three, last) == Next("stop", 0.0, [])
     done = Verdict("done", 0, "done")
-    assert what_next(done, end, [before], three, submission) == Next("done", 0.0, [])
+    assert what_next(done, end, [before], three, job) == Next("done", 0.0, [])
 
     assert nodes_to_blame({3, 2}, "node3: task 4: Killed", three, 2) == ["node2"]  # the job knows better than srun
     assert nodes_to_blame((), "node3: task 4: Killed", three, 2) == ["node3"]
