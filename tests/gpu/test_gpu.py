@@ -14,6 +14,8 @@ from ig_dist.optim.optimizer import build_optimizer, moments_of, set_state, step
 from ig_dist.parallel.apply import apply_compile, apply_precision
 from ig_dist.parallel.sharded import update
 from ig_dist.rng import Purpose, integers, normal, uniform
+from ig_dist.training import preflight
+from ig_dist.training.stragglers import OwnWork
 from tests.conftest import run_command
 from tests.distributed.test_training import final_tensors, metrics
 
@@ -46,6 +48,17 @@ def test_blocks_compile_once() -> None:
     with torch.compiler.set_stance("fail_on_recompile"):
         for _ in range(3):
             model(*arguments).velocity.sum().backward()
+
+
+def test_the_trials_of_a_gpu_find_it_sound() -> None:
+    seconds, wrong = preflight._matmul(torch.device("cuda"))
+    assert not wrong
+    assert 2 * 4096**3 / seconds > 1e13  # well below any GPU that trains these models
+    own = OwnWork(torch.device("cuda"))
+    with own.timed():
+        torch.cuda._sleep(100_000_000)  # cycles
+    assert 0.01 < own.take() < 1
+    assert own.take() == 0
 
 
 def test_resume_is_exact(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
