@@ -265,6 +265,7 @@ def _tell(path: Path, submission: Any, watch: str, follow: bool) -> None:
 
 def _print_dry_run(request: Any, submission: Any, path: Path, check: Any) -> None:
     from ig_dist.slurm.batch import srun_command
+    from ig_dist.slurm.record import ACCUMULATION
     from ig_dist.slurm.script import batch_script
 
     name = f"{submission.kind}-{Path(submission.run).name}"
@@ -272,11 +273,12 @@ def _print_dry_run(request: Any, submission: Any, path: Path, check: Any) -> Non
     for nodes, world in submission.worlds.items():
         hosts = ["<node>"] * world.nodes
         ranks = world.nodes * submission.tasks_per_node
-        print(f"# on {nodes} node{'s' * (nodes > 1)}, {ranks} processes, each with {world.accumulation} micro-batches:")
+        print(f"# on {nodes} node{'s' * (nodes > 1)}, {ranks} processes:")
         text = " ".join(srun_command(path, submission, hosts, "<start>"))
         print("#   " + text.replace(",".join(hosts), f"<the first {world.nodes}>"))
-    for command in submission.commands:
-        print(f"# each process: python {' '.join(command)}")
+        for command in submission.commands:
+            arguments = " ".join(command).replace(ACCUMULATION, str(world.accumulation))
+            print(f"# each process: python {arguments}")
     try:
         check()
     except ConfigError as error:

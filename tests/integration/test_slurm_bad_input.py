@@ -166,6 +166,7 @@ def test_dry_run_prints_the_script_of_an_h100_cluster(tmp_path: Path) -> None:
     (started,) = (line for line in lines if line.startswith("#   srun"))
     for part in ("--nodes=8", "--ntasks=64", "--ntasks-per-node=8", "--cpus-per-task=12", "--kill-on-bad-exit=1"):
         assert part in started.split()
+    assert f"# each process: python -m ig_dist.cli train {folder}/config.yaml train.accumulation=1" in lines
     assert left(tmp_path) == before
 
 
