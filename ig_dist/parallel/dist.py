@@ -31,6 +31,7 @@ _PEER_IS_GONE = (
     "Broken pipe",
     "remote process exited or there was a network error",  # NCCL
 )
+_DEVICE_IS_BROKEN = ("uncorrectable", "hardware", "busy or unavailable", "no CUDA-capable device")
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def lost_peers_explained(dist: Dist) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo has no class of its own for it
-        if isinstance(error, torch.AcceleratorError):  # memory that went bad, a GPU that fell off the bus
+        if isinstance(error, torch.AcceleratorError) and any(sign in str(error) for sign in _DEVICE_IS_BROKEN):
             blame([dist.rank])
         if "Timed out waiting" in str(error):
             raise HangError("a collective timed out: a rank hangs; run the same command again to go on") from None

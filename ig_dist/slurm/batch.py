@@ -21,17 +21,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
 from ig_dist.errors import IgDistError
 from ig_dist.parallel.blame import blamed
-from ig_dist.slurm.commands import SlurmError, excluded, host_names, queued, slurm
+from ig_dist.slurm.commands import SlurmError, host_names, queued, slurm
 from ig_dist.slurm.rank import STOPPED
 from ig_dist.slurm.record import BLAME_NAME, Folder, Submission, World
-from ig_dist.slurm.verdict import bad_nodes, exit_codes, judge, nodes_to_blame, usable, what_next
+from ig_dist.slurm.verdict import bad_nodes, excluded, exit_codes, judge, nodes_to_blame, usable, what_next
 
 LOCK_WAIT_S = 600.0
 
@@ -74,11 +74,10 @@ def main(path: str) -> int:
             return 0
         if not _lock_is_free(submission.hold, signals):
             return 1
-        bad = bad_nodes(folder.events(task), submission.exclude_after)
         if signals.asked and not signals.ended:  # while nothing ran
             folder.add_event("end", task, code=STOPPED, reason="asked to stop", next="requeue")
-            return _requeue(0.0, signals, bad)
-        hosts = usable(given, bad, submission)
+            return _requeue(0.0, signals, excluded(folder.events(task), submission))
+        hosts = usable(given, bad_nodes(folder.events(task), submission.exclude_after), submission)
         world = submission.worlds[len(hosts)]
         _say_idle(hosts, world, submission)
         start = f"{os.environ['SLURM_JOB_ID']}-{time.time_ns()}"
@@ -90,10 +89,12 @@ def main(path: str) -> int:
                 return 128 + signal.SIGTERM
             reason = "time limit, before the ranks had saved"
             folder.add_event("end", task, code=None, reason=reason, next="requeue")
-            return _requeue(0.0, signals, bad)
+            return _requeue(0.0, signals, excluded(folder.events(task), submission))
         exits = folder.path / "exits" / start
         verdict = judge(exit_codes(exits, world.nodes * submission.tasks_per_node), srun_code, first_error)
-        blame = nodes_to_blame(blamed(exits / BLAME_NAME), first_error, hosts, submission.tasks_per_node)
+        blame = []
+        if verdict.next == "failed":
+            blame = nodes_to_blame(blamed(exits / BLAME_NAME), first_error, hosts, submission.tasks_per_node)
         shutil.rmtree(exits, ignore_errors=True)
         newest = _newest_checkpoint(folder) if verdict.next == "failed" else None
         end = {"code": verdict.code, "reason": verdict.reason, "checkpoint": newest, "blame": blame}
@@ -106,7 +107,7 @@ def main(path: str) -> int:
         if what.step in ("done", "stop"):
             return verdict.code
         if what.step == "requeue":
-            return _requeue(what.pause_s, signals, bad | set(what.new))
+            return _requeue(what.pause_s, signals, excluded(folder.events(task), submission))
         _sleep(what.pause_s, signals)
     return 128 + signal.SIGTERM
 
@@ -206,7 +207,7 @@ def _pass_on(stream: IO[str], first: list[str]) -> None:
             first.append(match[1].strip())
 
 
-def _requeue(pause: float, signals: Signals, bad: Collection[str]) -> int:
+def _requeue(pause: float, signals: Signals, exclude: str | None) -> int:
     """Requeue this job, to start no sooner than after ``pause`` seconds, elsewhere. SLURM then ends this process."""
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
@@ -221,22 +222,22 @@ def _requeue(pause: float, signals: Signals, bad: Collection[str]) -> int:
             if signals.ended or not wait:  # SLURM was faster, and requeues by itself
                 return 128 + signal.SIGTERM
             _sleep(wait, signals)
-    _change(job, pause, bad)
+    _change(job, pause, exclude)
     _sleep(30, signals)
     return STOPPED
 
 
-def _change(job: str, pause: float, bad: Collection[str]) -> None:
-    """Hold a job that waits back for ``pause`` seconds, and keep it from the bad nodes."""
+def _change(job: str, pause: float, exclude: str | None) -> None:
+    """Hold a job that waits back for ``pause`` seconds, and keep it from some nodes (None: as it was)."""
     changes = [f"starttime=now+{pause:.0f}"] if pause > 0 else []
-    try:
-        with _undisturbed():
-            if bad:
-                changes.append(f"excnodelist={','.join(sorted({*excluded(job), *bad}))}")
-            if changes:
-                slurm("scontrol", "update", f"jobid={job}", *changes)
-    except SlurmError as error:
-        print(f"requeued as it was, without {' '.join(changes)}: {error}", flush=True)
+    if exclude is not None:
+        changes.append(f"excnodelist={exclude}")
+    for change in changes:
+        try:
+            with _undisturbed():
+                slurm("scontrol", "update", f"jobid={job}", change)
+        except SlurmError as error:
+            print(f"requeued without {change}: {error}", flush=True)
 
 
 @contextlib.contextmanager

@@ -89,12 +89,6 @@ def host_names(nodes: str) -> list[str]:
     return slurm("scontrol", "show", "hostnames", nodes).split()
 
 
-def excluded(job: str) -> list[str]:
-    """The nodes that a job must not get."""
-    found = re.search(r"ExcNodeList=(\S+)", slurm("scontrol", "show", "job", job))
-    return host_names(found[1]) if found and found[1] != "(null)" else []
-
-
 class Partition(NamedTuple):
     """What the nodes of a partition have."""
 

@@ -118,7 +118,13 @@ class Folder:
         return events
 
     def _unseen_end(self, start: dict[str, Any], until: int, task: str) -> dict[str, Any]:
-        return {"event": "end", "code": None, "next": "requeue", "reason": self.why(start, until, task)}
+        return {
+            "event": "end",
+            "time": start["time"],
+            "code": None,
+            "next": "requeue",
+            "reason": self.why(start, until, task),
+        }
 
     def why(self, start: dict[str, Any], until: int | None = None, task: str = "") -> str:
         """Why a start came to an end that it did not see itself, in SLURM's words."""

@@ -51,6 +51,8 @@ def judge(codes: Mapping[int, int | None], srun_code: int, first_error: str) -> 
             return Verdict("stop", code, f"exit code {code} of rank {who[0]}, which trying again does not mend")
     if STOPPED in codes.values():
         return Verdict("requeue", STOPPED, "asked to stop, and saved")
+    if first_error.endswith("Terminated") and not any(codes.values()):  # a preemption's warning, which came too early
+        return Verdict("requeue", STOPPED, "ended by SLURM before it could save")
     dead = ", ".join(str(rank) for rank, code in codes.items() if code is None)
     code = max((code for code in codes.values() if code), default=srun_code or 1)
     return Verdict("failed", code, first_error or (f"rank {dead} died" if dead else f"exit code {code}"))
@@ -120,12 +122,12 @@ def failures_in_a_row(events: Sequence[Mapping[str, Any]], checkpoint: int | Non
 def nodes_to_blame(ranks: Iterable[int], first_error: str, hosts: Sequence[str], tasks_per_node: int) -> list[str]:
     """Where the ranks run that the job itself blames, or else the one that srun saw killed first.
 
-    Not the first one that exits by itself: with a bug that is any.
+    Not the first one that exits, aborts or faults by itself: with a bug that is any.
     """
     if named := {hosts[rank // tasks_per_node] for rank in ranks}:
         return sorted(named)
     host = first_error.partition(":")[0]
-    return [host] if host in hosts and "Exited with" not in first_error else []
+    return [host] if host in hosts and first_error.endswith(("Killed", "Bus error")) else []
 
 
 def bad_nodes(events: Iterable[Mapping[str, Any]], most: int) -> set[str]:
@@ -133,6 +135,14 @@ def bad_nodes(events: Iterable[Mapping[str, Any]], most: int) -> set[str]:
     newest = [event for event in events if event["event"] == "end" and event["time"] > time.time() - BLAME_S]
     counts = Counter(node for event in newest for node in event.get("blame", []))
     return {node for node, count in counts.items() if most and count >= most}
+
+
+def excluded(events: Sequence[Mapping[str, Any]], submission: Submission) -> str | None:
+    """The nodes that a requeued job must not get, those of `--exclude` too; None: nothing has changed that."""
+    if not any(event.get("blame") for event in events):
+        return None
+    typed = submission.options.get("exclude")
+    return ",".join([*([typed] if typed else []), *sorted(bad_nodes(events, submission.exclude_after))])
 
 
 def usable(given: Sequence[str], bad: Collection[str], submission: Submission) -> list[str]:

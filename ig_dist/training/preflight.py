@@ -5,11 +5,12 @@ One bad machine makes a whole job slow, wrong or stuck. Here it is named before 
 
 from __future__ import annotations
 
+import concurrent.futures
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as torch_dist
@@ -18,20 +19,20 @@ from ig_dist.background import in_background
 from ig_dist.config import Config
 from ig_dist.data.index import ShardIndex
 from ig_dist.data.reader import ShardReader
-from ig_dist.errors import DataError, NodeError
+from ig_dist.errors import DataError, IgDistError, LostPeerError, NodeError
 from ig_dist.parallel.agreement import meet
 from ig_dist.parallel.blame import blame
 from ig_dist.parallel.dist import Dist, StopFlag, gather_objects, sum_over_ranks
 from ig_dist.storage.faults import Patience
 from ig_dist.terminal import console
 
+T = TypeVar("T")
+
 ROUNDS = 3  # the best one counts: of a short work the others tell more of what else the machine does
 READ_S = 60.0
 SLOW = 0.5
-WORKS = {"matmul": 0.0, "link": 1e-3, "read": 0.5}
+WORKS = {"matmul": 5e-3, "link": 1e-3, "read": 0.5}
 """What is timed, and seconds below which it is never called slow."""
-
-WRONG_SUM = "a sum over all ranks is wrong"  # by whose fault, the sum does not say
 
 
 class Findings(NamedTuple):
@@ -43,6 +44,8 @@ class Findings(NamedTuple):
     read: float
     wrong: str
     """What it does wrong; empty: nothing."""
+    damaged: str
+    """What comes to it damaged, by whose fault that does not say; empty: nothing."""
     unread: str
     """Why it cannot read; empty: it can."""
 
@@ -59,43 +62,72 @@ def preflight(index: ShardIndex, config: Config, dist: Dist, stop_flag: StopFlag
     if dist.world_size == 1 or not config.train.preflight:
         return
     matmul, wrong = _matmul(dist.device)
-    link, lost = _links(dist)
+    link, damaged = _links(dist)
     read, unread = _storage(index, config, dist, stop_flag, beat)
     if any(gather_objects(stop_flag.asked, dist)):
         return
     everyone: list[Findings] = gather_objects(
-        Findings(f"rank {dist.rank} on {dist.host}", matmul, link, read, wrong or lost, unread), dist
+        Findings(f"rank {dist.rank} on {dist.host}", matmul, link, read, wrong, damaged, unread), dist
     )
     slow = slow_ranks(everyone, max(SLOW, config.train.preflight_min_speed))
     if dist.is_main:
         console.print(summary(everyone), markup=False)
         for rank, what in slow.items():
             console.print(f"slow: {everyone[rank].place}: {what}", markup=False)
-    bad = troubles(everyone)
-    if config.train.preflight_min_speed:
-        bad = slow_ranks(everyone, config.train.preflight_min_speed) | bad
-    if bad:
-        if dist.is_main:
-            blame(rank for rank, what in bad.items() if what != WRONG_SUM)
-        named = "; ".join(f"{everyone[rank].place}: {what}" for rank, what in bad.items())
-        raise NodeError(f"{named}: mend that machine, or start without it (launchers/slurm.py --exclude)")
+    late: dict[int, str] = {}
+    if config.train.preflight_min_speed:  # not for a link: it slows the ranks on both of its sides
+        late = slow_ranks(everyone, config.train.preflight_min_speed, ("matmul", "read"))
+    broken = {rank: one.wrong for rank, one in enumerate(everyone) if one.wrong}
+    guilty = late | minority([one.unread for one in everyone]) | broken
+    bad = {rank: one.damaged for rank, one in enumerate(everyone) if one.damaged} | guilty
+    _end_where_bad([one.place for one in everyone], bad, guilty, dist)
 
 
-def troubles(everyone: Sequence[Findings]) -> dict[int, str]:
-    """Ranks that do something wrong, or cannot read what others can: what nobody can is no machine's fault."""
-    wrong = {rank: one.wrong for rank, one in enumerate(everyone) if one.wrong}
-    unread = {rank: one.unread for rank, one in enumerate(everyone) if one.unread}
-    return dict(sorted(((unread if len(unread) < len(everyone) else {}) | wrong).items()))
+def read_everywhere(read: Callable[[], T], dist: Dist) -> T:
+    """What every rank reads. COLLECTIVE.
+
+    Raises:
+        NodeError: some cannot, but others can.
+        IgDistError: this rank's own error, where it is not that of a few.
+    """
+    try:
+        result, error = read(), None
+    except IgDistError as problem:
+        result, error = None, problem
+    places, errors = zip(*gather_objects((f"rank {dist.rank} on {dist.host}", str(error or "")), dist), strict=True)
+    bad = minority([error and f"cannot read the data ({error})" for error in errors])
+    _end_where_bad(places, bad, bad, dist)
+    if error is not None:
+        raise error
+    if any(errors):
+        raise LostPeerError("other processes cannot read the data; their messages say why")
+    return cast("T", result)
 
 
-def slow_ranks(everyone: Sequence[Findings], least: float) -> dict[int, str]:
+def _end_where_bad(places: Sequence[str], bad: dict[int, str], guilty: Iterable[int], dist: Dist) -> None:
+    """Raise NodeError if there are bad ranks; the launcher hears of the guilty ones."""
+    if not bad:
+        return
+    if dist.is_main:
+        blame(guilty)
+    named = "; ".join(f"{places[rank]}: {what}" for rank, what in sorted(bad.items()))
+    raise NodeError(f"{named}: mend that machine, or start without it (launchers/slurm.py --exclude)")
+
+
+def minority(problems: Sequence[str]) -> dict[int, str]:
+    """The ranks with a problem, if at least as many have none: what most cannot do is no machine's fault."""
+    found = {rank: problem for rank, problem in enumerate(problems) if problem}
+    return found if 2 * len(found) <= len(problems) else {}
+
+
+def slow_ranks(everyone: Sequence[Findings], least: float, works: Iterable[str] = tuple(WORKS)) -> dict[int, str]:
     """Ranks with less than this share of the median rank's speed in something, and in what."""
     found: dict[int, str] = {}
-    for what, enough in WORKS.items():
+    for what in works:
         middle = statistics.median_low(getattr(one, what) for one in everyone)
         for rank, one in enumerate(everyone):
             seconds = getattr(one, what)
-            if seconds * least > middle and seconds > enough:
+            if seconds * least > middle and seconds > WORKS[what]:
                 found.setdefault(rank, f"{what} at {middle / seconds:.2f} of the median rank's speed")
     return dict(sorted(found.items()))
 
@@ -114,12 +146,12 @@ def summary(everyone: Sequence[Findings]) -> str:
 
 
 def _matmul(device: torch.device) -> tuple[float, str]:
-    """Seconds of a product, and whether it is wrong.
+    """Seconds of some products, and whether they are wrong.
 
     The entries are -1, 0 and 1, few enough of them that all sums are exact in bf16. The product is compared by what
     it does to a vector of integers (Freivalds 1977), in fp64, where that is exact too.
     """
-    size, count, dtype = (4096, 20, torch.bfloat16) if device.type == "cuda" else (512, 1, torch.float32)
+    size, count, dtype = (4096, 100, torch.bfloat16) if device.type == "cuda" else (512, 4, torch.float32)
     generator = torch.Generator(device).manual_seed(0)
     draw = torch.randint(8, (2, size, size), device=device, dtype=torch.int8, generator=generator)
     a, b = (draw == 0).to(dtype) - (draw == 1).to(dtype)
@@ -130,7 +162,7 @@ def _matmul(device: torch.device) -> tuple[float, str]:
         for _ in range(count):
             torch.mm(a, b, out=product)
 
-    seconds = _best(work, device) / count
+    seconds = _best(work, device)
     right = torch.equal(product.double() @ vector, a.double() @ (b.double() @ vector))
     return seconds, "" if right else "a matrix product is wrong"
 
@@ -158,7 +190,7 @@ def _links(dist: Dist) -> tuple[float, str]:
 
     seconds = _best(work, dist.device, together)
     if not bool((total == dist.world_size * (dist.world_size + 1) / 2).all()):
-        return seconds, WRONG_SUM
+        return seconds, "a sum over all ranks is wrong"
     return seconds, "" if bool((theirs == here).all()) else f"what rank {here} sent comes damaged"
 
 
@@ -174,7 +206,12 @@ def _storage(
     def read() -> None:
         nonlocal seconds
         began = time.perf_counter()
-        reader.read(0, 0, 1)
+        reading = in_background(lambda: reader.read(0, 0, 1))
+        while not concurrent.futures.wait([reading], timeout=0.2).done:
+            seconds = time.perf_counter() - began
+            if patience.stop.is_set() or seconds > 2 * deadline_s:  # a mount that hangs knows no deadline
+                raise DataError(f"a read does not return within {seconds:.0f} s")
+        reading.result()
         seconds = time.perf_counter() - began
 
     def wait() -> None:
@@ -187,7 +224,7 @@ def _storage(
     error = work.exception()
     if error is None:
         return seconds, ""
-    if not isinstance(error, DataError | OSError):
+    if not isinstance(error, IgDistError | OSError):
         raise error
     return seconds, f"cannot read the data ({error})"
 

@@ -46,7 +46,7 @@ from ig_dist.training.metrics import RunLog
 from ig_dist.training.monitor import grid_tokenizer, sample_grid, validate
 from ig_dist.training.objective import ema_differences, open_reader, training_loss, training_task
 from ig_dist.training.phases import Phases
-from ig_dist.training.preflight import preflight
+from ig_dist.training.preflight import preflight, read_everywhere
 from ig_dist.training.watchdog import longest_wait_s, watched
 
 
@@ -71,7 +71,7 @@ def train(config: Config, *, force: bool = False) -> None:
         cleanup.callback(shut_down)
         cleanup.enter_context(lost_peers_explained(dist))
         check_engine(config)
-        index = read_index(config.data.index)
+        index = read_everywhere(partial(read_index, config.data.index), dist)
         config = config.with_data(index.info.latent.shape, len(index.info.classes))
         if config.log.sample_every_steps:
             grid_tokenizer(index, config, dist.device)  # one that is missing ends the run now, not at the first grid

@@ -175,9 +175,9 @@ class Watchdog:
         return any(word.count < mine and word.left_s > 0 and not self._silent(at) for word, at in heard)
 
     def _behind(self) -> tuple[str, list[int]]:
-        """Who is to blame: in words, and as ranks."""
+        """Who is to blame: in words, and as ranks where that is sure: it may be this one that nothing reaches."""
         if self._dist.world_size > 1 and self._silent(self._answered):
-            return "; behind: rank 0 or its machine, whose store does not answer", [0]
+            return "; behind: rank 0 or its machine, whose store does not answer", []
         words = {rank: word for rank, (word, _) in self._heard.items()} | {self._dist.rank: self._word}
         least = min(word.count for word in words.values())
         named = {}

@@ -11,7 +11,8 @@
 | ``late`` | waits ``FAULT_S`` seconds for its data before |
 | ``slow`` | takes ``FAULT_S`` seconds longer |
 
-and of the trials before the first step ``miscounts``, ``drags`` (by ``FAULT_S`` a product) and ``unreadable``.
+and of the trials before the first step ``miscounts``, ``drags`` (by ``FAULT_S`` a product), ``unreadable`` (the shards)
+and ``unmounted`` (the index too).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 
 from ig_dist import cli
+from ig_dist.data.index import ShardIndex
 from ig_dist.data.reader import ShardReader
 from ig_dist.data.stream import BatchStream
 from ig_dist.errors import DataError
@@ -69,6 +71,10 @@ def faulty_product(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor | None
     return out.add_(out == out.max()) if KIND == "miscounts" else out
 
 
+def unmounted(url: str) -> ShardIndex:
+    raise DataError(f"{url}/index.json cannot be read")
+
+
 def unreadable(self: ShardReader, *arguments: Any, **named: Any) -> Any:
     raise DataError(f"{self._path}/shard-00000.tar cannot be read (Input/output error)")
 
@@ -94,6 +100,8 @@ if __name__ == "__main__":
         BatchStream.close = lambda self: time.sleep(3600)  # type: ignore[method-assign]
     if MINE and KIND in ("miscounts", "drags"):
         torch.mm = faulty_product  # type: ignore[assignment]
+    if MINE and KIND == "unmounted":
+        trainer.read_index = unmounted
     if MINE and KIND == "unreadable":
         ShardReader.read = unreadable  # type: ignore[method-assign]
     cli.main()

@@ -20,6 +20,7 @@ NODE = {"IG_DIST_NODE": "gpu07"}
     [
         ("miscounts", "a matrix product is wrong"),
         ("unreadable", r"cannot read the data \(.*Input/output error\)\)"),
+        ("unmounted", r"cannot read the data \(.*index.json cannot be read\)"),
         ("drags", r"matmul at 0\.\d\d of the median rank's speed"),
     ],
 )
@@ -28,7 +29,7 @@ def test_a_rank_that_fails_before_the_first_step_is_named(
 ) -> None:
     config = tiny_config(fault, train={"preflight_min_speed": 0.3} if fault == "drags" else {})
     file = tmp_path / "blame"
-    done = faulty(config, fault, rank=1, steps="0", FAULT_S="1", **NODE, **{VARIABLE: str(file)})
+    done = faulty(config, fault, rank=1, steps="0", FAULT_S="0.1", **NODE, **{VARIABLE: str(file)})
     assert done.returncode == 6, done.stderr
     assert re.fullmatch(rf"error: rank 1 on gpu07: {words}: mend that machine, or .*\n", done.stderr), done.stderr
     assert blamed(file) == {1}
@@ -37,11 +38,11 @@ def test_a_rank_that_fails_before_the_first_step_is_named(
 
 def test_a_slow_rank_is_named_and_the_run_goes_on(tiny_config: Write, tmp_path: Path) -> None:
     config = tiny_config("drags", train={"steps": 2})
-    done = faulty(config, "drags", rank=0, steps="0", FAULT_S="1", **NODE)
+    done = faulty(config, "drags", rank=0, steps="0", FAULT_S="0.1", **NODE)
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("pre-flight of 2 ranks: ")]
-    assert re.search(r"matmul [\d.]+ ms \(slowest 1\d\d\d\.\d+, rank 0 on gpu07\), link .* read ", line)
-    assert re.search(r"^slow: rank 0 on gpu07: matmul at 0\.0\d of the median rank's speed$", done.stdout, re.M)
+    assert re.search(r"matmul [\d.]+ ms \(slowest [4-9]\d\d\.\d+, rank 0 on gpu07\), link .* read ", line)
+    assert re.search(r"^slow: rank 0 on gpu07: matmul at 0\.\d\d of the median rank's speed$", done.stdout, re.M)
 
 
 def test_preflight_can_be_left_out(tiny_config: Write) -> None:
@@ -52,12 +53,14 @@ def test_preflight_can_be_left_out(tiny_config: Write) -> None:
 
 @pytest.mark.parametrize("engine", ["ddp", "deepspeed"])
 def test_a_straggler_is_named_once_from_the_times_of_its_steps(tiny_config: Write, tmp_path: Path, engine: str) -> None:
-    config = tiny_config(engine, train={"steps": 12}, engine={"kind": engine}, log={"every_steps": 2})
-    done = faulty(config, "slow", rank=1, steps=",".join(map(str, range(3, 13))), FAULT_S="0.4", **NODE)
+    config = tiny_config(
+        engine, train={"steps": 12, "preflight": False}, engine={"kind": engine}, log={"every_steps": 2}
+    )
+    done = faulty(config, "slow", rank=1, steps=",".join(map(str, range(1, 13))), FAULT_S="0.4", **NODE)
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stdout.splitlines() if line.startswith("slow: ")]
     assert len(said) == 1 and "rank 1 on gpu07 takes " in said[0], done.stdout
-    lines = [line for line in metrics(tmp_path / "runs" / engine) if line["step"] > 2]
+    lines = metrics(tmp_path / "runs" / engine)
     assert all(line["slowest_rank"] == 1 and line["slowest_rank_ratio"] > 3 for line in lines)
     before = done.stdout[: done.stdout.index("slow: ")]
-    assert re.findall(r"^step (\d+)/", before, re.M)[-1] == "4"  # it was slow at the lines of steps 4 and 6
+    assert re.findall(r"^step (\d+)/", before, re.M)[-1] == "2"  # while the second line is made

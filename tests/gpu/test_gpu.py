@@ -53,7 +53,7 @@ def test_blocks_compile_once() -> None:
 def test_the_trials_of_a_gpu_find_it_sound() -> None:
     seconds, wrong = preflight._matmul(torch.device("cuda"))
     assert not wrong
-    assert 2 * 4096**3 / seconds > 1e13  # well below any GPU that trains these models
+    assert 100 * 2 * 4096**3 / seconds > 1e13  # well below any GPU that trains these models
     own = OwnWork(torch.device("cuda"))
     with own.timed():
         torch.cuda._sleep(100_000_000)  # cycles

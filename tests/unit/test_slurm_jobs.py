@@ -20,7 +20,18 @@ from ig_dist.slurm.rank import STOPPED
 from ig_dist.slurm.record import Folder, Submission, World
 from ig_dist.slurm.script import Request, complete
 from ig_dist.slurm.submit import worlds
-from ig_dist.slurm.verdict import Next, Verdict, decide, exit_codes, failures_in_a_row, judge, nodes_to_blame, what_next
+from ig_dist.slurm.verdict import (
+    Next,
+    Verdict,
+    bad_nodes,
+    decide,
+    excluded,
+    exit_codes,
+    failures_in_a_row,
+    judge,
+    nodes_to_blame,
+    what_next,
+)
 
 
 def config(streams: int = 256, batch: int = 256, accumulation: int = 1) -> Config:
@@ -48,6 +59,9 @@ def test_all_ranks_together_say_what_comes_next() -> None:
         assert judge({0: 1, 1: code, 2: None}, 143, "node2: task 2: Killed")[:2] == ("stop", code)
     assert judge({0: 1, 1: None}, 137, "node2: task 1: Killed") == Verdict("failed", 1, "node2: task 1: Killed")
     assert judge({0: None, 1: None}, 137, "") == Verdict("failed", 137, "rank 0, 1 died")
+    # a preemption's warning that came before there was anything to save; not a failure of that node
+    assert judge({0: None, 1: None}, 143, "node1: tasks 0-1: Terminated")[:2] == ("requeue", STOPPED)
+    assert judge({0: 1, 1: None}, 143, "node1: task 1: Terminated").next == "failed"
     assert judge({0: 1, 1: 1}, 1, "") == Verdict("failed", 1, "exit code 1")
 
 
@@ -101,6 +115,7 @@ def test_only_failures_without_progress_between_them_count(tmp_path: Path) -> No
     folder.add_event("start", nodes=["a"], log=0)  # a node died
     folder.add_event("start", nodes=["a"], log=0)
     assert failures(200) == 0
+    assert bad_nodes(folder.events(), 1) == set()  # an end that nobody saw is nobody's fault
 
 
 def test_a_node_that_is_to_blame_again_is_not_used() -> None:
@@ -124,7 +139,15 @@ def test_a_node_that_is_to_blame_again_is_not_used() -> None:
 
     assert nodes_to_blame({3, 2}, "node3: task 4: Killed", three, 2) == ["node2"]  # the job knows better than srun
     assert nodes_to_blame((), "node3: task 4: Killed", three, 2) == ["node3"]
-    assert nodes_to_blame((), "node3: tasks 4-5: Exited with exit code 1", three, 2) == []  # a bug, anywhere
+    for bug in ("Exited with exit code 1", "Aborted", "Segmentation fault"):  # it may come anywhere
+        assert nodes_to_blame((), f"node3: tasks 4-5: {bug}", three, 2) == []
+
+    assert excluded([{"event": "end", "time": 0.0, "blame": []}], job) is None
+    assert excluded([before, before], job) == "node2"
+    typed = submission(options={"exclude": "node[7-9]"})
+    assert excluded([before, before], typed) == "node[7-9],node2"
+    assert excluded([before], typed) == "node[7-9]"
+    assert excluded([{**before, "time": 0.0}] * 2, job) == ""  # long ago: it may come back
     assert nodes_to_blame((), "", three, 2) == nodes_to_blame((), "Unable to create step", three, 2) == []
 
 
