@@ -6,7 +6,7 @@ SLURM signals it ``--signal-delay`` seconds before the time limit, and it passes
 were asked to stop save and leave exit code 75, and the job is requeued. A rank that died is not SLURM's business (it
 would only fail the job): the ranks are started again on the same nodes, and if they die again without a new checkpoint
 between, the job is requeued, with growing pauses and a bound. A failure that would come again is left alone. A node
-that is to blame for several failures is not used again.
+that is to blame for several failures is avoided.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ig_dist.errors import IgDistError
 from ig_dist.parallel.blame import blamed
 from ig_dist.slurm.commands import SlurmError, host_names, queued, slurm
 from ig_dist.slurm.rank import STOPPED
-from ig_dist.slurm.record import BLAME_NAME, Folder, Submission, World
+from ig_dist.slurm.record import BLAME_NAME, SCRIPT_NAME, Folder, Submission, World
 from ig_dist.slurm.verdict import bad_nodes, excluded, exit_codes, judge, nodes_to_blame, usable, what_next
 
 LOCK_WAIT_S = 600.0
@@ -76,7 +76,7 @@ def main(path: str) -> int:
             return 1
         if signals.asked and not signals.ended:  # while nothing ran
             folder.add_event("end", task, code=STOPPED, reason="asked to stop", next="requeue")
-            return _requeue(0.0, signals, excluded(folder.events(task), submission))
+            return _requeue(0.0, signals, _exclusion(folder, task, submission))
         hosts = usable(given, bad_nodes(folder.events(task), submission.exclude_after), submission)
         world = submission.worlds[len(hosts)]
         _say_idle(hosts, world, submission)
@@ -89,7 +89,7 @@ def main(path: str) -> int:
                 return 128 + signal.SIGTERM
             reason = "time limit, before the ranks had saved"
             folder.add_event("end", task, code=None, reason=reason, next="requeue")
-            return _requeue(0.0, signals, excluded(folder.events(task), submission))
+            return _requeue(0.0, signals, _exclusion(folder, task, submission))
         exits = folder.path / "exits" / start
         verdict = judge(exit_codes(exits, world.nodes * submission.tasks_per_node), srun_code, first_error)
         blame = []
@@ -101,13 +101,15 @@ def main(path: str) -> int:
         what = what_next(verdict, end, folder.events(task), given, submission)
         folder.add_event("end", task, **end, next=what.step)
         if what.new:
-            print(f"not used again: {', '.join(what.new)} (--exclude-after {submission.exclude_after})", flush=True)
+            print(
+                f"avoided from now on: {', '.join(what.new)} (--exclude-after {submission.exclude_after})", flush=True
+            )
         pause = f" in {what.pause_s:.0f} s" if what.pause_s else ""
         print(f"{verdict.reason}: {_SAID[what.step]}{pause}", flush=True)
         if what.step in ("done", "stop"):
             return verdict.code
         if what.step == "requeue":
-            return _requeue(what.pause_s, signals, excluded(folder.events(task), submission))
+            return _requeue(what.pause_s, signals, _exclusion(folder, task, submission))
         _sleep(what.pause_s, signals)
     return 128 + signal.SIGTERM
 
@@ -225,6 +227,18 @@ def _requeue(pause: float, signals: Signals, exclude: str | None) -> int:
     _change(job, pause, exclude)
     _sleep(30, signals)
     return STOPPED
+
+
+def _exclusion(folder: Folder, task: str, submission: Submission) -> str | None:
+    """The nodes that the job must not get from now on; None: as it was, for SLURM has too few others."""
+    nodes = excluded(folder.events(task), submission)
+    if nodes:
+        try:
+            slurm("sbatch", "--test-only", f"--exclude={nodes}", str(folder.path / SCRIPT_NAME))
+        except SlurmError as error:
+            print(f"{nodes} may be used again, there are too few others: {error}", flush=True)
+            return None
+    return nodes
 
 
 def _change(job: str, pause: float, exclude: str | None) -> None:

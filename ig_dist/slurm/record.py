@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-JOB_NAME, ID_NAME, CANCELLED_NAME, BLAME_NAME = "job.json", "id", "cancelled", "blame"
+JOB_NAME, SCRIPT_NAME, ID_NAME, CANCELLED_NAME, BLAME_NAME = "job.json", "batch.sh", "id", "cancelled", "blame"
 ACCUMULATION = "{accumulation}"  # in a command: that of the world at hand
 Kind = Literal["train", "encode", "sample", "sweep", "merge"]
 

@@ -20,7 +20,7 @@ from ig_dist.jobs import SOURCE
 from ig_dist.parallel.build import check_engine
 from ig_dist.run_dir import changed_keys
 from ig_dist.slurm.commands import SlurmError, queued, slurm
-from ig_dist.slurm.record import Folder, Submission, World, folders
+from ig_dist.slurm.record import SCRIPT_NAME, Folder, Submission, World, folders
 from ig_dist.slurm.script import Request, batch_script
 
 # what SLURM's refusals are about, and the option that says it
@@ -153,7 +153,7 @@ def submit(
         folder.write(submission)
         if config is not None:
             (path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        script = path / "batch.sh"
+        script = path / SCRIPT_NAME
         script.write_text(batch_script(request, submission, path, name=name, after=after), encoding="utf-8")
         for check in (["--test-only"], ["--parsable"]):
             answer = slurm("sbatch", *check, str(script))

@@ -21,6 +21,7 @@ CANCEL_S = 120.0
 SHOWN_STARTS = 12
 # why a job waits for ever, and what to do
 STUCK = {
+    "BadConstraints": "too few nodes fit: cancel, and submit with fewer --nodes, or without what limits them",
     "launch failed requeued held": "a node could not start it: scontrol release {id}",
     "JobHeldUser": "held: scontrol release {id}",
     "JobHeldAdmin": "held by an administrator",
@@ -77,7 +78,7 @@ def _show_history(folder: Folder, submission: Submission, task: str, active: boo
     name = f"task {task}: " if task else ""
     console.print(f"  {name}{len(starts)} start{'s' * (len(starts) > 1)}, {len(starts) - 1} restarts", markup=False)
     if bad := bad_nodes(folder.events(task), submission.exclude_after):
-        console.print(f"    not used again today: {', '.join(sorted(bad))}", markup=False)
+        console.print(f"    avoided today: {', '.join(sorted(bad))}", markup=False)
     for number, start in list(enumerate(starts))[-SHOWN_STARTS:]:
         began = datetime.fromtimestamp(start["time"]).strftime("%Y-%m-%d %H:%M:%S")
         nodes, end = start["nodes"], start["end"]

@@ -369,14 +369,18 @@ if os.environ.get("IG_DIST_NODE") == "node1":
 """
 
 
+def break_node(checkout: Path) -> None:
+    module = checkout / "ig_dist/training/preflight.py"
+    module.write_text(module.read_text().replace("import torch\n", f"import os\nimport torch\n{BROKEN}\n", 1))
+
+
 @pytest.mark.parametrize("nodes", ["1", pytest.param("1-2", marks=pytest.mark.full)])
 def test_a_node_that_computes_wrong_numbers_is_not_used_again(
     cluster: SlurmCluster, uninterrupted: Callable[[int], Path], tmp_path: Path, digits_index: Path, nodes: str
 ) -> None:
     """After a requeue where the job needs as many nodes, else in the nodes that it has."""
     checkout, run = copied_checkout(tmp_path), tmp_path / "run"
-    module = checkout / "ig_dist/training/preflight.py"
-    module.write_text(module.read_text().replace("import torch\n", f"import os\nimport torch\n{BROKEN}\n", 1))
+    break_node(checkout)
     options = ["--nodes", nodes, "--tasks-per-node", 2, "--exclude-after", 1]
     submit(*options, "--config", write_config(tmp_path, digits_index), root=checkout)
     wait_for_end(run)
@@ -385,7 +389,23 @@ def test_a_node_that_computes_wrong_numbers_is_not_used_again(
     assert second.nodes == ["node2"] and second.next == "done"
     same_run(run, uninterrupted(STEPS), bitwise=False)
     shown = launch("status", run).stdout
-    assert "not used again today: node1" in shown and "(blamed: node1)" in shown, shown
+    assert "avoided today: node1" in shown and "(blamed: node1)" in shown, shown
+
+
+@pytest.mark.full
+def test_a_bad_node_that_the_job_cannot_do_without_is_used_again_for_so_long(
+    cluster: SlurmCluster, tmp_path: Path, digits_index: Path
+) -> None:
+    checkout, run = copied_checkout(tmp_path), tmp_path / "run"
+    break_node(checkout)
+    options = ["--nodes", 2, "--exclude-after", 1, "--max-failures", 1]
+    submit(*options, "--config", write_config(tmp_path, digits_index), root=checkout)
+    wait_for_end(run)
+    assert [(start.nodes, start.next) for start in starts(run)] == [
+        (["node1", "node2"], "requeue"),
+        (["node1", "node2"], "stop"),
+    ]
+    assert "node1 may be used again, there are too few others" in (newest(run).log / "batch.log").read_text()
 
 
 def test_the_cluster_ends_with_the_process_that_started_it() -> None:
