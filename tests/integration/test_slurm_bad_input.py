@@ -177,6 +177,11 @@ def test_dry_run_asks_the_cluster_where_there_is_one(cluster: SlurmCluster, tmp_
     assert done.returncode == 0 and not done.stderr, done.stderr
     for line in ("--gpus-per-node=2", "--mincpus=8", "--nodes=1-2", "--time=0-02:00:00", "--exclusive"):
         assert f"#SBATCH {line}" in done.stdout.splitlines()
-    assert "# on 1 node, 2 processes, each with 2 micro-batches:" in done.stdout  # as many images at a time as on two
-    assert "# on 2 nodes, 4 processes, each with 1 micro-batches:" in done.stdout
+    told = [line for line in done.stdout.splitlines() if line.startswith(("# on", "# each"))]
+    assert [line.split(" train.")[-1] for line in told] == [
+        "# on 1 node, 2 processes:",
+        "accumulation=2",  # as many images at a time as on two
+        "# on 2 nodes, 4 processes:",
+        "accumulation=1",
+    ]
     assert left(tmp_path) == [*before, str(config)] and not cluster.run("squeue", "-h")
