@@ -55,7 +55,7 @@ def test_an_encoding_with_killed_tasks(cluster: SlurmCluster, tmp_path: Path) ->
     ends = [event for folder, _ in folders(run) for task in folder.tasks() for event in folder.events(task)]
     assert [event["next"] for event in ends if event["event"] == "end"].count("again") == 2
     shown = launch("status", run).stdout
-    assert "3 COMPLETED" in shown and "Killed -> again" in shown and "merge job" in shown
+    assert "3 COMPLETED" in shown and "Killed (blamed: node" in shown and ") -> again" in shown and "merge job" in shown
 
 
 def test_a_sampling_with_killed_and_stopped_tasks(
