@@ -34,8 +34,8 @@ def main(
     source: Annotated[
         str,
         typer.Option(
-            help="Images: `digits`, ILSVRC2012_img_train.tar, the folder from Kaggle, a folder of class folders,"
-            " WebDataset tars, or parquet files (path, 'glob*' or URL).",
+            help="Images: `digits`, `fashion-mnist`, ILSVRC2012_img_train.tar, the folder from Kaggle, a folder of"
+            " class folders or of IDX files, WebDataset tars, or parquet files (path, 'glob*' or URL).",
         ),
     ],
     dest: Annotated[str, typer.Option(help="Folder for shards and index: a path or any fsspec URL.")],
@@ -75,7 +75,7 @@ def main(
     ] = 1,
 ) -> None:
     """Encode images into WebDataset shards of latents, with an index. Run it again, or on more machines, at will."""
-    from ig_dist.data.sources import find_source, refuse_missing
+    from ig_dist.data.sources import find_source, native_format, refuse_missing
     from ig_dist.encoding import prepare
     from ig_dist.encoding.display import summary
     from ig_dist.encoding.dry_run import estimate
@@ -96,7 +96,8 @@ def main(
     device = prepare.choose_device(me)
     arithmetic = prepare.choose_precision(precision, tokenizer, device)
     encoder = get_tokenizer(tokenizer, device=device, precision=arithmetic)
-    size = prepare.choose_image_size(source, image_size, encoder)
+    native = native_format(source)
+    size = prepare.choose_image_size(source, native, image_size, encoder)
     what = prepare.choose_store(store, encoder)
     prepare.refuse_dest_in_source(source, dest)
     existing = existing_settings(folder)
@@ -104,12 +105,12 @@ def main(
     found = find_source(source, spool, patience)
     say(f"{source}: {found.kind}")
     settings = Settings(
-        source=found.name if source == "digits" else f"{found.name}, {size} x {size}",
+        source=found.name if native else f"{found.name}, {size} x {size}",
         tokenizer=encoder.name,
         tokenizer_sha256=encoder.sha256,
         precision=arithmetic,
         image_size=size,
-        image_channels=1 if source == "digits" else 3,
+        image_channels=native.channels if native else 3,
         store=what,
         flips=flips,
         seed=seed,

@@ -10,6 +10,7 @@ from typing import cast, get_args
 import torch
 from rich.filesize import decimal
 
+from ig_dist.data.sources import Native, is_name
 from ig_dist.encoding.records import Dest
 from ig_dist.encoding.settings import Settings, Store
 from ig_dist.encoding.walk import Worker
@@ -57,18 +58,29 @@ def choose_store(store: str | None, tokenizer: Tokenizer) -> Store:
     return cast(Store, store)
 
 
-def choose_image_size(source: str, image_size: int | None, tokenizer: Tokenizer) -> int:
+def choose_image_size(source: str, native: Native | None, image_size: int | None, tokenizer: Tokenizer) -> int:
     """The side of the square images.
+
+    Args:
+        source: as the user names it.
+        native: the format of a source of pixels.
+        image_size: as the user gives it.
+        tokenizer: what encodes them.
 
     Raises:
         ConfigError: missing, or not one that the tokenizer takes.
     """
-    if source == "digits":
+    if native is not None:
+        size = native.size
         if image_size is not None:
-            raise ConfigError("--image-size is for pictures, the digits are 8 x 8: leave it out")
-        if tokenizer.image_channels not in (None, 1):
-            raise ConfigError(f"--tokenizer {tokenizer.name} takes colour images, the digits are grey: use pixel")
-        return 8
+            raise ConfigError(f"--image-size is for pictures, {source} has {size} x {size} pixels: leave it out")
+        if tokenizer.image_channels not in (None, native.channels):
+            raise ConfigError(f"--tokenizer {tokenizer.name} takes colour images, {source} is grey: use pixel")
+        if size % tokenizer.downsample:
+            raise ConfigError(
+                f"--tokenizer {tokenizer.name} does not divide the {size} x {size} of {source}: use pixel"
+            )
+        return size
     if tokenizer.image_channels not in (None, 3):
         raise ConfigError(f"--tokenizer {tokenizer.name} takes no colour images: use another, e.g. sd-vae-ft-ema")
     if image_size is None and tokenizer.downsample > 1:
@@ -106,7 +118,7 @@ def refuse_dest_in_source(source: str, dest: str) -> None:
     Raises:
         ConfigError: they would.
     """
-    if source == "digits":
+    if is_name(source):
         return
     folder = source if "://" in source or Path(source).is_dir() else str(Path(source).parent)
     if "://" in folder or "://" in dest:

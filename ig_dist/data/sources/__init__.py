@@ -1,8 +1,9 @@
 """Images to encode: what SRC is, told from what lies there.
 
 digits                          the 8 x 8 digits of scikit-learn
+fashion-mnist                   the 60,000 pictures of Fashion-MNIST to train on; its 10,000 others: fashion-mnist-test
 ILSVRC2012_img_train.tar        ImageNet's tar of class tars, read in place
-FOLDER                          ImageNet as from Kaggle; class folders; tars; parquet files
+FOLDER                          ImageNet as from Kaggle; class folders; tars; parquet files; IDX files as MNIST has
 'data/train-{0000..0146}.tar'   WebDataset shards: one, a glob, a brace range; also s3://... and other URLs
 'data/train-*.parquet'          parquet shards as on Hugging Face, local or remote
 """
@@ -19,7 +20,8 @@ from rich.filesize import decimal
 from rich.progress import Progress
 
 from ig_dist.data.sources.folders import find_kaggle, folder_source, kaggle_source
-from ig_dist.data.sources.source import Found, Source, digits, source_name
+from ig_dist.data.sources.idx import NAMED, find_idx, idx_native, idx_source
+from ig_dist.data.sources.source import DIGITS, Found, Native, Source, digits, source_name
 from ig_dist.data.sources.spool import Copy, SourceFile, copy_tar, file_version, spool, spool_folder
 from ig_dist.errors import ConfigError
 from ig_dist.storage.faults import PATIENCE, Patience
@@ -27,11 +29,11 @@ from ig_dist.storage.files import open_url
 from ig_dist.storage.urls import is_file, is_local, refuse_credentials
 from ig_dist.terminal import console, is_main_process
 
-__all__ = ["Found", "Source", "find_source", "refuse_missing"]
+__all__ = ["Found", "Native", "Source", "find_source", "is_name", "native_format", "refuse_missing"]
 
 FORMS = (
-    "`digits`, a folder with one sub-folder of pictures per class, ILSVRC2012_img_train.tar, the folder from Kaggle,"
-    " WebDataset tars or parquet files"
+    "`digits`, `fashion-mnist`, a folder with one sub-folder of pictures per class, ILSVRC2012_img_train.tar,"
+    " the folder from Kaggle, WebDataset tars, parquet files or a folder of IDX files"
 )
 _SUFFIXES = (".tar", ".parquet")
 _OTHER_SPLITS = re.compile(r"(^|[^a-z])(val|valid|validation|test)([^a-z]|$)")
@@ -52,6 +54,9 @@ def find_source(src: str, spool_base: str | None = None, patience: Patience = PA
     if src == "digits":
         source = digits()
         return Found("scikit-learn's digits", source.name, lambda: source)
+    idx = find_idx(src)
+    if idx is not None:
+        return idx_source(idx)
     src = src.removeprefix("file://")
     path = Path(src)
     if "://" not in src and path.is_dir():
@@ -69,6 +74,23 @@ def find_source(src: str, spool_base: str | None = None, patience: Patience = PA
     raise ConfigError(f"--source {src}: no .tar or .parquet files there{denied}; use {FORMS}")
 
 
+def is_name(src: str) -> bool:
+    """Whether SRC is a data set's name, no place."""
+    return src == "digits" or src in NAMED
+
+
+def native_format(src: str) -> Native | None:
+    """Of a source of pixels their format, without reading them; None: pictures, which are cut to a size.
+
+    Raises:
+        ConfigError: the files of a data set's name are not there, or damaged.
+    """
+    if src == "digits":
+        return DIGITS
+    idx = find_idx(src)
+    return None if idx is None else idx_native(idx)
+
+
 def refuse_missing(src: str) -> None:
     """Say at once that a local path is not there, or that a URL holds credentials.
 
@@ -77,7 +99,7 @@ def refuse_missing(src: str) -> None:
     """
     pattern = "://" in src or glob.has_magic(src) or "{" in src
     refuse_credentials(src, "--source")
-    if src != "digits" and not pattern and not Path(src).exists():
+    if not is_name(src) and not pattern and not Path(src).exists():
         raise ConfigError(f"--source {src!r} does not exist: use {FORMS}")
 
 

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,14 @@ class Source:
     paths: Sequence[str]
     """What the user knows each image by."""
     item: Callable[[int], Item]
+
+
+class Native(NamedTuple):
+    """The format of images that are pixels already, which no option changes."""
+
+    size: int
+    """Their side."""
+    channels: int
 
 
 class Found(NamedTuple):
@@ -105,21 +113,38 @@ def listed_source(
     )
 
 
+def array_source(
+    name: str, images: NDArray[np.uint8], labels: NDArray[Any], classes: int, class_names: list[str] | None
+) -> Source:
+    """A source of pixels.
+
+    Args:
+        name: the whole name.
+        images: (N, H, W, channels).
+        labels: (N,), below ``classes``.
+        classes: how many there are; they are named by their numbers.
+        class_names: the same in words.
+    """
+    return Source(
+        name=name,
+        classes=[str(number) for number in range(classes)],
+        class_names=class_names,
+        labels=labels.astype(np.int64),
+        paths=[],
+        item=lambda i: images[i],
+    )
+
+
+DIGITS = Native(size=8, channels=1)
+
+
 def digits() -> Source:
     """The 1,797 real 8 x 8 grey digits that scikit-learn carries, as uint8."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     images = np.round(data.images * (255 / 16)).astype(np.uint8)[..., None]
-    classes = [str(digit) for digit in range(10)]
-    return Source(
-        name="scikit-learn digits",
-        classes=classes,
-        class_names=None,
-        labels=data.target.astype(np.int64),
-        paths=[],
-        item=lambda i: images[i],
-    )
+    return array_source("scikit-learn digits", images, data.target, 10, None)
 
 
 def read_bytes(where: ByteRange) -> bytes:

@@ -1,0 +1,167 @@
+"""Grey pictures in the IDX files of MNIST and its kin: Fashion-MNIST by name, any other by its folder.
+
+An IDX file is two zero bytes, the type of its numbers (8: uint8), the count of its dimensions, each dimension as a
+big-endian uint32, and the numbers. It may be compressed by gzip: a source's name is a hash of what is inside.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import math
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ig_dist.data.sources.source import Found, Native, array_source
+from ig_dist.errors import ConfigError
+
+ROOT_VARIABLE = "IG_DIST_DATASETS"
+DEBIAN = Path("/usr/share/datasets")
+NAMED = {"fashion-mnist": "train", "fashion-mnist-test": "t10k"}
+"""Data sets that are known by name, with the part that each is."""
+FASHION_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+"""As the authors of Fashion-MNIST name them (arXiv 1708.07747)."""
+_IMAGES, _LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
+_UINT8 = 8
+
+
+class IdxPair(NamedTuple):
+    """The two files of one part of a data set."""
+
+    images: Path
+    labels: Path
+    what: str
+    """Begins the source's name."""
+    class_names: tuple[str, ...] | None
+    """In words, where known."""
+
+
+def find_idx(src: str) -> IdxPair | None:
+    """The files that SRC means: a data set's name, or a folder that holds a train part; None: something else.
+
+    Raises:
+        ConfigError: the files of the name are nowhere, or there are images without labels.
+    """
+    if src in NAMED:
+        for folder in _places():
+            pair = _pair(folder, NAMED[src], src, FASHION_CLASSES)
+            if pair is not None:
+                return pair
+        raise ConfigError(_missing(src))
+    folder = Path(src.removeprefix("file://"))
+    return _pair(folder, "train", f"IDX files of {folder.resolve().name}", None) if folder.is_dir() else None
+
+
+def idx_native(pair: IdxPair) -> Native:
+    """Side and channels of the images, from the header alone.
+
+    Raises:
+        ConfigError: they are not square, or the file is damaged.
+    """
+    _, height, width = _read(pair.images, 3, header_only=True)[0]
+    if height != width:
+        raise ConfigError(f"--source: {pair.images} holds images of {height} x {width}: only square ones are encoded")
+    return Native(height, 1)
+
+
+def idx_source(pair: IdxPair) -> Found:
+    """The images with their labels, read whole: they are small.
+
+    Raises:
+        ConfigError: a file is damaged, or does not fit the other.
+    """
+    native = idx_native(pair)
+    shape, pixels = _read(pair.images, 3)
+    (count,), labels = _read(pair.labels, 1)
+    if count != shape[0]:
+        raise ConfigError(
+            f"--source: {pair.images} has {shape[0]} images, {pair.labels.name} {count} labels: these are not of one"
+            " data set, fetch both again"
+        )
+    classes = len(pair.class_names or ()) or int(labels.max()) + 1
+    if labels.max() >= classes:
+        raise ConfigError(f"--source: {pair.labels} has label {labels.max()}, not 0 to {classes - 1}: fetch it again")
+    empty = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
+    if len(empty):
+        raise ConfigError(
+            f"--source: {len(empty)} of the {classes} classes of {pair.labels} have no image (the first: {empty[0]}):"
+            " labels must count from 0 without gaps"
+        )
+    digest = hashlib.sha256(b"%d %d %d\n" % shape)
+    digest.update(pixels.data)
+    digest.update(labels.data)
+    source = array_source(
+        f"{pair.what}, 2 files, sha256 {digest.hexdigest()}",
+        pixels.reshape(*shape, 1),
+        labels,
+        classes,
+        list(pair.class_names) if pair.class_names else None,
+    )
+    kind = f"{count} grey images of {native.size} x {native.size} in {classes} classes, {pair.images}"
+    return Found(kind, source.name, lambda: source)
+
+
+def _places() -> list[Path]:
+    """Where the files of a name are looked for, in this order."""
+    given = os.environ.get(ROOT_VARIABLE)
+    roots = [*([Path(given).expanduser()] if given else []), Path.home() / ".cache/ig_dist/datasets", DEBIAN]
+    return [root / "fashion-mnist" for root in roots]
+
+
+def _missing(src: str) -> str:
+    files = ", ".join(f"{part}-{kind}.gz" for part in ("train", "t10k") for kind in (_IMAGES, _LABELS))
+    places = ", ".join(map(str, _places()))
+    return (
+        f"--source {src}: its files are in none of {places}: put {files} of Fashion-MNIST (or the same unpacked) into"
+        f" one of them, or on Debian: apt-get install dataset-fashion-mnist; ${ROOT_VARIABLE} names another place"
+    )
+
+
+def _pair(folder: Path, part: str, what: str, class_names: tuple[str, ...] | None) -> IdxPair | None:
+    images, labels = (_plain_or_gzip(folder / f"{part}-{kind}") for kind in (_IMAGES, _LABELS))
+    if images is None:
+        return None
+    if labels is None:
+        raise ConfigError(f"--source: {images} has no {part}-{_LABELS} (or .gz) beside it: add it")
+    return IdxPair(images, labels, what, class_names)
+
+
+def _plain_or_gzip(path: Path) -> Path | None:
+    return next((found for found in (path, path.with_name(f"{path.name}.gz")) if found.is_file()), None)
+
+
+def _read(path: Path, dimensions: int, *, header_only: bool = False) -> tuple[tuple[int, ...], NDArray[np.uint8]]:
+    """Shape and numbers of an IDX file of uint8.
+
+    Raises:
+        ConfigError: it is none, or one that is damaged.
+    """
+    header_bytes = 4 + 4 * dimensions
+    try:
+        with cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
+            data = file.read(header_bytes if header_only else -1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ConfigError(f"--source: {path} is damaged ({error}): fetch it again") from None
+    except OSError as error:
+        raise ConfigError(f"--source: {path} cannot be read ({error.strerror}): make it readable") from None
+    if data[:4] != bytes((0, 0, _UINT8, dimensions)) or len(data) < header_bytes:
+        what = "images (3 dimensions)" if dimensions == 3 else "labels (1 dimension)"
+        raise ConfigError(f"--source: {path} is no IDX file of {what} of bytes, it begins with {data[:4].hex(' ')!r}")
+    shape = struct.unpack(f">{dimensions}I", data[4:header_bytes])
+    if not all(shape):
+        raise ConfigError(f"--source: {path} is empty, its header says {' x '.join(map(str, shape))}: fetch it again")
+    numbers = np.frombuffer(data, np.uint8, offset=header_bytes)
+    if not header_only and len(numbers) != math.prod(shape):
+        raise ConfigError(
+            f"--source: {path} has {len(numbers)} bytes of numbers where its header says {math.prod(shape)}:"
+            " fetch it again"
+        )
+    return shape, numbers
