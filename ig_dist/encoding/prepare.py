@@ -78,7 +78,7 @@ def choose_image_size(source: str, native: Native | None, image_size: int | None
             raise ConfigError(f"--tokenizer {tokenizer.name} takes colour images, {source} is grey: use pixel")
         if size % tokenizer.downsample:
             raise ConfigError(
-                f"--tokenizer {tokenizer.name} does not divide the {size} x {size} of {source}: use pixel"
+                f"--tokenizer {tokenizer.name} needs multiples of {tokenizer.downsample}, {source} has {size}"
             )
         return size
     if tokenizer.image_channels not in (None, 3):

@@ -13,7 +13,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ FASHION_CLASSES = (
 """As the authors of Fashion-MNIST name them (arXiv 1708.07747)."""
 _IMAGES, _LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
 _UINT8 = 8
+_GZIP = b"\x1f\x8b"
 
 
 class IdxPair(NamedTuple):
@@ -146,8 +147,11 @@ def _read(path: Path, dimensions: int, *, header_only: bool = False) -> tuple[tu
     """
     header_bytes = 4 + 4 * dimensions
     try:
-        with cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
-            data = file.read(header_bytes if header_only else -1)
+        with path.open("rb") as raw:
+            packed = raw.read(2) == _GZIP  # whatever its name says: browsers unpack, and keep the name
+            raw.seek(0)
+            with gzip.open(raw) if packed else raw as file:
+                data = file.read(header_bytes if header_only else -1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ConfigError(f"--source: {path} is damaged ({error}): fetch it again") from None
     except OSError as error:
