@@ -29,7 +29,7 @@ Features = NDArray[np.floating[Any]]  # (N, D)
 SEED = 2020  # torch-fidelity's, of all that it draws
 
 ADM_BLOCK = 10_000  # rows and columns of the distances that ADM has in one piece
-_PAIRS_AT_ONCE = 2**24  # of them in memory here
+_PAIRS_AT_ONCE = 2**22  # of them in memory here
 
 CLASSIFIER_ROWS = 10_000
 CLASSIFIER = (
@@ -184,7 +184,7 @@ def precision_recall(
             products and sums; sums are made in float32 here), unless one of them is not finite: then the block is made
             in float32. A ball's radius and a distance that it is held against may so come from blocks of both kinds.
             The third digit differs from float32 throughout, which is ``half=False``.
-        device: where distances are made; at most 2^24 of them at a time, and two blocks of features.
+        device: where distances are made; at most 2^22 of them at a time, and two blocks of features.
         on_progress: called with the number of pairs done, and of all.
 
     Raises:
