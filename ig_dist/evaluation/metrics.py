@@ -29,7 +29,7 @@ Features = NDArray[np.floating[Any]]  # (N, D)
 SEED = 2020  # torch-fidelity's, of all that it draws
 
 ADM_BLOCK = 10_000  # rows and columns of the distances that ADM has in one piece
-_PAIRS_AT_ONCE = 2**22  # of them in memory here
+_ROWS_AT_ONCE = 400  # of them in memory here, against a whole block
 
 CLASSIFIER_ROWS = 10_000
 CLASSIFIER = (
@@ -184,7 +184,7 @@ def precision_recall(
             products and sums; sums are made in float32 here), unless one of them is not finite: then the block is made
             in float32. A ball's radius and a distance that it is held against may so come from blocks of both kinds.
             The third digit differs from float32 throughout, which is ``half=False``.
-        device: where distances are made; at most 2^22 of them at a time, and two blocks of features.
+        device: where distances are made; 400 x 10,000 at a time, of two blocks of features.
         on_progress: called with the number of pairs done, and of all.
 
     Raises:
@@ -229,7 +229,7 @@ def _distances(
     """Squared distances of all pairs piece by piece, with their rows and columns; rounding may take one below 0."""
     for rows in _slices(0, len(first), ADM_BLOCK):
         for columns in _slices(0, len(second), ADM_BLOCK):
-            pieces = list(_slices(rows.start, rows.stop, _PAIRS_AT_ONCE // ADM_BLOCK))
+            pieces = list(_slices(rows.start, rows.stop, _ROWS_AT_ONCE))
             u, v = _points(first[rows], half, device), _points(second[columns], half, device)
             if half and not _is_finite(u, v):
                 u, v = _points(first[rows], False, device), _points(second[columns], False, device)
@@ -263,7 +263,7 @@ def _is_finite(u: _Points, v: _Points) -> bool:
         return True
     if not largest < float("inf"):
         return False
-    pieces = _slices(0, len(u.norms), _PAIRS_AT_ONCE // ADM_BLOCK)
+    pieces = _slices(0, len(u.norms), _ROWS_AT_ONCE)
     return all(bool(_piece(u, v, piece).isfinite().all()) for piece in pieces)
 
 
