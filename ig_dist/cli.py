@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from ig_dist.errors import ConfigError
 from ig_dist.terminal import console, is_main_process, run_app, warn
@@ -89,6 +87,12 @@ def sample(
     auto_interval: Annotated[str | None, typer.Option(help="Times LOW,HIGH at which autoguidance is on.")] = None,
     ema: Ema = None,
     raw: Raw = False,
+    png: Annotated[
+        int | None, typer.Option(min=0, help="Write the first so many as PNG files too (sample.png).")
+    ] = None,
+    drop_images: Annotated[
+        bool, typer.Option("--drop-images", help="With --evaluate: keep features only (sample.keep_images=false).")
+    ] = False,
     score: Annotated[bool, typer.Option("--evaluate", help="Score them too, as `ig-dist evaluate` does.")] = False,
 ) -> None:
     """Make the images of a plan: one npz and a picture of some of them. Any number of processes may share the work."""
@@ -97,7 +101,15 @@ def sample(
     from ig_dist.evaluation.sampling import sample_run
     from ig_dist.export import export_run
 
-    given = {"num": num, "labels": labels, "seed": seed, "solver": solver, "steps": steps, "weak_model": weak}
+    given: dict[str, Any] = {
+        "num": num,
+        "labels": labels,
+        "seed": seed,
+        "solver": solver,
+        "steps": steps,
+        "weak_model": weak,
+    }
+    given |= {"png": png, "keep_images": False if drop_images else None}
     options = [f"sample.{key}={value}" for key, value in given.items() if value is not None]
     published = [] if preset is None else recipe(preset, load_run(run).model)
     config = with_guidance(
@@ -109,33 +121,90 @@ def sample(
         cfg_interval=_interval("--cfg-interval", cfg_interval),
         auto_interval=_interval("--auto-interval", auto_interval),
     )
-    samples = sample_run(config, export_run(config, ema=ema, raw=raw))
-    if score and is_main_process():
-        evaluate(samples.url)
+    made = sample_run(config, export_run(config, ema=ema, raw=raw), config.evaluate.metrics if score else ())
+    if score:
+        evaluate(made.samples.url)
 
 
 @app.command()
 def evaluate(
-    samples: Annotated[str, typer.Argument(metavar="SAMPLES", help="Folder of a plan's samples.")],
-    reference: Annotated[str | None, typer.Option(help="Index of the real images; default: the training data.")] = None,
+    samples: Annotated[
+        str | None,
+        typer.Argument(metavar="SAMPLES", help="Folder of a plan's samples, an npz (arr_0), or a folder of pictures."),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Real images: an npz of statistics (ADM's), an index, pictures. Default: the training data."),
+    ] = None,
+    metrics: Annotated[str | None, typer.Option(help="Scores, comma separated (evaluate.metrics).")] = None,
+    protocol: Annotated[str | None, typer.Option(help="adm or torch-fidelity, where the two differ.")] = None,
+    num: Annotated[int | None, typer.Option(min=2, help="Score the first so many images only.")] = None,
+    weights: Annotated[
+        list[str] | None, typer.Option(metavar="EXTRACTOR=PATH", help="Weights of an extractor that lie elsewhere.")
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Cut pictures of files to this side, as ADM.")] = None,
+    check_against_adm: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Score ADM's own files; they must give what ADM published.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score samples; every score comes with its protocol."""
-    from ig_dist.evaluation.sampling import read_samples
-    from ig_dist.evaluation.scores import evaluate_samples, load_reference
+    """Score images; every score comes with its protocol. Any number of processes may share the work."""
+    from ig_dist.evaluation import evaluate as evaluation
+    from ig_dist.evaluation.referee import check_against_adm as check
+    from ig_dist.evaluation.tables import print_result, print_verdicts
 
-    found, made_by, training_data, metrics = read_samples(samples)
-    against = "" if reference is None else f"_{hashlib.sha256(reference.encode()).hexdigest()[:8]}"
-    out = made_by / "evaluations" / f"{found.plan.digest}{against}.json" if made_by.is_dir() else None
-    result = evaluate_samples(found, load_reference(reference or training_data, metrics, found.tokenizer), out)
+    console.stderr = as_json  # stdout is the JSON alone
+    places = dict(_pair("--weights", text) for text in weights or [])
+    if check_against_adm is not None:
+        verdicts = check(check_against_adm, places)
+        if is_main_process():
+            print_verdicts(verdicts)
+        raise typer.Exit(0 if all(verdict.passed for verdict in verdicts) else 4)
+    if samples is None:
+        raise ConfigError(
+            "name what to score: a folder of samples, an npz or a folder of pictures, e.g. `ig-dist evaluate"
+            " RUN/samples/PLAN`"
+        )
+    done = evaluation.evaluate(
+        samples,
+        reference=reference,
+        metrics=_metrics(metrics),
+        protocol=_choice("--protocol", protocol, ("adm", "torch-fidelity")),  # type: ignore[arg-type]
+        num=num,
+        weights=places,
+        image_size=image_size,
+    )
+    if done is None:  # not the first of several processes
+        return
     if as_json:
-        return _print_json(result)
-    table = Table("what", "value", show_header=False)
-    for key, value in {**result["scores"], **result["protocol"]}.items():
-        table.add_row(key, f"{value:.4f}" if key in result["scores"] else str(value))
-    console.print(table)
-    if out is not None:
-        console.print(f"written to {out}")
+        return _print_json(done.result)
+    print_result(done.result)
+    if done.file is not None:
+        console.print(f"written to {done.file}", markup=False)
+
+
+@app.command()
+def reference(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Index, folder, npz or tars of real pictures.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The npz to write; FILE.json beside it says of what.")],
+    extractors: Annotated[
+        str, typer.Option(help="Comma separated: inception, dinov2, efficientnet_lite0.")
+    ] = "inception",
+    image_size: Annotated[int | None, typer.Option(min=1, help="Cut pictures of files to this side, as ADM.")] = None,
+    weights: Annotated[
+        list[str] | None, typer.Option(metavar="EXTRACTOR=PATH", help="Weights of an extractor that lie elsewhere.")
+    ] = None,
+    tokenizer: Annotated[str, typer.Option(help="Of an index, where it is not found under its name.")] = "",
+) -> None:
+    """Make statistics of real pictures, as ADM's files have them. Any number of processes may share the work."""
+    from ig_dist.evaluation.making_references import make_reference
+
+    places = dict(_pair("--weights", text) for text in weights or [])
+    made = make_reference(
+        source, out, extractors=extractors.split(","), image_size=image_size, weights=places, tokenizer=tokenizer
+    )
+    if made is not None:
+        console.print(made, markup=False)
 
 
 @app.command()
@@ -147,34 +216,52 @@ def sweep(
     ig_interval: Annotated[
         list[str] | None, typer.Option(help="Times LOW,HIGH at which IG is on; give it again for more.")
     ] = None,
-    cfg_interval: Annotated[str | None, typer.Option(help="Times LOW,HIGH at which CFG is on.")] = None,
+    cfg_interval: Annotated[
+        list[str] | None, typer.Option(help="Times LOW,HIGH at which CFG is on; give it again for more.")
+    ] = None,
     weak: Weak = None,
     auto_scale: Annotated[str, typer.Option(help="Scales of autoguidance by --weak, comma separated.")] = "1.0",
     auto_interval: Annotated[str | None, typer.Option(help="Times LOW,HIGH at which autoguidance is on.")] = None,
+    emas: Annotated[str | None, typer.Option("--ema", help="Decays of averages, comma separated.")] = None,
+    steps: Annotated[str | None, typer.Option("--checkpoint", help="Steps of checkpoints, comma separated.")] = None,
+    metrics: Annotated[str | None, typer.Option(help="Scores, comma separated (evaluate.metrics).")] = None,
+    target: Annotated[str | None, typer.Option(help="The score to search for. Default: the first one.")] = None,
+    halving: Annotated[
+        bool, typer.Option("--halving", help="All points on few images, the better half on twice as many, and so on.")
+    ] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds per point; scores become means with deviations.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Score a grid of guidance scales with common noise: table, sweep.json, plot and picture grid."""
     from ig_dist.config_file import load_run
-    from ig_dist.evaluation.sweep import sweep_run
+    from ig_dist.evaluation.sweep import Axes, sweep_run
+    from ig_dist.evaluation.tables import print_sweep
 
     console.stderr = as_json  # stdout is the JSON alone
-    result = sweep_run(
-        load_run(run, [*(overrides or []), *([] if weak is None else [f"sample.weak_model={weak}"])]),
+    given = {"sample.weak_model": weak, "evaluate.metrics": metrics and f"[{metrics}]"}
+    axes = Axes(
         _numbers("--ig-scale", ig_scale),
         _numbers("--cfg-scale", cfg_scale),
         _numbers("--auto-scale", auto_scale),
-        ig_intervals=[_interval("--ig-interval", text) for text in ig_interval or []] or [None],
-        cfg_interval=_interval("--cfg-interval", cfg_interval),
+        [_interval("--ig-interval", text) for text in ig_interval or []] or [None],
+        [_interval("--cfg-interval", text) for text in cfg_interval or []] or [None],
+        [None] if emas is None else _numbers("--ema", emas),
+        [None] if steps is None else [int(step) for step in _numbers("--checkpoint", steps)],
+    )
+    result = sweep_run(
+        load_run(run, [*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value)]),
+        axes,
         auto_interval=_interval("--auto-interval", auto_interval),
         seeds=seeds,
+        target=target,
+        halving=halving,
     )
     if not result:  # not the first of several processes
         return
     if as_json:
         return _print_json(result)
-    _print_sweep(result)
-    console.print(f"written: {run}/sweep.json, {run}/sweep.png, {run}/grid.png")
+    print_sweep(result)
+    console.print(f"written: {run}/sweep.json, {run}/sweep.png, {run}/grid.png", markup=False)
 
 
 @app.command()
@@ -271,21 +358,23 @@ def _interval(option: str, text: str | None) -> tuple[float, float] | None:
     return numbers[0], numbers[1]
 
 
-def _print_sweep(result: dict[str, Any]) -> None:
-    """A row per point; the smallest Frechet distance stands out."""
-    rows = result["rows"]
-    names = list(rows[0]["scores"])
-    auto = ["autoguidance"] if any(row["auto_scale"] != 1 for row in rows) else []
-    table = Table("IG scale", "CFG scale", *auto, "IG interval", *names, "fd_pixel / first")
-    best = min(row["scores"]["fd_pixel"] for row in rows)
-    for row in rows:
-        scores, deviations = row["scores"], row.get("std", {})
-        cells = [f"{row['ig_scale']:g}", f"{row['cfg_scale']:g}", *(f"{row['auto_scale']:g}" for _ in auto)]
-        cells.append("{:g} to {:g}".format(*row["ig_interval"]))
-        cells += [f"{scores[n]:.4f}" + (f" +- {deviations[n]:.4f}" if n in deviations else "") for n in names]
-        ratio = scores["fd_pixel"] / rows[0]["scores"]["fd_pixel"]
-        table.add_row(*cells, f"{ratio:.2f}", style="bold green" if scores["fd_pixel"] == best else None)
-    console.print(table)
+def _pair(option: str, text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ConfigError(f"{option} {text!r}: give EXTRACTOR=PATH, e.g. inception=weights.pth")
+    return name, value
+
+
+def _choice(option: str, value: str | None, known: tuple[str, ...]) -> str | None:
+    if value is not None and value not in known:
+        raise ConfigError(f"{option} {value!r}: use {' or '.join(known)}")
+    return value
+
+
+def _metrics(text: str | None) -> list[str]:
+    from ig_dist.evaluation.catalogue import check_metrics
+
+    return [] if text is None else check_metrics(text.split(","), "--metrics")
 
 
 def _print_json(value: dict[str, Any]) -> None:

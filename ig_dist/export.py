@@ -63,8 +63,8 @@ def model_info(config: Config, index: ShardIndex) -> ModelInfo:
     )
 
 
-def export_run(config: Config, *, ema: float | None = None, raw: bool = False) -> Path:
-    """Export the newest whole checkpoint of a run; what is exported already is left as it is.
+def export_run(config: Config, *, ema: float | None = None, raw: bool = False, step: int | None = None) -> Path:
+    """Export a checkpoint of a run; what is exported already is left as it is.
 
     A folder that ``ig-dist convert`` made holds weights instead of checkpoints: it is an export itself.
 
@@ -72,6 +72,7 @@ def export_run(config: Config, *, ema: float | None = None, raw: bool = False) -
         config: the run's config.
         ema: decay of the average to export; None: the first of ``ema.decays``.
         raw: export the weights themselves instead.
+        step: of the checkpoint; None: the newest whole one.
 
     Returns:
         The folder that holds ``model.safetensors`` and ``export.json``.
@@ -81,10 +82,11 @@ def export_run(config: Config, *, ema: float | None = None, raw: bool = False) -
     """
     converted = Path(config.run.dir)
     if (converted / INFO_NAME).is_file():
-        if raw or ema is not None:
-            raise ConfigError(f"{converted} holds converted weights, and only these: leave out --ema and --raw")
+        if raw or ema is not None or step is not None:
+            raise ConfigError(f"{converted} holds converted weights, and only these: leave out --ema, --raw and steps")
         return converted
-    checkpoint = checkpoint_store(config).latest(ALONE)
+    store = checkpoint_store(config)
+    checkpoint = store.latest(ALONE) if step is None else store.at(step, ALONE)
     if checkpoint is None:
         raise ConfigError(f"{config.run.dir} has no checkpoint: train it first with `ig-dist train`")
     return export_checkpoint(checkpoint, config, ema=ema, raw=raw)
@@ -191,4 +193,4 @@ def find_export(source: str) -> Path:
     if step and not step.isdecimal():
         raise ConfigError(f"sample.weak_model {source!r}: {step!r} is no step; write RUN or RUN@1000")
     config = load_run(run)
-    return export_checkpoint(checkpoint_store(config).at(int(step), ALONE), config) if step else export_run(config)
+    return export_run(config, step=int(step) if step else None)

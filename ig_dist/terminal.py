@@ -22,6 +22,11 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def this_worker() -> tuple[int, int]:
+    """Number of this process and of all that share its work (RANK, WORLD_SIZE)."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def warn(text: str) -> None:
     """Say what a command goes on in spite of."""
     print(f"warning: {text}", file=sys.stderr, flush=True)

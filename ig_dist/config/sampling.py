@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from ig_dist.config.types import Finite, Fraction, Group, Positive, PositiveFloat, Seed, Url
+from ig_dist.config.types import Finite, Fraction, Group, NonNegative, Positive, PositiveFloat, Seed, Url
 from ig_dist.diffusion.guidance import GuidanceTerm
+from ig_dist.evaluation.catalogue import check_metrics, check_weights
 
 
 class GuidanceConfig(Group):
@@ -61,6 +62,10 @@ class SampleConfig(Group):
     """Folder of the plans' samples: a path or any fsspec URL. Empty: ``samples`` in the run directory."""
     tokenizer: str = ""
     """Folder, file or name of the tokenizer where it is not found under the name in the index."""
+    keep_images: bool = True
+    """false: a unit's features stand for its images, of which only the first unit keeps some to look at; no npz."""
+    png: NonNegative = 0
+    """Write the first so many images as single PNG files too."""
 
     @model_validator(mode="after")
     def _keys_of_the_solver(self) -> Self:
@@ -79,8 +84,30 @@ class SampleConfig(Group):
 class EvaluateConfig(Group):
     """How images are scored."""
 
-    metrics: list[Literal["fd_pixel", "label_agreement"]] = Field(["fd_pixel"], min_length=1)
-    """fd_pixel: Frechet distance on raw pixels. label_agreement: share of images that a classifier trained on the
-    reference's pixels puts into the class that was asked for. Both are for small images."""
+    metrics: list[str] = Field(["fd_pixel"])
+    """Names of scores. Of Inception's features: fid, sfid, inception_score, precision, recall, kid. Of other networks':
+    fd_dinov2, precision_dinov2, recall_dinov2, fd_efficientnet, precision_efficientnet, recall_efficientnet. Of the
+    pixels of small images: fd_pixel, and label_agreement, the share of images that a classifier trained on the
+    reference puts into the class that was asked for."""
     reference: Url = ""
-    """Index of the real images. Empty: ``data.index``."""
+    """The real images: an npz of statistics (ADM's, or of `ig-dist reference`), an index, an npz or folder of pictures.
+    Empty: ``data.index``."""
+    weights: dict[str, str] = Field(default_factory=dict)
+    """Where the weights of inception, dinov2 or efficientnet_lite0 are. Empty: they are looked for under that name, and
+    downloaded once."""
+    protocol: Literal["adm", "torch-fidelity"] = "adm"
+    """Whose rules hold where evaluators differ: the inception score's blocks, and the distances of precision."""
+    training_num: Positive = 5000
+    """Images of a score while training, see ``log.score_every_steps``."""
+    training_steps: Positive = 16
+    """Steps of Heun that make them."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _known(cls, metrics: list[str]) -> list[str]:
+        return check_metrics(metrics, "evaluate.metrics")
+
+    @field_validator("weights")
+    @classmethod
+    def _extractors(cls, weights: dict[str, str]) -> dict[str, str]:
+        return check_weights(weights, "evaluate.weights")

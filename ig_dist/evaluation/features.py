@@ -1,75 +1,208 @@
-"""Feature extractors, and the moments of features, streamed in float64."""
+"""Features are part of a set of images: for unit k and an extractor one file, made once, read by every score.
+
+No locks, as with units: a feature file is a function of (images, extractor), written whole, so two workers that make
+the same one write the same bytes. Its header says which images and which extractor it belongs to, with a hash of each
+tensor: what is stale or damaged is made again and counted.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
+import torch
 from numpy.typing import NDArray
 
-from ig_dist.errors import ConfigError
+from ig_dist.errors import DataError
+from ig_dist.evaluation.extractors.extractor import Extractor
+from ig_dist.evaluation.images import ImageSet, Pictures
+from ig_dist.progress import progress
+from ig_dist.storage.files import open_url, read_range, write_whole
 
-MAX_PIXEL_DIMENSIONS = 4096
-_PIXEL_RULE = "pixels / 127.5 - 1, flattened (H, W, C)"
-
-
-@dataclass(frozen=True)
-class Extractor:
-    """Images (B, H, W, C) uint8 to features (B, D) float64."""
-
-    name: str
-    sha256: str
-    extract: Callable[[NDArray[np.uint8]], NDArray[np.float64]]
+FORMAT = "ig-dist-features/1"
+_KEY = "features"  # one key: safetensors writes several in an order that changes from call to call
+_HEADER_BYTES = 4096  # read at first; holds the whole header but of an odd file
 
 
-def pixel_extractor() -> Extractor:
-    """The pixels themselves, in [-1, 1]: for images so small that their covariance is one."""
-
-    def extract(images: NDArray[np.uint8]) -> NDArray[np.float64]:
-        dimensions = int(np.prod(images.shape[1:]))
-        if dimensions > MAX_PIXEL_DIMENSIONS:
-            raise ConfigError(
-                f"fd_pixel is for images of at most {MAX_PIXEL_DIMENSIONS} values, these have {dimensions}:"
-                " encode them smaller (--image-size) to score them"
-            )
-        return images.reshape(len(images), -1) / 127.5 - 1.0
-
-    return Extractor("pixel", hashlib.sha256(_PIXEL_RULE.encode()).hexdigest(), extract)
+def feature_name(number: int, extractor: str) -> str:
+    """Name of the file with a unit's features."""
+    return f"unit_{number:05d}.{extractor}.safetensors"
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Number, mean and covariance of features; covariance with N - 1, as the published FID code has it."""
-
-    count: int
-    mean: NDArray[np.float64]  # (D,)
-    covariance: NDArray[np.float64]  # (D, D)
-
-    @property
-    def sha256(self) -> str:
-        """Hash of the three."""
-        return hashlib.sha256(b"%d" % self.count + self.mean.tobytes() + self.covariance.tobytes()).hexdigest()
+def extract(extractor: Extractor, images: torch.Tensor | NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+    """All features of images (N, H, W, channels) uint8, (N, D) float32 each."""
+    return {name: values.cpu().numpy() for name, values in extractor(images).items()}
 
 
-def streamed_moments(batches: Iterable[NDArray[Any]], extractor: Extractor) -> Moments:
-    """Moments of the features of all images, batch by batch (Chan, Golub and LeVeque 1979: no cancellation).
+def pack(
+    images: ImageSet, number: int, extractor: Extractor, pictures: Pictures, features: Mapping[str, NDArray[np.float32]]
+) -> bytes:
+    """The content of a unit's feature file: features, labels and work, and what they belong to."""
+    tensors: dict[str, NDArray[Any]] = dict(features)
+    for name in ("labels", "work"):
+        if (values := getattr(pictures, name)) is not None:
+            tensors[name] = values
+    told = {
+        "format": FORMAT,
+        **_belongs(images, number, extractor),
+        "images_sha256": hashlib.sha256(np.ascontiguousarray(pictures.images).data).hexdigest(),
+        "sha256": {
+            name: hashlib.sha256(np.ascontiguousarray(values).data).hexdigest() for name, values in tensors.items()
+        },
+    }
+    return safetensors.numpy.save(tensors, metadata={_KEY: json.dumps(told, sort_keys=True)})
 
-    Raises:
-        ConfigError: fewer than two images.
+
+def _belongs(images: ImageSet, number: int, extractor: Extractor) -> dict[str, Any]:
+    return {
+        "images": images.identity,
+        "unit": [number, images.unit_size],
+        "extractor": extractor.name,
+        "extractor_sha256": extractor.sha256,
+    }
+
+
+class FeatureFiles:
+    """The feature files of a set of images.
+
+    Args:
+        images: the set.
+        extractors: those whose features are asked for.
     """
-    count, mean, scatter = 0, np.zeros(()), np.zeros(())
-    for images in batches:
-        features = extractor.extract(images)
-        batch_mean = features.mean(axis=0)
-        centred = features - batch_mean
-        delta = batch_mean - mean
-        total = count + len(features)
-        scatter = scatter + centred.T @ centred + np.outer(delta, delta) * (count * len(features) / total)
-        mean = mean + delta * (len(features) / total)
-        count = total
-    if count < 2:
-        raise ConfigError(f"a Frechet distance needs at least two images, there are {count}: use a larger sample.num")
-    return Moments(count, mean, scatter / (count - 1))
+
+    def __init__(self, images: ImageSet, extractors: Sequence[Extractor]) -> None:
+        self.images = images
+        self.extractors = {extractor.name.partition("-")[0]: extractor for extractor in extractors}
+        """By their names without the hash that marks other weights than the published ones."""
+        self.unfit: set[tuple[int, str]] = set()
+        """Files that belonged to other images or another extractor, or were damaged, and were made again."""
+        self._fs, self._path = open_url(images.features_url, "features")
+
+    def missing(self, number: int) -> list[Extractor]:
+        """The extractors whose features of a unit are not there, or belong to something else."""
+        return [extractor for extractor in self.extractors.values() if not self._fits(number, extractor)]
+
+    def make(self, number: int, pictures: Pictures | None = None) -> None:
+        """Make what is missing of a unit; ``pictures``: its images, where they are at hand."""
+        for extractor in self.missing(number):
+            pictures = pictures or self.images.read(self.images.unit(number))
+            self.write(number, extractor, pictures, extract(extractor, pictures.images))
+
+    def write(
+        self, number: int, extractor: Extractor, pictures: Pictures, features: Mapping[str, NDArray[np.float32]]
+    ) -> None:
+        """Write the features of a unit."""
+        self._fs.makedirs(self._path, exist_ok=True)
+        write_whole(
+            self._fs, self._file(number, extractor.name), pack(self.images, number, extractor, pictures, features)
+        )
+
+    def read(self, number: int, extractor: str, tensor: str) -> NDArray[Any] | None:
+        """One tensor of a unit's features, verified; None where the set has no such thing (labels, work).
+
+        Raises:
+            DataError: it cannot be made again, since the images are not there any more.
+        """
+        for _ in range(2):
+            try:
+                return self._read(number, self.extractors[extractor], tensor)
+            except FileNotFoundError:
+                self.make(number)
+            except _Unfit:
+                self.unfit.add((number, extractor))
+                self._fs.rm_file(self._file(number, self.extractors[extractor].name))
+                self.make(number)
+        raise DataError(f"{self._file(number, extractor)} does not stay as it is written: mend the storage")
+
+    def rows(self, extractor: str, tensor: str, num: int) -> Iterator[NDArray[Any]]:
+        """A tensor of the first ``num`` images, unit by unit."""
+        for number in range(-(-num // self.images.unit_size)):
+            values = self.read(number, extractor, tensor)
+            assert values is not None
+            yield values[: num - number * self.images.unit_size]
+
+    def images_sha256(self, num: int) -> str:
+        """Hash over the hashes of the units of the first ``num`` images."""
+        extractor, digest = next(iter(self.extractors.values())), hashlib.sha256()
+        for number in range(-(-num // self.images.unit_size)):
+            digest.update(bytes.fromhex(self._header(number, extractor)[0]["images_sha256"]))
+        return digest.hexdigest()
+
+    def _file(self, number: int, extractor: str) -> str:
+        return f"{self._path}/{feature_name(number, extractor)}"
+
+    def _fits(self, number: int, extractor: Extractor) -> bool:
+        try:
+            self._header(number, extractor)
+        except FileNotFoundError:
+            return False
+        except _Unfit:
+            self.unfit.add((number, extractor.name))
+            return False
+        return True
+
+    def _header(self, number: int, extractor: Extractor) -> tuple[dict[str, Any], dict[str, Any], int]:
+        """What the file says of itself, its tensors, and where these begin.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            _Unfit: it is damaged, or belongs to something else.
+        """
+        path = self._file(number, extractor.name)
+        size = self._fs.size(path)
+        try:
+            head = bytes(read_range(self._fs, path, 0, min(size, _HEADER_BYTES)))
+            length = int.from_bytes(head[:8], "little")
+            if 8 + length > size:
+                raise _Unfit
+            if 8 + length > len(head):
+                head = bytes(read_range(self._fs, path, 0, 8 + length))
+            tensors = json.loads(head[8 : 8 + length])
+            told = json.loads(tensors.pop("__metadata__")[_KEY])
+            end = max(entry["data_offsets"][1] for entry in tensors.values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise _Unfit from None
+        expected = {"format": FORMAT, **_belongs(self.images, number, extractor)}
+        if size != 8 + length + end or any(told.get(key) != value for key, value in expected.items()):
+            raise _Unfit
+        return told, tensors, 8 + length
+
+    def _read(self, number: int, extractor: Extractor, tensor: str) -> NDArray[Any] | None:
+        told, tensors, begin = self._header(number, extractor)
+        if tensor not in tensors:
+            return None
+        first, last = tensors[tensor]["data_offsets"]
+        data = read_range(self._fs, self._file(number, extractor.name), begin + first, begin + last)
+        if hashlib.sha256(data).hexdigest() != told["sha256"].get(tensor):
+            raise _Unfit
+        dtype = {"F32": np.float32, "F64": np.float64, "I64": np.int64}[tensors[tensor]["dtype"]]
+        return np.frombuffer(data, dtype).reshape(tensors[tensor]["shape"])
+
+
+def make_features(files: FeatureFiles, worker: int = 0, workers: int = 1, *, what: str = "features") -> None:
+    """Make the features of every unit that lacks them, from this worker's own place on; any number may be at work.
+
+    Args:
+        files: of the set of images.
+        worker: this worker's number.
+        workers: all of them.
+        what: names it in the progress.
+    """
+    images = files.images
+    lacking = [number for number in range(images.num_units) if files.missing(number)]
+    if not lacking:
+        return
+    done = images.num - sum(len(images.unit(number)) for number in lacking)
+    with progress(what, images.num, "images", done) as advance:
+        first = worker * images.num_units // workers
+        for number in sorted(lacking, key=lambda number: (number - first) % images.num_units):
+            files.make(number)  # unless another worker has made it meanwhile
+            advance(len(images.unit(number)))
+
+
+class _Unfit(Exception):  # noqa: N818  (a verdict on one file)
+    """A feature file that is damaged or belongs to something else."""

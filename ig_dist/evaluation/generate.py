@@ -1,144 +1,187 @@
-"""Generating the units of a plan, by any number of workers, and collecting them.
+"""Generating the units of a plan, and their features, by any number of workers.
 
-No locks: a worker walks the units from its own place on and skips those that exist. A unit's bytes are a function of
-(plan, unit), so two workers that make the same one write the same file.
+No locks: a worker walks the units from its own place on and skips what exists. Beside the solver, which has the
+device's main stream, a unit's latents are decoded and its features extracted on a second stream; a thread writes them.
 """
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import PurePosixPath
-from typing import NamedTuple
+import contextlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ig_dist.background import in_background
 from ig_dist.data.latents import tokenizer_latents
 from ig_dist.diffusion.guidance import guided_velocity
 from ig_dist.diffusion.path import Path
 from ig_dist.diffusion.samplers import NoiseFn, VelocityFn, dopri5, euler, euler_maruyama, heun, sde_grid, time_grid
-from ig_dist.errors import DataError
+from ig_dist.evaluation.extractors.extractor import Extractor
+from ig_dist.evaluation.features import FeatureFiles
+from ig_dist.evaluation.images import Pictures, plan_images
 from ig_dist.evaluation.plan import Plan, image_numbers
-from ig_dist.export import ExportInfo, ModelInfo
+from ig_dist.evaluation.units import Samples, Unit, Work, existing, read_unit, unit_name, write_unit
+from ig_dist.export import ModelInfo
 from ig_dist.latents.tokenizer import Tokenizer
 from ig_dist.models.dit import DiT, DiTOutput
 from ig_dist.rng import Purpose, normal
-from ig_dist.storage.files import open_url, write_whole
+from ig_dist.storage.files import open_url
 
-Images = NDArray[np.uint8]  # (N, H, W, channels)
-Labels = NDArray[np.int64]  # (N,)
-Work = NDArray[np.int64]  # (N, 3): velocity evaluations, and forward passes of the model and of the second one
+R = TypeVar("R")
 DECODED_AT_ONCE = 16  # an autoencoder's activations are far larger than the model's
 
 
-class Unit(NamedTuple):
-    """What one file holds."""
+class Models(NamedTuple):
+    """What makes the images of a plan, on its device and in eval mode."""
 
-    images: Images
-    labels: Labels
-    work: Work
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Where the images of a plan are, and all that a score's protocol needs."""
-
-    plan: Plan
-    info: ExportInfo
-    url: str
-    uint8_rule: str
-    """How decoded values became uint8."""
-    tokenizer: str = ""
-    """Where the tokenizer was found; empty: under its name in the index."""
-    weak: ExportInfo | None = None
-    """Of the second model, where guidance has an auto term."""
+    model: DiT
+    info: ModelInfo
+    """What stands beside the weights."""
+    tokenizer: Tokenizer
+    """Decodes the latents."""
+    weak: DiT | None = None
+    """The second model of auto guidance."""
 
 
 def generate_units(
-    model: DiT,
-    info: ModelInfo,
-    plan: Plan,
-    url: str,
-    tokenizer: Tokenizer,
+    models: Models,
+    samples: Samples,
+    extractors: Sequence[Extractor] = (),
     *,
-    weak_model: DiT | None = None,
+    num: int | None = None,
+    keep_images: bool = True,
     worker: int = 0,
     workers: int = 1,
     on_progress: Callable[[int], None] = lambda images: None,
-) -> None:
-    """Make every unit of the plan that does not exist yet.
+) -> FeatureFiles:
+    """Make every unit of a plan that does not exist yet, and the features of each.
 
     Args:
-        model: on its device, in eval mode.
-        info: what stands beside the weights.
-        plan: the plan.
-        url: folder of the plan's samples, a path or any fsspec URL.
-        tokenizer: decodes the latents.
-        weak_model: the second model of auto guidance, likewise.
+        models: see ``Models``.
+        samples: the plan and the folder of its samples.
+        extractors: whose features are made.
+        num: only the units of the first so many images; None: all.
+        keep_images: write the images too; if not, the features stand for them, and only unit 0 keeps its images.
         worker: this worker's number; it begins at unit worker * units / workers.
         workers: number of workers that may be at work.
         on_progress: called with the number of finished images of the unit in hand, 0 between units.
+
+    Returns:
+        The feature files.
     """
-    fs, path = open_url(url, "sample.url")
+    plan, (fs, path) = samples.plan, open_url(samples.url, "sample.url")
     fs.makedirs(path, exist_ok=True)
-    first = worker * plan.num_units // workers
-    for k in range(plan.num_units):
-        number = (first + k) % plan.num_units
-        fs.invalidate_cache()
-        if not fs.exists(_unit_path(path, number)):
-            unit = make_unit(model, info, plan, number, tokenizer, on_progress, weak_model=weak_model)
-            write_whole(fs, _unit_path(path, number), safetensors.numpy.save(unit._asdict()))
+    files, beside = FeatureFiles(plan_images(samples), extractors), _Beside(models.model.pos_embed.device)
+    units = -(-(num or plan.num) // plan.unit_size)
+    writing: Future[None] | None = None
+    for k in range(units):
+        number = (worker * units // workers + k) % units
+        missing, has_images = files.missing(number), unit_name(number) in existing(fs, path)
+        write_images = not has_images and (keep_images or number == 0 or not extractors)
+        if missing or write_images:
+            if has_images:
+                unit = read_unit(plan, samples.url, number)
+                images, labels, work = torch.from_numpy(unit.images), unit.labels, unit.work
+            else:
+                images, labels, work = solve_unit(models, plan, number, beside, on_progress)
+            made = _Made(number, images, labels, work, [(e, beside(e, images)) for e in missing], write_images)
+            if writing is not None:
+                writing.result()  # one unit at most waits for the storage
+            writing = in_background(partial(_write, made, samples.url, files, beside))
         on_progress(0)
+    if writing is not None:
+        writing.result()
+    return files
 
 
-def finished_images(plan: Plan, url: str) -> int:
-    """Images in the units that exist, whoever made them."""
-    fs, path = open_url(url, "sample.url")
-    fs.invalidate_cache()
-    names = {PurePosixPath(name).name for name in fs.ls(path, detail=False)} if fs.exists(path) else set()
-    return sum(len(plan.unit(k)) for k in range(plan.num_units) if PurePosixPath(_unit_path("", k)).name in names)
+class _Made(NamedTuple):
+    """A unit on its device."""
+
+    number: int
+    images: Tensor
+    labels: NDArray[np.int64]
+    work: Work
+    features: list[tuple[Extractor, dict[str, Tensor]]]
+    write_images: bool
 
 
-def make_unit(
-    model: DiT,
-    info: ModelInfo,
+class _Beside:
+    """Calls on what the solver made, on a stream of their own where the device has streams."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def __call__(self, function: Callable[..., R], *arguments: Tensor) -> R:
+        """Call a function there, once what is asked of the main stream until now is done."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+            for tensor in arguments:
+                if tensor.is_cuda:
+                    tensor.record_stream(self._stream)
+        with self.alone():
+            return function(*arguments)
+
+    def alone(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it the stream is the current one, and waits for nothing but itself."""
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def _write(made: _Made, url: str, files: FeatureFiles, beside: _Beside) -> None:
+    with beside.alone():
+        pictures = Pictures(made.images.cpu().numpy(), made.labels, made.work)
+        features = [(e, {name: values.cpu().numpy() for name, values in found.items()}) for e, found in made.features]
+    if made.write_images:
+        write_unit(url, made.number, Unit(pictures.images, made.labels, made.work))
+    for extractor, arrays in features:
+        files.write(made.number, extractor, pictures, arrays)
+
+
+def _directly(function: Callable[..., R], *arguments: Tensor) -> R:
+    return function(*arguments)
+
+
+def solve_unit(
+    models: Models,
     plan: Plan,
     number: int,
-    tokenizer: Tokenizer,
+    beside: Callable[..., Tensor] = _directly,
     on_progress: Callable[[int], None] = lambda images: None,
-    *,
-    weak_model: DiT | None = None,
-) -> Unit:
-    """One unit, batch by batch; arguments as for ``generate_units``."""
-    unit = plan.unit(number)
-    parts = []
+) -> tuple[Tensor, NDArray[np.int64], Work]:
+    """Images (uint8, on the device), labels and work of one unit, batch by batch."""
+    unit, device = plan.unit(number), models.model.pos_embed.device
+    images, labels, work = [], [], []
     for start in range(unit.start, unit.stop, plan.batch_size):
-        numbers = image_numbers(range(start, min(start + plan.batch_size, unit.stop)), model.pos_embed.device)
-        batch_labels = plan.image_labels(numbers)
-        images, work = generate(model, info, plan, numbers, batch_labels, tokenizer, weak_model)
-        parts.append(Unit(images.cpu().numpy(), batch_labels.cpu().numpy(), np.tile(np.array(work), (len(images), 1))))
+        numbers = image_numbers(range(start, min(start + plan.batch_size, unit.stop)), device)
+        labels.append(plan.image_labels(numbers))
+        latents, took = solve(models, plan, numbers, labels[-1])
+        images.append(beside(partial(decode, models), latents))
+        work.append(np.tile(np.array(took), (len(numbers), 1)))
         on_progress(int(numbers[-1]) + 1 - unit.start)
-    return Unit(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return beside(lambda *parts: torch.cat(parts), *images), torch.cat(labels).cpu().numpy(), np.concatenate(work)
+
+
+def make_unit(models: Models, plan: Plan, number: int) -> Unit:
+    """One unit, not written."""
+    images, labels, work = solve_unit(models, plan, number)
+    return Unit(images.cpu().numpy(), labels, work)
+
+
+def generate(models: Models, plan: Plan, numbers: Tensor, labels: Tensor) -> Tensor:
+    """Images (B, H, W, channels) uint8 of the plan's image numbers (B,)."""
+    return decode(models, solve(models, plan, numbers, labels)[0])
 
 
 @torch.no_grad()
-def generate(
-    model: DiT,
-    info: ModelInfo,
-    plan: Plan,
-    numbers: Tensor,
-    labels: Tensor,
-    tokenizer: Tokenizer,
-    weak_model: DiT | None = None,
-) -> tuple[Tensor, tuple[int, int, int]]:
-    """Images (B, H, W, channels) uint8 of the plan's image numbers (B,), and the work that each took (see ``Work``)."""
-    shape = info.latent.shape
-    counted, weak = _Counted(model), None if weak_model is None else _Counted(weak_model)
+def solve(models: Models, plan: Plan, numbers: Tensor, labels: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """Latents (B, C, H, W) float64 of the plan's image numbers (B,), and the work that each took (see ``Work``)."""
+    shape = models.info.latent.shape
+    counted, weak = _Counted(models.model), None if models.weak is None else _Counted(models.weak)
     guided, evaluations = guided_velocity(counted, labels, plan.terms(), weak), 0
 
     def velocity(x: Tensor, t: float) -> Tensor:
@@ -151,14 +194,19 @@ def generate(
 
     x = normal(plan.seed, Purpose.SAMPLE_NOISE, numbers, shape).double()
     with torch.autocast(x.device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
-        x = solve(plan, velocity, x, Path(info.path), noise)
-    latents = tokenizer_latents(x, info.latent)
-    images = torch.cat([tokenizer.decode(part) for part in torch.split(latents, DECODED_AT_ONCE)])
+        x = run_solver(plan, velocity, x, Path(models.info.path), noise)
     forwards = [0 if model is None else model.rows // len(numbers) for model in (counted, weak)]
-    return images, (evaluations, forwards[0], forwards[1])
+    return x, (evaluations, forwards[0], forwards[1])
 
 
-def solve(plan: Plan, velocity: VelocityFn, x: Tensor, path: Path, noise: NoiseFn) -> Tensor:
+@torch.no_grad()
+def decode(models: Models, latents: Tensor) -> Tensor:
+    """Images (B, H, W, channels) uint8 of the model's latents (B, C, H, W)."""
+    found = tokenizer_latents(latents, models.info.latent)
+    return torch.cat([models.tokenizer.decode(part) for part in torch.split(found, DECODED_AT_ONCE)])
+
+
+def run_solver(plan: Plan, velocity: VelocityFn, x: Tensor, path: Path, noise: NoiseFn) -> Tensor:
     """From noise x (B, C, H, W), the state at t = 1, to latents, by the plan's solver on its grid."""
     if plan.solver == "euler":
         return euler(velocity, x, time_grid(plan.steps, plan.time_shift))
@@ -181,41 +229,3 @@ class _Counted:
         self.rows += len(labels)
         output: DiTOutput = self._model(x_t, t, labels)
         return output
-
-
-def read_units(plan: Plan, url: str) -> Iterator[Unit]:
-    """The units in order.
-
-    Raises:
-        DataError: a unit is missing or damaged.
-    """
-    fs, path = open_url(url, "sample.url")
-    for number in range(plan.num_units):
-        try:
-            unit = safetensors.numpy.load(fs.cat_file(_unit_path(path, number)))
-            whole = Unit(unit["images"], unit["labels"], unit["work"])
-        except FileNotFoundError:
-            raise DataError(
-                f"{url}: unit {number} of {plan.num_units} is missing: run the same sampling again"
-            ) from None
-        except (KeyError, safetensors.SafetensorError):
-            raise DataError(
-                f"{_unit_path(path, number)} is damaged: delete it and run the same sampling again"
-            ) from None
-        yield whole
-
-
-def collect(plan: Plan, url: str) -> tuple[Images, Labels]:
-    """All images of a plan, in order, and ``samples.npz`` beside the units (arr_0 images, arr_1 labels, as ADM's)."""
-    units = list(read_units(plan, url))
-    images, labels, _ = (np.concatenate(column) for column in zip(*units, strict=True))
-    fs, path = open_url(url, "sample.url")
-    temporary = f"{path}/samples.npz.{uuid.uuid4().hex}.tmp"
-    with fs.open(temporary, "wb") as file:
-        np.savez(file, images, labels)
-    fs.mv(temporary, f"{path}/samples.npz")
-    return images, labels
-
-
-def _unit_path(path: str, number: int) -> str:
-    return f"{path}/unit_{number:05d}.safetensors"

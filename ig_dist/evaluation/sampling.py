@@ -1,11 +1,13 @@
-"""From a run to samples: export, plan, units, one npz and a picture."""
+"""From a run to samples: export, plan, units with their features, one npz and a picture."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,10 +15,16 @@ from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ig_dist.config import Config
+from ig_dist.config.sampling import EvaluateConfig
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.generate import Samples, collect, finished_images, generate_units
+from ig_dist.evaluation.catalogue import extractors_of
+from ig_dist.evaluation.collecting import write_pngs, write_samples_npz
+from ig_dist.evaluation.extractors.extractor import Extractor, get_extractor
+from ig_dist.evaluation.features import FeatureFiles, feature_name
+from ig_dist.evaluation.generate import Models, generate_units
 from ig_dist.evaluation.pictures import save_grid
 from ig_dist.evaluation.plan import Plan, make_plan
+from ig_dist.evaluation.units import Samples, existing, read_unit, unit_name
 from ig_dist.export import ExportInfo, find_export, load_export
 from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.storage.files import open_url, write_whole
@@ -26,54 +34,105 @@ PLAN_NAME = "plan.json"
 REPORT_EVERY_S = 10.0  # between lines of progress where there is no terminal
 
 
-def sample_run(config: Config, export: Path) -> Samples:
-    """Make all images of the config's plan with exported weights.
+class Made(NamedTuple):
+    """What sampling ends with."""
+
+    samples: Samples
+    files: FeatureFiles
+    """Features of the samples."""
+
+
+def sample_run(
+    config: Config, export: Path, metrics: Sequence[str] = (), *, num: int | None = None, collected: bool = True
+) -> Made:
+    """Make all images of the config's plan with exported weights, and the features that scores need of them.
 
     Under several processes (RANK, WORLD_SIZE) each is a worker; the first one collects the images into
     ``samples.npz`` and a grid picture. Workers need not start together, and may die and be started again.
+
+    Args:
+        config: the run's.
+        export: folder of the weights.
+        metrics: scores whose features are made beside the images.
+        num: only the units of the first so many images; None: all.
+        collected: write the npz and the picture.
     """
     device = sampling_device()
+    extractors = [config_extractor(config, name, device) for name in extractors_of(metrics)]
     model, info = load_export(export, device)
     tokenizer = index_tokenizer(info.tokenizer, info.latent, config.sample.tokenizer, device=device)
     weak_model, weak = None, None
     if any(term.kind == "auto" and term.scale != 1 for term in config.guidance):
         weak_model, weak = load_export(find_export(config.sample.weak_model), device)
     plan = make_plan(config, info, info.weights_sha256, weak)
+    keep_images = config.sample.keep_images
+    if not keep_images and not extractors:
+        raise ConfigError(
+            "sample.keep_images=false keeps the features alone, and none are asked for: sample with --evaluate, or keep"
+            " the images"
+        )
     url = f"{config.sample.url.rstrip('/') or config.run.dir + '/samples'}/{plan.digest}"
-    with _PlanProgress(plan, url) as progress:
-        generate_units(
-            model,
-            info,
-            plan,
-            url,
-            tokenizer,
-            weak_model=weak_model,
+    samples = Samples(plan, info, url, tokenizer.uint8_rule, config.sample.tokenizer, weak)
+    counted_by = unit_name if keep_images else lambda number: feature_name(number, extractors[-1].name)
+    with _PlanProgress(plan, url, counted_by, num) as progress:
+        files = generate_units(
+            Models(model, info, tokenizer, weak_model),
+            samples,
+            extractors,
+            num=num,
+            keep_images=keep_images,
             worker=int(os.environ.get("RANK", "0")),
             workers=int(os.environ.get("WORLD_SIZE", "1")),
             on_progress=progress.update,
         )
-    samples = Samples(plan, info, url, tokenizer.uint8_rule, config.sample.tokenizer, weak)
     if is_main_process():
-        fs, path = open_url(url, "sample.url")
-        described: dict[str, object] = {"plan": plan.model_dump(mode="json"), "export": info.model_dump(mode="json")}
-        described["run"] = config.run.dir
-        described["weak"] = None if weak is None else weak.model_dump(mode="json")
-        described["uint8_rule"], described["tokenizer"] = samples.uint8_rule, samples.tokenizer
-        described["evaluate"] = {
+        _describe(samples, config)
+        if collected:
+            _collect(samples, config)
+    return Made(samples, files)
+
+
+def config_extractor(config: Config, name: str, device: torch.device) -> Extractor:
+    """An extractor with the weights that the config says."""
+    return get_extractor(name, weights=config.evaluate.weights.get(name, ""), device=device)
+
+
+def _describe(samples: Samples, config: Config) -> None:
+    """Write what the plan's folder holds, for whoever evaluates it."""
+    fs, path = open_url(samples.url, "sample.url")
+    described: dict[str, Any] = {
+        "plan": samples.plan.model_dump(mode="json"),
+        "export": samples.info.model_dump(mode="json"),
+        "run": config.run.dir,
+        "weak": None if samples.weak is None else samples.weak.model_dump(mode="json"),
+        "uint8_rule": samples.uint8_rule,
+        "tokenizer": samples.tokenizer,
+        "evaluate": {
+            **config.evaluate.model_dump(mode="json"),
             "reference": config.evaluate.reference or config.data.index,
-            "metrics": config.evaluate.metrics,
-        }
-        write_whole(fs, f"{path}/{PLAN_NAME}", json.dumps(described, indent=1).encode())
-        images, _ = collect(plan, url)
-        picture = Path(config.run.dir) / "samples" / f"{plan.digest}.png"
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        save_grid([("", row) for row in np.array_split(images[:64], 4) if len(row)], picture, describe(plan))
-        console.print(f"{plan.num} images: {url}/samples.npz, some of them: {picture}")
-    return samples
+        },
+    }
+    write_whole(fs, f"{path}/{PLAN_NAME}", json.dumps(described, indent=1).encode())
 
 
-def read_samples(url: str) -> tuple[Samples, Path, str, list[str]]:
-    """The samples in a plan's folder, their run, the index of the real images, and the metrics of the run's config.
+def _collect(samples: Samples, config: Config) -> None:
+    """The npz, single pictures where they are asked for, and a picture of some."""
+    plan, url = samples.plan, samples.url
+    picture = Path(config.run.dir) / "samples" / f"{plan.digest}.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    first = read_unit(plan, url, 0).images[:64]
+    save_grid([("", row) for row in np.array_split(first, 4) if len(row)], picture, describe(plan))
+    if config.sample.png:
+        write_pngs(samples, config.sample.png, samples.info.classes)
+    made = f"{plan.num} images: {url}"
+    if config.sample.keep_images:
+        write_samples_npz(samples)
+        made += "/samples.npz"
+    console.print(f"{made}, some of them: {picture}", markup=False)
+
+
+def read_samples(url: str) -> tuple[Samples, Path, EvaluateConfig]:
+    """The samples in a plan's folder, their run, and how its config has them scored.
 
     Raises:
         ConfigError: no samples there.
@@ -82,10 +141,10 @@ def read_samples(url: str) -> tuple[Samples, Path, str, list[str]]:
     try:
         described = json.loads(fs.cat_file(f"{path}/{PLAN_NAME}"))
         plan, info = Plan(**described["plan"]), ExportInfo(**described["export"])
-        evaluate = described["evaluate"]
+        evaluate = EvaluateConfig(**described["evaluate"])
         weak = None if described["weak"] is None else ExportInfo(**described["weak"])
         samples = Samples(plan, info, url.rstrip("/"), str(described["uint8_rule"]), str(described["tokenizer"]), weak)
-        return samples, Path(described["run"]), str(evaluate["reference"]), list(evaluate["metrics"])
+        return samples, Path(described["run"]), evaluate
     except (OSError, ValueError, KeyError, TypeError, ValidationError):
         raise ConfigError(
             f"{url} holds no finished samples (no {PLAN_NAME}): make them with `ig-dist sample RUN`"
@@ -110,8 +169,8 @@ def sampling_device() -> torch.device:
 class _PlanProgress:
     """Progress of a plan over all of its workers, shown by the first one: finished units count, whoever made them."""
 
-    def __init__(self, plan: Plan, url: str) -> None:
-        self._plan, self._url = plan, url
+    def __init__(self, plan: Plan, url: str, file_name: Callable[[int], str], num: int | None) -> None:
+        self._plan, self._url, self._name, self._num = plan, url, file_name, min(num or plan.num, plan.num)
         self._shown = is_main_process()
         columns = (
             TextColumn("{task.description}"),
@@ -121,13 +180,18 @@ class _PlanProgress:
         )
         bar = self._shown and console.is_terminal
         self._progress = Progress(*columns, TimeRemainingColumn(), console=console, disable=not bar)
-        self._first = finished_images(plan, url)
-        self._task = self._progress.add_task(describe(plan), total=plan.num, completed=self._first, rate="")
+        self._first = self._finished()
+        self._task = self._progress.add_task(describe(plan), total=self._num, completed=self._first, rate="")
         self._began = self._listed = self._reported = time.monotonic()
+
+    def _finished(self) -> int:
+        names = existing(*open_url(self._url, "sample.url"))
+        units = -(-self._num // self._plan.unit_size)
+        return sum(len(self._plan.unit(number)) for number in range(units) if self._name(number) in names)
 
     def __enter__(self) -> _PlanProgress:
         if self._shown and not console.is_terminal:
-            console.print(f"{describe(self._plan)}: {self._plan.num} images, {self._first} of them are there")
+            console.print(f"{describe(self._plan)}: {self._num} images, {self._first} of them are there")
         self._progress.start()
         return self
 
@@ -140,10 +204,10 @@ class _PlanProgress:
         if not self._shown or now - self._listed < 1.0:
             return
         self._listed = now
-        done = finished_images(self._plan, self._url) + in_hand
+        done = self._finished() + in_hand
         rate = (done - self._first) / (now - self._began)
         self._progress.update(self._task, completed=done, rate=f"{rate:.1f} images/s")
         if not console.is_terminal and now - self._reported > REPORT_EVERY_S:
             self._reported = now
-            left = (self._plan.num - done) / rate if rate else float("inf")
-            console.print(f"  {done}/{self._plan.num} images, {rate:.1f} images/s, {left:.0f} s left")
+            left = (self._num - done) / rate if rate else float("inf")
+            console.print(f"  {done}/{self._num} images, {rate:.1f} images/s, {left:.0f} s left")

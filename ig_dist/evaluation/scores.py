@@ -1,133 +1,209 @@
-"""Scores of generated images, each with its protocol."""
+"""Scores of a set of images against a reference, each with its protocol: features in, numbers out."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from ig_dist.data.index import ShardIndex, read_index
-from ig_dist.data.reader import ShardReader
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.agreement import CLASSIFIER, label_agreement, train_classifier
-from ig_dist.evaluation.features import Moments, pixel_extractor, streamed_moments
-from ig_dist.evaluation.generate import Samples, read_units
+from ig_dist.evaluation import metrics as scored
+from ig_dist.evaluation.catalogue import METRICS, extractors_of
+from ig_dist.evaluation.features import FeatureFiles
+from ig_dist.evaluation.moments import streamed_moments
 from ig_dist.evaluation.plan import Plan
-from ig_dist.evaluation.sampling import sampling_device
+from ig_dist.evaluation.references import KERNEL_IMAGES, MANIFOLD_IMAGES, Feature, Reference
+from ig_dist.evaluation.units import Samples
 from ig_dist.export import ExportInfo
-from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.run_dir import replace_text
+from ig_dist.terminal import warn
 
-if TYPE_CHECKING:
-    from sklearn.svm import SVC
+Protocol = Literal["adm", "torch-fidelity"]
+INCEPTION_SCORE_IMAGES = 5000
+REAL_IMAGENET_FID = 1.68
+"""Of 50,000 validation images against the training statistics: what is lower is closer than real pictures are."""
 
-BATCH = 512
-BATCH_PIXELS = 2**20  # of the images decoded at once: 16 of 256 x 256
 
+class Scores:
+    """Scores of the first images of a set, one after the other; what two of them share is computed once.
 
-def frechet_distance(first: Moments, second: Moments) -> float:
-    """Squared Frechet distance of two Gaussians: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2).
-
-    The symmetric form has a real, non-negative spectrum, so eigenvalues of symmetric matrices suffice and a singular
-    covariance (a pixel that is always black) does no harm. Dowson and Landau 1982.
+    Args:
+        files: features of the images.
+        reference: real images.
+        num: only so many images; None: all.
+        protocol: whose rules hold where evaluators differ.
+        device: where distances between points are made.
     """
-    values, vectors = np.linalg.eigh(first.covariance)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    cross = np.linalg.eigvalsh(root @ second.covariance @ root).clip(min=0)
-    mean_term = np.square(first.mean - second.mean).sum()
-    return float(mean_term + np.trace(first.covariance) + np.trace(second.covariance) - 2 * np.sqrt(cross).sum())
+
+    def __init__(
+        self,
+        files: FeatureFiles,
+        reference: Reference,
+        num: int | None = None,
+        protocol: Protocol = "adm",
+        device: torch.device | None = None,
+    ) -> None:
+        self.files, self._reference, self._protocol = files, reference, protocol
+        self._num = min(num or files.images.num, files.images.num)
+        self._device = device or torch.device("cpu")
+        self._rows: dict[Feature, np.ndarray[Any, Any]] = {}
+        self._manifold: dict[Feature, scored.PrecisionRecall] = {}
+
+    def score(self, metrics: Sequence[str]) -> dict[str, Any]:
+        """``scores`` by name, ``spread`` of those that are means over subsets, and ``protocol``.
+
+        Raises:
+            ConfigError: the reference lacks what a score needs, or has other dimensions.
+        """
+        kinds = {
+            "frechet": self._frechet,
+            "inception_score": self._inception_score,
+            "precision": lambda feature: self._precision_recall(feature).precision,
+            "recall": lambda feature: self._precision_recall(feature).recall,
+            "kernel": self._kernel,
+            "agreement": self._agreement,
+        }
+        found = {self._called(name): kinds[METRICS[name].kind](METRICS[name][1:]) for name in metrics}
+        spread = {name: value.std for name, value in found.items() if isinstance(value, scored.MeanStd)}
+        scores = {name: value.mean if isinstance(value, scored.MeanStd) else value for name, value in found.items()}
+        return {
+            "scores": scores,
+            **({"spread": spread} if spread else {}),
+            "protocol": {"num": self._num, **self._described(metrics), **self._reference.protocol(metrics)},
+        }
+
+    def _called(self, name: str) -> str:
+        """A score made with other weights than the published ones does not bear the published name."""
+        extractor = self.files.extractors[METRICS[name].extractor]
+        return name if extractor.name == METRICS[name].extractor else f"{name}@{extractor.name}"
+
+    def _described(self, metrics: Sequence[str]) -> dict[str, Any]:
+        extractors = [self.files.extractors[name] for name in extractors_of(metrics)]
+        rules = {"frechet": "N - 1", "inception_score": "", "precision": "k = 3", "kernel": "", "agreement": ""}
+        adm = self._protocol == "adm"
+        rules["inception_score"] = "blocks of 5,000 in order" if adm else "10 splits, shuffled by RandomState(2020)"
+        rules["precision"] += ", distances in float16 as ADM's" if adm else ", distances in float32"
+        rules["kernel"] = "100 subsets of 1,000, RandomState(2020)"
+        rules["agreement"] = scored.CLASSIFIER
+        kinds = dict.fromkeys(METRICS[name].kind.replace("recall", "precision") for name in metrics)
+        told: dict[str, Any] = {"evaluator": self._protocol}
+        told |= {kind: rules[kind] for kind in kinds}
+        told["extractor"] = ", ".join(extractor.name for extractor in extractors)
+        told["extractor_sha256"] = ", ".join(extractor.sha256 for extractor in extractors)
+        told["preprocessing"] = "; ".join(extractor.preprocessing for extractor in extractors)
+        if self.files.unfit:
+            told["features_made_again"] = len(self.files.unfit)
+        return told
+
+    def _frechet(self, feature: Feature) -> float:
+        ours, theirs = streamed_moments(self.files.rows(*feature, self._num)), self._reference.moments(feature)
+        self._check_dimensions(feature, ours.mean.size, theirs.mean.size)
+        if ours.count <= ours.mean.size:
+            warn(
+                f"{ours.count} images for {ours.mean.size} {' '.join(feature)} features: their covariance is"
+                " singular, and the distance far too large: use a larger sample.num (papers: 50,000), and compare equal"
+                " numbers only"
+            )
+        elif self._protocol == "adm" and feature[0] == "inception":
+            return scored.frechet_distance_adm(theirs, ours)
+        return scored.frechet_distance(theirs, ours)
+
+    def _inception_score(self, feature: Feature) -> float | scored.MeanStd:
+        if self._num < INCEPTION_SCORE_IMAGES:
+            warn(
+                f"inception_score of {self._num} images, whose blocks have {INCEPTION_SCORE_IMAGES:,}: use a larger"
+                " sample.num"
+            )
+        if self._protocol == "adm":
+            return scored.inception_score(self.files.rows(*feature, self._num))
+        return scored.inception_score_torch_fidelity(self._all(feature))
+
+    def _precision_recall(self, feature: Feature) -> scored.PrecisionRecall:
+        if feature not in self._manifold:
+            theirs, ours = self._reference.rows(feature, MANIFOLD_IMAGES), self._all(feature)
+            self._check_dimensions(feature, ours.shape[1], theirs.shape[1])
+            half = self._protocol == "adm" and feature[0] == "inception"
+            self._manifold[feature] = scored.precision_recall(ours, theirs, half=half, device=self._device)
+        return self._manifold[feature]
+
+    def _kernel(self, feature: Feature) -> scored.MeanStd:
+        theirs, ours = self._reference.rows(feature, KERNEL_IMAGES), self._all(feature)
+        self._check_dimensions(feature, ours.shape[1], theirs.shape[1])
+        return scored.kernel_distance(ours, theirs)
+
+    def _agreement(self, feature: Feature) -> float:
+        classifier, num_classes = self._reference.classifier(feature)
+        if self.files.read(0, feature[0], "labels") is None:
+            raise ConfigError(f"label_agreement: {self.files.images.name} does not say which classes were asked for")
+        asked = np.concatenate(list(self.files.rows(feature[0], "labels", self._num)))
+        if asked.max() >= num_classes or asked.min() < 0:
+            raise ConfigError(
+                f"label_agreement: the samples have class {asked.max()}, the reference 0 to {num_classes - 1}: give the"
+                " index that the model was trained on"
+            )
+        return scored.label_agreement(self._all(feature), asked, classifier)
+
+    def _all(self, feature: Feature) -> np.ndarray[Any, Any]:
+        """The features of all images in memory: 0.4 GB of 50,000 of Inception's."""
+        if feature not in self._rows:
+            self._rows[feature] = np.concatenate(list(self.files.rows(*feature, self._num)))
+        return self._rows[feature]
+
+    def _check_dimensions(self, feature: Feature, ours: int, theirs: int) -> None:
+        if ours != theirs:
+            raise ConfigError(
+                f"{self._reference.name} has {theirs} {' '.join(feature)} values an image, the samples {ours}: give a"
+                " reference of pictures like those that the model was trained on (evaluate.reference)"
+            )
 
 
-def index_images(index: ShardIndex, place: str = "") -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int32]]]:
-    """The images (B, H, W, C) that the stored latents decode to, and their labels, in index order.
-
-    Of stored moments the mean is decoded. ``place`` is where the tokenizer is if not under its name in the index.
-    """
-    info = index.info
-    tokenizer = index_tokenizer(info.tokenizer, info.latent, place, device=sampling_device())
-    reader, channels = ShardReader(index), info.latent.shape[0]
-    batch = min(BATCH, max(1, BATCH_PIXELS // info.tokenizer.image_size**2))
-    first = 0
-    for shard, size in enumerate(index.shard_sizes):
-        for start in range(0, size, batch):
-            stop = min(start + batch, size)
-            stored, _ = reader.read(shard, start, stop)  # a damaged one raises
-            # as stored, the latents are the tokenizer's own: normalisation is for the model
-            images = tokenizer.decode(torch.from_numpy(stored[:, :channels]).float())
-            yield images.numpy(), index.table.label[first + start : first + stop]
-        first += size
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The real images that samples are held against, as far as the metrics need them."""
-
-    source: str
-    moments: Moments
-    classifier: SVC | None
-
-
-def load_reference(url: str, metrics: Sequence[str], tokenizer: str = "") -> Reference:
-    """Read the real images of an index; ``tokenizer`` is where its tokenizer is if not under its name there."""
-    index = read_index(url)
-    moments = streamed_moments((images for images, _ in index_images(index, tokenizer)), pixel_extractor())
-    classifier = train_classifier(index_images(index, tokenizer)) if "label_agreement" in metrics else None
-    return Reference(index.info.source, moments, classifier)
-
-
-def evaluate_samples(samples: Samples, reference: Reference, out: Path | None = None) -> dict[str, Any]:
-    """Score samples; scores and protocol, also written to ``out``."""
-    plan, info, extractor = samples.plan, samples.info, pixel_extractor()
-    generated = streamed_moments((unit.images for unit in read_units(plan, samples.url)), extractor)
-    if reference.moments.mean.shape != generated.mean.shape:
-        raise ConfigError(
-            f"the images of {reference.source} have {reference.moments.mean.size} values, the samples"
-            f" {generated.mean.size}: give the index that the model was trained on (evaluate.reference)"
-        )
-    scores = {"fd_pixel": frechet_distance(reference.moments, generated)}
-    if reference.classifier is not None:
-        scores["label_agreement"] = label_agreement(
-            reference.classifier, ((unit.images, unit.labels) for unit in read_units(plan, samples.url))
-        )
-    result = {
-        "scores": scores,
-        "protocol": {
-            "num": plan.num,
-            "labels": plan.labels,
-            "seed": plan.seed,
-            "solver": plan.solver,
-            **_of_the_solver(plan),
-            **_work(plan, samples.url),
-            "guidance": [term.model_dump(mode="json") for term in plan.guidance],
-            "precision": plan.precision,
-            "uint8_rule": samples.uint8_rule,
-            "tokenizer": info.tokenizer.name,
-            "tokenizer_sha256": info.tokenizer.sha256,
-            "extractor": extractor.name,
-            "extractor_sha256": extractor.sha256,
-            "classifier": CLASSIFIER if reference.classifier is not None else None,
-            "reference": reference.source,
-            "reference_images": reference.moments.count,
-            "reference_sha256": reference.moments.sha256,
-            "ema": info.ema,
-            "step": info.step,
-            "images_seen": info.images_seen,
-            "checkpoint_sha256": info.checkpoint_sha256,
-            "weights_sha256": info.weights_sha256,
-            **({} if samples.weak is None else _of_the_weak_model(samples.weak)),
-            "plan": plan.digest,
-        },
+def score_plan(samples: Samples, scores: Scores, metrics: Sequence[str], out: Path | None = None) -> dict[str, Any]:
+    """Score a plan's samples: ``scores`` and the whole ``protocol``, also written to ``out``."""
+    result = scores.score(metrics)
+    protocol = result.pop("protocol")
+    num = protocol.pop("num")
+    result["protocol"] = {
+        "num": num,
+        **plan_protocol(samples, scores.files, num),
+        **protocol,
+        "ema": samples.info.ema,
+        "step": samples.info.step,
+        "images_seen": samples.info.images_seen,
+        "checkpoint_sha256": samples.info.checkpoint_sha256,
+        "weights_sha256": samples.info.weights_sha256,
+        **({} if samples.weak is None else _of_the_weak_model(samples.weak)),
+        "plan": samples.plan.digest,
     }
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(out, json.dumps(result, indent=1) + "\n")
+        write_result(result, out)
     return result
+
+
+def write_result(result: dict[str, Any], out: Path) -> None:
+    """Scores and protocol as JSON."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(out, json.dumps(result, indent=1) + "\n")
+
+
+def plan_protocol(samples: Samples, files: FeatureFiles, num: int) -> dict[str, Any]:
+    """How the images were made."""
+    plan, info = samples.plan, samples.info
+    return {
+        "labels": plan.labels,
+        "seed": plan.seed,
+        "solver": plan.solver,
+        **_of_the_solver(plan),
+        **_work(plan, files, num),
+        "guidance": [term.model_dump(mode="json") for term in plan.guidance],
+        "precision": plan.precision,
+        "uint8_rule": samples.uint8_rule,
+        "tokenizer": info.tokenizer.name,
+        "tokenizer_sha256": info.tokenizer.sha256,
+    }
 
 
 def _of_the_solver(plan: Plan) -> dict[str, Any]:
@@ -139,9 +215,9 @@ def _of_the_solver(plan: Plan) -> dict[str, Any]:
     return {**steps, "correct_last_step": plan.correct_last_step} if plan.solver == "heun" else steps
 
 
-def _work(plan: Plan, url: str) -> dict[str, float]:
+def _work(plan: Plan, files: FeatureFiles, num: int) -> dict[str, float]:
     """What an image took, as it was counted: the mean, where dopri5 took another number of steps for another batch."""
-    work = np.concatenate([unit.work for unit in read_units(plan, url)]).mean(axis=0)
+    work = np.concatenate(list(files.rows(next(iter(files.extractors)), "work", num))).mean(axis=0)
     names = ["evaluations", "forwards", "weak_forwards"][: 3 if plan.weak_sha256 else 2]
     return {name: float(mean) for name, mean in zip(names, work, strict=False)}
 

@@ -1,118 +1,261 @@
-"""Searching guidance: a grid of scales and intervals with common noise, scored, tabled and drawn."""
+"""Searching guidance: a grid of points with common noise, scored, tabled and drawn; or halved until one is left."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ig_dist.config import Config
 from ig_dist.config_file import with_guidance
-from ig_dist.data.index import read_index
-from ig_dist.evaluation.generate import make_unit
-from ig_dist.evaluation.pictures import save_grid, save_sweep_plot
+from ig_dist.errors import ConfigError
+from ig_dist.evaluation.catalogue import best_row, lower_is_better, order
+from ig_dist.evaluation.generate import Models, make_unit
+from ig_dist.evaluation.images import ImageSet
+from ig_dist.evaluation.pictures import save_grid, save_sweep_plot, save_tradeoff_plot
 from ig_dist.evaluation.plan import make_plan
-from ig_dist.evaluation.sampling import sample_run, sampling_device
-from ig_dist.evaluation.scores import evaluate_samples, index_images, load_reference
+from ig_dist.evaluation.references import Reference, open_reference
+from ig_dist.evaluation.sampling import config_extractor, sample_run, sampling_device
+from ig_dist.evaluation.scores import Scores, score_plan
 from ig_dist.export import export_run, load_export
 from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.run_dir import replace_text
-from ig_dist.terminal import is_main_process
+from ig_dist.terminal import console, is_main_process, this_worker
 
 Interval = tuple[float, float]
 COLUMNS = 20
+NOISE = 2.0
+"""Standard deviations within which two scores are called equal."""
+
+
+class Point(NamedTuple):
+    """One combination of what is swept; None: as the config has it."""
+
+    ig_scale: float
+    cfg_scale: float = 1.0
+    auto_scale: float = 1.0
+    ig_interval: Interval | None = None
+    cfg_interval: Interval | None = None
+    ema: float | None = None
+    step: int | None = None
+
+
+class Axes(NamedTuple):
+    """Values of each; the points are all combinations."""
+
+    ig_scales: Sequence[float]
+    cfg_scales: Sequence[float] = (1.0,)
+    auto_scales: Sequence[float] = (1.0,)
+    ig_intervals: Sequence[Interval | None] = (None,)
+    cfg_intervals: Sequence[Interval | None] = (None,)
+    emas: Sequence[float | None] = (None,)
+    steps: Sequence[int | None] = (None,)
+
+    def points(self) -> list[Point]:
+        """All combinations; the IG scale changes fastest."""
+        slowest_first = (
+            self.steps,
+            self.emas,
+            self.cfg_intervals,
+            self.auto_scales,
+            self.cfg_scales,
+            self.ig_intervals,
+        )
+        return [
+            Point(ig, cfg, auto, ig_interval, cfg_interval, ema, step)
+            for step, ema, cfg_interval, auto, cfg, ig_interval, ig in product(*slowest_first, self.ig_scales)
+        ]
 
 
 def sweep_run(
     config: Config,
-    ig_scales: Sequence[float],
-    cfg_scales: Sequence[float],
-    auto_scales: Sequence[float] = (1.0,),
+    axes: Axes,
     *,
-    ig_intervals: Sequence[Interval | None] = (None,),
-    cfg_interval: Interval | None = None,
     auto_interval: Interval | None = None,
     seeds: int = 1,
+    target: str | None = None,
+    halving: bool = False,
 ) -> dict[str, Any]:
-    """Score every combination; ``sweep.json``, ``sweep.png`` and ``grid.png`` in the run.
+    """Score points of a grid; ``sweep.json``, ``sweep.png`` and ``grid.png`` in the run.
 
     Every point starts from the same noise; with several seeds (sample.seed and the following ones) a point's scores are
     means, with standard deviations beside them. What exists of an earlier sweep is not made again. Under several
-    processes each makes its share of every plan and the first one scores; the others return an empty result.
+    processes each makes its share of every plan; those but the first return an empty result.
+
+    Args:
+        config: the run's.
+        axes: what is swept.
+        auto_interval: times at which autoguidance is on.
+        seeds: seeds of each point.
+        target: the score that the best point has; None: the first of ``evaluate.metrics``.
+        halving: all points on few images, then the better half on twice as many, and so on: the best has all images.
+
+    Raises:
+        ConfigError: a target that is not scored.
     """
-    main, run = is_main_process(), Path(config.run.dir)
-    export = export_run(config)  # once: a run that goes on meanwhile must not change the weights between points
-    reference_url = config.evaluate.reference or config.data.index
-    reference = load_reference(reference_url, config.evaluate.metrics, config.sample.tokenizer) if main else None
-    rows, protocols = [], []
-    for auto_scale, cfg_scale, ig_interval, ig_scale in product(auto_scales, cfg_scales, ig_intervals, ig_scales):
-        point = with_guidance(
-            config,
-            ig_scale=ig_scale,
-            cfg_scale=cfg_scale,
-            auto_scale=auto_scale,
-            ig_interval=ig_interval,
-            cfg_interval=cfg_interval,
-            auto_interval=auto_interval,
+    metrics, run = config.evaluate.metrics, Path(config.run.dir)
+    target = target or metrics[0]
+    if target not in metrics:
+        raise ConfigError(
+            f"--target {target} is not scored: use one of {', '.join(metrics)}, or add it to evaluate.metrics"
         )
-        results = []
-        for seed in range(config.sample.seed, config.sample.seed + seeds):
-            sample = point.sample.model_copy(update={"seed": seed})
-            samples = sample_run(point.model_copy(update={"sample": sample}), export)
-            if reference is not None:
-                out = run / "evaluations" / f"{samples.plan.digest}.json"
-                results.append(evaluate_samples(samples, reference, out))
-        if results:
-            intervals = {term.kind: term.interval for term in point.guidance}
-            scales = {"ig_scale": ig_scale, "cfg_scale": cfg_scale, "auto_scale": auto_scale}
-            ranges = {f"{kind}_interval": intervals[kind] for kind in ("ig", "cfg", "auto")}
-            rows.append({**scales, **ranges, **_over_seeds(results)})
-            protocols += [result["protocol"] for result in results]
-    if not main:
+    device, share = sampling_device(), this_worker()
+    # once: a run that goes on meanwhile must not change the weights between points
+    exports = {key: export_run(config, ema=key[0], step=key[1]) for key in product(axes.emas, axes.steps)}
+    reference = open_reference(
+        config.evaluate.reference or config.data.index,
+        metrics,
+        lambda name: config_extractor(config, name, device),
+        tokenizer=config.sample.tokenizer,
+        device=device,
+        share=share,
+    )
+    points = axes.points()
+    rounds = _rounds(len(points), config.sample.num, config.sample.unit_size) if halving else [config.sample.num]
+    rows: dict[Point, dict[str, Any]] = {}
+    protocols: list[dict[str, Any]] = []
+    for number, num in enumerate(rounds):
+        if halving and is_main_process():
+            console.print(f"round {number + 1} of {len(rounds)}: {len(points)} points on {num} images")
+        for point in points:
+            results = [
+                _score_point(
+                    config, point, exports[point.ema, point.step], reference, auto_interval, seed, num, scored=halving
+                )
+                for seed in range(config.sample.seed, config.sample.seed + seeds)
+            ]
+            if results[0]:
+                rows[point] = _row(config, point, results)
+                protocols += [result["protocol"] for result in results]
+        if number + 1 < len(rounds):  # every process comes to the same: it reads the same features
+            points = sorted(points, key=lambda point: order(rows[point], target))[: -(-len(points) // 2)]
+    if not is_main_process():
         return {}
-    common = {key: value for key, value in protocols[0].items() if all(p[key] == value for p in protocols)}
-    sweep = {"rows": rows, "protocol": {**common, "seeds": seeds}}
+    common = {key: value for key, value in protocols[0].items() if all(p.get(key) == value for p in protocols)}
+    found = list(rows.values())
+    sweep = {"target": target, "rows": found, "flat": flat_rows(found, target), "protocol": {**common, "seeds": seeds}}
     replace_text(run / "sweep.json", json.dumps(sweep, indent=1) + "\n")
-    save_sweep_plot(rows, "fd_pixel", run / "sweep.png")
-    _save_scale_grid(config, export, ig_scales, run / "grid.png")
+    save_sweep_plot(found, target, run / "sweep.png")
+    for other in metrics:
+        if not lower_is_better(other) and lower_is_better(target) and len(found) > 1:
+            save_tradeoff_plot(found, target, other, run / "sweep_tradeoff.png")
+            break
+    _save_scale_grid(config, exports[axes.emas[0], axes.steps[0]], axes.ig_scales, reference, run / "grid.png")
     return sweep
 
 
-def _over_seeds(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _rounds(points: int, num: int, unit_size: int) -> list[int]:
+    """Images of each round: twice as many each time, whole units, all of them in the last."""
+    rounds = [num]
+    while points > 1:
+        points = -(-points // 2)
+        half = -(-rounds[0] // (2 * unit_size)) * unit_size
+        if half >= rounds[0]:
+            break
+        rounds.insert(0, half)
+    return rounds
+
+
+def _score_point(
+    config: Config,
+    point: Point,
+    export: Path,
+    reference: Reference,
+    auto_interval: Interval | None,
+    seed: int,
+    num: int,
+    *,
+    scored: bool,
+) -> dict[str, Any]:
+    """Make the images of a point and score them; empty where another process does (``scored``: this one too)."""
+    guided = with_guidance(
+        config,
+        ig_scale=point.ig_scale,
+        cfg_scale=point.cfg_scale,
+        auto_scale=point.auto_scale,
+        ig_interval=point.ig_interval,
+        cfg_interval=point.cfg_interval,
+        auto_interval=auto_interval,
+    )
+    guided = guided.model_copy(update={"sample": guided.sample.model_copy(update={"seed": seed})})
+    metrics = config.evaluate.metrics
+    samples, files = sample_run(guided, export, metrics, num=num, collected=False)
+    if not (scored or is_main_process()):
+        return {}
+    tag = "" if num == config.sample.num else f"_{num}"
+    out = Path(config.run.dir) / "evaluations" / f"{samples.plan.digest}{tag}.json" if is_main_process() else None
+    scores = Scores(files, reference, num, config.evaluate.protocol, sampling_device())
+    return score_plan(samples, scores, metrics, out)
+
+
+def _row(config: Config, point: Point, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A point with its scores; means with standard deviations, where it has several seeds."""
+    terms = {term["kind"]: term["interval"] for term in results[0]["protocol"]["guidance"]}
+    given = {"ig": point.ig_interval, "cfg": point.cfg_interval}
+    configured = {term.kind: term.interval for term in config.guidance}
+    intervals = {
+        f"{kind}_interval": list(terms.get(kind) or given.get(kind) or configured.get(kind) or (0.0, 1.0))
+        for kind in ("ig", "cfg", "auto")
+    }
+    row: dict[str, Any] = {key: value for key, value in point._asdict().items() if not key.endswith("interval")}
     values = {name: [result["scores"][name] for result in results] for name in results[0]["scores"]}
-    row: dict[str, Any] = {"scores": {name: float(np.mean(v)) for name, v in values.items()}}
+    row |= {**intervals, "num": results[0]["protocol"]["num"]}
+    row["scores"] = {name: float(np.mean(v)) for name, v in values.items()}
     if len(results) > 1:
         row["std"] = {name: float(np.std(v, ddof=1)) for name, v in values.items()}
     return {**row, "plans": [result["protocol"]["plan"] for result in results]}
 
 
-def _save_scale_grid(config: Config, export: Path, ig_scales: Sequence[float], file: Path) -> None:
+def flat_rows(rows: Sequence[Mapping[str, Any]], target: str) -> list[int] | None:
+    """Numbers of the rows that are as good as the best within the noise over seeds; None: the noise is not known."""
+    best = best_row(rows, target)
+    if "std" not in best:
+        return None
+    alike = [row for row in rows if row["num"] == best["num"]]
+    pooled = float(np.sqrt(np.mean([row["std"][target] ** 2 for row in alike]) / len(best["plans"]) * 2))
+    return [
+        i for i, row in enumerate(rows) if row in alike and order(row, target) <= order(best, target) + NOISE * pooled
+    ]
+
+
+def _save_scale_grid(
+    config: Config, export: Path, ig_scales: Sequence[float], reference: Reference, file: Path
+) -> None:
     """Real images above generated ones at every scale, the same noise in each column, without CFG and autoguidance."""
     device = sampling_device()
     model, info = load_export(export, device)
-    tokenizer = index_tokenizer(info.tokenizer, info.latent, config.sample.tokenizer, device=device)
+    models = Models(model, info, index_tokenizer(info.tokenizer, info.latent, config.sample.tokenizer, device=device))
     sample = config.sample.model_copy(
         update={"num": COLUMNS, "unit_size": COLUMNS, "batch_size": COLUMNS, "labels": "balanced"}
     )
     shown = config.model_copy(update={"sample": sample})
-    rows = [("real", _real_by_class(config, len(info.classes)))]
+    rows = []
+    if reference.files is not None:
+        rows.append(("real", _real_by_class(reference.files.images, len(info.classes))))
     for scale in ig_scales:
         point = with_guidance(shown, ig_scale=scale, cfg_scale=1.0, auto_scale=1.0)
         plan = make_plan(point, info, info.weights_sha256)
-        rows.append((f"IG {scale:g}" if scale != 1 else "unguided", make_unit(model, info, plan, 0, tokenizer).images))
+        rows.append((f"IG {scale:g}" if scale != 1 else "unguided", make_unit(models, plan, 0).images))
     save_grid(rows, file, "the same noise in every column")
 
 
-def _real_by_class(config: Config, num_classes: int) -> NDArray[np.uint8]:
+def _real_by_class(images: ImageSet, num_classes: int) -> NDArray[np.uint8]:
     """Real images in the order of balanced labels: 0, 1, 2, ...; a small class begins anew."""
-    index = read_index(config.evaluate.reference or config.data.index)
-    batches = list(index_images(index, config.sample.tokenizer))
-    images, labels = (np.concatenate(column) for column in zip(*batches, strict=True))
-    by_class = [np.flatnonzero(labels == label) for label in range(num_classes)]
-    chosen = [by_class[i % num_classes][i // num_classes % len(by_class[i % num_classes])] for i in range(COLUMNS)]
-    return images[chosen]
+    wanted = [i % num_classes for i in range(COLUMNS)]
+    found: dict[int, list[NDArray[np.uint8]]] = {}
+    for number in range(images.num_units):  # of a class that is not there any picture stands in
+        pictures = images.read(images.unit(number))
+        labels = pictures.labels if pictures.labels is not None else np.arange(len(pictures.images)) % num_classes
+        for image, label in zip(pictures.images, labels, strict=True):
+            if len(kept := found.setdefault(int(label), [])) < wanted.count(int(label)):
+                kept.append(image)
+        if all(len(found.get(label, [])) >= wanted.count(label) for label in wanted):
+            break
+    spare = next(iter(found.values()))
+    chosen = [found.get(label) or spare for label in wanted]
+    return np.stack([chosen[i][i // num_classes % len(chosen[i])] for i in range(COLUMNS)])

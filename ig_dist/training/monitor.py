@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ig_dist.config import Config
 from ig_dist.data.index import ShardIndex
 from ig_dist.data.reader import ShardReader
-from ig_dist.evaluation.generate import generate
+from ig_dist.evaluation.generate import Models, generate
 from ig_dist.evaluation.plan import Plan, make_plan
 from ig_dist.export import ModelInfo, model_info
 from ig_dist.latents.tokenizer import Tokenizer
@@ -47,12 +47,9 @@ def sample_grid(model: DiT, ema: EMA, index: ShardIndex, config: Config, device:
     guidance = [term for term in config.guidance if term.kind != "auto"]
     if guidance:
         plans.append(_plan(config.model_copy(update={"guidance": guidance}), info))
-    numbers, tokenizer = torch.arange(COLUMNS, device=device), grid_tokenizer(index, config, device)
+    numbers, models = torch.arange(COLUMNS, device=device), Models(model, info, grid_tokenizer(index, config, device))
     with ema.swapped_in(config.ema.decays[0]):
-        rows = [
-            generate(model, info, plan, numbers, plan.image_labels(numbers), tokenizer)[0].cpu().numpy()
-            for plan in plans
-        ]
+        rows = [generate(models, plan, numbers, plan.image_labels(numbers)).cpu().numpy() for plan in plans]
     return np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
 
 

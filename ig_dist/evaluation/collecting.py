@@ -1,0 +1,62 @@
+"""What is made of a plan's units for others: one npz as ADM's evaluator reads it, and single pictures for people."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from numpy.typing import NDArray
+from PIL import Image
+
+from ig_dist.evaluation.npz import Streamed, npz_bytes, write_npz
+from ig_dist.evaluation.units import Samples, read_unit
+from ig_dist.storage.files import open_url, write_whole
+
+NPZ_NAME = "samples.npz"
+
+
+def write_samples_npz(samples: Samples) -> None:
+    """All images of a plan in order as ``samples.npz`` beside the units (arr_0 images, arr_1 labels), unit by unit.
+
+    Consecutive blocks of 5,000 are mixed in their classes, whatever the plan's labels, as the inception score wants it.
+    One that is there with the right size is left as it is.
+
+    Raises:
+        DataError: a unit is missing or damaged, or there is no space.
+    """
+    plan, (fs, path) = samples.plan, open_url(samples.url, "sample.url")
+
+    shape, labels = read_unit(plan, samples.url, 0).images.shape[1:], list[NDArray[Any]]()
+
+    def images() -> Iterator[NDArray[Any]]:
+        for number in range(plan.num_units):
+            unit = read_unit(plan, samples.url, number)
+            labels.append(unit.labels)  # they follow the images in the file, and are small
+            yield unit.images
+
+    arrays = {
+        "arr_0": Streamed((plan.num, *shape), "uint8", images),
+        "arr_1": Streamed((plan.num,), "int64", lambda: labels),
+    }
+    file = f"{path}/{NPZ_NAME}"
+    if not (fs.exists(file) and fs.size(file) == npz_bytes(arrays)):
+        write_npz(fs, file, arrays)
+
+
+def write_pngs(samples: Samples, num: int, classes: list[str]) -> None:
+    """The first ``num`` images as ``png/000000_class.png`` beside the units."""
+    fs, path = open_url(samples.url, "sample.url")
+    fs.makedirs(f"{path}/png", exist_ok=True)
+    plan, done = samples.plan, 0
+    for number in range(plan.num_units):
+        if done >= min(num, plan.num):
+            break
+        unit = read_unit(plan, samples.url, number)
+        for image, label in zip(unit.images[: num - done], unit.labels, strict=False):
+            data = io.BytesIO()
+            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(data, "PNG")
+            name = re.sub(r"[^\w-]+", "_", classes[int(label)])
+            write_whole(fs, f"{path}/png/{done:06d}_{name}.png", data.getvalue())
+            done += 1

@@ -1,0 +1,103 @@
+"""Scoring what lies somewhere: a plan's samples, an npz of any origin, a folder of pictures, against a reference."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ig_dist.config.sampling import EvaluateConfig
+from ig_dist.errors import ConfigError
+from ig_dist.evaluation.catalogue import check_weights, extractors_of
+from ig_dist.evaluation.extractors.extractor import Extractor, get_extractor
+from ig_dist.evaluation.features import FeatureFiles, make_features
+from ig_dist.evaluation.images import find_images, plan_images
+from ig_dist.evaluation.references import open_reference
+from ig_dist.evaluation.sampling import PLAN_NAME, read_samples, sampling_device
+from ig_dist.evaluation.scores import Protocol, Scores, score_plan, write_result
+from ig_dist.storage.files import open_url
+from ig_dist.terminal import is_main_process, this_worker
+
+
+class Evaluation(NamedTuple):
+    """Scores with their protocol, and where they were written."""
+
+    result: dict[str, Any]
+    file: Path | None
+
+
+def evaluate(
+    src: str,
+    *,
+    reference: str | None = None,
+    metrics: Sequence[str] = (),
+    protocol: Protocol | None = None,
+    num: int | None = None,
+    weights: Mapping[str, str] | None = None,
+    image_size: int | None = None,
+) -> Evaluation | None:
+    """Score images; under several processes each makes its share of the features, and the first one scores.
+
+    Args:
+        src: folder of a plan's samples, an npz (``arr_0``), a folder of pictures, or an index.
+        reference: what they are held against, see ``open_reference``; None: a plan's own.
+        metrics: names of scores; none: a plan's own, or what the reference allows of ADM's five.
+        protocol: whose rules hold where evaluators differ; None: a plan's own, or ADM's.
+        num: only the first so many images; None: all.
+        weights: of extractors, by their names.
+        image_size: cut pictures of files to this side as ADM does.
+
+    Returns:
+        The scores; None from all processes but the first.
+
+    Raises:
+        ConfigError: nothing there to score, or nothing to hold it against.
+    """
+    device, share = sampling_device(), this_worker()
+    samples = run = None
+    asked = EvaluateConfig()
+    fs, path = open_url(src, "SAMPLES", web=False)
+    if fs.exists(f"{path}/{PLAN_NAME}"):
+        samples, run, asked = read_samples(src)
+    names = list(metrics) or (asked.metrics if samples else ["fid", "sfid", "inception_score", "precision", "recall"])
+    against = reference or asked.reference
+    if not against:
+        raise ConfigError(
+            f"{src} does not say what to hold it against: give --reference (an npz of statistics, or an index)"
+        )
+    places = asked.weights | check_weights(dict(weights or {}), "--weights")
+    rules: Protocol = protocol or asked.protocol
+
+    def extractor(name: str) -> Extractor:
+        return get_extractor(name, weights=places.get(name, ""), device=device)
+
+    tokenizer = samples.tokenizer if samples else ""
+    images = plan_images(samples) if samples else find_images(src, image_size=image_size, device=device)
+    files = FeatureFiles(images, [extractor(name) for name in extractors_of(names)])
+    make_features(files, *share)
+    real = open_reference(
+        against, names, extractor, tokenizer=tokenizer, image_size=image_size, device=device, share=share
+    )
+    if not is_main_process():
+        return None
+    out = None
+    if samples is None or run is None:
+        result = Scores(files, real, num, rules, device).score(names)
+        result["protocol"] = {
+            "images": src,
+            "images_sha256": files.images_sha256(result["protocol"]["num"]),
+            **result["protocol"],
+        }
+    else:
+        result = score_plan(samples, Scores(files, real, num, rules, device), names)
+        if run.is_dir():
+            asked_for = (reference, list(metrics), protocol, num)
+            tag = (
+                ""
+                if asked_for == (None, [], None, None)
+                else "_" + hashlib.sha256(repr(asked_for).encode()).hexdigest()[:8]
+            )
+            out = run / "evaluations" / f"{samples.plan.digest}{tag}.json"
+            write_result(result, out)
+    return Evaluation(result, out)

@@ -1,0 +1,196 @@
+"""What samples are held against: real images, or a file with their statistics."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ig_dist.errors import ConfigError
+from ig_dist.evaluation.catalogue import METRICS, extractors_of
+from ig_dist.evaluation.extractors.extractor import Extractor
+from ig_dist.evaluation.features import FeatureFiles, make_features
+from ig_dist.evaluation.images import find_images, npz_images
+from ig_dist.evaluation.metrics import train_classifier
+from ig_dist.evaluation.moments import Moments, streamed_moments
+from ig_dist.evaluation.npz import open_npz
+
+if TYPE_CHECKING:
+    from sklearn.svm import SVC
+
+MANIFOLD_IMAGES = 10_000
+"""Reference images of precision and recall, as many as ADM's files hold; of more as many are taken evenly."""
+KERNEL_IMAGES = CLASSIFIED_IMAGES = 50_000
+"""Likewise of KID, and of label agreement."""
+
+Feature = tuple[str, str]
+"""Extractor and name of a feature."""
+
+
+def statistics_keys(feature: Feature) -> tuple[str, str]:
+    """Names of mean and covariance in an npz: ADM's of Inception's, and ours of the others."""
+    adm = {("inception", "pool"): "", ("inception", "spatial"): "_s"}
+    suffix = adm[feature] if feature in adm else f"_{feature[0]}"
+    return f"mu{suffix}", f"sigma{suffix}"
+
+
+@dataclass
+class Reference:
+    """Real images, as far as scores ask of them. Each is computed when it is first asked for."""
+
+    name: str
+    statistics: Mapping[Feature, Moments] = field(default_factory=dict)
+    """Those that stand in a file."""
+    files: FeatureFiles | None = None
+    """Of its images, where it has some."""
+
+    def __post_init__(self) -> None:
+        self._moments: dict[Feature, Moments] = dict(self.statistics)
+        self._rows: dict[tuple[Feature, int], NDArray[Any]] = {}
+        self._classifiers: dict[Feature, tuple[SVC, int]] = {}
+
+    def moments(self, feature: Feature) -> Moments:
+        """Mean and covariance over all of its images."""
+        if feature not in self._moments:
+            files = self._images(feature)
+            self._moments[feature] = streamed_moments(files.rows(*feature, files.images.num))
+        return self._moments[feature]
+
+    def rows(self, feature: Feature, most: int) -> NDArray[np.float32]:
+        """Features (N, D) of its images; of more than ``most`` as many, taken evenly."""
+        key = (feature, most)
+        if key not in self._rows:
+            files = self._images(feature)
+            self._rows[key] = np.concatenate(
+                list(_even(files.rows(*feature, files.images.num), files.images.num, most))
+            )
+        return self._rows[key]
+
+    def labels(self, extractor: str) -> NDArray[np.int64]:
+        """Class of each of its images, (N,).
+
+        Raises:
+            ConfigError: they are not known.
+        """
+        files = self._images((extractor, ""))
+        found = [files.read(number, extractor, "labels") for number in range(files.images.num_units)]
+        known = [labels for labels in found if labels is not None]
+        if len(known) < len(found):
+            raise ConfigError(
+                f"label_agreement needs classes, and {self.name} has none: give an index as the reference"
+            )
+        return np.concatenate(known)
+
+    def classifier(self, feature: Feature) -> tuple[SVC, int]:
+        """A classifier of its images, and how many classes they have."""
+        if feature not in self._classifiers:
+            rows, labels = self.rows(feature, CLASSIFIED_IMAGES), self.labels(feature[0])
+            if len(labels) > len(rows):
+                labels = labels[np.arange(len(rows)) * len(labels) // len(rows)]
+            self._classifiers[feature] = (train_classifier(rows, labels), int(labels.max()) + 1)
+        return self._classifiers[feature]
+
+    def protocol(self, metrics: Sequence[str]) -> dict[str, Any]:
+        """What stands beside a score: how many images, and their hash."""
+        told: dict[str, Any] = {"reference": self.name}
+        moments = [self._moments[METRICS[name][1:]] for name in metrics if METRICS[name].kind == "frechet"]
+        if moments:
+            counts = {found.count for found in moments}
+            told["reference_images"] = max(counts) or "not said by the file"
+            told["reference_sha256"] = ", ".join(dict.fromkeys(found.sha256 for found in moments))
+        if self.files is not None and len(moments) < len(metrics):
+            told["reference_pictures"] = self.files.images.num
+            told["reference_pictures_sha256"] = self.files.images_sha256(self.files.images.num)
+        return told
+
+    def _images(self, feature: Feature) -> FeatureFiles:
+        if self.files is None:
+            raise ConfigError(f"{self.name} has neither images (arr_0) nor statistics of {' '.join(feature)} features")
+        return self.files
+
+
+def _even(batches: Iterator[NDArray[Any]], num: int, most: int) -> Iterator[NDArray[Any]]:
+    """Of ``num`` rows in batches ``most`` that lie evenly, or all."""
+    chosen = np.arange(num) if num <= most else np.arange(most) * num // most
+    start = 0
+    for batch in batches:
+        yield batch[chosen[(chosen >= start) & (chosen < start + len(batch))] - start]
+        start += len(batch)
+
+
+def open_reference(
+    src: str,
+    metrics: Sequence[str],
+    extractor: Callable[[str], Extractor],
+    *,
+    tokenizer: str = "",
+    image_size: int | None = None,
+    device: torch.device | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> Reference:
+    """Read a reference, and make what features of its images are missing.
+
+    Args:
+        src: an npz of statistics as ADM's or as `ig-dist reference` makes, or images, see ``find_images``.
+        metrics: what it is for.
+        extractor: gives an extractor by its name.
+        tokenizer: of an index, see ``index_images``.
+        image_size: see ``find_images``.
+        device: for a tokenizer.
+        share: number of this process and of all that make the features.
+
+    Raises:
+        ConfigError: nothing there, or it lacks what a score needs.
+    """
+    statistics: dict[Feature, Moments] = {}
+    if src.endswith(".npz"):
+        file = open_npz(src, "--reference", images=False)
+        made_by = _provenance(src).get("extractors", {})
+        for name in metrics:
+            metric, feature = METRICS[name], METRICS[name][1:]
+            mean, covariance = statistics_keys(feature)
+            if metric.kind != "frechet" or mean not in file.members or covariance not in file.members:
+                continue
+            ours = extractor(metric.extractor).sha256
+            if made_by.get(metric.extractor, ours) != ours:
+                raise ConfigError(
+                    f"{src}: its {metric.extractor} features are of weights"
+                    f" {made_by[metric.extractor][:16]}, those here are {ours[:16]}: use the"
+                    f" same weights (evaluate.weights.{metric.extractor}), or make it again"
+                )
+            count = int(file.array("num")) if "num" in file.members else 0
+            statistics[feature] = Moments(
+                count, file.array(mean).astype(np.float64), file.array(covariance).astype(np.float64)
+            )
+        lacking = [name for name in metrics if METRICS[name][1:] not in statistics or METRICS[name].kind != "frechet"]
+        if not lacking:
+            return Reference(src, statistics)
+        if "arr_0" not in file.members:
+            raise ConfigError(
+                f"{src} has no images (arr_0), and no {' and '.join(statistics_keys(METRICS[lacking[0]][1:]))}, which"
+                f" {lacking[0]} needs: it has {', '.join(file.members)}"
+            )
+        images = npz_images(open_npz(src, "--reference"))
+    else:
+        lacking = list(metrics)
+        images = find_images(src, image_size=image_size, tokenizer=tokenizer, device=device)
+    files = FeatureFiles(images, [extractor(name) for name in extractors_of(lacking)])
+    make_features(files, *share, what="reference features")
+    return Reference(src, statistics, files)
+
+
+@cache
+def _provenance(src: str) -> dict[str, Any]:
+    """What `ig-dist reference` wrote beside an npz; empty where there is nothing."""
+    file = Path(src).with_suffix(".json")
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}

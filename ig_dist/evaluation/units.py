@@ -1,0 +1,85 @@
+"""Units: the pieces of a plan that one worker makes and writes whole, one file each.
+
+No locks: a unit's bytes are a function of (plan, unit), so two workers that make the same one write the same file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from ig_dist.errors import DataError
+from ig_dist.evaluation.plan import Plan
+from ig_dist.export import ExportInfo
+from ig_dist.storage.files import open_url, read_file, write_whole
+from ig_dist.storage.urls import full_url
+
+Work = NDArray[np.int64]  # (N, 3): velocity evaluations, and forward passes of the model and of the second one
+
+
+class Unit(NamedTuple):
+    """What one file holds."""
+
+    images: NDArray[np.uint8]  # (N, H, W, channels)
+    labels: NDArray[np.int64]  # (N,)
+    work: Work
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Where the images of a plan are, and all that a score's protocol needs."""
+
+    plan: Plan
+    info: ExportInfo
+    url: str
+    uint8_rule: str
+    """How decoded values became uint8."""
+    tokenizer: str = ""
+    """Where the tokenizer was found; empty: under its name in the index."""
+    weak: ExportInfo | None = None
+    """Of the second model, where guidance has an auto term."""
+
+
+def unit_name(number: int) -> str:
+    """Name of the file with a unit's images."""
+    return f"unit_{number:05d}.safetensors"
+
+
+def write_unit(url: str, number: int, unit: Unit) -> None:
+    """Write a unit, whole or not at all."""
+    fs, path = open_url(url, "sample.url")
+    write_whole(fs, f"{path}/{unit_name(number)}", safetensors.numpy.save(unit._asdict()))
+
+
+def read_unit(plan: Plan, url: str, number: int) -> Unit:
+    """One unit.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    fs, path = open_url(url, "sample.url")
+    file = f"{path}/{unit_name(number)}"
+    try:
+        unit = safetensors.numpy.load(read_file(fs, file))
+        whole = Unit(unit["images"], unit["labels"], unit["work"])
+    except FileNotFoundError:
+        raise DataError(
+            f"{url}: the images of unit {number} of {plan.num_units} are not there: run the same sampling again (with"
+            " sample.keep_images=true, where they were dropped)"
+        ) from None
+    except (KeyError, safetensors.SafetensorError):
+        raise DataError(f"{full_url(fs, file)} is damaged: delete it and run the same sampling again") from None
+    if len(whole.images) != len(plan.unit(number)):
+        raise DataError(f"{full_url(fs, file)} is of another plan: delete it and run the same sampling again")
+    return whole
+
+
+def existing(fs: Any, path: str) -> set[str]:
+    """Names of the files in a plan's folder, whoever wrote them."""
+    fs.invalidate_cache()
+    return {PurePosixPath(name).name for name in fs.ls(path, detail=False)} if fs.exists(path) else set()
