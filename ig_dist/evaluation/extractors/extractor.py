@@ -1,0 +1,131 @@
+"""What an extractor is, and the table of those that there are."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ig_dist.errors import ConfigError
+from ig_dist.evaluation.extractors.weights import PUBLISHED, Published, check_hash, find_weights
+
+
+@dataclass(frozen=True, eq=False)
+class Extractor:
+    """Images to features, with all that a score's protocol says of it.
+
+    A row of the result depends on its image only, up to the rounding of the kernels: a batch is always of
+    ``batch_size`` images, the last one filled up with black ones. The same images in the same calls give the same bits
+    on the same machine; cut otherwise into calls, an image stands elsewhere in its batch, where a kernel may sum in
+    another order.
+    """
+
+    name: str
+    """As in ``EXTRACTORS``; with weights other than the published ones, a hyphen and the hash's beginning follow."""
+    sha256: str
+    """Of the file with the weights; of the rule for ``pixel``."""
+    preprocessing: str
+    """What is done to an image before the network, in words."""
+    dimensions: Mapping[str, int]
+    """What it returns; 0 stands for as many as an image has values."""
+    batch_size: int
+    device: torch.device
+    network: Callable[[Tensor], dict[str, Tensor]]
+    """One batch, (B, H, W, C) uint8 on the device, to (B, D) float32 for each name in ``dimensions``."""
+
+    def __call__(self, images: Tensor | NDArray[np.uint8]) -> dict[str, Tensor]:
+        """Features (N, D) float32, on the device, of uint8 images (N, H, W, 1 or 3).
+
+        While it runs, fp32 is fp32 in the whole process (``exact_fp32``).
+
+        Raises:
+            ConfigError: images of another type or shape.
+        """
+        if images.ndim != 4 or images.dtype not in (torch.uint8, np.uint8):
+            shape = "x".join(map(str, images.shape))
+            raise ConfigError(f"images of type {images.dtype} and shape {shape}: give (N, H, W, C) in uint8")
+        batches = []
+        with exact_fp32(self.device):
+            for start in range(0, max(len(images), 1), self.batch_size):
+                cut = images[start : start + self.batch_size]
+                batch = cut if isinstance(cut, Tensor) else torch.tensor(cut)  # a copy: it may be read-only
+                batch, count = batch.to(self.device), len(batch)
+                features = self.network(pad(batch, (0, 0) * 3 + (0, self.batch_size - count)))
+                batches.append({name: values[:count] for name, values in features.items()})
+        return {name: torch.cat([batch[name] for batch in batches]) for name in self.dimensions}
+
+
+@contextmanager
+def exact_fp32(device: torch.device) -> Iterator[None]:
+    """No gradients, no autocast of a caller's, no TF32, and cuDNN's deterministic algorithms.
+
+    PyTorch keeps these switches per process: another thread that wants TF32 goes without while this lasts.
+    """
+    cudnn, precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    settings = {"enabled": cudnn.enabled, "benchmark": False, "deterministic": True, "allow_tf32": False}
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, enabled=False), cudnn.flags(**settings):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+EXTRACTORS: Mapping[str, Published | None] = {"pixel": None, **PUBLISHED}
+"""Every extractor, with its published weights; the pixels need none."""
+
+
+def get_extractor(
+    name: str, *, weights: str = "", device: str | torch.device = "cpu", allow_other: bool = False
+) -> Extractor:
+    """An extractor by name. Equal arguments give the same one, loaded once.
+
+    Args:
+        name: one of ``EXTRACTORS``.
+        weights: file or folder with its weights; otherwise they are looked for (``weights.find_weights``).
+        device: where it runs.
+        allow_other: take weights that are not the published ones. The extractor's name then ends in their hash, so that
+            no score of theirs can pass for one of the published network.
+
+    Raises:
+        ConfigError: unknown name, weights that are not there, are damaged or not the published ones, or a package that
+            is not installed.
+    """
+    if name not in EXTRACTORS:
+        near = difflib.get_close_matches(name, EXTRACTORS, n=1, cutoff=0.0)
+        raise ConfigError(f"unknown extractor {name!r}: did you mean {near[0]!r}? There are {', '.join(EXTRACTORS)}")
+    known = EXTRACTORS[name]
+    if known is None:
+        if weights:
+            raise ConfigError(f"extractor {name} has no weights: leave out {weights!r}")
+        return _load(name, Path(), str(device), allow_other)
+    return _load(name, find_weights(known, weights), str(device), allow_other)
+
+
+@lru_cache(maxsize=4)
+def _load(name: str, weights: Path, device_name: str, allow_other: bool) -> Extractor:
+    device, known = torch.device(device_name), EXTRACTORS[name]
+    if known is None:
+        from ig_dist.evaluation.extractors.pixel import pixel_extractor
+
+        return pixel_extractor(device)
+    if name == "inception":
+        from ig_dist.evaluation.extractors.inception import load_inception as load
+    elif name == "efficientnet_lite0":
+        from ig_dist.evaluation.extractors.efficientnet import load_efficientnet as load
+    else:
+        from ig_dist.evaluation.extractors.dinov2 import load_dinov2 as load
+    sha256 = check_hash(known, weights, allow_other=allow_other)
+    extractor = load(weights, sha256, device)
+    if known.sha256 and sha256 != known.sha256:
+        extractor = replace(extractor, name=f"{name}-{sha256[:8]}")
+    return extractor

