@@ -105,7 +105,7 @@ def _zipped(arrays: Mapping[str, Streamed]) -> Iterator[memoryview]:
         for name, array in arrays.items():
             entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
             entry.create_system, entry.external_attr = 3, 0o644 << 16
-            left = _data_bytes(array)
+            missing = _data_bytes(array)
             with archive.open(entry, "w", force_zip64=True) as member:  # always: one layout, whatever the size
                 member.write(_npy_header(array))
                 for chunk in array.chunks():
@@ -113,10 +113,10 @@ def _zipped(arrays: Mapping[str, Streamed]) -> Iterator[memoryview]:
                         raise ValueError(f"{name}: a chunk is {chunk.dtype}, not {array.dtype}")
                     if chunk.nbytes:
                         member.write(np.ascontiguousarray(chunk).data.cast("B"))
-                        left -= chunk.nbytes
+                        missing -= chunk.nbytes
                         yield from sink.taken()
-            if left:
-                raise ValueError(f"{name}: its chunks have {-left} bytes more than its shape {array.shape}")
+            if missing:
+                raise ValueError(f"{name}: its chunks have {-missing:+d} bytes against its shape {array.shape}")
     yield from sink.taken()
 
 
@@ -164,16 +164,15 @@ def _write_local(path: Path, pieces: Iterator[memoryview], size: int) -> None:
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as file:
-            try:
-                for piece in pieces:
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError as error:
-                if error.errno not in _FULL:
-                    raise
-                raise no_space("its disk or quota is full") from None
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise no_space("its disk or quota is full") from None
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
