@@ -233,5 +233,7 @@ class LogConfig(Group):
     """Steps between lines of ``metrics.jsonl``, TensorBoard points and progress."""
     sample_every_steps: NonNegative = 0
     """Steps between sample grids of the first EMA in TensorBoard; 0: none."""
+    score_every_steps: NonNegative = 0
+    """Steps between scores of the first EMA, of ``evaluate.training_num`` images by ``evaluate.metrics``; 0: none."""
     validate_every_steps: NonNegative = 0
     """Steps between validation losses of the first EMA on ``data.validation_shards``; 0: none."""

@@ -2,15 +2,17 @@
 
 No locks, as with units: a feature file is a function of (images, extractor), written whole, so two workers that make
 the same one write the same bytes. Its header says which images and which extractor it belongs to, with a hash of each
-tensor: what is stale or damaged is made again and counted.
+tensor and one of all that it says: what is stale or damaged is made again and counted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import safetensors.numpy
@@ -19,13 +21,15 @@ from numpy.typing import NDArray
 
 from ig_dist.errors import DataError
 from ig_dist.evaluation.extractors.extractor import Extractor
-from ig_dist.evaluation.images import ImageSet, Pictures
+from ig_dist.evaluation.images import UNIT_SIZE, ImageSet, Pictures
 from ig_dist.progress import progress
 from ig_dist.storage.files import open_url, read_range, write_whole
 
 FORMAT = "ig-dist-features/1"
 _KEY = "features"  # one key: safetensors writes several in an order that changes from call to call
 _HEADER_BYTES = 4096  # read at first; holds the whole header but of an odd file
+_DTYPES = {"F32": np.dtype(np.float32), "F64": np.dtype(np.float64), "I64": np.dtype(np.int64)}
+_TRIES = 5  # of a file that other processes may find damaged too, and remove
 
 
 def feature_name(number: int, extractor: str) -> str:
@@ -49,12 +53,22 @@ def pack(
     told = {
         "format": FORMAT,
         **_belongs(images, number, extractor),
-        "images_sha256": hashlib.sha256(np.ascontiguousarray(pictures.images).data).hexdigest(),
-        "sha256": {
-            name: hashlib.sha256(np.ascontiguousarray(values).data).hexdigest() for name, values in tensors.items()
+        "images_sha256": _sha256(pictures.images),
+        "tensors": {
+            name: [next(key for key, dtype in _DTYPES.items() if dtype == values.dtype), [*values.shape], _sha256(values)]
+            for name, values in tensors.items()
         },
     }
+    told["sha256"] = _sha256_of(told)
     return safetensors.numpy.save(tensors, metadata={_KEY: json.dumps(told, sort_keys=True)})
+
+
+def _sha256(values: NDArray[Any]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
+
+
+def _sha256_of(told: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _belongs(images: ImageSet, number: int, extractor: Extractor) -> dict[str, Any]:
@@ -64,6 +78,43 @@ def _belongs(images: ImageSet, number: int, extractor: Extractor) -> dict[str, A
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,
     }
+
+
+class Features(Protocol):
+    """What scores read: the features of a set of images, wherever they are."""
+
+    name: str
+    """What the user knows the images by."""
+    num: int
+    extractors: Mapping[str, Extractor]
+    unfit: set[tuple[int, str]]
+
+    def has(self, extractor: str, tensor: str) -> bool:
+        """Whether there is such a tensor; labels and work are not known of all images."""
+
+    def rows(self, extractor: str, tensor: str, num: int) -> Iterator[NDArray[Any]]:
+        """A tensor of the first ``num`` images, piece by piece."""
+
+
+@dataclass
+class HeldFeatures:
+    """Features in memory, of images that are not kept."""
+
+    name: str
+    num: int
+    extractors: Mapping[str, Extractor]
+    tensors: Mapping[tuple[str, str], NDArray[Any]]
+    """By extractor and name; ``labels`` and ``work`` by every extractor."""
+    unfit: set[tuple[int, str]] = field(default_factory=set)
+
+    def has(self, extractor: str, tensor: str) -> bool:
+        """See ``Features``."""
+        return (extractor, tensor) in self.tensors
+
+    def rows(self, extractor: str, tensor: str, num: int) -> Iterator[NDArray[Any]]:
+        """See ``Features``."""
+        values = self.tensors[extractor, tensor][:num]
+        return (values[start : start + UNIT_SIZE] for start in range(0, len(values), UNIT_SIZE))
 
 
 class FeatureFiles:
@@ -76,10 +127,13 @@ class FeatureFiles:
 
     def __init__(self, images: ImageSet, extractors: Sequence[Extractor]) -> None:
         self.images = images
-        self.extractors = {extractor.name.partition("-")[0]: extractor for extractor in extractors}
+        self.extractors: Mapping[str, Extractor] = {
+            extractor.name.partition("-")[0]: extractor for extractor in extractors
+        }
         """By their names without the hash that marks other weights than the published ones."""
         self.unfit: set[tuple[int, str]] = set()
         """Files that belonged to other images or another extractor, or were damaged, and were made again."""
+        self.name, self.num = images.name, images.num
         self._fs, self._path = open_url(images.features_url, "features")
 
     def missing(self, number: int) -> list[Extractor]:
@@ -107,16 +161,22 @@ class FeatureFiles:
         Raises:
             DataError: it cannot be made again, since the images are not there any more.
         """
-        for _ in range(2):
+        chosen = self.extractors[extractor]
+        for _ in range(_TRIES):
             try:
-                return self._read(number, self.extractors[extractor], tensor)
+                return self._read(number, chosen, tensor)
             except FileNotFoundError:
                 self.make(number)
             except _Unfit:
-                self.unfit.add((number, extractor))
-                self._fs.rm_file(self._file(number, self.extractors[extractor].name))
+                self.unfit.add((number, chosen.name))
+                with contextlib.suppress(FileNotFoundError):  # another process found the same
+                    self._fs.rm_file(self._file(number, chosen.name))
                 self.make(number)
-        raise DataError(f"{self._file(number, extractor)} does not stay as it is written: mend the storage")
+        raise DataError(f"{self._file(number, chosen.name)} does not stay as it is written: mend the storage")
+
+    def has(self, extractor: str, tensor: str) -> bool:
+        """See ``Features``."""
+        return self.read(0, extractor, tensor) is not None
 
     def rows(self, extractor: str, tensor: str, num: int) -> Iterator[NDArray[Any]]:
         """A tensor of the first ``num`` images, unit by unit."""
@@ -163,11 +223,19 @@ class FeatureFiles:
                 head = bytes(read_range(self._fs, path, 0, 8 + length))
             tensors = json.loads(head[8 : 8 + length])
             told = json.loads(tensors.pop("__metadata__")[_KEY])
+            sha256 = told.pop("sha256")
+            listed = {name: [entry["dtype"], entry["shape"]] for name, entry in tensors.items()}
             end = max(entry["data_offsets"][1] for entry in tensors.values())
-        except (ValueError, KeyError, TypeError, AttributeError):
+            expected = {"format": FORMAT, **_belongs(self.images, number, extractor)}
+            fits = (
+                sha256 == _sha256_of(told)
+                and all(told[key] == value for key, value in expected.items())
+                and listed == {name: entry[:2] for name, entry in told["tensors"].items()}
+                and size == 8 + length + end
+            )
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise _Unfit from None
-        expected = {"format": FORMAT, **_belongs(self.images, number, extractor)}
-        if size != 8 + length + end or any(told.get(key) != value for key, value in expected.items()):
+        if not fits:
             raise _Unfit
         return told, tensors, 8 + length
 
@@ -175,12 +243,14 @@ class FeatureFiles:
         told, tensors, begin = self._header(number, extractor)
         if tensor not in tensors:
             return None
+        dtype, shape, sha256 = told["tensors"][tensor]
         first, last = tensors[tensor]["data_offsets"]
-        data = read_range(self._fs, self._file(number, extractor.name), begin + first, begin + last)
-        if hashlib.sha256(data).hexdigest() != told["sha256"].get(tensor):
+        if not 0 <= first <= last:
             raise _Unfit
-        dtype = {"F32": np.float32, "F64": np.float64, "I64": np.int64}[tensors[tensor]["dtype"]]
-        return np.frombuffer(data, dtype).reshape(tensors[tensor]["shape"])
+        data = read_range(self._fs, self._file(number, extractor.name), begin + first, begin + last)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise _Unfit
+        return np.frombuffer(data, _DTYPES[dtype]).reshape(shape)
 
 
 def make_features(files: FeatureFiles, worker: int = 0, workers: int = 1, *, what: str = "features") -> None:

@@ -13,12 +13,12 @@ import torch
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation import metrics as scored
 from ig_dist.evaluation.catalogue import METRICS, extractors_of
-from ig_dist.evaluation.features import FeatureFiles
+from ig_dist.evaluation.features import Features
 from ig_dist.evaluation.moments import streamed_moments
 from ig_dist.evaluation.plan import Plan
 from ig_dist.evaluation.references import KERNEL_IMAGES, MANIFOLD_IMAGES, Feature, Reference
 from ig_dist.evaluation.units import Samples
-from ig_dist.export import ExportInfo
+from ig_dist.export import ExportInfo, ModelInfo
 from ig_dist.run_dir import replace_text
 from ig_dist.terminal import warn
 
@@ -32,7 +32,7 @@ class Scores:
     """Scores of the first images of a set, one after the other; what two of them share is computed once.
 
     Args:
-        files: features of the images.
+        features: of the images.
         reference: real images.
         num: only so many images; None: all.
         protocol: whose rules hold where evaluators differ.
@@ -41,14 +41,14 @@ class Scores:
 
     def __init__(
         self,
-        files: FeatureFiles,
+        features: Features,
         reference: Reference,
         num: int | None = None,
         protocol: Protocol = "adm",
         device: torch.device | None = None,
     ) -> None:
-        self.files, self._reference, self._protocol = files, reference, protocol
-        self._num = min(num or files.images.num, files.images.num)
+        self.features, self._reference, self._protocol = features, reference, protocol
+        self._num = min(num or features.num, features.num)
         self._device = device or torch.device("cpu")
         self._rows: dict[Feature, np.ndarray[Any, Any]] = {}
         self._manifold: dict[Feature, scored.PrecisionRecall] = {}
@@ -78,11 +78,11 @@ class Scores:
 
     def _called(self, name: str) -> str:
         """A score made with other weights than the published ones does not bear the published name."""
-        extractor = self.files.extractors[METRICS[name].extractor]
+        extractor = self.features.extractors[METRICS[name].extractor]
         return name if extractor.name == METRICS[name].extractor else f"{name}@{extractor.name}"
 
     def _described(self, metrics: Sequence[str]) -> dict[str, Any]:
-        extractors = [self.files.extractors[name] for name in extractors_of(metrics)]
+        extractors = [self.features.extractors[name] for name in extractors_of(metrics)]
         rules = {"frechet": "N - 1", "inception_score": "", "precision": "k = 3", "kernel": "", "agreement": ""}
         adm = self._protocol == "adm"
         rules["inception_score"] = "blocks of 5,000 in order" if adm else "10 splits, shuffled by RandomState(2020)"
@@ -95,12 +95,12 @@ class Scores:
         told["extractor"] = ", ".join(extractor.name for extractor in extractors)
         told["extractor_sha256"] = ", ".join(extractor.sha256 for extractor in extractors)
         told["preprocessing"] = "; ".join(extractor.preprocessing for extractor in extractors)
-        if self.files.unfit:
-            told["features_made_again"] = len(self.files.unfit)
+        if self.features.unfit:
+            told["features_made_again"] = len(self.features.unfit)
         return told
 
     def _frechet(self, feature: Feature) -> float:
-        ours, theirs = streamed_moments(self.files.rows(*feature, self._num)), self._reference.moments(feature)
+        ours, theirs = streamed_moments(self.features.rows(*feature, self._num)), self._reference.moments(feature)
         self._check_dimensions(feature, ours.mean.size, theirs.mean.size)
         if ours.count <= ours.mean.size:
             warn(
@@ -119,7 +119,7 @@ class Scores:
                 " sample.num"
             )
         if self._protocol == "adm":
-            return scored.inception_score(self.files.rows(*feature, self._num))
+            return scored.inception_score(self.features.rows(*feature, self._num))
         return scored.inception_score_torch_fidelity(self._all(feature))
 
     def _precision_recall(self, feature: Feature) -> scored.PrecisionRecall:
@@ -137,9 +137,9 @@ class Scores:
 
     def _agreement(self, feature: Feature) -> float:
         classifier, num_classes = self._reference.classifier(feature)
-        if self.files.read(0, feature[0], "labels") is None:
-            raise ConfigError(f"label_agreement: {self.files.images.name} does not say which classes were asked for")
-        asked = np.concatenate(list(self.files.rows(feature[0], "labels", self._num)))
+        if not self.features.has(feature[0], "labels"):
+            raise ConfigError(f"label_agreement: {self.features.name} does not say which classes were asked for")
+        asked = np.concatenate(list(self.features.rows(feature[0], "labels", self._num)))
         if asked.max() >= num_classes or asked.min() < 0:
             raise ConfigError(
                 f"label_agreement: the samples have class {asked.max()}, the reference 0 to {num_classes - 1}: give the"
@@ -150,7 +150,7 @@ class Scores:
     def _all(self, feature: Feature) -> np.ndarray[Any, Any]:
         """The features of all images in memory: 0.4 GB of 50,000 of Inception's."""
         if feature not in self._rows:
-            self._rows[feature] = np.concatenate(list(self.files.rows(*feature, self._num)))
+            self._rows[feature] = np.concatenate(list(self.features.rows(*feature, self._num)))
         return self._rows[feature]
 
     def _check_dimensions(self, feature: Feature, ours: int, theirs: int) -> None:
@@ -168,7 +168,8 @@ def score_plan(samples: Samples, scores: Scores, metrics: Sequence[str], out: Pa
     num = protocol.pop("num")
     result["protocol"] = {
         "num": num,
-        **plan_protocol(samples, scores.files, num),
+        **plan_protocol(samples.plan, samples.info, samples.uint8_rule),
+        **_work(samples.plan, scores.features, num),
         **protocol,
         "ema": samples.info.ema,
         "step": samples.info.step,
@@ -189,18 +190,16 @@ def write_result(result: dict[str, Any], out: Path) -> None:
     replace_text(out, json.dumps(result, indent=1) + "\n")
 
 
-def plan_protocol(samples: Samples, files: FeatureFiles, num: int) -> dict[str, Any]:
+def plan_protocol(plan: Plan, info: ModelInfo, uint8_rule: str) -> dict[str, Any]:
     """How the images were made."""
-    plan, info = samples.plan, samples.info
     return {
         "labels": plan.labels,
         "seed": plan.seed,
         "solver": plan.solver,
         **_of_the_solver(plan),
-        **_work(plan, files, num),
         "guidance": [term.model_dump(mode="json") for term in plan.guidance],
         "precision": plan.precision,
-        "uint8_rule": samples.uint8_rule,
+        "uint8_rule": uint8_rule,
         "tokenizer": info.tokenizer.name,
         "tokenizer_sha256": info.tokenizer.sha256,
     }
@@ -215,9 +214,9 @@ def _of_the_solver(plan: Plan) -> dict[str, Any]:
     return {**steps, "correct_last_step": plan.correct_last_step} if plan.solver == "heun" else steps
 
 
-def _work(plan: Plan, files: FeatureFiles, num: int) -> dict[str, float]:
+def _work(plan: Plan, features: Features, num: int) -> dict[str, float]:
     """What an image took, as it was counted: the mean, where dopri5 took another number of steps for another batch."""
-    work = np.concatenate(list(files.rows(next(iter(files.extractors)), "work", num))).mean(axis=0)
+    work = np.concatenate(list(features.rows(next(iter(features.extractors)), "work", num))).mean(axis=0)
     names = ["evaluations", "forwards", "weak_forwards"][: 3 if plan.weak_sha256 else 2]
     return {name: float(mean) for name, mean in zip(names, work, strict=False)}
 

@@ -153,6 +153,18 @@ def gather_objects(value: Any, dist: Dist) -> list[Any]:
     return values
 
 
+def gather_rows(rows: Tensor, dist: Dist) -> list[Tensor] | None:
+    """Every rank's rows, a CPU tensor of one shape on all of them, in rank order; None on ranks but the first.
+
+    COLLECTIVE: every rank must call.
+    """
+    if dist.world_size == 1:
+        return [rows]
+    parts = [torch.empty_like(rows) for _ in range(dist.world_size)] if dist.is_main else None
+    torch_dist.gather(rows, parts)
+    return parts
+
+
 def from_main(value: Any, dist: Dist) -> Any:
     """Rank 0's value. COLLECTIVE: every rank must call."""
     if dist.world_size == 1:

@@ -29,6 +29,7 @@ KINDS = {
     "checkpoint": "checkpoints",
     "validation": "validation",
     "sampling": "sample grids",
+    "scoring": "scores",
 }
 """Kinds of time and what they are called. ``step`` is the productive one."""
 

@@ -82,15 +82,25 @@ class RunLog:
         """Move the bar."""
         self._progress.update(self._task, completed=step)
 
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Values that are not measured at every line: a line of their own, and TensorBoard."""
+    def add(self, step: int, values: Mapping[str, float], group: str = "validation") -> None:
+        """Values that are not measured at every line: a line of their own, and TensorBoard under ``group``."""
         if self._path is None:
             return
         self._stream.write(json.dumps({"step": step, **values}) + "\n")
         self._stream.flush()
         for key, value in values.items():
-            self._board.add_scalar(f"validation/{key}", value, step)
-        console.print("  ".join([f"step {step}", *(f"{key} {value:.4f}" for key, value in values.items())]))
+            self._board.add_scalar(f"{group}/{key}", value, step)
+        console.print(
+            "  ".join(
+                [
+                    f"step {step}",
+                    *(
+                        f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}"
+                        for key, value in values.items()
+                    ),
+                ]
+            )
+        )
 
     def add_picture(self, step: int, picture: NDArray[np.uint8]) -> None:
         """A picture (H, W, channels) in TensorBoard."""

@@ -47,6 +47,7 @@ from ig_dist.training.monitor import grid_tokenizer, sample_grid, validate
 from ig_dist.training.objective import ema_differences, open_reader, training_loss, training_task
 from ig_dist.training.phases import Phases
 from ig_dist.training.preflight import preflight, read_everywhere
+from ig_dist.training.scoring import TrainingScores
 from ig_dist.training.watchdog import longest_wait_s, watched
 
 
@@ -99,6 +100,7 @@ def train(config: Config, *, force: bool = False) -> None:
         if dist.is_main:
             console.print(f"{count_parameters(model):,} parameters on {dist.world_size} x {dist.device.type}")
         preflight(index, config, dist, stop_flag, phases.beat)
+        scores = TrainingScores(config, index, dist, stop_flag, phases.beat) if config.log.score_every_steps else None
         phases.enter("compile")
         engine = build_engine(model, config, checkpoint, dist)
         phases.enter("start-up")
@@ -155,6 +157,10 @@ def train(config: Config, *, force: bool = False) -> None:
                 if _due(step, config.log.sample_every_steps, last):
                     phases.enter("sampling")
                     run_log.add_picture(step, sample_grid(model, ema, index, config, dist.device))
+                    meter.pause()
+                if scores is not None and _due(step, config.log.score_every_steps, last):
+                    phases.enter("scoring")
+                    run_log.add(step, scores.score(model, ema, step, path), "scores")
                     meter.pause()
                 if last or step % config.checkpoint.every_steps == 0:
                     every = config.checkpoint.every_steps * config.checkpoint.export_every

@@ -53,6 +53,7 @@ def phase_limits(config: Config) -> dict[str, float]:
         "data": one + reads,
         "validation": FIRST_TIMES * one + reads,
         "sampling": FIRST_TIMES * one,
+        "scoring": FIRST_TIMES * one,
         "checkpoint": FIRST_TIMES * one + writes,
     }
 
