@@ -21,12 +21,12 @@ from typing import Annotated
 import typer
 
 from ig_dist.errors import ConfigError
-from ig_dist.terminal import console, is_main_process, run_app
+from ig_dist.terminal import console, is_first_process, run_app
 
 
 def say(text: str) -> None:
     """Print once, however many processes there are."""
-    if is_main_process():
+    if is_first_process():
         console.print(text, markup=False)
 
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ig_dist.terminal import console, is_main_process
+from ig_dist.terminal import console, is_first_process
 
 LOG_EVERY_S = 60.0
 
@@ -36,7 +36,7 @@ def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Advanc
     divisor, name = (1e6, "MB") if unit == "bytes" else (1, unit)
     amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
     columns = (TextColumn(what), BarColumn(), amount, TextColumn("{task.fields[rate]}"))
-    hidden = not is_main_process() or not console.is_terminal
+    hidden = not is_first_process() or not console.is_terminal
     bar = Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=console, disable=hidden)
     task = bar.add_task(what, total=total, completed=done, rate="")
     began = logged = time.monotonic()
@@ -50,7 +50,7 @@ def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Advanc
             rate = made / max(now - began, 1e-9)
             said = f"{rate / divisor:,.0f} {name}/s"
             bar.update(task, completed=now_done, rate=said)
-            if not console.is_terminal and is_main_process() and now - logged > LOG_EVERY_S:
+            if not console.is_terminal and is_first_process() and now - logged > LOG_EVERY_S:
                 logged = now
                 left = (total - now_done) / max((now_done - first) / (now - began), rate, 1e-9)
                 amounts = f"{now_done / divisor:,.0f} of {total / divisor:,.0f} {name}"

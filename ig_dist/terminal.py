@@ -17,9 +17,18 @@ from ig_dist.errors import IgDistError
 console = Console(soft_wrap=True, highlight=False)
 
 
-def is_main_process() -> bool:
-    """Whether this process is rank 0 (or alone)."""
+MERGED_LATER = "IG_DIST_MERGED_LATER"
+"""Set in the tasks of an array, which a job of its own follows."""
+
+
+def is_first_process() -> bool:
+    """Whether this process shows what all of them do: rank 0, or alone."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def is_main_process() -> bool:
+    """Whether this process collects, scores or merges what all have made: the first one, but no task of an array."""
+    return is_first_process() and MERGED_LATER not in os.environ
 
 
 def this_worker() -> tuple[int, int]:

@@ -41,7 +41,7 @@ def make_reference(
     """Write mean and covariance of the features of all images, and 10,000 of the images, taken evenly.
 
     The features are made in units under ``OUT.parts``, by any number of processes; after an interruption the same
-    command goes on, and the folder is removed at the end.
+    command goes on, and a process that is alone removes the folder at the end.
 
     Args:
         src: images, see ``find_images``.
@@ -57,17 +57,14 @@ def make_reference(
     Raises:
         ConfigError: nothing there, an unknown extractor, or ``out`` is no npz.
     """
-    if out.suffix != ".npz":
-        raise ConfigError(f"--out {out}: give the name of an npz, e.g. {out.with_suffix('.npz')}")
-    unknown = next((name for name in extractors if name not in EXTRACTORS), None)
-    if unknown is not None:
-        raise ConfigError(f"--extractors {unknown!r}: use some of {', '.join(EXTRACTORS)}")
+    check_arguments(out, extractors)
     device = sampling_device()
     chosen = [get_extractor(name, weights=(weights or {}).get(name, ""), device=device) for name in extractors]
     images = find_images(src, image_size=image_size, tokenizer=tokenizer, device=device)
     parts = Path(f"{out}.parts")
     files = FeatureFiles(replace(images, features_url=str(parts)), chosen)
-    make_features(files, *this_worker(), what="reference features")
+    worker, workers = this_worker()
+    make_features(files, worker, workers, what="reference features")
     if not is_main_process():
         return None
     arrays: dict[str, NDArray[Any]] = {"num": np.array(images.num)}
@@ -100,6 +97,22 @@ def make_reference(
         "ig_dist": __version__,
     }
     replace_text(out.with_suffix(".json"), json.dumps(provenance, indent=1) + "\n")
-    shutil.rmtree(parts, ignore_errors=True)
     said = out.with_suffix(".json")
-    return f"{out}: {', '.join(arrays)} of {images.num:,} images, and {taken:,} of them; {said} says of what"
+    told = f"{out}: {', '.join(arrays)} of {images.num:,} images, and {taken:,} of them; {said} says of what"
+    if workers > 1:  # another one may be about to read what is there, or would make it again
+        return f"{told}; remove {parts} once all processes have ended"
+    shutil.rmtree(parts, ignore_errors=True)
+    return told
+
+
+def check_arguments(out: Path, extractors: Sequence[str]) -> None:
+    """Refuse what can be known to be wrong before any picture is read.
+
+    Raises:
+        ConfigError: ``out`` is no npz, or an unknown extractor.
+    """
+    if out.suffix != ".npz":
+        raise ConfigError(f"--out {out}: give the name of an npz, e.g. {out.with_suffix('.npz')}")
+    unknown = next((name for name in extractors if name not in EXTRACTORS), None)
+    if unknown is not None:
+        raise ConfigError(f"--extractors {unknown!r}: use some of {', '.join(EXTRACTORS)}")

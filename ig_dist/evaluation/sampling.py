@@ -28,7 +28,7 @@ from ig_dist.evaluation.units import Samples, existing, read_unit, unit_name
 from ig_dist.export import ExportInfo, find_export, load_export
 from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.storage.files import open_url, write_whole
-from ig_dist.terminal import console, is_main_process
+from ig_dist.terminal import console, is_first_process, is_main_process
 
 PLAN_NAME = "plan.json"
 REPORT_EVERY_S = 10.0  # between lines of progress where there is no terminal
@@ -85,10 +85,9 @@ def sample_run(
             workers=int(os.environ.get("WORLD_SIZE", "1")),
             on_progress=progress.update,
         )
-    if is_main_process():
-        _describe(samples, config)
-        if collected:
-            _collect(samples, config)
+    _describe(samples, config)  # every worker: all units are there, and who scores now may be faster than the first
+    if collected and is_main_process():
+        _collect(samples, config)
     return Made(samples, files)
 
 
@@ -171,7 +170,7 @@ class _PlanProgress:
 
     def __init__(self, plan: Plan, url: str, file_name: Callable[[int], str], num: int | None) -> None:
         self._plan, self._url, self._name, self._num = plan, url, file_name, min(num or plan.num, plan.num)
-        self._shown = is_main_process()
+        self._shown = is_first_process()
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

@@ -25,7 +25,7 @@ from ig_dist.evaluation.scores import Scores, score_plan
 from ig_dist.export import export_run, load_export
 from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.run_dir import replace_text
-from ig_dist.terminal import console, is_main_process, this_worker
+from ig_dist.terminal import console, is_first_process, is_main_process, this_worker
 
 Interval = tuple[float, float]
 COLUMNS = 20
@@ -120,7 +120,7 @@ def sweep_run(
     rows: dict[Point, dict[str, Any]] = {}
     protocols: list[dict[str, Any]] = []
     for number, num in enumerate(rounds):
-        if halving and is_main_process():
+        if halving and is_first_process():
             console.print(f"round {number + 1} of {len(rounds)}: {len(points)} points on {num} images")
         for point in points:
             results = [

@@ -27,7 +27,7 @@ from ig_dist.errors import ConfigError
 from ig_dist.storage.faults import PATIENCE, Patience
 from ig_dist.storage.files import open_url
 from ig_dist.storage.urls import is_file, is_local, refuse_credentials
-from ig_dist.terminal import console, is_main_process
+from ig_dist.terminal import console, is_first_process
 
 __all__ = ["Found", "Native", "Source", "find_source", "is_name", "native_format", "refuse_missing"]
 
@@ -131,7 +131,7 @@ def _parquet_source(src: str, files: Sequence[SourceFile], spool_base: str | Non
 def _local_tars(src: str, files: Sequence[SourceFile]) -> Found:
     from ig_dist.data.sources.tars import TarFile, tar_source
 
-    hidden = not is_main_process() or not console.is_terminal
+    hidden = not is_first_process() or not console.is_terminal
     with Progress(console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task("list tars", total=None)
         kind, source = tar_source(
