@@ -43,6 +43,15 @@ def run_command(command: Sequence[str], **options: Any) -> subprocess.CompletedP
     return subprocess.run([*head, *map(str, command[1:])], check=False, **options)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def feature_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The features of real images go here, also from processes that a test starts; never into the developer's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IG_DIST_CACHE", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def digits_index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits, encoded."""

@@ -55,7 +55,11 @@ def pack(
         **_belongs(images, number, extractor),
         "images_sha256": _sha256(pictures.images),
         "tensors": {
-            name: [next(key for key, dtype in _DTYPES.items() if dtype == values.dtype), [*values.shape], _sha256(values)]
+            name: [
+                next(key for key, dtype in _DTYPES.items() if dtype == values.dtype),
+                [*values.shape],
+                _sha256(values),
+            ]
             for name, values in tensors.items()
         },
     }

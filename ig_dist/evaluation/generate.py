@@ -78,7 +78,7 @@ def generate_units(
     plan, (fs, path) = samples.plan, open_url(samples.url, "sample.url")
     fs.makedirs(path, exist_ok=True)
     files, beside = FeatureFiles(plan_images(samples), extractors), _Beside(models.model.pos_embed.device)
-    units = -(-(num or plan.num) // plan.unit_size)
+    units = -(-min(num or plan.num, plan.num) // plan.unit_size)
     writing: Future[None] | None = None
     for k in range(units):
         number = (worker * units // workers + k) % units

@@ -22,11 +22,12 @@ import pytest
 import ig_dist.encoding.encode
 from ig_dist.data.images import decode_image
 from ig_dist.data.index import read_index
-from ig_dist.evaluation.scores import index_images
+from ig_dist.evaluation.images import index_images
 from tests import imagenet_like
 from tests.conftest import ROOT
 from tests.encoding import SHARDS, SIZE, Encode, arguments, contents, usually_named
 from tests.imagenet_like import CORRUPT, TRUNCATED
+from tests.scoring import all_pictures
 
 
 def stop_before_the_index(encode: Encode, monkeypatch: pytest.MonkeyPatch, dest: Path, options: str = "") -> None:
@@ -53,7 +54,7 @@ def test_every_form_gives_the_same_images_and_labels(
         if file.name not in (CORRUPT, TRUNCATED)
     )
     index = read_index(str(tmp_path / "out"))
-    images, labels = (np.concatenate(column) for column in zip(*index_images(index), strict=True))
+    images, labels = all_pictures(index_images(index))
     assert sorted((int(label), image.tobytes()) for label, image in zip(labels, images, strict=True)) == truth
     assert labels.tolist() != sorted(labels.tolist())
     with (tmp_path / "out/rejected.csv").open(newline="") as file:
@@ -77,7 +78,7 @@ def test_the_summary_says_what_is_there(encode: Encode, tmp_path: Path) -> None:
     assert "238 images of 20 classes (11 to 12 a class) -> 15 shards of 3x64x64 latents" in said
     assert f"({stored / 1e6:.1f} MB)" in said and f"2 rejected ({tmp_path}/out/rejected.csv)" in said
     assert f"{index.info.upscaled} upscaled from less than 64 x 64" in said and 0 < index.info.upscaled < len(small)
-    images = np.concatenate([images for images, _ in index_images(index)]) / 127.5 - 1
+    images = all_pictures(index_images(index)).images / 127.5 - 1
     for value, found in (
         (images.mean((0, 1, 2)), index.info.statistics.mean),
         (images.std((0, 1, 2)), index.info.statistics.std),

@@ -15,9 +15,10 @@ import pytest
 from PIL import Image, ImageDraw
 
 from ig_dist.data.index import read_index
-from ig_dist.evaluation.scores import index_images
+from ig_dist.evaluation.images import index_images
 from tests.conftest import ROOT, run_command
 from tests.encoding import contents, usually_named
+from tests.scoring import all_pictures
 
 SHAPES = ("circle", "square", "triangle")
 PER_CLASS = 80
@@ -147,7 +148,7 @@ def test_the_summary_and_the_list_of_rejected_files(place: Path, outputs: dict[s
 def test_every_stored_image_is_the_drawing_it_was(place: Path, outputs: dict[str, str]) -> None:
     index = read_index(str(place / "runs/pictures-data"))
     assert index.info.classes == list(SHAPES)
-    images, labels = (np.concatenate(column) for column in zip(*index_images(index), strict=True))
+    images, labels = all_pictures(index_images(index))
     assert labels.tolist() != sorted(labels.tolist())  # shuffled
     for label, shape in enumerate(SHAPES):
         found = images[labels == label].astype(int)

@@ -15,9 +15,10 @@ from diffusers import AutoencoderKL
 
 from ig_dist.data.index import SampleTable, read_index, write_index
 from ig_dist.data.shards import pack_shard, scan_shard
-from ig_dist.evaluation.scores import index_images
+from ig_dist.evaluation.images import index_images
 from ig_dist.latents.tokenizers import get_tokenizer
 from tests.conftest import run_command
+from tests.scoring import all_pictures
 
 SAMPLES = 64
 
@@ -64,7 +65,7 @@ def test_a_run_on_moments(tiny_config: Callable[..., Path], tmp_path: Path) -> N
     moments = write_moments(tmp_path / "data", vae)
     index = read_index(str(tmp_path / "data"))
     means = torch.from_numpy(moments[:, :4]).float().split(SAMPLES // 2)  # a shard each
-    decoded = np.concatenate([images for images, _ in index_images(index)])
+    decoded = all_pictures(index_images(index)).images
     assert np.array_equal(decoded, np.concatenate([get_tokenizer(str(vae)).decode(part).numpy() for part in means]))
 
     config = tiny_config(

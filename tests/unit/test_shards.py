@@ -12,7 +12,8 @@ from sklearn.datasets import load_digits
 from ig_dist.data.index import read_index
 from ig_dist.data.shards import pack_shard, scan_shard
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.scores import index_images
+from ig_dist.evaluation.images import index_images
+from tests.scoring import all_pictures
 
 
 def test_stock_webdataset_reads_the_shards_with_its_own_decoders(digits_index: Path) -> None:
@@ -32,7 +33,7 @@ def test_stock_webdataset_reads_the_shards_with_its_own_decoders(digits_index: P
 
 def test_pixels_come_back_exactly(digits_index: Path) -> None:
     index = read_index(str(digits_index))
-    images = np.concatenate([images for images, _ in index_images(index)])
+    images = all_pictures(index_images(index)).images
     truth = np.round(load_digits().images * (255 / 16)).astype(np.uint8)
     assert sorted(image.tobytes() for image in images) == sorted(image.tobytes() for image in truth)
 
