@@ -1,82 +1,34 @@
-"""Scores: the distance against closed forms, moments against numpy, plans that name what they depend on."""
+"""Plans name what their images depend on; units and their features are functions of them; what is made of units."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
+from PIL import Image
 
 from ig_dist.config.sampling import GuidanceConfig
 from ig_dist.config_file import load_config
-from ig_dist.errors import ConfigError
-from ig_dist.evaluation.features import Moments, pixel_extractor, streamed_moments
-from ig_dist.evaluation.generate import generate, make_unit
+from ig_dist.errors import DataError
+from ig_dist.evaluation.collecting import write_pngs, write_samples_npz
+from ig_dist.evaluation.features import FeatureFiles
+from ig_dist.evaluation.generate import generate, generate_units, make_unit
+from ig_dist.evaluation.images import plan_images
+from ig_dist.evaluation.metrics import inception_score
 from ig_dist.evaluation.plan import Plan
 from ig_dist.evaluation.plan import make_plan as plan_of
-from ig_dist.evaluation.scores import frechet_distance
-from ig_dist.export import ExportInfo
-from ig_dist.latents.tokenizer import PIXEL
-from ig_dist.models.dit import DiT, DiTConfig, initialize
+from ig_dist.evaluation.units import Samples, read_unit, unit_name, write_unit
+from tests.scoring import make_plan, pixel, quadrants, tiny_models
 
-RNG = np.random.default_rng(0)
+MODELS, INFO = tiny_models()
 
 
-def gaussian(mean: np.ndarray, covariance: np.ndarray) -> Moments:
-    return Moments(100, mean, covariance)
-
-
-def test_distance_of_commuting_gaussians_is_the_closed_form() -> None:
-    basis = np.linalg.qr(RNG.normal(size=(6, 6)))[0]
-    a, b = RNG.uniform(0, 2, 6), RNG.uniform(0, 2, 6)
-    a[0] = b[0] = a[1] = 0  # singular, as with pixels that are always black
-    m1, m2 = RNG.normal(size=(2, 6))
-    expected = np.square(m1 - m2).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum()
-    first, second = gaussian(m1, basis * a @ basis.T), gaussian(m2, basis * b @ basis.T)
-    assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-7)
-    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
-
-
-def test_distance_of_general_gaussians_equals_the_matrix_root_formula() -> None:
-    from scipy.linalg import sqrtm
-
-    x, y = RNG.normal(size=(2, 40, 5)) @ RNG.normal(size=(5, 5))
-    first, second = (gaussian(z.mean(0), np.cov(z.T)) for z in (x, y + 1))
-    root = sqrtm(first.covariance @ second.covariance).real
-    expected = np.square(first.mean - second.mean).sum() + np.trace(first.covariance + second.covariance - 2 * root)
-    assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-8)
-    assert frechet_distance(second, first) == pytest.approx(expected, rel=1e-8)
-
-
-def test_streamed_moments_equal_numpys_for_any_batches() -> None:
-    images = RNG.integers(0, 256, size=(101, 3, 4, 1), dtype=np.uint8)
-    features = images.reshape(101, -1) / 127.5 - 1
-    for sizes in ([101], [1, 99, 1], [50, 51]):
-        moments = streamed_moments(np.split(images, np.cumsum(sizes)[:-1]), pixel_extractor())
-        assert moments.count == 101
-        np.testing.assert_allclose(moments.mean, features.mean(0), atol=1e-12)
-        np.testing.assert_allclose(moments.covariance, np.cov(features.T), atol=1e-12)
-
-
-def test_moments_refuse_what_makes_no_sense() -> None:
-    with pytest.raises(ConfigError, match="at least two"):
-        streamed_moments([np.zeros((1, 2, 2, 1), np.uint8)], pixel_extractor())
-    with pytest.raises(ConfigError, match="fd_pixel is for images of at most"):
-        streamed_moments([np.zeros((2, 256, 256, 3), np.uint8)], pixel_extractor())
-
-
-def make_plan(**changes: object) -> Plan:
-    values: dict[str, object] = {
-        "num": 40,
-        "labels": "balanced",
-        "num_classes": 10,
-        "seed": 0,
-        "solver": "heun",
-        "steps": 3,
-        "guidance": (GuidanceConfig(kind="ig", scale=1.5),),
-        "precision": "fp32",
-        "unit_size": 16,
-        "batch_size": 8,
-        "weights_sha256": "0",
-    }
-    return Plan(**{**values, **changes})
+# --- plans
 
 
 def test_the_plans_hash_names_everything() -> None:
@@ -117,48 +69,51 @@ def test_labels_are_balanced_or_random() -> None:
     assert torch.equal(make_plan(num=5000, labels="random").image_labels(numbers[70:80]), random[70:80])
 
 
-@pytest.fixture
-def model() -> tuple[DiT, ExportInfo]:
-    config = DiTConfig(
-        depth=2, hidden_size=32, num_heads=2, patch_size=4, input_size=8, in_channels=1, num_classes=10, aux_depth=1
-    )
-    model = DiT(config)
-    initialize(model, 0)
-    with torch.no_grad():  # heads start at zero: give them something to say
-        for name, parameter in model.named_parameters():
-            if name.endswith("linear.weight") or "adaLN" in name:
-                parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(name)))
-    info = ExportInfo.model_validate(
-        {
-            "model": config,
-            "path": "linear",
-            "latent": {"kind": "sample", "shape": (1, 8, 8), "dtype": "float16", "shift": [0.0], "scale": [1.0]},
-            "tokenizer": {"name": "pixel", "sha256": "0", "image_size": 8, "image_channels": 1},
-            "classes": [str(i) for i in range(10)],
-            "trained_with_null_label": True,
-            "ema": None,
-            "step": 1,
-            "images_seen": 1,
-            "checkpoint_sha256": "0",
-            "weights_sha256": "0",
-        }
-    )
-    return model.eval(), info
+BLOCK = 5000  # of the inception score
+
+
+@pytest.mark.parametrize("num_classes", [1000, 7])
+@pytest.mark.parametrize("labels", ["balanced", "random"])
+def test_consecutive_blocks_are_mixed_in_their_classes(labels: str, num_classes: int) -> None:
+    """The inception score of a perfect classifier is the number of classes; sorted labels would have a tenth of it."""
+    numbers = torch.arange(4 * BLOCK)
+    drawn = make_plan(num=len(numbers), num_classes=num_classes, labels=labels).image_labels(numbers)
+    for block in drawn.split(BLOCK):
+        counts = torch.bincount(block, minlength=num_classes)
+        assert len(counts) == num_classes
+        if labels == "balanced":
+            assert counts.max() - counts.min() <= 1
+        else:
+            fit = ((counts - BLOCK / num_classes) ** 2 / (BLOCK / num_classes)).sum()  # chi-squared
+            assert abs(fit - (num_classes - 1)) < 6 * (2 * (num_classes - 1)) ** 0.5
+
+    def score(labels: torch.Tensor) -> float:
+        eye = 30 * np.eye(num_classes, dtype=np.float32)
+        return inception_score((eye[part.numpy()] for part in labels.split(512)), BLOCK)
+
+    # what BLOCK draws of a thousand classes lack of the whole entropy: (K - 1) / 2N
+    expected = num_classes * np.exp(-(num_classes - 1) / (2 * BLOCK)) if labels == "random" else num_classes
+    assert score(drawn) == pytest.approx(expected, rel=0.01)
+    if num_classes == 1000:
+        assert score(drawn.sort().values) < expected / 3  # this test can fail
+
+
+# --- units
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "euler_maruyama", "dopri5"])
-def test_an_image_depends_on_seed_and_number_only(model: tuple[DiT, ExportInfo], solver: str) -> None:
+def test_an_image_depends_on_seed_and_number_only(solver: str) -> None:
     plan = make_plan(solver=solver)
-    images, labels, work = make_unit(*model, plan, 1, PIXEL)
+    images, labels, work = make_unit(MODELS, plan, 1)
     assert images.shape == (16, 8, 8, 1) and images.dtype == np.uint8
     assert labels.tolist() == [i % 10 for i in range(16, 32)]
     numbers = torch.arange(20, 23)
-    some = generate(*model, plan, numbers, plan.image_labels(numbers), PIXEL)[0].numpy()
+    some = generate(MODELS, plan, numbers, plan.image_labels(numbers)).numpy()
     assert np.abs(some.astype(int) - images[4:7]).max() <= 1  # another batch: within rounding
     assert len({image.tobytes() for image in images}) == 16
     evaluations = {"euler": 3, "heun": 6, "euler_maruyama": 3}.get(solver, work[0, 0])
     assert work.tolist() == [[evaluations, evaluations, 0]] * 16 and work[0, 0] >= 3
-    other = make_unit(*model, make_plan(solver=solver, seed=1), 1, PIXEL).images
+    other = make_unit(MODELS, make_plan(solver=solver, seed=1), 1).images
     assert (other != images).mean() > 0.5
 
 
@@ -189,13 +144,166 @@ IG = GuidanceConfig(kind="ig", scale=1.4)
     ],
     ids=["sit", "lightningdit", "heun without its last correction"],
 )
-def test_the_published_recipes_take_the_published_forwards(
-    model: tuple[DiT, ExportInfo], recipe: dict[str, object], work: list[int]
-) -> None:
-    unit = make_unit(*model, make_plan(num=2, unit_size=2, batch_size=2, **recipe), 0, PIXEL)
+def test_the_published_recipes_take_the_published_forwards(recipe: dict[str, object], work: list[int]) -> None:
+    unit = make_unit(MODELS, make_plan(num=2, unit_size=2, batch_size=2, **recipe), 0)
     assert unit.work.tolist() == [work] * 2
 
 
-def test_a_shift_by_latent_dimension_is_a_number_in_the_plan(model: tuple[DiT, ExportInfo]) -> None:
+def test_a_shift_by_latent_dimension_is_a_number_in_the_plan() -> None:
     config = load_config("configs/digits.yaml", ["sample.time_shift=latent_dimension"])
-    assert plan_of(config, model[1], "0").time_shift == (8 * 8 / 4096) ** 0.5
+    assert plan_of(config, INFO, "0").time_shift == (8 * 8 / 4096) ** 0.5
+
+
+# --- units with their features, in a folder
+
+
+EXTRACTORS = [pixel(), quadrants()]
+UNITS = [unit_name(number) for number in range(3)]
+FEATURES = [f"unit_{number:05d}.{name}.safetensors" for number in range(3) for name in ("inception", "pixel")]
+
+
+def samples_in(folder: Path, plan: Plan | None = None) -> Samples:
+    return Samples(plan or make_plan(), INFO, str(folder), "half up")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All units of a plan, and the features of two extractors."""
+    folder = tmp_path_factory.mktemp("made")
+    generate_units(MODELS, samples_in(folder), EXTRACTORS)
+    return folder
+
+
+def test_units_hold_what_the_plan_says_and_features_are_made_on_the_way(made: Path, tmp_path: Path) -> None:
+    assert sorted(content(made)) == sorted([*UNITS, *FEATURES])
+    samples, later = samples_in(made), samples_in(tmp_path)
+    for number in range(3):
+        unit = make_unit(MODELS, samples.plan, number)
+        write_unit(later.url, number, unit)
+        again = read_unit(samples.plan, samples.url, number)
+        assert all(np.array_equal(mine, theirs) for mine, theirs in zip(unit, again, strict=True))
+    files = FeatureFiles(plan_images(later), EXTRACTORS)
+    for number in range(3):
+        files.make(number)
+    assert content(tmp_path) == content(made)  # whether beside the solver or later
+
+
+def test_what_is_there_is_not_solved_again(made: Path, tmp_path: Path) -> None:
+    whole, solved = content(made), list[int]()
+
+    def run(*extractors: Any, **options: Any) -> None:
+        generate_units(MODELS, samples_in(tmp_path), extractors, on_progress=solved.append, **options)
+
+    run(num=17)
+    assert sorted(content(tmp_path)) == UNITS[:2] and solved == [8, 16, 0, 8, 16, 0]
+    solved.clear()
+    run()
+    assert sorted(content(tmp_path)) == UNITS and solved == [0, 0, 8, 0]
+    solved.clear()
+    run(*EXTRACTORS)  # features of units that are there
+    assert solved == [0, 0, 0] and content(tmp_path) == whole
+    (tmp_path / FEATURES[2]).write_bytes(b"stale")
+    (tmp_path / UNITS[2]).unlink()
+    solved.clear()
+    run(*EXTRACTORS, num=1000)  # as many as there are
+    assert solved == [0, 0, 8, 0] and content(tmp_path) == whole
+    run(*EXTRACTORS)
+    assert solved[4:] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("worker", "workers", "order"), [(0, 3, "012"), (1, 3, "120"), (2, 3, "201"), (5, 6, "201")])
+def test_each_worker_begins_at_its_own_place(worker: int, workers: int, order: str, tmp_path: Path) -> None:
+    generate_units(MODELS, samples_in(tmp_path), worker=worker, workers=workers)
+    files = sorted(tmp_path.iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    assert [file.name for file in files] == [UNITS[int(number)] for number in order]
+
+
+def test_features_stand_for_images_that_are_dropped(made: Path, tmp_path: Path) -> None:
+    whole, solved = content(made), list[int]()
+
+    def run(**options: Any) -> FeatureFiles:
+        return generate_units(MODELS, samples_in(tmp_path), EXTRACTORS, on_progress=solved.append, **options)
+
+    files = run(keep_images=False)
+    assert content(tmp_path) == {name: whole[name] for name in [UNITS[0], *FEATURES]}
+    pool = np.concatenate(list(files.rows("pixel", "pool", 40)))
+    assert pool.shape == (40, 64)
+    (tmp_path / FEATURES[5]).unlink()
+    solved.clear()
+    assert run(keep_images=False).unfit == set() and solved == [0, 0, 8, 0]
+    (tmp_path / UNITS[0]).unlink()  # the one that is looked at
+    solved.clear()
+    run(keep_images=False)
+    assert solved == [8, 16, 0, 0, 0] and content(tmp_path) == {name: whole[name] for name in [UNITS[0], *FEATURES]}
+
+    damaged = tmp_path / FEATURES[3]
+    damaged.write_bytes(whole[FEATURES[3]][:-1] + bytes([whole[FEATURES[3]][-1] ^ 1]))
+    files = FeatureFiles(plan_images(samples_in(tmp_path)), EXTRACTORS)
+    with pytest.raises(DataError, match=r"images of unit 1 of 3 are not there: run the same sampling again") as error:
+        list(files.rows("pixel", "pool", 40))
+    assert "keep_images=true" in str(error.value) and files.unfit == {(1, "pixel")}
+    run(keep_images=False)  # as it was told
+    assert content(tmp_path) == {name: whole[name] for name in [UNITS[0], *FEATURES]}
+    run()
+    assert content(tmp_path) == whole
+
+
+def test_a_damaged_unit_is_told_from_one_that_is_missing(made: Path, tmp_path: Path) -> None:
+    samples = samples_in(tmp_path)
+    write_unit(samples.url, 1, read_unit(samples.plan, str(made), 1))
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    for content in (whole[:-1], whole[:40], b"", safetensors.numpy.save({"images": np.zeros(3)})):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match="unit_00001.safetensors is damaged: delete it and run"):
+            read_unit(samples.plan, samples.url, 1)
+    file.write_bytes(whole)
+    with pytest.raises(DataError, match="unit_00001.safetensors is of another plan"):
+        read_unit(make_plan(num=30), samples.url, 1)
+    with pytest.raises(DataError, match="images of unit 0 of 3 are not there"):
+        read_unit(samples.plan, samples.url, 0)
+
+
+# --- what is made of them
+
+
+def test_the_npz_holds_all_images_in_order(made: Path, tmp_path: Path) -> None:
+    samples = samples_in(tmp_path)
+    for name in UNITS:
+        (tmp_path / name).write_bytes((made / name).read_bytes())
+    write_samples_npz(samples)
+    file = tmp_path / "samples.npz"
+    units = [read_unit(samples.plan, samples.url, number) for number in range(3)]
+    with np.load(file) as arrays:
+        assert np.array_equal(arrays["arr_0"], np.concatenate([unit.images for unit in units]))
+        assert arrays["arr_1"].tolist() == [i % 10 for i in range(40)] and arrays["arr_1"].dtype == np.int64
+    whole, time = file.read_bytes(), file.stat().st_mtime_ns
+    write_samples_npz(samples)
+    assert file.stat().st_mtime_ns == time  # it is there
+    file.write_bytes(whole[:-5])
+    write_samples_npz(samples)
+    assert file.read_bytes() == whole
+    file.unlink()
+    (tmp_path / UNITS[2]).unlink()
+    with pytest.raises(DataError, match="unit 2 of 3 are not there"):
+        write_samples_npz(samples)
+    assert sorted(content(tmp_path)) == UNITS[:2]  # nothing torn
+
+
+def test_single_pictures_for_people(made: Path, tmp_path: Path) -> None:
+    samples = samples_in(tmp_path)
+    for name in UNITS:
+        (tmp_path / name).write_bytes((made / name).read_bytes())
+    classes = [f"class {i}/x" for i in range(10)]
+    write_pngs(samples, 20, classes)
+    files = sorted((tmp_path / "png").iterdir())
+    assert [file.name for file in files] == [f"{i:06d}_class_{i % 10}_x.png" for i in range(20)]
+    images = np.concatenate([read_unit(samples.plan, samples.url, number).images for number in range(2)])
+    for file, image in zip(files, images, strict=False):
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(file.read_bytes()))), image[..., 0])
+    write_pngs(samples, 1000, classes)
+    assert len(list((tmp_path / "png").iterdir())) == 40
