@@ -28,7 +28,9 @@ from ig_dist.storage.files import open_url, read_range, write_whole
 FORMAT = "ig-dist-features/1"
 _KEY = "features"  # one key: safetensors writes several in an order that changes from call to call
 _HEADER_BYTES = 4096  # read at first; holds the whole header but of an odd file
-_DTYPES = {"F32": np.dtype(np.float32), "F64": np.dtype(np.float64), "I64": np.dtype(np.int64)}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    name: np.dtype(dtype) for name, dtype in (("F32", "f4"), ("F64", "f8"), ("I64", "i8"))
+}
 _TRIES = 5  # of a file that other processes may find damaged too, and remove
 
 
@@ -254,7 +256,8 @@ class FeatureFiles:
         data = read_range(self._fs, self._file(number, extractor.name), begin + first, begin + last)
         if hashlib.sha256(data).hexdigest() != sha256:
             raise _Unfit
-        return np.frombuffer(data, _DTYPES[dtype]).reshape(shape)
+        values: NDArray[Any] = np.frombuffer(data, _DTYPES[dtype]).reshape(shape)
+        return values
 
 
 def make_features(files: FeatureFiles, worker: int = 0, workers: int = 1, *, what: str = "features") -> None:

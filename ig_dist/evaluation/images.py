@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from glob import has_magic
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from ig_dist.data.images import RejectedImage, decode_image, is_picture, load_rgb
 from ig_dist.data.index import ShardIndex, read_index
 from ig_dist.data.reader import ShardReader
-from ig_dist.data.sources import find_source
+from ig_dist.data.sources import find_source, is_name
 from ig_dist.data.sources.source import ByteRange, read_bytes
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.evaluation.npz import NpzFile, open_npz
@@ -30,6 +31,7 @@ from ig_dist.latents.tokenizers import index_tokenizer
 UNIT_SIZE = 512
 DECODED_PIXELS = 2**20  # of the latents that are decoded at once: 16 pictures of 256 x 256
 CACHE_VARIABLE = "IG_DIST_CACHE"
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 class Pictures(NamedTuple):
@@ -110,7 +112,7 @@ def npz_images(file: NpzFile) -> ImageSet:
     """The images of an npz (``arr_0``: uint8 NHWC), with its labels (``arr_1``) where it has them."""
     num = file.member("arr_0").shape[0]
     rows_of = partial(file.rows, "arr_0") if file.member("arr_0").stored else _forward(file)
-    labels = file.array("arr_1").astype(np.int64) if "arr_1" in file.members else None
+    labels = _npz_labels(file) if "arr_1" in file.members else None
 
     def read(rows: range) -> Pictures:
         images = rows_of(rows.start, rows.stop)
@@ -118,6 +120,16 @@ def npz_images(file: NpzFile) -> ImageSet:
 
     identity = f"npz {file.fingerprint}"
     return ImageSet(file.url, identity, num, UNIT_SIZE, _cache(identity), read)
+
+
+def _npz_labels(file: NpzFile) -> NDArray[np.int64]:
+    found, num = file.member("arr_1"), file.member("arr_0").shape[0]
+    if found.shape != (num,) or found.dtype.kind not in "iu":
+        raise ConfigError(
+            f"arr_1 of {file.url} is {found.dtype} of shape {found.shape}, labels are whole numbers, one for each of"
+            f" the {num} pictures"
+        )
+    return file.array("arr_1").astype(np.int64)
 
 
 def _forward(file: NpzFile) -> Callable[[int, int], NDArray[np.uint8]]:
@@ -154,64 +166,74 @@ def find_images(
     if src.endswith(".npz"):
         return npz_images(open_npz(src))
     path = Path(src)
+    if not (is_name(src) or "://" in src or has_magic(src) or "{" in src or path.exists()):
+        raise ConfigError(f"{src} does not exist: give an npz, an index, a folder of pictures or tars")
     if src.endswith("index.json") or (path / "index.json").is_file() or _is_remote_folder(src):
         return index_images(read_index(src), tokenizer, device)
-    flat = sorted(file for file in path.iterdir() if file.is_file() and is_picture(file)) if path.is_dir() else []
+    flat = sorted(file for file in path.iterdir() if _is_picture_file(file)) if path.is_dir() else []
     if flat:
-        entries = ((file.name, file.stat().st_size) for file in flat)
-        identity = hashlib.sha256("".join(f"{name}\0{size}\n" for name, size in entries).encode()).hexdigest()
-        return _picture_files(src, identity, len(flat), lambda i: flat[i], None, image_size)
-    found = find_source(src)
-    source = found.open()
+        entries = ((os.fsencode(file.name), file.stat()) for file in flat)
+        digest = hashlib.sha256(b"".join(b"%s\0%d %d\n" % (name, s.st_size, s.st_mtime_ns) for name, s in entries))
+        return _picture_files(src, digest.hexdigest(), [file.name for file in flat], flat.__getitem__, None, image_size)
+    try:
+        source = find_source(src).open()
+    except ConfigError as error:  # the encoding's option is not the one here
+        raise ConfigError(str(error).removeprefix("--source ")) from None
 
     def item(i: int) -> Path | bytes | NDArray[np.uint8]:
         where = source.item(i)
         return read_bytes(where) if isinstance(where, ByteRange) else where
 
-    return _picture_files(src, source.name, len(source.labels), item, source.labels, image_size)
+    paths = source.paths or range(len(source.labels))
+    return _picture_files(src, source.name, paths, item, source.labels, image_size)
 
 
 def _picture_files(
     src: str,
     identity: str,
-    num: int,
+    paths: Sequence[str | int],
     item: Callable[[int], Path | bytes | NDArray[np.uint8]],
     labels: NDArray[np.int64] | None,
     image_size: int | None,
 ) -> ImageSet:
-    @lru_cache(maxsize=1)
-    def side() -> int:
-        first = item(0)
-        if isinstance(first, np.ndarray):
-            return len(first)
-        image = load_rgb(first)
-        if image.width != image.height:
-            raise ConfigError(f"{src}: pictures of {image.width} x {image.height}: say --image-size to cut squares")
-        return image.width
-
-    def decoded(i: int) -> NDArray[np.uint8]:
-        found = item(i)
+    def loaded(i: int) -> NDArray[np.uint8]:
         try:
+            found = item(i)
             if isinstance(found, np.ndarray):
                 return found
-            if image_size is not None:
-                return decode_image(found, image_size)
-            image = load_rgb(found)
+            return np.asarray(load_rgb(found)) if image_size is None else decode_image(found, image_size)
         except RejectedImage as problem:
-            raise DataError(f"{src}: picture {i}: {problem}: remove it") from None
-        if image.size != (side(), side()):
+            raise DataError(f"{src}: picture {paths[i]}: {problem}: remove it") from None
+
+    @lru_cache(maxsize=1)
+    def side() -> int:
+        height, width = loaded(0).shape[:2]
+        if width != height:
+            raise ConfigError(f"{src}: pictures of {width} x {height}: say --image-size to cut squares")
+        return int(width)
+
+    def decoded(i: int) -> NDArray[np.uint8]:
+        image = loaded(i)
+        if image.shape[:2] != (side(), side()):
             raise ConfigError(
-                f"{src}: picture {i} has {image.width} x {image.height} pixels, the first one {side()} x {side()}:"
-                " say --image-size to cut all of them to one size"
+                f"{src}: picture {paths[i]} has {image.shape[1]} x {image.shape[0]} pixels, the first one {side()} x"
+                f" {side()}: say --image-size to cut all of them to one size"
             )
-        return np.asarray(image)
+        return image
 
     def read(rows: range) -> Pictures:
         images = np.stack([decoded(i) for i in rows])
         return Pictures(images, None if labels is None else labels[rows.start : rows.stop])
 
     identity = f"{identity}, {'own size' if image_size is None else f'cut to {image_size}'}"
-    return ImageSet(src, identity, num, UNIT_SIZE, _cache(identity), read)
+    return ImageSet(src, identity, len(paths), UNIT_SIZE, _cache(identity), read)
+
+
+def _is_picture_file(file: Path) -> bool:
+    """Whether it is to be one: what is called a picture and is none must not be left out in silence."""
+    if file.name.startswith(".") or not file.is_file():  # such as macOS leaves behind
+        return False
+    return file.suffix.lower() in PICTURE_SUFFIXES or is_picture(file)
 
 
 def _is_remote_folder(src: str) -> bool:
