@@ -68,7 +68,7 @@ def _read_model(weights: Path) -> Any:
     try:
         settings = json.loads((folder / "config.json").read_text())
         if (kind := settings.get("model_type")) != "dinov2":
-            raise ValueError(f"config.json is of a {kind}")
+            raise ValueError(f"it is of a {kind}")
         if SIDE % (patch := settings["patch_size"]):
             raise ValueError(f"{SIDE} pixels are no multiple of its patch size {patch}")
         with _quiet():
@@ -79,7 +79,9 @@ def _read_model(weights: Path) -> Any:
             raise ValueError(f"{weights.name} is without {missing[0]}")
     except Exception as error:  # of the files, or whatever transformers says of them
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{folder} does not hold a DINOv2 network ({reason}): download the folder again") from None
+        raise ConfigError(
+            f"{folder} does not hold a DINOv2 network in config.json and {weights.name} ({reason}): download both again"
+        ) from None
     embeddings = model.embeddings
     embeddings.position_embeddings = torch.nn.Parameter(
         position_embeddings(embeddings.position_embeddings.detach(), SIDE // patch)
