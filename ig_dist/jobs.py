@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from ig_dist.errors import ConfigError
 
@@ -18,6 +20,16 @@ class Job(Enum):
     encode = "encode"
     sample = "sample"
     sweep = "sweep"
+    evaluate = "evaluate"
+    reference = "reference"
+
+
+NEEDS = {
+    Job.sample: "a run directory, e.g. --job sample --tasks 16 runs/a",
+    Job.sweep: "a run directory, e.g. --job sweep --tasks 16 runs/a",
+    Job.evaluate: "what to score, e.g. --job evaluate --tasks 8 runs/a/samples/PLAN",
+    Job.reference: "pictures and the file to write, e.g. --job reference --tasks 8 runs/data --out reference.npz",
+}
 
 
 def program(job: Job, arguments: Sequence[str], source: Path = SOURCE) -> list[str]:
@@ -36,3 +48,101 @@ def program(job: Job, arguments: Sequence[str], source: Path = SOURCE) -> list[s
     if not (SOURCE / "data_prep/encode_latents.py").exists():
         raise ConfigError("--job encode needs data_prep/encode_latents.py: run it from a checkout")
     return [str(source / "data_prep/encode_latents.py"), *arguments]
+
+
+def job_folder(job: Job, arguments: Sequence[str], folder: Path | None = None) -> Path:
+    """Where the record of an array lies: in the run that it works for, or else in a folder of its own.
+
+    Args:
+        job: which.
+        arguments: of its command.
+        folder: what was asked for, of a job without a run.
+
+    Raises:
+        ConfigError: arguments that the job would refuse.
+    """
+    if job is Job.encode:
+        name, run = _last_part(_value_of("--dest", arguments)), None
+    elif job in (Job.sample, Job.sweep):
+        name, run = "", _parsed(job, arguments)["run"]
+        if not (run / "config.yaml").is_file():
+            raise ConfigError(f"--job {job.value} needs {NEEDS[job]}")
+        if folder is not None:
+            raise ConfigError(f"--folder {folder}: a job of a run has its folder in the run; leave --folder out")
+    elif job is Job.evaluate:
+        given = _parsed(job, arguments)
+        name, run = _last_part(given["samples"] or ""), _scored_run(given)
+    else:
+        given = _parsed(job, arguments)
+        name, run = given["out"].stem, None
+        _refuse_reference(given)
+    return folder or run or Path("runs") / f"{job.value}-{name}"
+
+
+def _parsed(job: Job, arguments: Sequence[str]) -> dict[str, Any]:
+    """The arguments of a job's command as it understands them."""
+    import typer
+
+    from ig_dist.cli import app
+
+    if not arguments:
+        raise ConfigError(f"--job {job.value} needs {NEEDS[job]}")
+    command: Any = typer.main.get_command(app)
+    usage_error: Any = typer.BadParameter.__base__  # of click, whichever one typer brings
+    try:
+        found: dict[str, Any] = command.commands[job.value].make_context(job.value, [*arguments]).params
+    except usage_error as error:
+        said = error.format_message().rstrip(".")
+        raise ConfigError(f"--job {job.value}: {said}; see `ig-dist {job.value} --help`") from None
+    return found
+
+
+def _scored_run(given: dict[str, Any]) -> Path | None:
+    """The run of the samples that are to be scored; None: they are no plan's, or its run is not here."""
+    from ig_dist.evaluation.catalogue import check_metrics
+    from ig_dist.evaluation.sampling import PLAN_NAME, read_samples
+    from ig_dist.storage.files import open_url
+
+    src = given["samples"]
+    if given["check_against_adm"] is not None:
+        raise ConfigError("--check-against-adm is no work for several processes: use `ig-dist evaluate` alone")
+    if src is None:
+        raise ConfigError(f"--job evaluate needs {NEEDS[Job.evaluate]}")
+    if given["metrics"] is not None:
+        check_metrics(given["metrics"].split(","), "--metrics")
+    fs, path = open_url(src, "SAMPLES", web=False)
+    if fs.exists(f"{path}/{PLAN_NAME}") or fs.glob(f"{path}/unit_*.safetensors"):
+        _, run, _ = read_samples(src)
+        return run if run.is_dir() else None
+    _refuse_missing(src)
+    if given["reference"] is None:
+        raise ConfigError(f"{src} holds no plan's samples (no {PLAN_NAME}): give --reference, what to hold it against")
+    return None
+
+
+def _refuse_reference(given: dict[str, Any]) -> None:
+    from ig_dist.evaluation.making_references import check_arguments
+
+    check_arguments(given["out"], given["extractors"].split(","))
+    _refuse_missing(given["source"])
+
+
+def _refuse_missing(src: str) -> None:
+    from ig_dist.data.sources import is_name
+
+    pattern = "://" in src or glob.has_magic(src) or "{" in src
+    if not is_name(src) and not pattern and not Path(src).exists():
+        raise ConfigError(f"{src} does not exist: give an index, an npz, tars, or a folder of pictures")
+
+
+def _value_of(option: str, arguments: Sequence[str]) -> str:
+    for this, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if this == option and following:
+            return following
+        if this.startswith(f"{option}="):
+            return this.removeprefix(f"{option}=")
+    raise ConfigError(f"--job encode needs {option} among the arguments of data_prep/encode_latents.py")
+
+
+def _last_part(src: str) -> str:
+    return src.rstrip("/").rsplit("/", 1)[-1].removesuffix(".npz")

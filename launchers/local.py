@@ -2,6 +2,8 @@
 
     python launchers/local.py --processes 2 configs/digits.yaml run.dir=runs/two
     python launchers/local.py --processes 3 --job sample runs/two --ig-scale 1.4
+    python launchers/local.py --processes 3 --job evaluate runs/two/samples/PLAN
+    python launchers/local.py --processes 3 --job reference runs/data --out reference.npz
     python launchers/local.py --processes 2 --job encode --source pictures --dest runs/data --tokenizer pixel
 
 One process per GPU, or any number on CPUs (gloo). The first process that fails ends the others; the exit code is
@@ -94,7 +96,8 @@ def main(
     target: Annotated[
         str,
         typer.Argument(
-            metavar="CONFIG|RUN", help="Config file to train, run to sample from, or the first option of an encoding."
+            metavar="CONFIG|RUN|...",
+            help="Config file to train, run to sample from, what to evaluate, or the first argument of another job.",
         ),
     ],
     rest: Annotated[

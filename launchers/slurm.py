@@ -3,6 +3,8 @@
     python launchers/slurm.py --nodes 8
     python launchers/slurm.py --nodes 4-8 --config configs/sit_xl2_ig.yaml --partition h100 --follow run.dir=runs/a
     python launchers/slurm.py --job sample --tasks 16 runs/a --ig-scale 1.4
+    python launchers/slurm.py --job evaluate --tasks 8 runs/a/samples/PLAN
+    python launchers/slurm.py --job reference --tasks 8 runs/data --out reference.npz
     python launchers/slurm.py status runs/a        (also: cancel, resume)
 
 Time limits, preemption, dead nodes and dead processes requeue the job. See docs/slurm.md.
@@ -21,14 +23,14 @@ import typer
 import yaml
 
 from ig_dist.errors import ConfigError
-from ig_dist.jobs import Job, program
+from ig_dist.jobs import Job, job_folder, program
 from ig_dist.terminal import console, run_app
 
 VERBS = ("submit", "status", "cancel", "resume")
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs/sit_xl2_ig.yaml"
 CLUSTER_FILE = Path("~/.config/ig_dist/cluster.yaml")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or the --folder of an encoding.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or the folder of a job without a run.")]
 Follow = Annotated[bool, typer.Option("--follow", help="Print the log until the job ends.")]
 
 
@@ -76,11 +78,11 @@ def submit(
     exclude_after: Annotated[
         int, typer.Option(min=0, help="Failures within a day after which the node to blame is not used; 0: never.")
     ] = 2,
-    folder: Annotated[Path | None, typer.Option(help="Of an encoding's job. Default: runs/encode-DEST.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Of a job without a run. Default: runs/JOB-NAME.")] = None,
     follow: Follow = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script; submit nothing.")] = False,
 ) -> None:
-    """Submit a training of --nodes nodes, or an array that encodes, samples or sweeps.
+    """Submit a training of --nodes nodes, or an array that encodes, samples, sweeps, or makes features to score.
 
     Other commands: status RUN, cancel RUN, resume RUN. Every option may also be given as IG_DIST_SLURM_<OPTION>, or in
     the YAML file $IG_DIST_CLUSTER (default ~/.config/ig_dist/cluster.yaml).
@@ -177,7 +179,7 @@ def _train(request: Any, config: Any, *, follow: bool, dry_run: bool) -> None:
         hold=f"{run}/.lock",
     )
     if dry_run:
-        return _print_dry_run(request, submission, path, lambda: slurm.check_training(config, worlds))
+        return _print_dry_run(request, [submission], path, lambda: slurm.check_training(config, worlds))
     slurm.refuse_active(run, "is in use by")
     slurm.check_training(config, worlds)
     with slurm.submitting(run):
@@ -196,46 +198,39 @@ def _array(
     from ig_dist.slurm.record import Submission, World
     from ig_dist.slurm.script import complete
 
-    if job is Job.encode:
-        dest = _value_of("--dest", arguments)
-        run = folder or Path("runs") / f"encode-{dest.rstrip('/').rsplit('/', 1)[-1]}"
-    else:
-        run = Path(arguments[0]) if arguments else Path()
-        if not (run / "config.yaml").is_file():
-            raise ConfigError(f"--job {job.value} needs a run directory, e.g. --job {job.value} --tasks 16 runs/a")
-        if not dry_run:
-            slurm.refuse_active(run, "changes its weights while it is trained by")
+    run = job_folder(job, arguments, folder)
+    if job in (Job.sample, Job.sweep) and not dry_run:
+        slurm.refuse_active(run, "changes its weights while it is trained by")
     path = slurm.new_folder(run)
     asked, request = request, complete(request, assume=dry_run)
+    one_process = {"gpus_per_node": min(request.gpus_per_node or 0, 1), "tasks_per_node": None, "tasks": 0}
+    alone = request.model_copy(update=one_process)
     after = Path(f"{path}-merge")
-    score = ["--evaluate"] if job is Job.sample else []
+    typed = [*arguments, *(["--evaluate"] if job is Job.sample else [])]
     submissions = [
         Submission(
             kind=kind,
-            commands=[command],
+            commands=[program(job, typed, place / "source")],
             run=str(run.absolute()),
             cwd=str(Path.cwd()),
-            tasks_per_node=request.ranks_per_node,
-            cpus_per_task=request.cpus_per_task,
+            tasks_per_node=one.ranks_per_node,
+            cpus_per_task=one.cpus_per_task,
             worlds={1: World(nodes=1, accumulation=1)},
-            array=array,
+            array=one.tasks,
             max_failures=request.max_failures,
             exclude_after=request.exclude_after,
             signal_delay_s=request.signal_delay,
             options=asked.model_dump(),
         )
-        for kind, command, array in (
-            (job.value, program(job, arguments, path / "source"), request.tasks),
-            ("merge", program(job, [*arguments, *score], after / "source"), 0),
-        )
+        for kind, place, one in ((job.value, path, request), ("merge", after, alone))
     ]
     if dry_run:
-        return _print_dry_run(request, submissions[0], path, lambda: None)
+        return _print_dry_run(request, submissions, path, lambda: None)
     with slurm.submitting(run):
         number = slurm.submit(path, submissions[0], request)
         # it waits for all tasks, whatever became of them, and makes what is missing
         try:
-            slurm.submit(after, submissions[1], request, after=number)
+            slurm.submit(after, submissions[1], alone, after=number)
         except ConfigError:
             slurm.withdraw(path)
             raise
@@ -263,22 +258,28 @@ def _tell(path: Path, submission: Any, watch: str, follow: bool) -> None:
         raise typer.Exit(watching.follow(folder, submission))
 
 
-def _print_dry_run(request: Any, submission: Any, path: Path, check: Any) -> None:
+def _print_dry_run(request: Any, submissions: Sequence[Any], path: Path, check: Any) -> None:
     from ig_dist.slurm.batch import srun_command
     from ig_dist.slurm.record import ACCUMULATION
     from ig_dist.slurm.script import batch_script
 
+    submission, *then = submissions
     name = f"{submission.kind}-{Path(submission.run).name}"
     print(batch_script(request, submission, path, name=name))
     for nodes, world in submission.worlds.items():
         hosts = ["<node>"] * world.nodes
         ranks = world.nodes * submission.tasks_per_node
-        print(f"# on {nodes} node{'s' * (nodes > 1)}, {ranks} processes:")
+        task = f"each of {submission.array} tasks " if submission.array else ""
+        print(f"# {task}on {nodes} node{'s' * (nodes > 1)}, {ranks} process{'es' * (ranks > 1)}:")
         text = " ".join(srun_command(path, submission, hosts, "<start>"))
         print("#   " + text.replace(",".join(hosts), f"<the first {world.nodes}>"))
         for command in submission.commands:
             arguments = " ".join(command).replace(ACCUMULATION, str(world.accumulation))
             print(f"# each process: python {arguments}")
+    for merge in then:
+        print("# once all tasks have ended, whatever became of them, a job of one process:")
+        for command in merge.commands:
+            print(f"# it alone: python {' '.join(command)}")
     try:
         check()
     except ConfigError as error:
@@ -293,15 +294,6 @@ def _refuse_options(arguments: Sequence[str]) -> None:
                 raise ConfigError(f"{argument} comes after a config value: give options before the a.b=c")
             near = difflib.get_close_matches(argument, known, n=1, cutoff=0.0)[0]
             raise ConfigError(f"unknown option {argument}; did you mean {near}?")
-
-
-def _value_of(option: str, arguments: Sequence[str]) -> str:
-    for this, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        if this == option and following:
-            return following
-        if this.startswith(f"{option}="):
-            return this.removeprefix(f"{option}=")
-    raise ConfigError(f"--job encode needs {option} among the arguments of data_prep/encode_latents.py")
 
 
 def _option_names() -> list[str]:

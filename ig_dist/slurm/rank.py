@@ -16,7 +16,7 @@ from types import FrameType
 
 from ig_dist.parallel.blame import VARIABLE
 from ig_dist.slurm.record import ACCUMULATION, BLAME_NAME, Folder
-from ig_dist.terminal import leave
+from ig_dist.terminal import MERGED_LATER, leave
 
 STOPPED = 75
 
@@ -43,7 +43,10 @@ def main(folder: str, start: str) -> None:
     # units that are written whole. SIGTERM is no such wish: srun sends it to the others when a rank has failed.
     signal.signal(signal.SIGUSR2, stop)
     code = 1
-    for command in Folder(Path(folder)).read().commands:
+    submission = Folder(Path(folder)).read()
+    if submission.array:
+        os.environ[MERGED_LATER] = "1"
+    for command in submission.commands:
         code = run([part.replace(ACCUMULATION, os.environ["IG_DIST_ACCUMULATION"]) for part in command])
         if code:
             break

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 JOB_NAME, SCRIPT_NAME, ID_NAME, CANCELLED_NAME, BLAME_NAME = "job.json", "batch.sh", "id", "cancelled", "blame"
 ACCUMULATION = "{accumulation}"  # in a command: that of the world at hand
-Kind = Literal["train", "encode", "sample", "sweep", "merge"]
+Kind = Literal["train", "encode", "sample", "sweep", "evaluate", "reference", "merge"]
 
 
 class World(BaseModel):

@@ -1,12 +1,14 @@
-"""Arrays that encode and sample on a real SLURM cluster: tasks die, and the output is the same."""
+"""Arrays that encode, sample, sweep and score on a real SLURM cluster: tasks die, and the output is the same."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,6 +38,11 @@ def wait_for_merge(cluster: SlurmCluster, run: Path) -> None:  # noqa: F811
     for folder, _ in folders(run):
         for task in folder.tasks():
             assert folder.events(task)[-1]["next"] == "done", folder.events(task)
+
+
+def task_logs(run: Path) -> list[str]:
+    """What the tasks of a run's newest array have said."""
+    return [log.read_text() for log in list(folders(run))[-2][0].log.glob("task_*_rank_0.log")]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -78,12 +85,70 @@ def test_a_sampling_with_killed_and_stopped_tasks(
     with np.load(mine) as a, np.load(theirs) as b:
         assert all(np.array_equal(a[name], b[name]) for name in ("arr_0", "arr_1"))
     assert list((run / "evaluations").glob("*.json"))  # the merge scores too
+    assert len(list(mine.parent.glob("unit_*.pixel.safetensors"))) == len(list(mine.parent.glob("unit_*"))) / 2
+    assert not any("samples.npz" in text for text in task_logs(run))  # it alone
 
 
-def test_a_sweep(cluster: SlurmCluster, uninterrupted: Callable[[int], Path], tmp_path: Path) -> None:  # noqa: F811
+def kept_scores(run: Path) -> dict[str, Any]:
+    (file,) = (run / "evaluations").glob("*.json")
+    return dict(json.loads(file.read_text())["scores"])
+
+
+def test_an_evaluation_with_a_killed_task(
+    cluster: SlurmCluster,  # noqa: F811
+    uninterrupted: Callable[[int], Path],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("IG_DIST_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "run"
     shutil.copytree(uninterrupted(TRAINED), run, ignore=shutil.ignore_patterns("slurm", "samples"))
-    done = launch("--job", "sweep", "--tasks", 2, run, "--ig-scale", "1.0,1.5")
+    assert run_command(["ig-dist", "sample", run, "--num", "100", "sample.unit_size=10", "--evaluate"]).returncode == 0
+    (plan,) = (file.parent for file in run.glob("samples/*/plan.json"))
+    expected, whole = kept_scores(run), files(plan)
+    shutil.rmtree(run / "evaluations")
+    for file in plan.glob("unit_*.pixel.safetensors"):
+        file.unlink()
+    submit("--job", "evaluate", "--tasks", 3, "--max-failures", 0, plan)
+    wait_until(lambda: has_rank(cluster, "node1"), "no rank", run)
+    os.kill(rank_on(cluster, "node1"), signal.SIGKILL)
+    wait_until(lambda: not cluster.run("squeue", "-h"), "the jobs did not end", run)
+    array, merge = (folder for folder, _ in folders(run))
+    assert sorted(array.events(task)[-1]["next"] for task in array.tasks()) == ["done", "done", "stop"]
+    assert merge.events()[-1]["next"] == "done"
+    assert files(plan) == whole and kept_scores(run) == expected
+    assert "fd_pixel" in (merge.log / "rank_0.log").read_text()  # it alone scores
+    assert not any("fd_pixel" in text for text in task_logs(run))
+
+
+def test_a_reference_of_which_only_the_merge_is_left(
+    cluster: SlurmCluster,  # noqa: F811
+    digits_index: Path,
+    tmp_path: Path,
+) -> None:
+    alone, out, folder = tmp_path / "alone.npz", tmp_path / "array.npz", tmp_path / "job"
+    made = ["reference", digits_index, "--extractors", "pixel", "--out"]
+    assert run_command(["ig-dist", *made, alone]).returncode == 0
+    job = submit("--job", "reference", "--tasks", 2, "--folder", folder, *made[1:], out)
+    cluster.run("scancel", job)
+    wait_until(lambda: not cluster.run("squeue", "-h"), "the jobs did not end", folder)
+    assert list(folders(folder))[1][0].events()[-1]["next"] == "done"
+    assert out.read_bytes() == alone.read_bytes() and not Path(f"{out}.parts").exists()
+
+
+@pytest.mark.parametrize("halving", [[], ["--halving", "sample.num=64"]], ids=["grid", "halving"])
+def test_a_sweep(
+    cluster: SlurmCluster,  # noqa: F811
+    uninterrupted: Callable[[int], Path],  # noqa: F811
+    tmp_path: Path,
+    halving: list[str],
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted(TRAINED), run, ignore=shutil.ignore_patterns("slurm", "samples"))
+    done = launch("--job", "sweep", "--tasks", 2, run, "--ig-scale", "1.0,1.5", *halving)
     assert done.returncode == 0, done.stderr
     wait_for_merge(cluster, run)
-    assert (run / "sweep.json").exists() and len(list((run / "samples").glob("*/plan.json"))) == 2
+    assert len(list((run / "samples").glob("*/plan.json"))) == 2
+    rows = json.loads((run / "sweep.json").read_text())["rows"]
+    assert sorted(row["num"] for row in rows) == ([32, 64] if halving else [40, 40])
+    assert not any("sweep.json" in text for text in task_logs(run))

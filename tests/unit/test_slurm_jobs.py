@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import runpy
 import signal
 import stat
 import subprocess
@@ -15,6 +17,7 @@ import pytest
 
 from ig_dist.config import Config
 from ig_dist.errors import ConfigError
+from ig_dist.jobs import Job, job_folder
 from ig_dist.slurm.commands import Partition, minutes, partition
 from ig_dist.slurm.rank import STOPPED
 from ig_dist.slurm.record import Folder, Submission, World
@@ -32,6 +35,8 @@ from ig_dist.slurm.verdict import (
     nodes_to_blame,
     what_next,
 )
+from tests.conftest import ROOT
+from tests.scoring import make_plan, tiny_models
 
 
 def config(streams: int = 256, batch: int = 256, accumulation: int = 1) -> Config:
@@ -236,3 +241,125 @@ def test_what_is_not_said_comes_from_the_partition(clusters: None) -> None:
     assert (none.gpus_per_node, none.cpus_per_gpu, none.ranks_per_node) == (0, 16, 4)
     with pytest.raises(ConfigError, match=r"--time 3:00:00 is more than partition mixed gives, 0-01:00:00"):
         complete(Request(partition="mixed", time="3:00:00"))
+
+
+# --- arrays
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    """The folder of a plan's samples, in their run, as far as a launcher looks at it."""
+    run, folder = tmp_path / "run", tmp_path / "elsewhere/a1b2"
+    for made in (run, folder):
+        made.mkdir(parents=True)
+    (run / "config.yaml").touch()
+    described = {
+        "plan": make_plan().model_dump(mode="json"),
+        "export": tiny_models()[1].model_dump(mode="json"),
+        "run": str(run),
+        "weak": None,
+        "uint8_rule": "",
+        "tokenizer": "",
+        "evaluate": {},
+    }
+    (folder / "plan.json").write_text(json.dumps(described))
+    return folder
+
+
+def test_an_array_has_its_folder_in_the_run_that_it_works_for(plan: Path, tmp_path: Path) -> None:
+    run, given = tmp_path / "run", tmp_path / "given"
+    for job in (Job.sample, Job.sweep):
+        assert job_folder(job, [str(run)]) == run
+        assert job_folder(job, ["--ig-scale", "1.5", str(run), "sample.num=5"]) == run
+    assert job_folder(Job.evaluate, [f"{plan}/"]) == run
+    assert job_folder(Job.evaluate, ["--num", "20", str(plan)]) == run
+    assert job_folder(Job.evaluate, [str(plan)], given) == given
+    (run / "config.yaml").unlink()
+    run.rmdir()  # moved, or on another machine
+    assert job_folder(Job.evaluate, [str(plan)]) == Path("runs/evaluate-a1b2")
+    foreign = tmp_path / "foreign.npz"
+    foreign.touch()
+    assert job_folder(Job.evaluate, [str(foreign), "--reference", "x.npz"]) == Path("runs/evaluate-foreign")
+    assert job_folder(Job.reference, ["digits", "--out", "a/real.npz"]) == Path("runs/reference-real")
+    assert job_folder(Job.reference, ["digits", "--out", "real.npz"], given) == given
+    assert job_folder(Job.encode, ["--source", "digits", "--dest", "s3://b/data/"]) == Path("runs/encode-data")
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments", "words"),
+    [
+        ("sample", "", "--job sample needs a run directory"),
+        ("sample", "NOTHING", "--job sample needs a run directory"),
+        ("sweep", "RUN --seeds x", "--job sweep: Invalid value for '--seeds'"),
+        ("evaluate", "", "--job evaluate needs what to score, e.g."),
+        ("evaluate", "--num 5", "--job evaluate needs what to score, e.g."),
+        ("evaluate", "UNITS", "UNITS holds no finished samples (no plan.json)"),
+        ("evaluate", "NOTHING", "NOTHING does not exist"),
+        ("evaluate", "RUN", "RUN holds no plan's samples (no plan.json): give --reference"),
+        ("evaluate", "PLAN --metrics fidd", "did you mean 'fid'"),
+        ("evaluate", "PLAN --bogus", "--job evaluate: No such option: --bogus"),
+        ("evaluate", "--check-against-adm RUN", "no work for several processes"),
+        ("reference", "digits", "--job reference: Missing option '--out'"),
+        ("reference", "digits --out real", "--out real: give the name of an npz"),
+        ("reference", "digits --out r.npz --extractors incep", "--extractors 'incep'"),
+        ("reference", "NOTHING --out r.npz", "NOTHING does not exist"),
+    ],
+)
+def test_what_an_array_would_refuse_is_said_before(
+    job: str, arguments: str, words: str, plan: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "units").mkdir()
+    (tmp_path / "units/unit_00000.safetensors").touch()
+    places = {"PLAN": plan, "RUN": tmp_path / "run", "UNITS": tmp_path / "units", "NOTHING": tmp_path / "nothing"}
+    with pytest.raises(ConfigError) as refused:
+        job_folder(Job(job), [str(places.get(word, word)) for word in arguments.split()])
+    for name, place in places.items():
+        words = words.replace(name, str(place))
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("job", ["evaluate", "reference", "sample", "sweep"])
+def test_a_dry_run_prints_what_each_process_does(
+    job: str, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no SLURM: nodes of eight GPUs are assumed
+    monkeypatch.setenv("IG_DIST_CLUSTER", "")
+    arguments = {"evaluate": f"{plan} --num 20", "reference": f"digits --out {tmp_path}/r.npz"}.get(
+        job, f"{tmp_path}/run --ig-scale 1.5"
+    )
+    folder = ["--folder", str(tmp_path / "job")] if job == "reference" else []
+    options = ["--job", job, "--tasks", "3", "--gpus-per-node", "2", *folder, "--dry-run"]
+    monkeypatch.setattr(sys, "argv", ["slurm.py", *options, *arguments.split()])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "launchers/slurm.py"), run_name="__main__")
+    printed, errors = capsys.readouterr()
+    assert end.value.code == 0 and not errors
+    assert "#SBATCH --array=0-2" in printed and f"#SBATCH --job-name={job}-{'job' if folder else 'run'}" in printed
+    command = f"python -m ig_dist.cli {job} {arguments}" + " --evaluate" * (job == "sample")
+    assert [line for line in printed.splitlines() if line.startswith(("# each", "# once", "# it"))] == [
+        "# each of 3 tasks on 1 node, 2 processes:",
+        f"# each process: {command}",
+        "# once all tasks have ended, whatever became of them, a job of one process:",
+        f"# it alone: {command}",
+    ]
+    assert not list(tmp_path.rglob("slurm"))
+
+
+@pytest.mark.parametrize(("array", "said"), [(3, "RANK 0 of 3 shows"), (0, "RANK 0 of 3 shows merges")])
+def test_no_task_of_an_array_does_what_one_process_alone_does(tmp_path: Path, array: int, said: str) -> None:
+    """Its first one would score before the others have ended, and the job that follows would do so again."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import os, pathlib\nfrom ig_dist.terminal import is_first_process, is_main_process\n"
+        'said = f\'RANK {os.environ["RANK"]} of {os.environ["WORLD_SIZE"]}\'\n'
+        "said += ' shows' * is_first_process() + ' merges' * is_main_process()\n"
+        f"pathlib.Path({str(tmp_path / 'said')!r}).write_text(said)"
+    )
+    Folder(tmp_path).write(submission(kind="evaluate", commands=[[str(script)]], array=array))
+    ids = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "LOCAL_WORLD_SIZE": "1", "SLURMD_NODENAME": "a"}
+    subprocess.run(
+        [sys.executable, "-m", "ig_dist.slurm.rank", str(tmp_path), "s"],
+        env={**os.environ, **ids, "SLURM_ARRAY_TASK_ID": "0", "WORLD_SIZE": "3", "IG_DIST_ACCUMULATION": "1"},
+        check=True,
+    )
+    assert (tmp_path / "said").read_text() == said
