@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 from ig_dist.config.sampling import EvaluateConfig
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.catalogue import check_weights, extractors_of
+from ig_dist.evaluation.catalogue import METRICS, check_weights, extractors_of
 from ig_dist.evaluation.extractors.extractor import Extractor, get_extractor
 from ig_dist.evaluation.features import FeatureFiles, make_features
 from ig_dist.evaluation.images import find_images, plan_images
-from ig_dist.evaluation.references import open_reference
+from ig_dist.evaluation.references import Reference, open_reference
 from ig_dist.evaluation.sampling import PLAN_NAME, read_samples, sampling_device
 from ig_dist.evaluation.scores import Protocol, Scores, score_plan, write_result
+from ig_dist.evaluation.units import existing, unit_name
 from ig_dist.storage.files import open_url
 from ig_dist.terminal import is_main_process, this_worker
 
@@ -58,11 +59,15 @@ def evaluate(
     samples = run = None
     asked = EvaluateConfig()
     fs, path = open_url(src, "SAMPLES", web=False)
-    if fs.exists(f"{path}/{PLAN_NAME}"):
+    if fs.exists(f"{path}/{PLAN_NAME}") or unit_name(0) in existing(fs, path):
         samples, run, asked = read_samples(src)
+        images, side = plan_images(samples), samples.info.tokenizer.image_size
+    else:
+        images = find_images(src, image_size=image_size, device=device)
+        side = images.read(range(1)).images.shape[1]
     names = list(metrics) or (asked.metrics if samples else ["fid", "sfid", "inception_score", "precision", "recall"])
     against = reference or asked.reference
-    if not against:
+    if not against and any(METRICS[name].kind != "inception_score" for name in names):
         raise ConfigError(
             f"{src} does not say what to hold it against: give --reference (an npz of statistics, or an index)"
         )
@@ -73,12 +78,10 @@ def evaluate(
         return get_extractor(name, weights=places.get(name, ""), device=device)
 
     tokenizer = samples.tokenizer if samples else ""
-    images = plan_images(samples) if samples else find_images(src, image_size=image_size, device=device)
     files = FeatureFiles(images, [extractor(name) for name in extractors_of(names)])
-    make_features(files, *share)
-    real = open_reference(
-        against, names, extractor, tokenizer=tokenizer, image_size=image_size, device=device, share=share
-    )
+    options: dict[str, Any] = {"tokenizer": tokenizer, "image_size": image_size, "device": device, "share": share}
+    real = open_reference(against, names, extractor, side=side, **options) if against else Reference("none")
+    make_features(files, *share, num=num)  # last: what is wrong with the reference is said before
     if not is_main_process():
         return None
     out = None

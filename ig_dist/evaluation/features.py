@@ -260,25 +260,29 @@ class FeatureFiles:
         return values
 
 
-def make_features(files: FeatureFiles, worker: int = 0, workers: int = 1, *, what: str = "features") -> None:
+def make_features(
+    files: FeatureFiles, worker: int = 0, workers: int = 1, *, num: int | None = None, what: str = "features"
+) -> None:
     """Make the features of every unit that lacks them, from this worker's own place on; any number may be at work.
 
     Args:
         files: of the set of images.
         worker: this worker's number.
         workers: all of them.
+        num: only the units of the first so many images; None: all.
         what: names it in the progress.
     """
     images = files.images
-    lacking = [number for number in range(images.num_units) if files.missing(number)]
+    units = -(-min(num or images.num, images.num) // images.unit_size)
+    sizes = [len(images.unit(number)) for number in range(units)]
+    lacking = [number for number in range(units) if files.missing(number)]
     if not lacking:
         return
-    done = images.num - sum(len(images.unit(number)) for number in lacking)
-    with progress(what, images.num, "images", done) as advance:
-        first = worker * images.num_units // workers
-        for number in sorted(lacking, key=lambda number: (number - first) % images.num_units):
+    with progress(what, sum(sizes), "images", sum(sizes) - sum(sizes[number] for number in lacking)) as advance:
+        first = worker * units // workers
+        for number in sorted(lacking, key=lambda number: (number - first) % units):
             files.make(number)  # unless another worker has made it meanwhile
-            advance(len(images.unit(number)))
+            advance(sizes[number])
 
 
 class _Unfit(Exception):  # noqa: N818  (a verdict on one file)

@@ -105,7 +105,7 @@ class Reference:
             counts = {found.count for found in moments}
             told["reference_images"] = max(counts) or "not said by the file"
             told["reference_sha256"] = ", ".join(dict.fromkeys(found.sha256 for found in moments))
-        if self.files is not None and len(moments) < len(metrics):
+        if self.files is not None and any(METRICS[name].kind not in ("frechet", "inception_score") for name in metrics):
             told["reference_pictures"] = self.files.images.num
             told["reference_pictures_sha256"] = self.files.images_sha256(self.files.images.num)
         return told
@@ -132,6 +132,7 @@ def open_reference(
     *,
     tokenizer: str = "",
     image_size: int | None = None,
+    side: int | None = None,
     device: torch.device | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> Reference:
@@ -143,6 +144,7 @@ def open_reference(
         extractor: gives an extractor by its name.
         tokenizer: of an index, see ``index_images``.
         image_size: see ``find_images``.
+        side: of the samples; a reference of pictures of another one is refused.
         device: for a tokenizer.
         share: number of this process and of all that make the features.
 
@@ -150,10 +152,13 @@ def open_reference(
         ConfigError: nothing there, or it lacks what a score needs.
     """
     statistics: dict[Feature, Moments] = {}
+    compared = [name for name in metrics if METRICS[name].kind != "inception_score"]
     if src.endswith(".npz"):
         file = open_npz(src, "--reference", images=False)
+        if "arr_0" in file.members:
+            _check_side(src, file.member("arr_0").shape[1:3], side)
         made_by = _provenance(src).get("extractors", {})
-        for name in metrics:
+        for name in compared:
             metric, feature = METRICS[name], METRICS[name][1:]
             mean, covariance = statistics_keys(feature)
             if metric.kind != "frechet" or mean not in file.members or covariance not in file.members:
@@ -165,25 +170,42 @@ def open_reference(
                     f" {made_by[metric.extractor][:16]}, those here are {ours[:16]}: use the"
                     f" same weights (evaluate.weights.{metric.extractor}), or make it again"
                 )
+            shapes = file.member(mean).shape, file.member(covariance).shape
+            if len(shapes[0]) != 1 or shapes[1] != 2 * shapes[0]:
+                raise ConfigError(
+                    f"{src}: {mean} has the shape {shapes[0]} and {covariance} {shapes[1]}: they are no mean (D,) and"
+                    " covariance (D, D)"
+                )
             count = int(file.array("num")) if "num" in file.members else 0
             statistics[feature] = Moments(
                 count, file.array(mean).astype(np.float64), file.array(covariance).astype(np.float64)
             )
-        lacking = [name for name in metrics if METRICS[name][1:] not in statistics or METRICS[name].kind != "frechet"]
+        lacking = [name for name in compared if METRICS[name][1:] not in statistics or METRICS[name].kind != "frechet"]
         if not lacking:
             return Reference(src, statistics)
         if "arr_0" not in file.members:
+            metric = METRICS[lacking[0]]
+            keys = f", and no {' and '.join(statistics_keys(metric[1:]))}" if metric.kind == "frechet" else ""
             raise ConfigError(
-                f"{src} has no images (arr_0), and no {' and '.join(statistics_keys(METRICS[lacking[0]][1:]))}, which"
-                f" {lacking[0]} needs: it has {', '.join(file.members)}"
+                f"{src} has no images (arr_0){keys}, which {lacking[0]} needs: it has {', '.join(file.members)}"
             )
         images = npz_images(open_npz(src, "--reference"))
     else:
-        lacking = list(metrics)
+        lacking = compared
         images = find_images(src, image_size=image_size, tokenizer=tokenizer, device=device)
+        if side is not None:
+            _check_side(src, images.read(range(1)).images.shape[1:3], side)
     files = FeatureFiles(images, [extractor(name) for name in extractors_of(lacking)])
     make_features(files, *share, what="reference features")
     return Reference(src, statistics, files)
+
+
+def _check_side(src: str, shape: tuple[int, ...], side: int | None) -> None:
+    if side is not None and shape != (side, side):
+        raise ConfigError(
+            f"{src} has pictures of {' x '.join(map(str, reversed(shape)))}, the samples are {side} x {side}: give a"
+            " reference of that size (evaluate.reference)"
+        )
 
 
 @cache

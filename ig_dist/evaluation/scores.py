@@ -140,9 +140,10 @@ class Scores:
         if not self.features.has(feature[0], "labels"):
             raise ConfigError(f"label_agreement: {self.features.name} does not say which classes were asked for")
         asked = np.concatenate(list(self.features.rows(feature[0], "labels", self._num)))
-        if asked.max() >= num_classes or asked.min() < 0:
+        outside = asked[(asked < 0) | (asked >= num_classes)]
+        if len(outside):
             raise ConfigError(
-                f"label_agreement: the samples have class {asked.max()}, the reference 0 to {num_classes - 1}: give the"
+                f"label_agreement: the samples have class {outside[0]}, the reference 0 to {num_classes - 1}: give the"
                 " index that the model was trained on"
             )
         return scored.label_agreement(self._all(feature), asked, classifier)

@@ -22,7 +22,7 @@ from ig_dist.evaluation.plan import make_plan
 from ig_dist.evaluation.references import Reference, open_reference
 from ig_dist.evaluation.sampling import config_extractor, sample_run, sampling_device
 from ig_dist.evaluation.scores import Scores, score_plan
-from ig_dist.export import export_run, load_export
+from ig_dist.export import export_run, load_export, read_info
 from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.run_dir import replace_text
 from ig_dist.terminal import console, is_first_process, is_main_process, this_worker
@@ -112,6 +112,7 @@ def sweep_run(
         metrics,
         lambda name: config_extractor(config, name, device),
         tokenizer=config.sample.tokenizer,
+        side=read_info(next(iter(exports.values()))).tokenizer.image_size,
         device=device,
         share=share,
     )

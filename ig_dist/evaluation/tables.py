@@ -41,7 +41,8 @@ def print_sweep(result: dict[str, Any]) -> None:
         cells.append(_cell(row["ig_interval"]))
         cells += [f"{scores[n]:.4f}" + (f" +- {deviations[n]:.4f}" if n in deviations else "") for n in names]
         alike = row["num"] == rows[0]["num"]  # scores of other numbers of images cannot be compared
-        ratio = f"{scores[target] / rows[0]['scores'][target]:.2f}" if alike else ""
+        first = rows[0]["scores"][target]
+        ratio = f"{scores[target] / first:.2f}" if alike and first else ""
         table.add_row(*cells, ratio, style="bold green" if row is best else None)
     console.print(table)
     better = "lower" if lower_is_better(target) else "higher"
