@@ -105,6 +105,7 @@ def two(folder: Path) -> Path:
     """Runs of every engine on two processes, all of one launch."""
     few, jobs = f"train.steps={SAVED}", []
     watched = ["log.validate_every_steps=10", "log.sample_every_steps=10", "train.activation_checkpointing=true"]
+    watched += ["log.score_every_steps=10", "evaluate.training_num=75", "evaluate.training_steps=2"]
     for name, engine in ENGINES.items():
         jobs.append(run(folder, name, *engine))
         jobs.append(run(folder, f"{name}-bf16", *engine, few, "train.precision=bf16"))
@@ -279,6 +280,11 @@ def test_neither_watching_nor_activation_checkpointing_changes_a_bit(two: Path, 
         for name in (engine, "ddp")
     )
     assert losses == pytest.approx(expected, rel=1e-5) and losses[1] < losses[0]
+    scores, expected = (
+        [line["score_fd_pixel"] for line in metrics(two / f"{name}-watched") if "score_fd_pixel" in line]
+        for name in (engine, "ddp")
+    )
+    assert scores == pytest.approx(expected, rel=1e-4) and len(scores) == SAVED // 10 and len(set(scores)) == len(scores)
     assert_equal(saved(two / f"{engine}-watched", SAVED), saved(two / engine, SAVED))
 
 

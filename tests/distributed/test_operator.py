@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,8 @@ from tests.conftest import run_command
 from tests.distributed.test_training import final_tensors, local, metrics
 
 Write = Callable[..., Path]
-WATCHED = {"validate_every_steps": 10, "sample_every_steps": 25}
+WATCHED = {"validate_every_steps": 10, "sample_every_steps": 25, "score_every_steps": 25}
+SCORED = {"metrics": ["fd_pixel", "label_agreement"], "training_num": 75, "training_steps": 2}
 
 
 def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -28,8 +30,8 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
 def test_watching_a_run_does_not_touch_it(tiny_config: Write, tmp_path: Path) -> None:
     held_out = {"validation_shards": 2}
     quiet = tiny_config("quiet", data=held_out)
-    watched = tiny_config("watched", data=held_out, log=WATCHED)
-    watched_by_two = tiny_config("watched2", data=held_out, log=WATCHED)
+    watched = tiny_config("watched", data=held_out, log=WATCHED, evaluate=SCORED)
+    watched_by_two = tiny_config("watched2", data=held_out, log=WATCHED, evaluate=SCORED)
     for config, processes in ((quiet, 1), (watched, 1), (watched_by_two, 2)):
         done = run_command(local(config, processes, "guidance=[{kind: ig, scale: 1.5}]"))
         assert done.returncode == 0, done.stderr
@@ -41,6 +43,17 @@ def test_watching_a_run_does_not_touch_it(tiny_config: Write, tmp_path: Path) ->
     assert losses[-1]["val_loss"] < losses[0]["val_loss"]
     for mine, theirs in zip(losses, [m for m in metrics(runs / "watched2") if "val_loss" in m], strict=True):
         assert theirs["val_loss"] == pytest.approx(mine["val_loss"], rel=1e-5)
+    scores = [line for line in metrics(runs / "watched") if "score_fd_pixel" in line]
+    assert [line["step"] for line in scores] == [25, 50] and {line["score_num"] for line in scores} == {75}
+    assert scores[1]["score_fd_pixel"] < scores[0]["score_fd_pixel"]
+    for mine, theirs in zip(scores, [m for m in metrics(runs / "watched2") if "score_fd_pixel" in m], strict=True):
+        assert theirs["score_fd_pixel"] == pytest.approx(mine["score_fd_pixel"], rel=1e-4)
+        assert theirs["score_label_agreement"] == mine["score_label_agreement"]
+    for line in scores:  # never without its protocol
+        told = json.loads((runs / f"watched/evaluations/training/step_{line['step']:010d}.json").read_text())
+        assert told["scores"]["fd_pixel"] == line["score_fd_pixel"]
+        assert told["protocol"].items() >= {"num": 75, "solver": "heun", "steps": 2, "ema": 0.99}.items()
+        assert told["protocol"]["guidance"][0]["scale"] == 1.5 and told["protocol"]["reference_sha256"]
     board = EventAccumulator(str(runs / "watched" / "tensorboard"))
     board.Reload()
     assert [picture.step for picture in board.Images("samples")] == [25, 50]

