@@ -52,17 +52,17 @@ def run_facts(run: Path, config: Config, metrics: Metrics, conversion: Mapping[s
                 *((name, plain(conversion.get(key))) for name, key in origin.items()),
             ],
             "Model": _model_facts(config),
-            "Data": _data_facts(config, _read_index(config.data.index), metrics),
+            "Data": _data_facts(config, read_index(config.data.index), metrics),
         }
     return {
         "Run": _run_facts(run, config, metrics, _newest_manifest(config, run)),
         "Model": _model_facts(config),
-        "Data": _data_facts(config, _read_index(config.data.index), metrics),
+        "Data": _data_facts(config, read_index(config.data.index), metrics),
         "Training": _training_facts(config, metrics),
     }
 
 
-def _read_index(url: str) -> IndexFile | None:
+def read_index(url: str) -> IndexFile | None:
     """What the data folder says of itself; None where it is not there any more (a run may have been moved)."""
     folder = url.removesuffix("/index.json").rstrip("/")
     try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -16,42 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import ValidationError
 
 from ig_dist import __version__
 from ig_dist.config import Config
 from ig_dist.config_file import load_run
 from ig_dist.errors import ConfigError
 from ig_dist.report.facts import read_conversion, run_facts
-from ig_dist.report.plots import SCALE_NAMES, Chart, best_row, curve_chart, heat_map, scale_chart, unguided
-from ig_dist.report.text import Facts, compact, duration, guidance_name, number, plain, score
+from ig_dist.report.plots import Chart, better, curve_chart
+from ig_dist.report.scores import Result, Sweep, evaluation_section, metric_names, sweep_section, tiles, training_charts
+from ig_dist.report.text import compact, duration, folded, guidance_name, number
 from ig_dist.run_dir import CONFIG_NAME, replace_text
 from ig_dist.training.goodput import KINDS, read_goodput
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_SAMPLE_GRIDS = 8  # each is about 100 kB
-
-
-class _Result(BaseModel):
-    """Scores of one plan; what else stands beside them is not needed here."""
-
-    scores: dict[str, float]
-    std: dict[str, float] = {}
-    """Over seeds, for the metrics that have it."""
-    protocol: dict[str, Any] = {}
-
-
-class _Row(_Result):
-    ig_scale: float
-    cfg_scale: float
-    auto_scale: float = 1.0
-    ig_interval: tuple[float, float] = (0.0, 1.0)
-    plans: list[str] = []
-
-
-class _Sweep(BaseModel):
-    rows: list[_Row] = Field(min_length=1)
-    protocol: dict[str, Any] = {}
+NEAREST = "_nearest"
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -75,10 +54,10 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     if not metrics and conversion is None:
         command = f"ig-dist train {_quoted(run / CONFIG_NAME)}"
         raise ConfigError(f"{run} has no metrics in metrics.jsonl: train it first with `{command}`")
-    validation = _read_metrics(run, {"step", "val_loss"})
+    validation, scored = _read_metrics(run, {"step", "val_loss"}), _read_metrics(run, {"step", "score_num"})
     sweep = None
     if (run / "sweep.json").exists():
-        sweep = _read_result(_Sweep, run / "sweep.json", f"ig-dist sweep {_quoted(run)}")
+        sweep = _read_result(Sweep, run / "sweep.json", f"ig-dist sweep {_quoted(run)}")
     context = {
         "run": str(run),
         "command_run": _quoted(run),
@@ -86,11 +65,12 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         "version": __version__,
         "headline": _headline(config, metrics, sweep),
         "facts": run_facts(run, config, metrics, conversion),
-        "curves": _curves(metrics, validation) if metrics else [],
+        "curves": _curves(metrics, validation, scored) if metrics else [],
         "goodput": _goodput(run),
         "grid": _embedded(run / "grid.png") if (run / "grid.png").exists() else None,
         "samples": _sample_grids(run),
-        "sweep": None if sweep is None else _sweep(sweep, int(metrics[-1]["step"]) if metrics else None),
+        "nearest": [(_plan_name(run, plan), picture) for plan, picture in _nearest(run)],
+        "sweep": None if sweep is None else _sweep(run, sweep, int(metrics[-1]["step"]) if metrics else None),
         "evaluations": _evaluations(run, sweep),
         "config": (run / CONFIG_NAME).read_text(encoding="utf-8"),
     }
@@ -98,6 +78,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["folded"] = folded
     html = environment.get_template("report.html.jinja").render(context)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +101,7 @@ def _read_metrics(run: Path, keys: set[str]) -> list[dict[str, Any]]:
     return lines
 
 
-def _read_result(kind: type[_Result] | type[_Sweep], file: Path, command: str) -> dict[str, Any]:
+def _read_result(kind: type[Result] | type[Sweep], file: Path, command: str) -> dict[str, Any]:
     try:
         return kind.model_validate_json(file.read_bytes()).model_dump()
     except (OSError, ValidationError):
@@ -131,28 +112,21 @@ def _headline(
     config: Config, metrics: Sequence[Mapping[str, Any]], sweep: Mapping[str, Any] | None
 ) -> list[tuple[str, str, str]]:
     """The few numbers that say how the run went: name, value, remark."""
-    tiles = []
+    shown = []
     if metrics:
         last = metrics[-1]
         middle = sorted(line["images_per_s"] for line in metrics)[len(metrics) // 2]
-        tiles = [
+        shown = [
             ("Steps", number(last["step"]), f"of {config.train.steps:,}" if config.train.steps else ""),
             ("Images seen", compact(last["images_seen"]), f"in batches of {config.train.global_batch_size:,}"),
             ("Throughput", f"{middle:,.0f}", "images/s, median"),
         ]
-    for metric in _metric_names(sweep["rows"]) if sweep else []:
-        rows = _scored(sweep["rows"], metric) if sweep else []
-        top, base = best_row(rows, metric), unguided(rows)
-        if top is None:
-            continue
-        where = _scales(top)
-        if base is not None and top is not base and base["scores"][metric]:
-            where += f", × {top['scores'][metric] / base['scores'][metric]:.2f} of unguided"
-        tiles.append((f"Best {metric}", score(top["scores"][metric]), where))
-    return tiles
+    return shown + (tiles(sweep) if sweep else [])
 
 
-def _curves(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> list[Chart]:
+def _curves(
+    metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]], scored: Sequence[Mapping[str, Any]]
+) -> list[Chart]:
     steps = [line["step"] for line in metrics]
 
     def column(key: str, lines: Sequence[Mapping[str, Any]] = metrics) -> list[float | None]:
@@ -174,6 +148,7 @@ def _curves(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[s
         curve_chart(
             "Validation loss", "of the average, held-out shards", validated, held_out, from_zero=False, exact=True
         ),
+        *training_charts(scored),
         curve_chart("Learning rate", "", steps, {"rate": column("lr")}, from_zero=True, exact=True),
         curve_chart("Gradient norm", "before clipping", steps, {"norm": column("grad_norm")}, from_zero=True),
         curve_chart("Throughput", "images/s", steps, {"images/s": column("images_per_s")}, from_zero=True),
@@ -203,110 +178,54 @@ def _goodput(run: Path) -> dict[str, Any] | None:
 
 def _sample_grids(run: Path) -> dict[str, Any]:
     """The newest pictures of samples, ordered by what they show."""
-    files = sorted((run / "samples").glob("*.png"), key=lambda file: (-file.stat().st_mtime, file.name))
-    shown = []
-    for file in files[:MOST_SAMPLE_GRIDS]:
-        try:
-            plan = json.loads((file.with_suffix("") / "plan.json").read_text(encoding="utf-8"))["plan"]
-            name = f"{guidance_name(plan['guidance'])}: {plan['solver']}, {plan['steps']} steps"
-            order = (len(plan["guidance"]), [float(term["scale"]) for term in plan["guidance"]])
-        except (OSError, ValueError, KeyError, TypeError):
-            name, order = file.stem, (0, [])
-        shown.append((order, name, _embedded(file)))
-    return {"shown": [part[1:] for part in sorted(shown)], "left_out": len(files) - len(shown)}
+    pictures = [file for file in (run / "samples").glob("*.png") if not file.stem.endswith(NEAREST)]
+    files = sorted(pictures, key=lambda file: (-file.stat().st_mtime, file.name))
+    shown = sorted((*_plan_order(run, file.stem), _embedded(file)) for file in files[:MOST_SAMPLE_GRIDS])
+    return {"shown": [part[1:] for part in shown], "left_out": len(files) - len(shown)}
 
 
-def _sweep(sweep: Mapping[str, Any], step: int | None) -> dict[str, Any]:
-    """Charts or heat maps, one for each metric, the table, and the protocol that all rows share."""
-    rows = sweep["rows"]
-    scored = [(metric, found) for metric in _metric_names(rows) if (found := _scored(rows, metric))]
-    varied = {axis for axis in (*SCALE_NAMES, "ig_interval") if len({row[axis] for row in rows}) > 1}
-    two_axes = varied == {"ig_scale", "cfg_scale"}
-    made_at = sweep["protocol"].get("step")
+def _nearest(run: Path) -> list[tuple[str, str]]:
+    """Plans, and pictures of their samples above the nearest real ones; the newest first."""
+    files = sorted((run / "samples").glob(f"*{NEAREST}.png"), key=lambda file: (-file.stat().st_mtime, file.name))
+    return [(file.stem.removesuffix(NEAREST), _embedded(file)) for file in files[:MOST_SAMPLE_GRIDS]]
+
+
+def _plan_name(run: Path, plan: str) -> str:
+    return _plan_order(run, plan)[1]
+
+
+def _plan_order(run: Path, plan: str) -> tuple[tuple[int, list[float]], str]:
+    """Where a plan stands among others, and its guidance in words."""
+    try:
+        told = json.loads((run / "samples" / plan / "plan.json").read_text(encoding="utf-8"))["plan"]
+        name = f"{guidance_name(told['guidance'])}: {told['solver']}, {told['steps']} steps"
+        if "seed" in told:
+            name += f", {told['labels']} labels, seed {told['seed']}"
+        return (len(told["guidance"]), [float(term["scale"]) for term in told["guidance"]]), name
+    except (OSError, ValueError, KeyError, TypeError):
+        return (0, []), plan
+
+
+def _sweep(run: Path, sweep: Mapping[str, Any], step: int | None) -> dict[str, Any]:
+    tradeoff = run / "sweep_tradeoff.png"
+    two = len({better(metric) for metric in metric_names(sweep["rows"])} - {0}) == 2  # a file may be an older sweep's
     return {
-        "charts": [] if two_axes else [scale_chart(found, metric) for metric, found in scored],
-        "heat_maps": [heat_map(found, metric) for metric, found in scored] if two_axes else [],
-        "old": f"{made_at:,}" if isinstance(made_at, int) and made_at != step else None,
-        "protocol": _plain_items(sweep["protocol"]),
-        **_sweep_table(rows),
+        **sweep_section(sweep, step, f"ig-dist sweep {_quoted(run)}"),
+        "tradeoff": _embedded(tradeoff) if two and len(sweep["rows"]) > 1 and tradeoff.exists() else None,
     }
-
-
-def _sweep_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Scores, and each over the unguided one; ``best`` holds (row, column) of the cells to set off."""
-    heads, table = ["IG scale", "CFG scale"], [[_scale(row["ig_scale"]), _scale(row["cfg_scale"])] for row in rows]
-    if any(row["auto_scale"] != 1 for row in rows):
-        heads.append("autoguidance scale")
-        for row, cells in zip(rows, table, strict=True):
-            cells.append(_scale(row["auto_scale"]))
-    if len({row["ig_interval"] for row in rows}) > 1:
-        heads.append("IG for t in")
-        for row, cells in zip(rows, table, strict=True):
-            cells.append("{:g} to {:g}".format(*row["ig_interval"]))
-    best = []
-    for metric in _metric_names(rows):
-        found = _scored(rows, metric)
-        base, top = unguided(found), best_row(found, metric)
-        best += [(i, len(heads)) for i, row in enumerate(rows) if row is top]
-        heads.append(metric)
-        for row, cells in zip(rows, table, strict=True):
-            cells.append(_score_text(row, metric))
-        if base and base["scores"][metric] and len(rows) > 1:
-            heads.append("of unguided")
-            for row, cells in zip(rows, table, strict=True):
-                cells.append(f"× {row['scores'][metric] / base['scores'][metric]:.2f}" if row in found else "")
-    return {"heads": heads, "table": table, "best": best}
 
 
 def _evaluations(run: Path, sweep: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Scores of plans that are not in the sweep: what their protocols share, and in the table what differs."""
+    """Scores of plans that are not in the sweep."""
     swept = {plan for row in sweep["rows"] for plan in row["plans"]} if sweep else set()
-    files = [file for file in sorted((run / "evaluations").glob("*.json")) if file.stem not in swept]
-    results = [
-        _read_result(_Result, file, f"ig-dist evaluate {_quoted(run / 'samples' / file.stem)}") for file in files
-    ]
-    if not results:
-        return None
-    protocols = [result["protocol"] for result in results]
-    keys = list(dict.fromkeys(key for protocol in protocols for key in protocol))
-    common = {key: protocols[0].get(key) for key in keys if all(p.get(key) == protocols[0].get(key) for p in protocols)}
-    differing = [key for key in keys if key not in common]
-    metrics = _metric_names(results)
-    return {
-        "heads": [*differing, *metrics],
-        "table": [
-            [*(plain(p.get(key)) for key in differing), *(_score_text(result, metric) for metric in metrics)]
-            for p, result in zip(protocols, results, strict=True)
-        ],
-        "protocol": _plain_items(common),
-    }
-
-
-def _metric_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(metric for row in rows for metric in row["scores"]))
-
-
-def _scored(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Mapping[str, Any]]:
-    """The rows that have a finite score."""
-    return [row for row in rows if row["scores"].get(metric) is not None and math.isfinite(row["scores"][metric])]
-
-
-def _score_text(row: Mapping[str, Any], metric: str) -> str:
-    value, std = row["scores"].get(metric), row["std"].get(metric)
-    return "" if value is None else score(value) + ("" if std is None else f" ± {number(std)}")
-
-
-def _scales(row: Mapping[str, Any]) -> str:
-    names = [f"{name} {number(row[key])}" for key, name in SCALE_NAMES.items() if row[key] != 1]
-    return "at " + ", ".join(names) if names else "unguided"
-
-
-def _scale(value: float) -> str:
-    return "off" if value == 1 else number(value)
-
-
-def _plain_items(mapping: Mapping[str, Any]) -> Facts:
-    return [(key, plain(value)) for key, value in mapping.items()]
+    results = []
+    for file in sorted((run / "evaluations").glob("*.json")):
+        plan, _, tag = file.stem.partition("_")
+        result = _read_result(Result, file, f"ig-dist evaluate {_quoted(run / 'samples' / plan)}")
+        of_a_round = tag and tag == str(result["protocol"].get("num"))  # a halved sweep begins on few images
+        if plan not in swept or (tag and not of_a_round):
+            results.append(result)
+    return evaluation_section(results) if results else None
 
 
 def _embedded(file: Path) -> str:

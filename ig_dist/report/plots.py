@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ig_dist.report.text import number, score
+from ig_dist.evaluation.catalogue import METRICS, lower_is_better
+from ig_dist.report.text import images_text, interval_text, number, score
 
 BOX = 1000
 COLORS = 6
 SCALE_NAMES = {"ig_scale": "IG", "cfg_scale": "CFG", "auto_scale": "autoguidance"}
 MOST_POINTS = 500  # more than a screen shows
-LOWER_IS_BETTER = ("fd", "fid", "sfid", "kid", "mmd", "loss")
-HIGHER_IS_BETTER = ("accuracy", "agreement", "coverage", "density", "inception", "is", "precision", "recall")
+MOST_MARKED = 40  # points of a curve that are marked one by one
+APART = ("num", "step", "ema")
+"""Rows of a sweep that differ in one of these are of other models or other numbers of images."""
 
 Floats = NDArray[np.float64]
 
@@ -94,15 +96,27 @@ class HeatMap:
     """CFG scale, and a cell for each IG scale."""
 
 
+def published_name(metric: str) -> str:
+    """The name of a score without what tells that it was made with other weights (``fid@inception-0123abcd``)."""
+    return metric.partition("@")[0]
+
+
+def is_distance(metric: str) -> bool:
+    """Whether it is a Frechet distance, which few images make larger."""
+    name = published_name(metric)
+    return name in METRICS and METRICS[name].kind == "frechet"
+
+
 def better(metric: str) -> int:
     """-1: lower is better, 1: higher is, 0: not known."""
-    words = metric.lower().replace("-", "_").split("_")
-    return -1 if set(words) & set(LOWER_IS_BETTER) else int(bool(set(words) & set(HIGHER_IS_BETTER)))
+    name = published_name(metric)
+    return 0 if name not in METRICS else -1 if lower_is_better(name) else 1
 
 
-def direction(metric: str) -> str:
-    """In words; empty where not known."""
-    return {-1: "lower is better", 1: "higher is better", 0: ""}[better(metric)]
+def direction(metric: str, rows: Sequence[Mapping[str, Any]] = ()) -> str:
+    """In words, with the number of images of the rows; empty where neither is known."""
+    words = {-1: "lower is better", 1: "higher is better", 0: ""}[better(metric)]
+    return ", ".join(filter(None, (words, images_text(row.get("num") for row in rows))))
 
 
 def smooth(values: Floats) -> Floats:
@@ -125,6 +139,7 @@ def curve_chart(
     *,
     from_zero: bool,
     exact: bool = False,
+    marked: bool = False,
 ) -> Chart | None:
     """Curves over the steps of a run.
 
@@ -135,6 +150,7 @@ def curve_chart(
         series: measured values by name; what is missing or not finite is passed over.
         from_zero: the axis begins at 0.
         exact: the values have no noise to smooth.
+        marked: each point is marked, where they are few.
 
     Returns:
         The chart; None where nothing finite was measured.
@@ -162,6 +178,17 @@ def curve_chart(
         )
         for color, (name, (x, raw, line)) in enumerate(curves.items())
     ]
+    dots = [
+        Dot(
+            _across(float(at), *x_range),
+            _down(float(value), low, high),
+            color,
+            f"step {number(float(at))}: {number(float(value))}",
+        )
+        for color, (x, raw, _) in enumerate(curves.values())
+        if marked and len(x) <= MOST_MARKED
+        for at, value in zip(x, raw, strict=True)
+    ]
     return Chart(
         title,
         unit,
@@ -169,6 +196,7 @@ def curve_chart(
         _ticks(*x_range),
         _ticks(low, high, upward=True),
         lines,
+        dots,
         note="Some values lie above the frame." if above else "",
     )
 
@@ -187,28 +215,30 @@ def scale_chart(rows: Sequence[Mapping[str, Any]], metric: str) -> Chart:
     best = best_row(rows, metric)
     lines: list[Line] = []
     dots: list[Dot] = []
-    intervals = {row.get("ig_interval") for row in rows}
+    told = [key for key in ("ig_interval", "cfg_interval", *APART) if len({row.get(key) for row in rows}) > 1]
 
     def line_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(row[other] for other in others), row.get("ig_interval")
+        return tuple(row[other] for other in others), tuple(row.get(key) for key in told)
 
-    for group, interval in sorted({line_of(row) for row in rows}, key=repr):
-        mine = [row for row in rows if line_of(row) == (group, interval)]
+    for group, values in sorted({line_of(row) for row in rows}, key=repr):
+        mine = [row for row in rows if line_of(row) == (group, values)]
         mine.sort(key=lambda row: float(row[axis]))
         color = len(lines) % COLORS
         x = np.array([row[axis] for row in mine], np.float64)
         y = np.array([row["scores"][metric] for row in mine], np.float64)
         on = [f"{SCALE_NAMES[other]} {number(scale)}" for other, scale in zip(others, group, strict=True) if scale != 1]
         name = ", ".join(on) or f"no {SCALE_NAMES[others[0]]}"
-        name += ", IG for t in {:g} to {:g}".format(*interval) if interval and len(intervals) > 1 else ""
+        name = ", ".join([name, *(_told(key, value) for key, value in zip(told, values, strict=True))])
         lines.append(Line(name, color, _polyline(x, y, x_range, (low, high))))
         for row in mine:
             value, std = row["scores"][metric], _std(row, metric)
-            label = f"{SCALE_NAMES[axis]} {number(row[axis])}: {number(value)}" + (f" ± {number(std)}" if std else "")
+            label = f"{SCALE_NAMES[axis]} {number(row[axis])}: {number(value)}" + (
+                f" ± {number(std, 3)}" if std else ""
+            )
             bar = (_down(value + std, low, high), _down(value - std, low, high)) if std else None
             at_x, at_y = _across(row[axis], *x_range), _down(value, low, high)
             dots.append(Dot(at_x, at_y, color, label, row is best, bar))
-    plain = unguided(rows)
+    plain = unguided(rows, best)
     mark = Tick(_down(plain["scores"][metric], low, high) / BOX * 100, "unguided") if plain else None
     x_ticks = [Tick(_across(scale, *x_range) / BOX * 100, number(scale)) for scale in scales]
     spaced = [tick for i, tick in enumerate(x_ticks) if all(abs(tick.at - t.at) >= 6 for t in x_ticks[:i])]
@@ -218,12 +248,16 @@ def scale_chart(rows: Sequence[Mapping[str, Any]], metric: str) -> Chart:
         "auto_scale": "autoguidance scale",
     }[axis]
     y_ticks = _ticks(low, high, upward=True)
-    return Chart(metric, direction(metric), f"{x_label} (1: off)", spaced, y_ticks, lines, dots, mark)
+    return Chart(metric, direction(metric, rows), f"{x_label} (1: off)", spaced, y_ticks, lines, dots, mark)
 
 
 def heat_map(rows: Sequence[Mapping[str, Any]], metric: str) -> HeatMap:
-    """A score over both guidance scales. Where it is not known which way is better, more counts as more heat."""
-    values = [row["scores"][metric] for row in rows]
+    """A score over both guidance scales. Where it is not known which way is better, more counts as more heat.
+
+    Rows of fewer images than the most have no heat: their scores cannot be compared.
+    """
+    most = comparable(rows)
+    values = [row["scores"][metric] for row in most]
     low, high = min(values), max(values)
     best = best_row(rows, metric)
     ig_scales = sorted({row["ig_scale"] for row in rows})
@@ -235,31 +269,50 @@ def heat_map(rows: Sequence[Mapping[str, Any]], metric: str) -> HeatMap:
         share = (row["scores"][metric] - low) / (high - low or 1.0)
         std = _std(row, metric)
         heat = 1 - share if better(metric) < 0 else share
-        return HeatCell(score(row["scores"][metric]), f"± {number(std)}" if std else "", round(heat, 3), row is best)
+        few = not any(row is other for other in most)
+        small = ([f"± {number(std, 3)}"] if std else []) + ([images_text([row["num"]])] if few else [])
+        text = score(row["scores"][metric])
+        return HeatCell(text, ", ".join(small), 0.0 if few else round(heat, 3), row is best)
 
     table: list[tuple[str, list[HeatCell | None]]] = [
         (number(cfg), [cell(by_scales.get((ig, cfg))) for ig in ig_scales])
         for cfg in sorted({row["cfg_scale"] for row in rows})
     ]
-    return HeatMap(metric, direction(metric), [number(ig) for ig in ig_scales], table)
+    return HeatMap(metric, direction(metric, most), [number(ig) for ig in ig_scales], table)
 
 
-def unguided(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The row without guidance."""
-    return next((row for row in rows if all(row[axis] == 1 for axis in SCALE_NAMES)), None)
+def unguided(rows: Sequence[Mapping[str, Any]], like: Mapping[str, Any] | None = None) -> Mapping[str, Any] | None:
+    """The row without guidance; with ``like`` that of the same model and number of images."""
+    plain = [row for row in rows if all(row[axis] == 1 for axis in SCALE_NAMES)]
+    return next((row for row in plain if like is None or all(row.get(k) == like.get(k) for k in APART)), None)
+
+
+def comparable(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows with the most images: a halved search gives the others fewer."""
+    most = max((row.get("num") or 0 for row in rows), default=0)
+    return [row for row in rows if (row.get("num") or 0) == most]
 
 
 def best_row(rows: Sequence[Mapping[str, Any]], metric: str) -> Mapping[str, Any] | None:
-    """The row with the best score; None where it is not known which way is better."""
+    """The row with the best score of those with the most images; None where it is not known which way is better."""
     return (
-        max(rows, key=lambda row: better(metric) * float(row["scores"][metric]), default=None)
+        max(comparable(rows), key=lambda row: better(metric) * float(row["scores"][metric]), default=None)
         if better(metric)
         else None
     )
 
 
+def _told(key: str, value: Any) -> str:
+    """What sets a line apart, in words."""
+    if key.endswith("_interval"):
+        return f"{SCALE_NAMES[key.replace('interval', 'scale')]} for t in {interval_text(value)}"
+    if key == "num":
+        return images_text([value])
+    return f"{'EMA' if key == 'ema' else key} {'none' if value is None else number(value)}"
+
+
 def _std(row: Mapping[str, Any], metric: str) -> float | None:
-    std: float | None = row["std"].get(metric)
+    std: float | None = row.get("std", {}).get(metric)
     return std
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Facts = list[tuple[str, str]]
 """Names and values."""
+HASHES = re.compile(r"[0-9a-f]{32,}(, [0-9a-f]{32,})*")
+LONG = 90  # characters of a value that fit on a line of the page
 
 
 def number(value: float, digits: int = 4) -> str:
@@ -47,6 +50,19 @@ def duration(seconds: float) -> str:
     return f"{int(minutes)} min {int(seconds % 60)} s" if minutes >= 1 else f"{seconds:.0f} s"
 
 
+def images_text(counts: Iterable[int | None]) -> str:
+    """Numbers of images, e.g. ``N = 50,000``; empty where none is known."""
+    known = sorted({count for count in counts if count})
+    if not known:
+        return ""
+    return f"N = {known[0]:,}" if len(known) == 1 else f"N = {known[0]:,} to {known[-1]:,}"
+
+
+def interval_text(interval: Sequence[float] | None) -> str:
+    """Times, e.g. ``0.2 to 1``."""
+    return "none" if interval is None else "{:g} to {:g}".format(*interval)
+
+
 def guidance_name(terms: Sequence[Mapping[str, Any]]) -> str:
     """Guidance in words, e.g. ``IG 1.4 on t 0.2 to 1, CFG 1.5``."""
     names = []
@@ -68,3 +84,10 @@ def plain(value: Any) -> str:
     if isinstance(value, (int, float)):
         return f"{value:,}" if isinstance(value, int) else f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def folded(value: str) -> str:
+    """What stands for a long value until it is opened; empty: it is short enough to stand there itself."""
+    if HASHES.fullmatch(value):
+        return ", ".join(f"{part[:12]}…" for part in value.split(", "))
+    return f"{value[: LONG - 20].rstrip(' ,;')} …" if len(value) > LONG else ""

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 
 from ig_dist.config_file import config_from_tree, load_run, to_yaml
+from ig_dist.data.classes import imagenet_classes
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT
 from ig_dist.report.page import write_report
-from ig_dist.report.plots import _thinned, curve_chart, heat_map, scale_chart, smooth
-from ig_dist.report.text import compact, duration, guidance_name, number, score
+from ig_dist.report.plots import _thinned, best_row, better, curve_chart, heat_map, scale_chart, smooth
+from ig_dist.report.scores import evaluation_section, is_imagenet, training_charts
+from ig_dist.report.text import compact, duration, folded, guidance_name, number, score
 from tests.conftest import TINY, run_command
 
 HOSTILE = """x"><script>alert('1')</script>&amp;<img src="http://evil.example/x.png">"""
@@ -154,10 +156,10 @@ def test_a_complete_run(tmp_path: Path, digits_index: Path) -> None:
         "Optimizer adamw, 0.002, constant after 5 steps up",
         "Passed over 39 non-finite steps",  # 20 before the restart, 19 after
         "Waiting for data % of the time now 5",
-        "1.4 off 0.3100 × 0.56",
-        "reference_sha256 " + "ab" * 32,
+        "1.4 off 1,797 0.3100 × 0.56",
+        "reference_sha256 abababababab… " + "ab" * 32,
         "Other scores",
-        "IG 2.5 on t 0.2 to 1 1 8.250",
+        "1,797 IG 2.5 on t 0.2 to 1 1 8.250",
         "global_batch_size: 32",
     ):
         assert expected in page.text, expected
@@ -191,7 +193,10 @@ def test_any_metric_and_its_direction(tmp_path: Path) -> None:
     for row, agreement in zip(sweep["rows"], (0.9, 0.8), strict=True):
         row["scores"] = {"label_agreement": agreement, "blueness": 3.0, "fd_pixel": math.nan}
     page = read(make_run(tmp_path / "run", sweep=sweep))
-    assert "label_agreement higher is better" in page.text and "Best label_agreement 0.9000 unguided" in page.text
+    assert (
+        "label_agreement higher is better, N = 1,797" in page.text
+        and "Best label_agreement 0.9000 unguided" in page.text
+    )
     assert "Best blueness" not in page.text and "Best fd_pixel" not in page.text and "nan" in page.text
 
 
@@ -347,3 +352,164 @@ def test_where_the_time_went(tmp_path: Path) -> None:
     assert "100 steps were done again; 2 min 20 s lie between the starts" in page.text
     assert "width:66.7%" in page.styles
     assert "Peak memory GiB, of the rank that took most" in page.text
+
+
+def test_every_score_has_its_direction_also_with_other_weights() -> None:
+    lower = ["fid", "sfid", "kid", "fd_dinov2", "fd_efficientnet", "fd_pixel", "fid@inception-0123abcd"]
+    higher = ["inception_score", "precision", "recall", "precision_efficientnet", "label_agreement"]
+    assert [better(name) for name in lower] == [-1] * len(lower)
+    assert [better(name) for name in higher] == [1] * len(higher)
+    assert better("blueness") == 0
+
+
+def result_of(score_: float, **protocol: Any) -> dict[str, Any]:
+    told = {"num": 1000, "labels": "balanced", "seed": 0, "guidance": [], "reference": "r", **protocol}
+    told.setdefault("plan", f"{abs(hash(json.dumps(told))):016x}"[:16])
+    return {"scores": {"fd_pixel": score_}, "std": {}, "spread": {}, "protocol": told}
+
+
+def cells(section: dict[str, Any]) -> list[dict[str, tuple[str, str]]]:
+    return [
+        {head: (cell.text, cell.small) for head, cell in zip(section["heads"], line, strict=True)}
+        for line in section["table"]
+    ]
+
+
+def test_seeds_of_a_plan_are_one_row_with_their_mean_and_deviation_never_the_lowest() -> None:
+    results = [result_of(value, seed=seed, evaluations=float(seed)) for seed, value in enumerate([1.0, 2.0, 6.0])]
+    results.append(dict(results[0]))  # the same plan scored twice counts once
+    (row,) = cells(evaluation_section(results))
+    assert row["fd_pixel"] == ("3.000 ± 2.65", "over 3 seeds")  # N - 1
+    assert row["seed"] == ("0, 1, 2", "mean of 3") and row["N"] == ("1,000", "")
+
+
+def test_what_differs_in_more_than_the_seed_is_not_averaged() -> None:
+    others = [{"steps": 8}, {"num": 500}, {"guidance": [{"kind": "ig", "scale": 1.4}]}, {"reference_sha256": "ab" * 32}]
+    section = evaluation_section([result_of(1.0), *(result_of(5.0, seed=1, **other) for other in others)])
+    assert len(section["table"]) == 5 and "over" not in str(cells(section))
+    assert ("reference_sha256", "ab" * 32) in [item for row in section["rows"] for item in row]
+    assert "reference_sha256" not in section["heads"] and "plan" not in section["heads"]
+
+
+def test_balanced_stands_above_random_with_the_difference() -> None:
+    guided = [{"kind": "ig", "scale": 1.4, "interval": [0, 1]}]
+    results = [
+        result_of(3.5, labels="random", seed=7),
+        result_of(9.0, guidance=guided),
+        result_of(3.0),
+        result_of(8.0, guidance=guided, labels="random"),
+        result_of(4.0, labels="random", seed=8),
+    ]
+    rows = cells(evaluation_section(results))
+    assert [row["labels"][0] for row in rows] == ["balanced", "random"] * 2
+    small = [row["fd_pixel"][1] for row in rows]
+    assert small == ["", "over 2 seeds, +0.75 against balanced", "", "−1 against balanced"]
+
+
+def test_a_spread_over_subsets_is_shown_as_such() -> None:
+    result = {**result_of(1.0), "scores": {"kid": 0.01}, "spread": {"kid": 0.002}}
+    assert cells(evaluation_section([result]))[0]["kid"] == ("0.01000 ± 0.002", "over subsets")
+
+
+def test_the_floor_and_the_warning_of_few_images(tmp_path: Path) -> None:
+    def notes(name: str, **protocol: Any) -> str:
+        return " ".join(evaluation_section([{**result_of(2.0, **protocol), "scores": {name: 2.0}}])["notes"])
+
+    adm = "some/where/VIRTUAL_imagenet256_labeled.npz"
+    assert "1.68" in notes("fid", reference=adm, num=50_000) and "biased" not in notes("fid", reference=adm, num=50_000)
+    assert "fid of 1,000 images is biased upwards: compare equal N only" in notes("fid", reference=adm)
+    for other in ("fid@inception-0123abcd", "sfid", "fd_dinov2"):
+        assert "1.68" not in notes(other, reference=adm)
+    assert "biased" in notes("fd_dinov2") and "biased" not in notes("recall")
+    assert "1.68" not in notes("fid", reference="mine.npz") and not is_imagenet(str(tmp_path))
+
+
+def test_an_index_with_the_thousand_synsets_is_imagenet(digits_index: Path, tmp_path: Path) -> None:
+    index = json.loads((digits_index / "index.json").read_text())
+    assert not is_imagenet(str(digits_index))
+    (tmp_path / "index.json").write_text(json.dumps({**index, "classes": list(imagenet_classes())}))
+    assert is_imagenet(str(tmp_path)) and is_imagenet(f"{tmp_path}/index.json")
+
+
+def test_scores_while_training_are_curves_apart_for_each_number_of_images(tmp_path: Path) -> None:
+    lines = [{"step": step, "score_fid": 100.0 / step, "score_num": 5000} for step in (10, 20, 30)]
+    lines.append({"step": 40, "score_fid": 1.5, "score_recall": 0.5, "score_num": 10_000})
+    fid, recall = training_charts(lines)
+    assert (fid.title, fid.unit) == ("fid while training", "lower is better, N = 5,000 to 10,000")
+    assert [line.name for line in fid.lines] == ["N = 5,000", "N = 10,000"] and len(fid.dots) == 4
+    assert recall.unit == "higher is better, N = 10,000"
+    run = make_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    page = read(run)
+    assert "fid while training lower is better, N = 5,000 to 10,000" in page.text
+    assert "Steps 400" in page.text  # lines of scores are not lines of steps
+
+
+def halved() -> dict[str, Any]:
+    sweep = sweep_of([1.0, 1.4, 1.7, 2.0], [1.0])
+    for row, num, value in zip(sweep["rows"], (300, 600, 600, 300), (0.1, 0.5, 0.4, 0.2), strict=True):
+        row |= {"num": num, "scores": {"fd_pixel": value, "label_agreement": value}}
+    return {**sweep, "target": "fd_pixel", "flat": None, "protocol": {"seeds": 1}}
+
+
+def test_only_points_with_the_most_images_compete(tmp_path: Path) -> None:
+    sweep = halved()
+    assert best_row(sweep["rows"], "fd_pixel") is sweep["rows"][2]
+    page = read(make_run(tmp_path / "run", sweep=sweep))
+    assert "Best fd_pixel 0.4000 at IG 1.7, N = 600" in page.text
+    assert "1.7 off 600 0.4000" in page.text and "off off 300 0.1000" in page.text
+    assert "only those with N = 600 compete for the best" in page.text
+    assert "One seed" in page.text and "--seeds 3" in page.text
+    assert "fd_pixel of 300 to 600 images is biased upwards" in page.text
+    lines = scale_chart(sweep["rows"], "fd_pixel").lines
+    assert sorted(line.name for line in lines) == ["no CFG, N = 300", "no CFG, N = 600"]
+
+
+def test_where_a_sweep_is_flat(tmp_path: Path) -> None:
+    sweep = sweep_of([1.0, 1.4, 1.7], [1.0], std={"fd_pixel": 0.1})
+    sweep |= {"target": "fd_pixel", "flat": [1, 2]}
+    page = read(make_run(tmp_path / "flat", sweep=sweep))
+    assert "fd_pixel is flat within its noise over 2 rows (IG 1.4; IG 1.7)" in page.text
+    assert page.text.count("as good as the best") == 2  # the sentence, and the row that is not the best itself
+    sweep["flat"] = [1]
+    assert "better than all others by more than the noise" in read(make_run(tmp_path / "one", sweep=sweep)).text
+
+
+def test_models_of_a_sweep_are_lines_of_their_own_and_compared_with_their_own_unguided(tmp_path: Path) -> None:
+    sweep = sweep_of([1.0, 1.5], [1.0], ema=0.99, step=100)
+    sweep["rows"] += sweep_of([1.0, 1.5], [1.0], ema=0.999, step=100)["rows"]
+    for row, value in zip(sweep["rows"], (4.0, 2.0, 10.0, 1.0), strict=True):
+        row["scores"] = {"fd_pixel": value}
+    page = read(make_run(tmp_path / "run", sweep=sweep))
+    assert "at IG 1.5, × 0.10 of unguided" in page.text and "1.5 off 0.99 1,797 2.000 × 0.50" in page.text
+    names = [line.name for line in scale_chart(sweep["rows"], "fd_pixel").lines]
+    assert names == ["no CFG, EMA 0.99", "no CFG, EMA 0.999"]
+
+
+def test_the_tradeoff_and_the_nearest_pictures_are_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", sweep=halved())
+    add_results(run)
+    (run / "sweep_tradeoff.png").write_bytes(PNG)
+    assert "Nearest training pictures" not in read(run).text
+    (run / "samples" / "other_nearest.png").write_bytes(PNG)
+    page = read(run)
+    assert "Nearest training pictures a check against memorisation IG 2.5" in page.text
+    assert "One score against another" in page.text and page.tags["img"] == 6  # no grid among the samples
+    (run / "sweep.json").write_text(json.dumps(sweep_of([1.0, 1.4], [1.0])))
+    assert "One score against another" not in read(run).text  # it is of an older sweep
+
+
+def test_rounds_of_a_halved_sweep_are_not_other_scores(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", sweep=halved())
+    (run / "evaluations").mkdir()
+    result = result_of(7.25, num=300)
+    (run / "evaluations" / "plan0_300.json").write_text(json.dumps(result))
+    assert "Other scores" not in read(run).text
+    (run / "evaluations" / "plan0_0123abcd.json").write_text(json.dumps(result))
+    assert "Other scores" in read(run).text and "7.250" in read(run).text
+
+
+def test_long_values_are_folded() -> None:
+    assert folded("ab" * 32) == "abababababab…" and folded(f"{'a' * 64}, {'b' * 64}") == f"{'a' * 12}…, {'b' * 12}…"
+    assert folded("short") == folded("c92bc6a110da7cf9") == "" and folded("many words " * 20).endswith(" …")

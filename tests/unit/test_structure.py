@@ -38,13 +38,14 @@ FORBIDDEN = {
     ],
     "ig_dist/parallel": ["ig_dist.models.presets", "ig_dist.training.trainer", "ig_dist.evaluation"],
     "ig_dist/evaluation": ["ig_dist.parallel", "ig_dist.training.trainer"],
-    "ig_dist/report/page.py": ["ig_dist.parallel", "ig_dist.training.trainer", "ig_dist.evaluation"],
+    "ig_dist/report": ["ig_dist.parallel", "ig_dist.training.trainer", "ig_dist.evaluation"],
     "ig_dist/data/sources": ["torch", "ig_dist.encoding"],
     "ig_dist/encoding": ["ig_dist.parallel", "ig_dist.training.trainer", "ig_dist.evaluation", "ig_dist.models"],
     "launchers": ["ig_dist.training.trainer", "ig_dist.models", "ig_dist.parallel", "torch"],
     "ig_dist": ["launchers", "data_prep", "deepspeed"],
 }
-ALLOWED = {"ig_dist/parallel/deepspeed.py": ["deepspeed"]}
+CATALOGUE = "ig_dist.evaluation.catalogue"  # names of scores and which way is better: no torch, nothing is computed
+ALLOWED = {"ig_dist/parallel/deepspeed.py": ["deepspeed"], "ig_dist/report/plots.py": [CATALOGUE]}
 # slow to import, or not installed everywhere: never by importing a module of ours
 LAZY = ["diffusers", "huggingface_hub", "deepspeed", "submitit", "torchdiffeq"]
 
@@ -70,7 +71,8 @@ def test_import_rules(part: str) -> None:
         allowed = ALLOWED.get(str(file.relative_to(ROOT)), [])
         for name in imports(file):
             for rule in FORBIDDEN[part]:
-                breach = (name == rule or name.startswith(f"{rule}.")) and rule not in allowed
+                breach = name == rule or name.startswith(f"{rule}.")
+                breach = breach and not any(name == part or name.startswith(f"{part}.") for part in allowed)
                 assert not breach, f"{file.relative_to(ROOT)} imports {name}"
 
 
