@@ -143,6 +143,9 @@ def evaluate(
         list[str] | None, typer.Option(metavar="EXTRACTOR=PATH", help="Weights of an extractor that lie elsewhere.")
     ] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Cut pictures of files to this side, as ADM.")] = None,
+    nearest: Annotated[
+        int | None, typer.Option(min=1, help="Draw so many samples above the nearest real pictures.")
+    ] = None,
     check_against_adm: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Score ADM's own files; they must give what ADM published.")
     ] = None,
@@ -173,6 +176,7 @@ def evaluate(
         num=num,
         weights=places,
         image_size=image_size,
+        nearest=nearest,
     )
     if done is None:  # not the first of several processes
         return

@@ -13,6 +13,7 @@ from ig_dist.evaluation.catalogue import METRICS, check_weights, extractors_of
 from ig_dist.evaluation.extractors.extractor import Extractor, get_extractor
 from ig_dist.evaluation.features import FeatureFiles, make_features
 from ig_dist.evaluation.images import find_images, plan_images
+from ig_dist.evaluation.nearest import picture_of, show_nearest, with_pictures
 from ig_dist.evaluation.references import Reference, open_reference
 from ig_dist.evaluation.sampling import PLAN_NAME, read_samples, sampling_device
 from ig_dist.evaluation.scores import Protocol, Scores, score_plan, write_result
@@ -37,6 +38,7 @@ def evaluate(
     num: int | None = None,
     weights: Mapping[str, str] | None = None,
     image_size: int | None = None,
+    nearest: int | None = None,
 ) -> Evaluation | None:
     """Score images; under several processes each makes its share of the features, and the first one scores.
 
@@ -48,6 +50,7 @@ def evaluate(
         num: only the first so many images; None: all.
         weights: of extractors, by their names.
         image_size: cut pictures of files to this side as ADM does.
+        nearest: draw so many samples above the real pictures that are nearest to each.
 
     Returns:
         The scores; None from all processes but the first.
@@ -67,7 +70,7 @@ def evaluate(
         side = images.read(range(1)).images.shape[1]
     names = list(metrics) or (asked.metrics if samples else ["fid", "sfid", "inception_score", "precision", "recall"])
     against = reference or asked.reference
-    if not against and any(METRICS[name].kind != "inception_score" for name in names):
+    if not against and (nearest or any(METRICS[name].kind != "inception_score" for name in names)):
         raise ConfigError(
             f"{src} does not say what to hold it against: give --reference (an npz of statistics, or an index)"
         )
@@ -81,9 +84,12 @@ def evaluate(
     files = FeatureFiles(images, [extractor(name) for name in extractors_of(names)])
     options: dict[str, Any] = {"tokenizer": tokenizer, "image_size": image_size, "device": device, "share": share}
     real = open_reference(against, names, extractor, side=side, **options) if against else Reference("none")
+    shown = with_pictures(real, files, **options) if nearest else None
     make_features(files, *share, num=num)  # last: what is wrong with the reference is said before
     if not is_main_process():
         return None
+    if nearest is not None and shown is not None:
+        show_nearest(files, shown, nearest, picture_of(src, samples.plan.digest if samples else None, run), num)
     out = None
     if samples is None or run is None:
         result = Scores(files, real, num, rules, device).score(names)

@@ -1,0 +1,231 @@
+"""The nearest reference pictures of samples, to look at: a check against memorisation."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ig_dist.errors import ConfigError
+from ig_dist.evaluation.features import FeatureFiles, make_features
+from ig_dist.evaluation.images import find_images
+from ig_dist.evaluation.references import Reference
+from ig_dist.terminal import console
+
+NEIGHBOURS = 3
+REAL_QUERIES = 256
+"""Reference pictures whose own nearest ones give the scale, taken evenly."""
+SUSPICIOUS = 0.3  # labels below it are red: far nearer than real pictures are to each other
+
+Floats = NDArray[np.float64]
+Numbers = NDArray[np.int64]
+
+
+class Nearest(NamedTuple):
+    """Samples and the reference pictures that are nearest to each."""
+
+    samples: Numbers  # (C,)
+    neighbours: Numbers  # (C, NEIGHBOURS), the nearest first
+    distances: Floats  # (C, NEIGHBOURS), over the median distance of a reference picture to its nearest other one
+
+
+def nearest_pictures(
+    files: FeatureFiles, reference: Reference, columns: int, file: Path, num: int | None = None
+) -> Nearest:
+    """Draw the samples that the extractor is most sure of above the reference pictures that are nearest in features.
+
+    Features are read unit by unit; distances are Euclidean, in ``pool`` features. Of an extractor without logits the
+    first samples of each class are taken.
+
+    Args:
+        files: features of the samples.
+        reference: with pictures, under one of the same extractors.
+        columns: number of samples.
+        file: the PNG.
+        num: only the first so many samples; None: all.
+
+    Returns:
+        What is drawn.
+
+    Raises:
+        ConfigError: the reference has no pictures, or too few.
+    """
+    if reference.files is None:
+        raise ConfigError(
+            f"--nearest needs real pictures, and {reference.name} has statistics only: give --reference an index, a"
+            " folder or an npz with arr_0"
+        )
+    real, num = reference.files, min(num or files.images.num, files.images.num)
+    if real.images.num <= NEIGHBOURS:
+        raise ConfigError(
+            f"--nearest needs more than {NEIGHBOURS} real pictures, {reference.name} has {real.images.num}"
+        )
+    name = _shared_extractor(files, real)
+    chosen = _most_sure(files, name, min(columns, num), num)
+    evenly = _even(real.images.num)
+    ours, theirs = _rows(files, name, chosen), _rows(real, name, evenly)
+    if ours.shape[1] != theirs.shape[1]:
+        raise ConfigError(
+            f"--nearest: pictures of {reference.name} have {theirs.shape[1]} {name} values, the samples"
+            f" {ours.shape[1]}: give a reference of pictures like those that the model was trained on"
+        )
+    queries = np.concatenate([ours, theirs])
+    owners = np.concatenate([np.full(len(chosen), -1), evenly])
+    squared, numbers = _search(queries, owners, real, name)
+    scale = float(np.median(np.sqrt(squared[len(chosen) :, 0]))) or 1.0  # 0: every real picture is there twice
+    found = Nearest(chosen, numbers[: len(chosen)], np.sqrt(squared[: len(chosen)]) / scale)
+    _draw(found, files, real, name, file)
+    return found
+
+
+def show_nearest(files: FeatureFiles, reference: Reference, columns: int, file: Path, num: int | None = None) -> None:
+    """Draw them, see ``nearest_pictures``, and say where."""
+    found = nearest_pictures(files, reference, columns, file, num)
+    lowest = float(found.distances.min())
+    console.print(
+        f"nearest real pictures of {len(found.samples)} samples: {file} (the nearest one: {lowest:.2f} of the median"
+        " between real pictures; far below 1 smells of memorisation)",
+        markup=False,
+    )
+
+
+def with_pictures(
+    reference: Reference,
+    files: FeatureFiles,
+    *,
+    tokenizer: str = "",
+    image_size: int | None = None,
+    device: torch.device | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> Reference:
+    """The reference with features of its pictures, also where scores need its statistics only.
+
+    Any number of processes may make them, see ``open_reference``.
+
+    Raises:
+        ConfigError: it has no pictures.
+    """
+    if reference.files is not None and reference.files.extractors.keys() & files.extractors.keys():
+        return reference
+    images = find_images(reference.name, image_size=image_size, tokenizer=tokenizer, device=device)
+    real = FeatureFiles(images, list(files.extractors.values()))
+    make_features(real, *share, what="reference features")
+    return Reference(reference.name, files=real)
+
+
+def picture_of(src: str, plan: str | None = None, run: Path | None = None) -> Path:
+    """Where the picture goes: beside the others of a plan's run, or beside the images; of remote ones here."""
+    if plan is not None and run is not None and run.is_dir():
+        return run / "samples" / f"{plan}_nearest.png"
+    name = f"{PurePosixPath(src.rstrip('/')).name.removesuffix('.npz')}_nearest.png"
+    return Path(name) if "://" in src else Path(src).absolute().parent / name
+
+
+def _shared_extractor(files: FeatureFiles, real: FeatureFiles) -> str:
+    """One that both have, rather with logits than without."""
+    shared = [name for name in files.extractors if name in real.extractors]
+    if not shared:
+        raise ConfigError(f"--nearest: {real.images.name} has no features of {', '.join(files.extractors)}")
+    return max(shared, key=lambda name: "logits" in files.extractors[name].dimensions)
+
+
+def _most_sure(files: FeatureFiles, name: str, columns: int, num: int) -> Numbers:
+    """Numbers of the samples with the highest probability of any class; without logits of the first of each class."""
+    if "logits" in files.extractors[name].dimensions:
+        sure = np.concatenate([_top_probability(rows) for rows in files.rows(name, "logits", num)])
+        return np.argsort(-sure, kind="stable")[:columns]
+    if files.read(0, name, "labels") is None:
+        return np.arange(columns)
+    labels = np.concatenate(list(files.rows(name, "labels", num)))
+    by_class = np.argsort(labels, kind="stable")
+    starts = np.searchsorted(labels[by_class], labels[by_class])
+    turn = np.empty(num, np.int64)
+    turn[by_class] = np.arange(num) - starts  # how many of its class come before it
+    return np.lexsort((labels, turn))[:columns]
+
+
+def _top_probability(logits: NDArray[np.float32]) -> Floats:
+    """Of the softmax (N, classes)."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return np.asarray(1.0 / np.exp(shifted).sum(axis=1))
+
+
+def _even(num: int) -> Numbers:
+    taken = min(num, REAL_QUERIES)
+    return np.arange(taken) * num // taken
+
+
+def _rows(files: FeatureFiles, name: str, numbers: Numbers) -> Floats:
+    """Features of these images, in their order."""
+    found: dict[int, NDArray[Any]] = {}
+    size = files.images.unit_size
+    for unit in np.unique(numbers // size):
+        values = files.read(int(unit), name, "pool")
+        assert values is not None
+        found |= {int(number): values[number % size] for number in numbers[numbers // size == unit]}
+    return np.stack([found[int(number)] for number in numbers]).astype(np.float64)
+
+
+def _search(queries: Floats, owners: Numbers, real: FeatureFiles, name: str) -> tuple[Floats, Numbers]:
+    """Squared distances and numbers of the nearest reference pictures, each (Q, NEIGHBOURS), the nearest first.
+
+    Args:
+        queries: features (Q, D).
+        owners: of each the reference picture that it is of, which does not count as its own neighbour; -1: none.
+        real: features of the reference.
+        name: the extractor.
+    """
+    best = np.full((len(queries), NEIGHBOURS), np.inf)
+    where = np.full((len(queries), NEIGHBOURS), -1)
+    norms, start = (queries**2).sum(axis=1), 0
+    for values in real.rows(name, "pool", real.images.num):
+        rows = values.astype(np.float64)
+        squared = norms[:, None] + (rows**2).sum(axis=1)[None] - 2.0 * queries @ rows.T
+        own = np.flatnonzero((owners >= start) & (owners < start + len(rows)))
+        squared[own, owners[own] - start] = np.inf
+        numbers = np.broadcast_to(np.arange(start, start + len(rows)), squared.shape)
+        squared, numbers = np.concatenate([best, squared], axis=1), np.concatenate([where, numbers], axis=1)
+        order = np.argsort(squared, axis=1, kind="stable")[:, :NEIGHBOURS]
+        best, where = np.take_along_axis(squared, order, axis=1), np.take_along_axis(numbers, order, axis=1)
+        start += len(rows)
+    rounding = 1e-12 * norms[:, None]  # of a difference of large numbers: a copy is at distance 0
+    return np.where(best <= rounding, 0.0, best), where
+
+
+def _draw(found: Nearest, files: FeatureFiles, real: FeatureFiles, name: str, file: Path) -> None:
+    from matplotlib.figure import Figure  # slow to import; no pyplot: no global state, no display
+
+    columns = len(found.samples)
+    pictures = {int(i): real.images.read(range(i, i + 1)).images[0] for i in np.unique(found.neighbours)}
+    figure = Figure(figsize=(1.2 + 0.8 * columns, 0.7 + 0.95 * (1 + NEIGHBOURS)), layout="constrained")
+    figure.suptitle(
+        f"samples above the nearest real pictures in {name} features; 1 = as far as a real picture's nearest other one"
+        if columns > 8
+        else f"samples above the nearest real pictures ({name} features)",
+        fontsize=9,
+    )
+    grid = figure.subplots(1 + NEIGHBOURS, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_visible(False)
+    for row, title in enumerate(["sample", "nearest", *("" for _ in range(NEIGHBOURS - 1))]):
+        grid[row, 0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
+    for column in np.argsort(found.samples):  # in order: a compressed npz is read forwards
+        sample = int(found.samples[column])
+        _show(grid[0, column], files.images.read(range(sample, sample + 1)).images[0])
+        grid[0, column].set_title(f"{sample}", fontsize=7)
+        for k in range(NEIGHBOURS):
+            distance = float(found.distances[column, k])
+            _show(grid[1 + k, column], pictures[int(found.neighbours[column, k])])
+            colour = "red" if distance < SUSPICIOUS else "black"
+            grid[1 + k, column].set_title(f"{distance:.2f}", fontsize=7, color=colour)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)
+
+
+def _show(axes: Any, image: NDArray[np.uint8]) -> None:
+    axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
