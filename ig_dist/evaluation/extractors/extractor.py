@@ -68,7 +68,8 @@ class Extractor:
 def exact_fp32(device: torch.device) -> Iterator[None]:
     """No gradients, no autocast of a caller's, no TF32, and cuDNN's deterministic algorithms.
 
-    PyTorch keeps these switches per process: another thread that wants TF32 goes without while this lasts.
+    PyTorch keeps these switches per process: another thread that wants TF32 goes without while this lasts, and two
+    threads in here at once, or one beside another's ``cudnn.flags``, would restore each other's.
     """
     cudnn, precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
     settings = {"enabled": cudnn.enabled, "benchmark": False, "deterministic": True, "allow_tf32": False}

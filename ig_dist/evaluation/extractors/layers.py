@@ -31,14 +31,15 @@ def tf1_bilinear(pixels: Tensor, size: int) -> Tensor:
     """Resize (B, C, H, W) to (B, C, size, size) by TensorFlow 1's rule.
 
     Output i takes from position i * in / size, between the pixels floor and floor + 1, the latter clamped to the edge:
-    no half-pixel offset, corners not aligned, and no filter where pictures shrink. Columns first, then rows, as
-    ``tf.image.resize_bilinear`` sums them.
+    no half-pixel offset, corners not aligned, and no filter where pictures shrink. As in ``tf.image.resize_bilinear``,
+    in / size is rounded to float32 and columns are taken before rows.
     """
     for axis in (3, 2):
         length = pixels.shape[axis]
-        scaled = torch.arange(size, device=pixels.device) * length  # in integers: exact
-        low = scaled // size
-        fraction = (scaled % size).to(pixels.dtype) / size
+        scale = torch.tensor(length / size, dtype=torch.float32).item()
+        position = torch.arange(size, dtype=pixels.dtype, device=pixels.device) * scale
+        low = position.long()
+        fraction = position - low
         before = pixels.index_select(axis, low)
         after = pixels.index_select(axis, (low + 1).clamp(max=length - 1))
         pixels = before + (after - before) * (fraction if axis == 3 else fraction[:, None])
