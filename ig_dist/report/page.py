@@ -216,15 +216,15 @@ def _sweep(run: Path, sweep: Mapping[str, Any], step: int | None) -> dict[str, A
 
 
 def _evaluations(run: Path, sweep: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Scores of plans that are not in the sweep."""
+    """Scores of plans, but of those that the sweep shows already."""
     swept = {plan for row in sweep["rows"] for plan in row["plans"]} if sweep else set()
     results = []
     for file in sorted((run / "evaluations").glob("*.json")):
         plan, _, tag = file.stem.partition("_")
         result = _read_result(Result, file, f"ig-dist evaluate {_quoted(run / 'samples' / plan)}")
         of_a_round = tag and tag == str(result["protocol"].get("num"))  # a halved sweep begins on few images
-        if plan not in swept or (tag and not of_a_round):
-            results.append(result)
+        if plan not in swept or not of_a_round:
+            results.append({**result, "swept": plan in swept and not tag})
     return evaluation_section(results) if results else None
 
 

@@ -266,15 +266,25 @@ class _Group(NamedTuple):
     seeds: int
     alike: str
     """Equal where nothing but the labels differs."""
+    swept: bool
+    """All of them stand in the sweep."""
 
 
-def evaluation_section(results: Sequence[Row]) -> dict[str, Any]:
+def evaluation_section(results: Sequence[Row]) -> dict[str, Any] | None:
     """Scores of plans: what their protocols share, and in the table what differs.
 
     Args:
-        results: scores with protocols. Two of the same plan under the same protocol count once.
+        results: scores with protocols. Two of the same plan under the same protocol count once; those that the sweep
+            shows (``swept``) are shown beside other seeds or other labels only.
+
+    Returns:
+        What the template needs; None where the sweep shows all.
     """
-    groups = _paired(_by_seed(results))
+    found = _paired(_by_seed(results))
+    told = {group.alike for group in found if not group.swept}
+    groups = [group for group in found if group.alike in told]
+    if not groups:
+        return None
     rows, protocols = [group.row for group in groups], [group.row["protocol"] for group in groups]
     keys = list(dict.fromkeys(key for protocol in protocols for key in protocol))
     common = {key: protocols[0].get(key) for key in keys if all(p.get(key) == protocols[0].get(key) for p in protocols)}
@@ -312,7 +322,7 @@ def _by_seed(results: Sequence[Row]) -> list[_Group]:
 
 
 def _group(seeds: Sequence[Row]) -> _Group:
-    first = seeds[0]
+    first, swept = seeds[0], all(seed.get("swept") for seed in seeds)
     protocol = dict(first["protocol"])
     alike = {k: v for k, v in protocol.items() if k not in FOLLOWS_SEED | {"labels"}}
     row = {**first, "protocol": protocol, "num": protocol.get("num")}
@@ -323,7 +333,7 @@ def _group(seeds: Sequence[Row]) -> _Group:
         for key in FOLLOWS_SEED & protocol.keys():
             told = dict.fromkeys(plain(seed["protocol"].get(key)) for seed in seeds)
             protocol[key] = next(iter(told)) if len(told) == 1 else ", ".join(sorted(told))
-    return _Group(row, len(seeds), json.dumps([alike, sorted(first["scores"])], sort_keys=True))
+    return _Group(row, len(seeds), json.dumps([alike, sorted(first["scores"])], sort_keys=True), swept)
 
 
 def _paired(groups: Sequence[_Group]) -> list[_Group]:

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.evaluate import evaluate
+from ig_dist.evaluation.extractors.extractor import Extractor
 from ig_dist.evaluation.features import FeatureFiles
 from ig_dist.evaluation.moments import Moments
 from ig_dist.evaluation.nearest import NEIGHBOURS, nearest_pictures, picture_of, with_pictures
@@ -20,8 +22,8 @@ from tests.scoring import in_memory, noise, pixel, quadrants
 REAL = noise(90, seed=1)
 
 
-def reference(folder: Path, *extractors: object, images: np.ndarray = REAL) -> Reference:  # type: ignore[type-arg]
-    return Reference("real", files=FeatureFiles(in_memory(images, folder), list(extractors)))  # type: ignore[arg-type]
+def reference(folder: Path, *extractors: Extractor, images: NDArray[np.uint8] = REAL) -> Reference:
+    return Reference("real", files=FeatureFiles(in_memory(images, folder), list(extractors)))
 
 
 def test_a_planted_copy_is_found_at_distance_zero(tmp_path: Path) -> None:

@@ -368,7 +368,8 @@ def result_of(score_: float, **protocol: Any) -> dict[str, Any]:
     return {"scores": {"fd_pixel": score_}, "std": {}, "spread": {}, "protocol": told}
 
 
-def cells(section: dict[str, Any]) -> list[dict[str, tuple[str, str]]]:
+def cells(section: dict[str, Any] | None) -> list[dict[str, tuple[str, str]]]:
+    assert section is not None
     return [
         {head: (cell.text, cell.small) for head, cell in zip(section["heads"], line, strict=True)}
         for line in section["table"]
@@ -386,7 +387,7 @@ def test_seeds_of_a_plan_are_one_row_with_their_mean_and_deviation_never_the_low
 def test_what_differs_in_more_than_the_seed_is_not_averaged() -> None:
     others = [{"steps": 8}, {"num": 500}, {"guidance": [{"kind": "ig", "scale": 1.4}]}, {"reference_sha256": "ab" * 32}]
     section = evaluation_section([result_of(1.0), *(result_of(5.0, seed=1, **other) for other in others)])
-    assert len(section["table"]) == 5 and "over" not in str(cells(section))
+    assert section is not None and len(section["table"]) == 5 and "over" not in str(cells(section))
     assert ("reference_sha256", "ab" * 32) in [item for row in section["rows"] for item in row]
     assert "reference_sha256" not in section["heads"] and "plan" not in section["heads"]
 
@@ -406,6 +407,17 @@ def test_balanced_stands_above_random_with_the_difference() -> None:
     assert small == ["", "over 2 seeds, +0.75 against balanced", "", "−1 against balanced"]
 
 
+def test_what_the_sweep_shows_is_shown_beside_other_seeds_and_labels_only() -> None:
+    guided = [{"kind": "ig", "scale": 1.4, "interval": [0, 1]}]
+    swept = [{**result_of(1.0), "swept": True}, {**result_of(5.0, guidance=guided), "swept": True}]
+    assert evaluation_section(swept) is None
+    assert [row["fd_pixel"] for row in cells(evaluation_section([*swept, result_of(2.0, seed=1)]))] == [
+        ("1.500 ± 0.707", "over 2 seeds")
+    ]
+    rows = cells(evaluation_section([*swept, result_of(6.0, guidance=guided, labels="random")]))
+    assert [row["fd_pixel"] for row in rows] == [("5.000", ""), ("6.000", "+1 against balanced")]
+
+
 def test_a_spread_over_subsets_is_shown_as_such() -> None:
     result = {**result_of(1.0), "scores": {"kid": 0.01}, "spread": {"kid": 0.002}}
     assert cells(evaluation_section([result]))[0]["kid"] == ("0.01000 ± 0.002", "over subsets")
@@ -413,7 +425,9 @@ def test_a_spread_over_subsets_is_shown_as_such() -> None:
 
 def test_the_floor_and_the_warning_of_few_images(tmp_path: Path) -> None:
     def notes(name: str, **protocol: Any) -> str:
-        return " ".join(evaluation_section([{**result_of(2.0, **protocol), "scores": {name: 2.0}}])["notes"])
+        section = evaluation_section([{**result_of(2.0, **protocol), "scores": {name: 2.0}}])
+        assert section is not None
+        return " ".join(section["notes"])
 
     adm = "some/where/VIRTUAL_imagenet256_labeled.npz"
     assert "1.68" in notes("fid", reference=adm, num=50_000) and "biased" not in notes("fid", reference=adm, num=50_000)
