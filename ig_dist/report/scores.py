@@ -331,8 +331,9 @@ def _group(seeds: Sequence[Row]) -> _Group:
         row["scores"] = {name: float(np.mean(v)) for name, v in values.items()}
         row["std"] = {name: float(np.std(v, ddof=1)) for name, v in values.items()}
         for key in FOLLOWS_SEED & protocol.keys():
-            told = dict.fromkeys(plain(seed["protocol"].get(key)) for seed in seeds)
-            protocol[key] = next(iter(told)) if len(told) == 1 else ", ".join(sorted(told))
+            told = [seed["protocol"].get(key) for seed in seeds]
+            if any(value != told[0] for value in told):
+                protocol[key] = ", ".join(map(plain, sorted(set(told), key=str)))
     return _Group(row, len(seeds), json.dumps([alike, sorted(first["scores"])], sort_keys=True), swept)
 
 

@@ -90,4 +90,4 @@ def folded(value: str) -> str:
     """What stands for a long value until it is opened; empty: it is short enough to stand there itself."""
     if HASHES.fullmatch(value):
         return ", ".join(f"{part[:12]}…" for part in value.split(", "))
-    return f"{value[: LONG - 20].rstrip(' ,;')} …" if len(value) > LONG else ""
+    return f"{value[: LONG - 20].rpartition(' ')[0].rstrip(' ,;')} …" if len(value) > LONG else ""

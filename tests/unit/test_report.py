@@ -363,7 +363,8 @@ def test_every_score_has_its_direction_also_with_other_weights() -> None:
 
 
 def result_of(score_: float, **protocol: Any) -> dict[str, Any]:
-    told = {"num": 1000, "labels": "balanced", "seed": 0, "guidance": [], "reference": "r", **protocol}
+    told = {"num": 1000, "labels": "balanced", "seed": 0, "guidance": [], "reference": "r"}
+    told |= {"evaluations": 16.0, **protocol}
     told.setdefault("plan", f"{abs(hash(json.dumps(told))):016x}"[:16])
     return {"scores": {"fd_pixel": score_}, "std": {}, "spread": {}, "protocol": told}
 
@@ -381,7 +382,7 @@ def test_seeds_of_a_plan_are_one_row_with_their_mean_and_deviation_never_the_low
     results.append(dict(results[0]))  # the same plan scored twice counts once
     (row,) = cells(evaluation_section(results))
     assert row["fd_pixel"] == ("3.000 ± 2.65", "over 3 seeds")  # N - 1
-    assert row["seed"] == ("0, 1, 2", "mean of 3") and row["N"] == ("1,000", "")
+    assert row["seed"] == ("0, 1, 2", "mean of 3") and "steps" not in row and row["N"] == ("1,000", "")
 
 
 def test_what_differs_in_more_than_the_seed_is_not_averaged() -> None:
@@ -403,6 +404,7 @@ def test_balanced_stands_above_random_with_the_difference() -> None:
     ]
     rows = cells(evaluation_section(results))
     assert [row["labels"][0] for row in rows] == ["balanced", "random"] * 2
+    assert not any({"evaluations", "plan"} & row.keys() for row in rows)  # the one is the same, the other long
     small = [row["fd_pixel"][1] for row in rows]
     assert small == ["", "over 2 seeds, +0.75 against balanced", "", "−1 against balanced"]
 
