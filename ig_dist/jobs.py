@@ -99,7 +99,7 @@ def _parsed(job: Job, arguments: Sequence[str]) -> dict[str, Any]:
 
 def _scored_run(given: dict[str, Any]) -> Path | None:
     """The run of the samples that are to be scored; None: they are no plan's, or its run is not here."""
-    from ig_dist.evaluation.catalogue import check_metrics
+    from ig_dist.evaluation.catalogue import METRICS, check_metrics
     from ig_dist.evaluation.sampling import PLAN_NAME, read_samples
     from ig_dist.storage.files import open_url
 
@@ -108,14 +108,14 @@ def _scored_run(given: dict[str, Any]) -> Path | None:
         raise ConfigError("--check-against-adm is no work for several processes: use `ig-dist evaluate` alone")
     if src is None:
         raise ConfigError(f"--job evaluate needs {NEEDS[Job.evaluate]}")
-    if given["metrics"] is not None:
-        check_metrics(given["metrics"].split(","), "--metrics")
+    metrics = check_metrics((given["metrics"] or "fid").split(","), "--metrics")
     fs, path = open_url(src, "SAMPLES", web=False)
     if fs.exists(f"{path}/{PLAN_NAME}") or fs.glob(f"{path}/unit_*.safetensors"):
         _, run, _ = read_samples(src)
         return run if run.is_dir() else None
     _refuse_missing(src)
-    if given["reference"] is None:
+    alone = not given["nearest"] and all(METRICS[name].kind == "inception_score" for name in metrics)
+    if given["reference"] is None and not alone:
         raise ConfigError(f"{src} holds no plan's samples (no {PLAN_NAME}): give --reference, what to hold it against")
     return None
 

@@ -280,6 +280,7 @@ def test_an_array_has_its_folder_in_the_run_that_it_works_for(plan: Path, tmp_pa
     foreign = tmp_path / "foreign.npz"
     foreign.touch()
     assert job_folder(Job.evaluate, [str(foreign), "--reference", "x.npz"]) == Path("runs/evaluate-foreign")
+    assert job_folder(Job.evaluate, [str(foreign), "--metrics", "inception_score"]) == Path("runs/evaluate-foreign")
     assert job_folder(Job.reference, ["digits", "--out", "a/real.npz"]) == Path("runs/reference-real")
     assert job_folder(Job.reference, ["digits", "--out", "real.npz"], given) == given
     assert job_folder(Job.encode, ["--source", "digits", "--dest", "s3://b/data/"]) == Path("runs/encode-data")
