@@ -121,8 +121,7 @@ def training_charts(lines: Sequence[Row]) -> list[Chart]:
 def tiles(sweep: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The best of each metric, the target first: name, value, remark."""
     found = []
-    names = metric_names(sweep["rows"])
-    for metric in sorted(names, key=lambda name: name != sweep["target"])[:4]:
+    for metric in _target_first(sweep)[:4]:
         rows = _scored(sweep["rows"], metric)
         top = best_row(rows, metric)
         if top is None:
@@ -138,7 +137,7 @@ def tiles(sweep: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def sweep_section(sweep: Mapping[str, Any], step: int | None, command: str) -> dict[str, Any]:
     """Charts or heat maps, one for each metric, the table, and the protocol that all rows share."""
     rows = sweep["rows"]
-    scored = [(metric, found) for metric in metric_names(rows) if (found := _scored(rows, metric))]
+    scored = [(metric, found) for metric in _target_first(sweep) if (found := _scored(rows, metric))]
     varied = {key for key in (*SCALE_NAMES, *OTHER_AXES) if key != "num" and len({row[key] for row in rows}) > 1}
     two_axes = varied == {"ig_scale", "cfg_scale"}
     made_at = sweep["protocol"].get("step")
@@ -150,6 +149,10 @@ def sweep_section(sweep: Mapping[str, Any], step: int | None, command: str) -> d
         "notes": [*_about_flatness(sweep, command), *_about_sweep(sweep), *reading_notes(rows, [sweep["protocol"]])],
         **_sweep_table(sweep),
     }
+
+
+def _target_first(sweep: Mapping[str, Any]) -> list[str]:
+    return sorted(metric_names(sweep["rows"]), key=lambda name: name != sweep["target"])
 
 
 OTHER_AXES = {
@@ -177,8 +180,9 @@ def _sweep_table(sweep: Mapping[str, Any]) -> dict[str, Any]:
     for key, (head, text) in OTHER_AXES.items():
         if len({row[key] for row in rows}) > 1 or (key == "num" and rows[0]["num"]):
             column(head, [Cell("" if row[key] is None else text(row[key])) for row in rows])
-    best = []
-    for metric in metric_names(rows):
+    best, metrics = [], metric_names(rows)
+    ratios = metrics if len(metrics) <= 2 else [sweep["target"] or metrics[0]]
+    for metric in metrics:
         found = _scored(rows, metric)
         top = best_row(found, metric)
         best += [(i, len(heads)) for i, row in enumerate(rows) if row is top]
@@ -186,7 +190,7 @@ def _sweep_table(sweep: Mapping[str, Any]) -> dict[str, Any]:
         marks = ["as good as the best" if i in alike and row is not top else "" for i, row in enumerate(rows)]
         column(metric, [Cell(_score_text(row, metric), mark) for row, mark in zip(rows, marks, strict=True)])
         bases = [unguided(found, row) for row in rows]
-        if len(rows) > 1 and any(base and base["scores"][metric] for base in bases):
+        if metric in ratios and len(rows) > 1 and any(base and base["scores"][metric] for base in bases):
             column(
                 "of unguided",
                 [
@@ -231,8 +235,9 @@ def reading_notes(rows: Sequence[Row], protocols: Sequence[Row]) -> list[str]:
         protocols: of the scores, for their references.
     """
     names = metric_names(rows)
-    few = sorted({row["num"] for row in rows if row.get("num") and row["num"] < PAPER_IMAGES})
-    distances = ", ".join(name for name in names if is_distance(name))
+    small = [row for row in rows if row.get("num") and row["num"] < PAPER_IMAGES]
+    few = sorted({row["num"] for row in small})
+    distances = ", ".join(name for name in metric_names(small) if is_distance(name))
     notes = []
     if few and distances:
         images = f"{few[0]:,}" if len(few) == 1 else f"{few[0]:,} to {few[-1]:,}"
@@ -242,7 +247,7 @@ def reading_notes(rows: Sequence[Row], protocols: Sequence[Row]) -> list[str]:
     references = dict.fromkeys(str(p["reference"]) for p in protocols if p.get("reference"))
     if "fid" in names and any(is_imagenet(reference) for reference in references):
         notes.append(
-            f"50,000 real validation images score {REAL_IMAGENET_FID}: lower is closer to the statistics than real"
+            f"fid: 50,000 real validation images score {REAL_IMAGENET_FID}: lower is closer to the statistics than real"
             " pictures are."
         )
     return notes
@@ -365,7 +370,7 @@ def _mean_cell(group: _Group, metric: str, balanced: _Group | None) -> Cell:
     row, remarks = group.row, []
     if group.seeds > 1:
         remarks.append(f"over {group.seeds} seeds")
-    elif metric in row["spread"] and metric not in row["std"]:
+    elif metric in row["spread"] and metric in row["scores"]:
         remarks.append("over subsets")
     if balanced is not None and metric in row["scores"] and metric in balanced.row["scores"]:
         difference = row["scores"][metric] - balanced.row["scores"][metric]

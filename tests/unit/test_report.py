@@ -386,7 +386,12 @@ def test_seeds_of_a_plan_are_one_row_with_their_mean_and_deviation_never_the_low
 
 
 def test_what_differs_in_more_than_the_seed_is_not_averaged() -> None:
-    others = [{"steps": 8}, {"num": 500}, {"guidance": [{"kind": "ig", "scale": 1.4}]}, {"reference_sha256": "ab" * 32}]
+    others: list[dict[str, Any]] = [
+        {"steps": 8},
+        {"num": 500},
+        {"guidance": [{"kind": "ig", "scale": 1.4}]},
+        {"reference_sha256": "ab" * 32},
+    ]
     section = evaluation_section([result_of(1.0), *(result_of(5.0, seed=1, **other) for other in others)])
     assert section is not None and len(section["table"]) == 5 and "over" not in str(cells(section))
     assert ("reference_sha256", "ab" * 32) in [item for row in section["rows"] for item in row]
@@ -438,6 +443,13 @@ def test_the_floor_and_the_warning_of_few_images(tmp_path: Path) -> None:
         assert "1.68" not in notes(other, reference=adm)
     assert "biased" in notes("fd_dinov2") and "biased" not in notes("recall")
     assert "1.68" not in notes("fid", reference="mine.npz") and not is_imagenet(str(tmp_path))
+
+
+def test_the_warning_names_the_scores_of_few_images_only() -> None:
+    many = {**result_of(2.0, num=50_000), "scores": {"fid": 2.0}}
+    section = evaluation_section([many, {**result_of(2.0), "scores": {"fd_dinov2": 2.0}}])
+    assert section is not None
+    assert section["notes"] == ["fd_dinov2 of 1,000 images is biased upwards: compare equal N only (papers: 50,000)."]
 
 
 def test_an_index_with_the_thousand_synsets_is_imagenet(digits_index: Path, tmp_path: Path) -> None:
