@@ -42,27 +42,6 @@ def in_turn(calls: Iterable[Callable[[], T]]) -> Callable[[float], T | None]:
     return get
 
 
-def at_once(function: Callable[[int], None], count: int, threads: int) -> None:
-    """Call ``function(0)`` to ``function(count - 1)`` from some threads; the first error ends it."""
-    numbers = iter(range(count))  # taking the next one is atomic
-    failed = threading.Event()
-
-    def run() -> None:
-        for number in numbers:
-            if failed.is_set():
-                return
-            try:
-                function(number)
-            except BaseException:
-                failed.set()
-                raise
-
-    workers = [in_background(run) for _ in range(min(threads, count))]
-    concurrent.futures.wait(workers)
-    for worker in workers:
-        worker.result()
-
-
 def in_parallel(work: Callable[[T], R], items: Sequence[T], threads: int, stop: threading.Event) -> list[R]:
     """``work`` on each item, by some threads; results in the order of the items.
 

@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 from PIL import Image
 
-from ig_dist.evaluation.npz import Streamed, npz_bytes, write_npz
+from ig_dist.evaluation.npz_writing import Streamed, npz_bytes, write_npz
 from ig_dist.evaluation.units import Samples, read_unit
 from ig_dist.storage.files import open_url, write_whole
 

@@ -19,7 +19,7 @@ from ig_dist.evaluation.extractors.extractor import EXTRACTORS, get_extractor
 from ig_dist.evaluation.features import FeatureFiles, make_features
 from ig_dist.evaluation.images import find_images
 from ig_dist.evaluation.moments import streamed_moments
-from ig_dist.evaluation.npz import Streamed, write_npz
+from ig_dist.evaluation.npz_writing import Streamed, write_npz
 from ig_dist.evaluation.references import MANIFOLD_IMAGES, statistics_keys
 from ig_dist.evaluation.sampling import sampling_device
 from ig_dist.run_dir import replace_text

@@ -6,18 +6,20 @@ import contextlib
 import hashlib
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ig_dist.background import at_once
+from ig_dist.background import in_background
 from ig_dist.storage.faults import Patience, retried
 from ig_dist.storage.files import read_range, request_timeout, upload_options, write_whole
 from ig_dist.storage.s3 import md5
 from ig_dist.storage.urls import is_local, once
 
 _PARALLEL_PARTS = 4
-_MOST_PARTS = 10_000  # of one upload to S3; each but the last has 5 MiB at least
+MOST_PARTS = 10_000  # of one upload to S3; each but the last has 5 MiB at least
 
 
 def write_hashed(fs: Any, folder: str, prefix: str, chunks: Sequence[memoryview], patience: Patience) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def write_hashed(fs: Any, folder: str, prefix: str, chunks: Sequence[memoryview]
             temporary.replace(Path(folder, name()))
         finally:
             temporary.unlink(missing_ok=True)
-        _sync_folder(folder)
+        sync_folder(folder)
     else:
         for chunk in chunks:
             digest.update(chunk)
@@ -99,11 +101,11 @@ def _create_local(path: Path, data: bytes) -> bool:
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(str(path.parent))
+    sync_folder(str(path.parent))
     return True
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str) -> None:
     """Names last like the files that they name; network file systems that cannot sync a folder keep both anyway."""
     number = os.open(folder, os.O_RDONLY)
     try:
@@ -117,7 +119,9 @@ def _upload(fs: Any, path: str, chunks: Sequence[memoryview], patience: Patience
     if len(chunks) == 1:
         write_whole(fs, path, bytes(chunks[0]), patience)
     elif "s3" in fs.protocol:
-        _upload_parts(fs, path, chunks, patience)
+        together = -(-len(chunks) // MOST_PARTS)
+        starts = range(0, len(chunks), together)
+        upload_parts(fs, path, (b"".join(chunks[start : start + together]) for start in starts), patience)
     else:
 
         def stream() -> None:
@@ -128,28 +132,40 @@ def _upload(fs: Any, path: str, chunks: Sequence[memoryview], patience: Patience
         retried(fs, path, stream, patience)
 
 
-def _upload_parts(fs: Any, path: str, chunks: Sequence[memoryview], patience: Patience) -> None:
-    """An upload to S3 whose parts are sent again one by one; S3's single PUT ends at 5 GiB."""
+def upload_parts(fs: Any, path: str, bodies: Iterable[bytes], patience: Patience) -> None:
+    """An upload to S3 in parts that are sent again one by one, some of them at a time; S3's single PUT ends at 5 GiB.
+
+    Args:
+        fs: an S3 file system.
+        path: the file.
+        bodies: the parts, all but the last of 5 MiB at least and 10,000 at most; taken one by one as they are sent.
+        patience: how long faults are borne.
+    """
     bucket, key, _ = fs.split_path(path)
-    together = -(-len(chunks) // _MOST_PARTS)
 
     def call(method: str, size: int = 0, **arguments: Any) -> Any:
         options = {"Bucket": bucket, "Key": key, **arguments, **request_timeout(fs, size, patience)}
         return retried(fs, path, lambda: fs.call_s3(method, **options), patience)
 
     upload = call("create_multipart_upload")["UploadId"]
-    etags: dict[int, str] = {}
 
-    def send(number: int) -> None:
-        body = b"".join(chunks[number * together : (number + 1) * together])
-        part = {"PartNumber": number + 1, "UploadId": upload}
-        etags[number + 1] = call("upload_part", len(body), Body=body, ContentMD5=md5(body), **part)["ETag"]
+    def send(number: int, body: bytes) -> dict[str, Any]:
+        part = {"PartNumber": number, "UploadId": upload}
+        return {
+            "PartNumber": number,
+            "ETag": call("upload_part", len(body), Body=body, ContentMD5=md5(body), **part)["ETag"],
+        }
 
     try:
-        at_once(send, -(-len(chunks) // together), _PARALLEL_PARTS)
-        parts = {"Parts": [{"PartNumber": number, "ETag": etag} for number, etag in sorted(etags.items())]}
+        under_way: list[Future[dict[str, Any]]] = []
+        parts = []
+        for number, body in enumerate(bodies, start=1):
+            if len(under_way) == _PARALLEL_PARTS:
+                parts.append(under_way.pop(0).result())
+            under_way.append(in_background(partial(send, number, body)))
+        parts += [sending.result() for sending in under_way]
         with contextlib.suppress(FileNotFoundError):  # it was completed, and the answer lost: the caller looks at sizes
-            call("complete_multipart_upload", UploadId=upload, MultipartUpload=parts)
+            call("complete_multipart_upload", UploadId=upload, MultipartUpload={"Parts": parts})
     except BaseException:
         with contextlib.suppress(Exception):  # what is left is aborted at the next start
             fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload, timeout=10)

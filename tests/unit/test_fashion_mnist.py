@@ -39,12 +39,13 @@ def write_pair(
     part: str = "train",
     packed: bool = False,
     images: NDArray[np.uint8] | None = None,
+    labels: NDArray[np.int64] | None = None,
     classes: int = 10,
 ) -> Path:
     images = pictures() if images is None else images
-    labels = (np.arange(len(images)) % classes).astype(np.uint8)
+    labels = np.arange(len(images)) % classes if labels is None else labels
     folder.mkdir(parents=True, exist_ok=True)
-    for kind, numbers in ((IMAGES, images), (LABELS, labels)):
+    for kind, numbers in ((IMAGES, images), (LABELS, labels.astype(np.uint8))):
         data = idx_bytes(numbers)
         name = f"{part}-{kind}{'.gz' if packed else ''}"
         (folder / name).write_bytes(gzip.compress(data) if packed else data)

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from ig_dist.errors import ConfigError, DataError
-from ig_dist.evaluation import npz as npz_files
-from ig_dist.evaluation.npz import Streamed, npz_bytes, open_npz, write_npz
+from ig_dist.evaluation import npz as npz_reading
+from ig_dist.evaluation import npz_writing
+from ig_dist.evaluation.npz import open_npz
+from ig_dist.evaluation.npz_writing import Streamed, npz_bytes, write_npz
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import open_url
 from tests.fault_proxy import Fault, FaultProxy
@@ -110,7 +112,7 @@ def test_a_file_above_4_gib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     arrays = {name: Streamed(shape, "u1" if name == "arr_0" else "<i8", chunks[name]) for name, shape in shapes.items()}
     path = tmp_path / "samples.npz"
     with path.open("wb") as file:
-        for piece in npz_files._zipped(arrays):
+        for piece in npz_writing._zipped(arrays):
             if len(piece) == block.nbytes and not piece[0]:
                 file.seek(len(piece), io.SEEK_CUR)
             else:
@@ -150,7 +152,7 @@ def test_memory_is_that_of_a_chunk(tmp_path: Path) -> None:
         for number, batch in enumerate(npz.batches("arr_0", 16)):
             assert batch[3, 4, 5, 1] == number
 
-    assert peak_memory(read) < 4 * chunk + 2 * npz_files.REQUEST_BYTES // 4
+    assert peak_memory(read) < 4 * chunk + 2 * npz_reading.REQUEST_BYTES // 4
     assert peak_memory(lambda: npz.rows("arr_0", 1000, 1016)) < 2 * chunk
 
 
@@ -217,9 +219,9 @@ def test_slices_and_batches(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
             batches = list(npz.batches(name, size))
             assert {len(b) for b in batches[:-1]} <= {size} and np.array_equal(np.concatenate(batches), array)
     read: list[int] = []
-    real = npz_files.read_range
+    real = npz_reading.read_range
     monkeypatch.setattr(
-        npz_files, "read_range", lambda *a, **options: (read.append(a[3] - a[2]), real(*a, **options))[1]
+        npz_reading, "read_range", lambda *a, **options: (read.append(a[3] - a[2]), real(*a, **options))[1]
     )
     for start, stop in ((0, 37), (5, 9), (36, 37), (36, 50), (7, 7), (9, 5)):
         assert np.array_equal(npz.rows("arr_0", start, stop), IMAGES[start:stop])
@@ -358,7 +360,7 @@ def test_what_else_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", ["one request", "parts"])
 def test_an_object_store_takes_and_gives_it(bucket: str, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     if part == "parts":
-        monkeypatch.setattr(npz_files, "REQUEST_BYTES", 5 * 2**20)  # the least that S3 takes
+        monkeypatch.setattr(npz_writing, "REQUEST_BYTES", 5 * 2**20)  # the least that S3 takes
     images = RANDOM.integers(0, 256, size=(600, 128, 128, 1), dtype=np.uint8)  # 9.8 MB
     url = f"s3://{bucket}/folder/samples.npz"
     arrays = streamed({"arr_0": images, "arr_1": np.arange(600)}, pieces=7)
@@ -374,7 +376,7 @@ def test_an_object_store_takes_and_gives_it(bucket: str, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("kind", ["status503", "cut", "lost", "flip"])
 def test_parts_are_sent_again(bucket: str, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(npz_files, "REQUEST_BYTES", 5 * 2**20)
+    monkeypatch.setattr(npz_writing, "REQUEST_BYTES", 5 * 2**20)
     fault_proxy.add(Fault(kind, share=0.4, method="PUT", after_bytes=1000))
     images = RANDOM.integers(0, 256, size=(1800, 128, 128, 1), dtype=np.uint8)
     patience = Patience(stall_s=2, deadline_s=30)
@@ -384,7 +386,7 @@ def test_parts_are_sent_again(bucket: str, fault_proxy: FaultProxy, monkeypatch:
 
 
 def test_an_upload_that_fails_is_taken_back(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(npz_files, "REQUEST_BYTES", 5 * 2**20)
+    monkeypatch.setattr(npz_writing, "REQUEST_BYTES", 5 * 2**20)
     fs, path = open_url(f"s3://{bucket}/samples.npz", "test")
 
     def breaks() -> Iterator[Array]:
