@@ -21,12 +21,15 @@ from ig_dist.evaluation.images import find_images, npz_images
 from ig_dist.evaluation.metrics import train_classifier
 from ig_dist.evaluation.moments import Moments, streamed_moments
 from ig_dist.evaluation.npz import open_npz
+from ig_dist.terminal import console
 
 if TYPE_CHECKING:
     from sklearn.svm import SVC
 
 MANIFOLD_IMAGES = 10_000
 """Reference images of precision and recall, as many as ADM's files hold; of more as many are taken evenly."""
+MANY_IMAGES = 200_000
+"""From here on the user is told that a file of statistics is the better reference."""
 KERNEL_IMAGES = CLASSIFIED_IMAGES = 50_000
 """Likewise of KID, and of label agreement."""
 
@@ -196,6 +199,11 @@ def open_reference(
         if side is not None:
             _check_side(src, images.read(range(1)).images.shape[1:3], side)
     files = FeatureFiles(images, [extractor(name) for name in extractors_of(lacking)])
+    if images.num > MANY_IMAGES and files.missing(0) and share[0] == 0:
+        console.print(
+            f"{src} has {images.num:,} images, whose features are made now and kept in {images.features_url}:"
+            f" `ig-dist reference {src} --out FILE.npz` makes a file of their statistics, once for all"
+        )
     make_features(files, *share, what="reference features")
     return Reference(src, statistics, files)
 

@@ -1,4 +1,4 @@
-"""Real pictures and real features: a part of Fashion-MNIST through the whole system, and scores that behave like scores.
+"""Real pictures and real features: a part of Fashion-MNIST through the whole system; scores behave like scores.
 
 The features are EfficientNet-lite0's. Its weights come from a package, the pictures from Debian: CI has both.
 """
