@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.features import FeatureFiles, make_features
 from ig_dist.evaluation.images import find_images
+from ig_dist.evaluation.npz import open_npz
 from ig_dist.evaluation.references import Reference
 from ig_dist.terminal import console
 
@@ -54,10 +55,7 @@ def nearest_pictures(
         ConfigError: the reference has no pictures, or too few.
     """
     if reference.files is None:
-        raise ConfigError(
-            f"--nearest needs real pictures, and {reference.name} has statistics only: give --reference an index, a"
-            " folder or an npz with arr_0"
-        )
+        raise _without_pictures(reference)
     real, num = reference.files, min(num or files.images.num, files.images.num)
     if real.images.num <= NEIGHBOURS:
         raise ConfigError(
@@ -110,10 +108,20 @@ def with_pictures(
     """
     if reference.files is not None and reference.files.extractors.keys() & files.extractors.keys():
         return reference
+    npz = open_npz(reference.name, "--reference", images=False) if reference.name.endswith(".npz") else None
+    if npz is not None and "arr_0" not in npz.members:
+        raise _without_pictures(reference)
     images = find_images(reference.name, image_size=image_size, tokenizer=tokenizer, device=device)
     real = FeatureFiles(images, list(files.extractors.values()))
     make_features(real, *share, what="reference features")
     return Reference(reference.name, files=real)
+
+
+def _without_pictures(reference: Reference) -> ConfigError:
+    return ConfigError(
+        f"--nearest needs real pictures, and {reference.name} has statistics only: give --reference an index, a folder"
+        " or an npz with arr_0"
+    )
 
 
 def picture_of(src: str, plan: str | None = None, run: Path | None = None) -> Path:

@@ -88,6 +88,9 @@ def test_pictures_are_read_also_where_scores_need_statistics_only(
     statistics = Reference(str(tmp_path / "real.npz"), {("pixel", "pool"): Moments(10, np.zeros(16), np.eye(16))})
     read = with_pictures(statistics, files)
     assert read.files is not None and read.files.images.num == 90
+    np.savez(tmp_path / "statistics.npz", mu_pixel=np.zeros(16))
+    with pytest.raises(ConfigError, match="statistics only: give --reference"):
+        with_pictures(Reference(str(tmp_path / "statistics.npz")), files)
     whole = reference(tmp_path / "r", pixel())
     assert with_pictures(whole, files) is whole
 
