@@ -93,6 +93,15 @@ def is_picture(file: Path) -> bool:
         return False
 
 
+def is_grey(file: Path | bytes) -> bool:
+    """Whether a file is a picture in shades of grey, without colour; its pixels are not read."""
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+            return image.mode in ("1", "L") or image.mode.startswith("I")
+    except Exception:  # whoever reads its pixels says what is wrong
+        return False
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip at 255; of 16-bit colour it keeps the high byte too
         values, transparent = np.asarray(image), image.info.get("transparency")

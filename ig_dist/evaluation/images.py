@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ig_dist.data.images import RejectedImage, decode_image, is_picture, load_rgb
+from ig_dist.data.images import RejectedImage, decode_image, is_grey, is_picture, load_rgb
 from ig_dist.data.index import ShardIndex, read_index
 from ig_dist.data.reader import ShardReader
 from ig_dist.data.sources import find_source, is_name
@@ -201,9 +201,16 @@ def _picture_files(
             found = item(i)
             if isinstance(found, np.ndarray):
                 return found
-            return np.asarray(load_rgb(found)) if image_size is None else decode_image(found, image_size)
+            image = np.asarray(load_rgb(found)) if image_size is None else decode_image(found, image_size)
+            return image[..., :1] if grey() else image
         except RejectedImage as problem:
             raise DataError(f"{src}: picture {paths[i]}: {problem}: remove it") from None
+
+    @lru_cache(maxsize=1)
+    def grey() -> bool:
+        """Whether all are taken as grey, as the first one is."""
+        first = item(0)
+        return not isinstance(first, np.ndarray) and is_grey(first)
 
     @lru_cache(maxsize=1)
     def side() -> int:

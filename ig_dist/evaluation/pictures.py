@@ -82,7 +82,8 @@ def save_tradeoff_plot(rows: Sequence[dict[str, Any]], metric: str, other: str, 
     """Two scores of every point against each other, as PNG; each is named by its scales."""
     figure = _figure(5.2, 3.6)
     axes = figure.subplots()
-    axes.plot([row["scores"][other] for row in rows], [row["scores"][metric] for row in rows], "o-", alpha=0.7)
+    axes.plot([row["scores"][other] for row in rows], [row["scores"][metric] for row in rows], "o", alpha=0.7)
+    axes.margins(x=0.15, y=0.1)  # room for the names
     for row in rows:
         name = ", ".join(f"{short} {row[key]:g}" for key, short in SHORT.items() if row[key] != 1) or "unguided"
         at = (row["scores"][other], row["scores"][metric])

@@ -24,8 +24,6 @@ from ig_dist.terminal import warn
 
 Protocol = Literal["adm", "torch-fidelity"]
 INCEPTION_SCORE_IMAGES = 5000
-REAL_IMAGENET_FID = 1.68
-"""Of 50,000 validation images against the training statistics: what is lower is closer than real pictures are."""
 
 
 class Scores:
@@ -105,8 +103,8 @@ class Scores:
         if ours.count <= ours.mean.size:
             warn(
                 f"{ours.count} images for {ours.mean.size} {' '.join(feature)} features: their covariance is"
-                " singular, and the distance far too large: use a larger sample.num (papers: 50,000), and compare equal"
-                " numbers only"
+                " singular, and the distance far too large: make more (papers: 50,000), and compare equal numbers"
+                " only"
             )
         elif self._protocol == "adm" and feature[0] == "inception":
             return scored.frechet_distance_adm(theirs, ours)
@@ -114,10 +112,7 @@ class Scores:
 
     def _inception_score(self, feature: Feature) -> float | scored.MeanStd:
         if self._num < INCEPTION_SCORE_IMAGES:
-            warn(
-                f"inception_score of {self._num} images, whose blocks have {INCEPTION_SCORE_IMAGES:,}: use a larger"
-                " sample.num"
-            )
+            warn(f"inception_score of {self._num} images, whose blocks have {INCEPTION_SCORE_IMAGES:,}: make more")
         if self._protocol == "adm":
             return scored.inception_score(self.features.rows(*feature, self._num))
         return scored.inception_score_torch_fidelity(self._all(feature))

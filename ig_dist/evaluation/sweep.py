@@ -142,6 +142,7 @@ def sweep_run(
     sweep = {"target": target, "rows": found, "flat": flat_rows(found, target), "protocol": {**common, "seeds": seeds}}
     replace_text(run / "sweep.json", json.dumps(sweep, indent=1) + "\n")
     save_sweep_plot(found, target, run / "sweep.png")
+    (run / "sweep_tradeoff.png").unlink(missing_ok=True)
     for other in metrics:
         if not lower_is_better(other) and lower_is_better(target) and len(found) > 1:
             save_tradeoff_plot(found, target, other, run / "sweep_tradeoff.png")
