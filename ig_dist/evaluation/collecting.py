@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ig_dist.evaluation.npz_writing import Streamed, npz_bytes, write_npz
-from ig_dist.evaluation.units import Samples, read_unit
-from ig_dist.storage.files import open_url, write_whole
+from ig_dist.evaluation.units import Samples, make_folder, read_unit, write_file
+from ig_dist.storage.files import open_url
 
 NPZ_NAME = "samples.npz"
 
@@ -48,7 +48,7 @@ def write_samples_npz(samples: Samples) -> None:
 def write_pngs(samples: Samples, num: int, classes: list[str]) -> None:
     """The first ``num`` images as ``png/000000_class.png`` beside the units."""
     fs, path = open_url(samples.url, "sample.url")
-    fs.makedirs(f"{path}/png", exist_ok=True)
+    make_folder(fs, f"{path}/png")
     plan, done = samples.plan, 0
     for number in range(plan.num_units):
         if done >= min(num, plan.num):
@@ -58,5 +58,5 @@ def write_pngs(samples: Samples, num: int, classes: list[str]) -> None:
             data = io.BytesIO()
             Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(data, "PNG")
             name = re.sub(r"[^\w-]+", "_", classes[int(label)])
-            write_whole(fs, f"{path}/png/{done:06d}_{name}.png", data.getvalue())
+            write_file(fs, f"{path}/png/{done:06d}_{name}.png", data.getvalue())
             done += 1

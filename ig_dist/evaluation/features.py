@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from ig_dist.errors import DataError
 from ig_dist.evaluation.extractors.extractor import Extractor
 from ig_dist.evaluation.images import UNIT_SIZE, ImageSet, Pictures
+from ig_dist.evaluation.units import make_folder, write_file
 from ig_dist.progress import progress
-from ig_dist.storage.files import open_url, read_range, write_whole
+from ig_dist.storage.files import open_url, read_range
 
 FORMAT = "ig-dist-features/1"
 _KEY = "features"  # one key: safetensors writes several in an order that changes from call to call
@@ -156,10 +157,9 @@ class FeatureFiles:
         self, number: int, extractor: Extractor, pictures: Pictures, features: Mapping[str, NDArray[np.float32]]
     ) -> None:
         """Write the features of a unit."""
-        self._fs.makedirs(self._path, exist_ok=True)
-        write_whole(
-            self._fs, self._file(number, extractor.name), pack(self.images, number, extractor, pictures, features)
-        )
+        data = pack(self.images, number, extractor, pictures, features)
+        make_folder(self._fs, self._path)
+        write_file(self._fs, self._file(number, extractor.name), data)
 
     def read(self, number: int, extractor: str, tensor: str) -> NDArray[Any] | None:
         """One tensor of a unit's features, verified; None where the set has no such thing (labels, work).

@@ -26,7 +26,7 @@ from ig_dist.evaluation.extractors.extractor import Extractor
 from ig_dist.evaluation.features import FeatureFiles
 from ig_dist.evaluation.images import Pictures, plan_images
 from ig_dist.evaluation.plan import Plan, image_numbers
-from ig_dist.evaluation.units import Samples, Unit, Work, existing, read_unit, unit_name, write_unit
+from ig_dist.evaluation.units import Samples, Unit, Work, existing, make_folder, read_unit, unit_name, write_unit
 from ig_dist.export import ModelInfo
 from ig_dist.latents.tokenizer import Tokenizer
 from ig_dist.models.dit import DiT, DiTOutput
@@ -76,7 +76,7 @@ def generate_units(
         The feature files.
     """
     plan, (fs, path) = samples.plan, open_url(samples.url, "sample.url")
-    fs.makedirs(path, exist_ok=True)
+    make_folder(fs, path)
     files, beside = FeatureFiles(plan_images(samples), extractors), _Beside(models.model.pos_embed.device)
     units = -(-min(num or plan.num, plan.num) // plan.unit_size)
     writing: Future[None] | None = None

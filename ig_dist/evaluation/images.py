@@ -208,9 +208,15 @@ def _picture_files(
 
     @lru_cache(maxsize=1)
     def grey() -> bool:
-        """Whether all are taken as grey, as the first one is."""
-        first = item(0)
-        return not isinstance(first, np.ndarray) and is_grey(first)
+        """Whether all are grey; one in colour makes all of them RGB."""
+        return all(map(without_colour, range(len(paths))))
+
+    def without_colour(i: int) -> bool:
+        try:
+            found = item(i)
+        except RejectedImage:  # who reads its pixels says so
+            return True
+        return not isinstance(found, np.ndarray) and is_grey(found)
 
     @lru_cache(maxsize=1)
     def side() -> int:

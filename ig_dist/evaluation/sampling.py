@@ -24,10 +24,10 @@ from ig_dist.evaluation.features import FeatureFiles, feature_name
 from ig_dist.evaluation.generate import Models, generate_units
 from ig_dist.evaluation.pictures import save_grid
 from ig_dist.evaluation.plan import Plan, make_plan
-from ig_dist.evaluation.units import Samples, existing, read_unit, unit_name
+from ig_dist.evaluation.units import Samples, existing, read_unit, unit_name, write_file
 from ig_dist.export import ExportInfo, find_export, load_export
 from ig_dist.latents.tokenizers import index_tokenizer
-from ig_dist.storage.files import open_url, write_whole
+from ig_dist.storage.files import open_url
 from ig_dist.terminal import console, is_first_process, is_main_process
 
 PLAN_NAME = "plan.json"
@@ -111,7 +111,7 @@ def _describe(samples: Samples, config: Config) -> None:
             "reference": config.evaluate.reference or config.data.index,
         },
     }
-    write_whole(fs, f"{path}/{PLAN_NAME}", json.dumps(described, indent=1).encode())
+    write_file(fs, f"{path}/{PLAN_NAME}", json.dumps(described, indent=1).encode())
 
 
 def _collect(samples: Samples, config: Config) -> None:

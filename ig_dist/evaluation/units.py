@@ -5,6 +5,8 @@ No locks: a unit's bytes are a function of (plan, unit), so two workers that mak
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -51,9 +53,36 @@ def unit_name(number: int) -> str:
 
 
 def write_unit(url: str, number: int, unit: Unit) -> None:
-    """Write a unit, whole or not at all."""
+    """Write a unit, see ``write_file``."""
     fs, path = open_url(url, "sample.url")
-    write_whole(fs, f"{path}/{unit_name(number)}", safetensors.numpy.save(unit._asdict()))
+    write_file(fs, f"{path}/{unit_name(number)}", safetensors.numpy.save(unit._asdict()))
+
+
+def write_file(fs: Any, path: str, data: bytes) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        DataError: there is no space, or it cannot be written for another reason.
+    """
+    with _written(fs, path):
+        write_whole(fs, path, data)
+
+
+def make_folder(fs: Any, path: str) -> None:
+    """Make a folder and those above it; raises as ``write_file``."""
+    with _written(fs, path):
+        fs.makedirs(path, exist_ok=True)
+
+
+@contextlib.contextmanager
+def _written(fs: Any, path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{full_url(fs, path)} cannot be written ({error.strerror or error}): make room or choose another place,"
+            " then run the same command again; what is there is kept"
+        ) from None
 
 
 def read_unit(plan: Plan, url: str, number: int) -> Unit:

@@ -324,18 +324,21 @@ def test_an_index_and_names_of_data_sets(digits_index: Path) -> None:
     assert sorted(image.tobytes() for image in pictures.images) == sorted(image.tobytes() for image in truth)
 
 
-def test_grey_pictures_become_rgb_and_sizes_are_cut_as_asked(tmp_path: Path) -> None:
+def test_sizes_are_cut_as_asked_and_one_picture_in_colour_makes_all_rgb(tmp_path: Path) -> None:
     grey, wide = noise(1, side=6)[0], noise(1, side=9, channels=3)[0, :7]
     Image.fromarray(grey[..., 0]).save(tmp_path / "a.png")
-    Image.fromarray(wide).save(tmp_path / "b.png")
+    Image.fromarray(grey[..., 0].T).save(tmp_path / "b.png")
+    assert np.array_equal(all_pictures(find_images(str(tmp_path))).images, [grey, grey.transpose(1, 0, 2)])
+    Image.fromarray(wide).save(tmp_path / "c.png")
     images = find_images(str(tmp_path), image_size=6)
-    pictures = images.read(range(2)).images
+    pictures = all_pictures(images).images
     assert np.array_equal(pictures[0], np.repeat(grey, 3, axis=2))
-    assert np.array_equal(pictures[1], center_crop(Image.fromarray(wide), 6))
-    with pytest.raises(ConfigError, match=r"b.png has 9 x 7 pixels, the first one 6 x 6: say --image-size"):
+    assert np.array_equal(pictures[2], center_crop(Image.fromarray(wide), 6))
+    with pytest.raises(ConfigError, match=r"c.png has 9 x 7 pixels, the first one 6 x 6: say --image-size"):
         all_pictures(find_images(str(tmp_path)))
     assert find_images(str(tmp_path)).features_url != images.features_url
     (tmp_path / "a.png").unlink()
+    (tmp_path / "b.png").unlink()
     with pytest.raises(ConfigError, match=r"pictures of 9 x 7: say --image-size to cut squares"):
         all_pictures(find_images(str(tmp_path)))
 
