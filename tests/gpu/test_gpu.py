@@ -3,11 +3,16 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from ig_dist.config.training import OptimizerConfig
 from ig_dist.errors import ConfigError
+from ig_dist.evaluation.extractors.extractor import get_extractor
+from ig_dist.evaluation.generate import generate_units, make_unit
+from ig_dist.evaluation.metrics import precision_recall
+from ig_dist.evaluation.units import Samples, read_unit
 from ig_dist.models.dit import DiT, DiTConfig, initialize
 from ig_dist.optim.apex_adam import check_apex
 from ig_dist.optim.optimizer import build_optimizer, moments_of, set_state, steps_of
@@ -18,6 +23,8 @@ from ig_dist.training import preflight
 from ig_dist.training.stragglers import OwnWork
 from tests.conftest import run_command
 from tests.distributed.test_training import final_tensors, metrics
+from tests.extractors import random_inception
+from tests.scoring import make_plan, tiny_models
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
@@ -128,3 +135,36 @@ def test_a_run_compiles_in_its_first_step_only(tiny_config: Callable[..., Path],
         lines = [line for line in metrics(tmp_path / "runs" / engine) if "loss" in line]
         assert [line["recompiles"] for line in lines] == [0] * 50
         assert all(2**20 < line["peak_memory_bytes"] < 2**34 for line in lines)  # of the GPU, not of the process
+
+
+def test_what_is_made_beside_the_solver_is_what_is_made_alone(tmp_path: Path) -> None:
+    models, info = tiny_models()
+    models.model.cuda()
+    plan = make_plan(num=2000, unit_size=100, batch_size=50, steps=2)
+    samples = Samples(plan, info, str(tmp_path), "")
+    files = generate_units(models, samples, [get_extractor("pixel", device="cuda")])
+    for number in range(plan.num_units):
+        beside, alone = read_unit(plan, str(tmp_path), number), make_unit(models, plan, number)
+        assert all(np.array_equal(one, other) for one, other in zip(beside, alone, strict=True)), number
+        features = files.read(number, "pixel", "pool")
+        assert np.array_equal(features, beside.images.reshape(len(beside.images), -1) / np.float32(127.5) - 1)
+
+
+def test_inception_is_that_of_the_cpu_and_repeats_itself(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pth"
+    torch.save(random_inception(), weights)
+    images = np.random.default_rng(0).integers(0, 256, (70, 64, 64, 3), dtype=np.uint8)
+    here, there, again = (
+        get_extractor("inception", weights=str(weights), device=device, allow_other=True)(images)
+        for device in ("cpu", "cuda", "cuda")
+    )
+    for name, values in here.items():
+        error = (there[name].cpu() - values).abs().max() / values.abs().max()
+        assert error < 1e-4 and torch.equal(there[name], again[name]), (name, error)
+
+
+def test_precision_and_recall_are_those_of_the_cpu() -> None:
+    random = np.random.default_rng(0)
+    samples, reference = (random.standard_normal((3000, 64)).astype(np.float32) + shift for shift in (0.2, 0.0))
+    here, there = (precision_recall(samples, reference, half=False, device=device) for device in ("cpu", "cuda"))
+    assert there == pytest.approx(here, abs=2e-3)
