@@ -29,15 +29,17 @@ def start(
         workers: all of them.
         slow_s: how much longer a file takes from being written to bearing its name, and a unit to be merged.
     """
-    process = _CONTEXT.Process(target=_run, args=([str(a) for a in arguments], str(log), rank, workers, slow_s))
+    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(workers)}
+    process = _CONTEXT.Process(target=_run, args=([str(a) for a in arguments], environment, str(log), slow_s))
     process.start()
     return process
 
 
-def _run(arguments: list[str], log: str, rank: int, workers: int, slow_s: float) -> None:
+def _run(arguments: list[str], environment: dict[str, str], log: str, slow_s: float) -> None:
     for number, name in ((1, log), (2, f"{log}.err")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(workers)}
+    os.environ.clear()  # the server's is of the time when it began
+    os.environ |= environment
     if slow_s:
         Path.replace = _slowly(Path.replace, slow_s)  # type: ignore[method-assign]
         collecting.read_unit = _slowly(collecting.read_unit, slow_s)  # type: ignore[attr-defined]

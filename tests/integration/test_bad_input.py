@@ -108,8 +108,8 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["train", GOOD, "loss.label_drop=0", "guidance=[{kind: cfg, scale: 2}]"],
         ["cfg", "loss.label_drop=0.1"],
     ),
-    "unknown metric": (["train", GOOD, "evaluate.metrics=[fid]"], ["evaluate.metrics.0", "fd_pixel"]),
-    "no metric": (["train", GOOD, "evaluate.metrics=[]"], ["evaluate.metrics", "at least 1"]),
+    "unknown metric": (["train", GOOD, "evaluate.metrics=[fdi]"], ["evaluate.metrics", "'fdi'", "did you mean 'fid'"]),
+    "no metric": (["train", GOOD, "evaluate.metrics=[]"], ["evaluate.metrics is empty", "fd_pixel"]),
     "unknown labels": (["sample", "RUN", "--labels", "even"], ["sample.labels", "'balanced'"]),
     "unknown solver": (["sample", "RUN", "--solver", "dpm"], ["sample.solver", "'heun'"]),
     "scale is no number": (["sample", "RUN", "--ig-scale", "nan"], ["guidance", "finite"]),
@@ -175,7 +175,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "export of no run": (["export", "nowhere"], ["nowhere", "config.yaml"]),
     "sample of no run": (["sample", "nowhere"], ["nowhere", "config.yaml"]),
     "sweep of no run": (["sweep", "nowhere"], ["nowhere", "config.yaml"]),
-    "evaluate of no samples": (["evaluate", "nowhere"], ["nowhere", "ig-dist sample"]),
+    "evaluate of no samples": (["evaluate", "nowhere"], ["nowhere does not exist", "an npz, an index, a folder"]),
 }
 
 
