@@ -28,16 +28,19 @@ import torch
 
 from ig_dist.config import Config
 from ig_dist.config_file import load_config, with_guidance
-from ig_dist.data.index import read_index
-from ig_dist.evaluation.features import pixel_extractor, streamed_moments
+from ig_dist.evaluation.extractors.extractor import get_extractor
+from ig_dist.evaluation.metrics import frechet_distance
+from ig_dist.evaluation.moments import streamed_moments
+from ig_dist.evaluation.references import Reference, open_reference
 from ig_dist.evaluation.sampling import sample_run
-from ig_dist.evaluation.scores import Reference, evaluate_samples, frechet_distance, index_images, load_reference
+from ig_dist.evaluation.scores import Scores, score_plan
 from ig_dist.export import export_run
 from ig_dist.terminal import console
 from ig_dist.training.trainer import train
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS, STEPS, EARLY = (0, 1, 2), 600, 150
+METRICS = ("fd_pixel", "label_agreement")
 SMALL = [
     *("model.hidden_size=64", "train.global_batch_size=64", f"train.steps={STEPS}", "ema.decays=[0.98]"),
     *("optimizer.lr=4e-3", "optimizer.schedule=cosine"),
@@ -69,14 +72,15 @@ ALL = sorted({point for line in LINES.values() for point in line} | set(FEW))
 @lru_cache
 def reference(url: str) -> Reference:
     """The real digits."""
-    return load_reference(url, ["fd_pixel", "label_agreement"])
+    return open_reference(url, METRICS, get_extractor)
 
 
 def redrawn_distances(url: str) -> list[float]:
     """Distances of real images, drawn with replacement as many as a score has."""
-    images = np.concatenate([images for images, _ in index_images(read_index(url))])
-    drawn = [images[np.random.default_rng(seed).choice(len(images), 1000)] for seed in range(4)]
-    return [frechet_distance(reference(url).moments, streamed_moments([these], pixel_extractor())) for these in drawn]
+    pixels = ("pixel", "pool")
+    rows = reference(url).rows(pixels, 10_000)
+    drawn = [rows[np.random.default_rng(seed).choice(len(rows), 1000)] for seed in range(4)]
+    return [frechet_distance(reference(url).moments(pixels), streamed_moments([these])) for these in drawn]
 
 
 def points_of(kind: str) -> list[Point]:
@@ -107,7 +111,8 @@ def score(config: Config, export: Path, point: Point) -> dict[str, float]:
         config = config.model_copy(update={"sample": sample})
         scales = {"ig_scale": ig, "cfg_scale": cfg, "auto_scale": auto}
         asked = with_guidance(config, **{name: scale for name, scale in scales.items() if scale != 1})
-        evaluate_samples(sample_run(asked, export), reference(config.data.index), out)
+        samples, files = sample_run(asked, export, METRICS)
+        score_plan(samples, Scores(files, reference(config.data.index)), METRICS, out)
     return dict(json.loads(out.read_text())["scores"])
 
 
