@@ -2,7 +2,10 @@
 
 import contextlib
 
+import matplotlib.backends.backend_agg  # noqa: F401
+import scipy.linalg  # noqa: F401
 import sklearn.svm  # noqa: F401
+import torch._dynamo  # noqa: F401  (a model's first weights on the meta device ask for it)
 
 import tests.distributed.workers  # noqa: F401
 from ig_dist.errors import ConfigError
