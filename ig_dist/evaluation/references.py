@@ -205,7 +205,7 @@ def open_reference(
             f" `ig-dist reference {src} --out FILE.npz` makes a file of their statistics, once for all"
         )
     make_features(files, *share, what="reference features")
-    return Reference(src, statistics, files)
+    return Reference(images.name, statistics, files)
 
 
 def _check_side(src: str, shape: tuple[int, ...], side: int | None) -> None:

@@ -54,9 +54,9 @@ def test_every_form_gives_the_same_images_and_labels(
         if file.name not in (CORRUPT, TRUNCATED)
     )
     index = read_index(str(tmp_path / "out"))
-    images, labels = all_pictures(index_images(index))
+    images, labels, _ = all_pictures(index_images(index))
     assert sorted((int(label), image.tobytes()) for label, image in zip(labels, images, strict=True)) == truth
-    assert labels.tolist() != sorted(labels.tolist())
+    assert labels is not None and labels.tolist() != sorted(labels.tolist())
     with (tmp_path / "out/rejected.csv").open(newline="") as file:
         reasons = {row["path"]: row["reason"] for row in csv.DictReader(file)}
     assert sorted(reason.split(":")[0] for reason in reasons.values()) == [

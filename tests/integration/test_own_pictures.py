@@ -148,7 +148,7 @@ def test_the_summary_and_the_list_of_rejected_files(place: Path, outputs: dict[s
 def test_every_stored_image_is_the_drawing_it_was(place: Path, outputs: dict[str, str]) -> None:
     index = read_index(str(place / "runs/pictures-data"))
     assert index.info.classes == list(SHAPES)
-    images, labels = all_pictures(index_images(index))
+    images, labels, _ = all_pictures(index_images(index))
     assert labels.tolist() != sorted(labels.tolist())  # shuffled
     for label, shape in enumerate(SHAPES):
         found = images[labels == label].astype(int)
