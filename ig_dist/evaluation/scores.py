@@ -81,15 +81,18 @@ class Scores:
 
     def _described(self, metrics: Sequence[str]) -> dict[str, Any]:
         extractors = [self.features.extractors[name] for name in extractors_of(metrics)]
-        rules = {"frechet": "N - 1", "inception_score": "", "precision": "k = 3", "kernel": "", "agreement": ""}
         adm = self._protocol == "adm"
-        rules["inception_score"] = "blocks of 5,000 in order" if adm else "10 splits, shuffled by RandomState(2020)"
-        rules["precision"] += ", distances in float16 as ADM's" if adm else ", distances in float32"
-        rules["kernel"] = "100 subsets of 1,000, RandomState(2020)"
-        rules["agreement"] = scored.CLASSIFIER
+        half = adm and any(METRICS[name].extractor == "inception" for name in metrics)
+        rules = {
+            "frechet": "covariances with N - 1",
+            "inception_score": "blocks of 5,000 in order" if adm else "10 splits, shuffled by RandomState(2020)",
+            "precision": f"k = 3, distances in {'float16 on Inception, as ADM has them' if half else 'float32'}",
+            "kernel": "100 subsets of 1,000, RandomState(2020)",
+            "agreement": scored.CLASSIFIER,
+        }
         kinds = dict.fromkeys(METRICS[name].kind.replace("recall", "precision") for name in metrics)
         told: dict[str, Any] = {"evaluator": self._protocol}
-        told |= {kind: rules[kind] for kind in kinds}
+        told |= {f"{kind}_rule": rules[kind] for kind in kinds}
         told["extractor"] = ", ".join(extractor.name for extractor in extractors)
         told["extractor_sha256"] = ", ".join(extractor.sha256 for extractor in extractors)
         told["preprocessing"] = "; ".join(extractor.preprocessing for extractor in extractors)

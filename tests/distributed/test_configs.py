@@ -21,7 +21,8 @@ from tests.conftest import ROOT, run_command
 from tests.distributed.test_engines import ENGINES, launch
 from tests.distributed.test_training import metrics
 
-PUBLISHED = sorted(p.stem for p in (ROOT / "configs").glob("*.yaml") if p.stem != "digits")  # that one is trained whole
+WHOLE = {"digits", "fashion_mnist_ig"}  # trained on their own pixels elsewhere
+PUBLISHED = sorted({p.stem for p in (ROOT / "configs").glob("*.yaml")} - WHOLE)
 SAMPLES, STEPS = 32, 20
 REDUCED = [
     *("model.depth=3", "model.hidden_size=32", "model.num_heads=2", "train.epochs=null", f"train.steps={STEPS}"),

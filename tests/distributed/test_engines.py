@@ -284,7 +284,9 @@ def test_neither_watching_nor_activation_checkpointing_changes_a_bit(two: Path, 
         [line["score_fd_pixel"] for line in metrics(two / f"{name}-watched") if "score_fd_pixel" in line]
         for name in (engine, "ddp")
     )
-    assert scores == pytest.approx(expected, rel=1e-4) and len(scores) == SAVED // 10 and len(set(scores)) == len(scores)
+    assert (
+        scores == pytest.approx(expected, rel=1e-4) and len(scores) == SAVED // 10 and len(set(scores)) == len(scores)
+    )
     assert_equal(saved(two / f"{engine}-watched", SAVED), saved(two / engine, SAVED))
 
 

@@ -84,9 +84,9 @@ def test_each_score_is_its_function_of_its_feature_with_the_rules_of_its_protoco
         assert list(result["scores"]) == ADM and result["scores"] == pytest.approx(expected[protocol], rel=1e-9)
         assert result.get("spread") == (None if half else {"inception_score": split.std})
         told = result["protocol"]
-        assert told["evaluator"] == protocol and told["frechet"] == "N - 1"
-        assert told["precision"] == f"k = 3, distances in {'float16 as ADM' + chr(39) + 's' if half else 'float32'}"
-        assert told["inception_score"].startswith("blocks of 5,000" if half else "10 splits, shuffled")
+        assert told["evaluator"] == protocol and told["frechet_rule"].endswith("N - 1")
+        assert told["precision_rule"].startswith(f"k = 3, distances in {'float16' if half else 'float32'}")
+        assert told["inception_score_rule"].startswith("blocks of 5,000" if half else "10 splits, shuffled")
     assert expected["adm"]["inception_score"] != pytest.approx(expected["torch-fidelity"]["inception_score"], rel=1e-3)
     assert 0 < expected["adm"]["precision"] < 1 and expected["adm"]["fid"] > 0
 
