@@ -7,14 +7,13 @@ import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ig_dist.errors import ConfigError
+from ig_dist.storage.hub import NotOnHubError, hub_files
 
 ROOT_VARIABLE = "IG_DIST_TOKENIZERS"
 FOLDER_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 """What diffusers' ``AutoencoderKL.save_pretrained`` writes."""
-HUB_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -103,32 +102,11 @@ def _from_hub(known: Published) -> Path:
         ConfigError: they are neither in the cache nor to be had.
     """
     try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.utils import get_session
+        return hub_files(known.repo, known.files)[0].parent
     except ImportError:
         raise missing_diffusers(known.name) from None
-
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
-
-    def fetch(**options: Any) -> Path:
-        files = [hf_hub_download(known.repo, file, endpoint=endpoint, **options) for file in known.files]
-        return Path(files[0]).parent
-
-    try:
-        return fetch(local_files_only=True)
-    except FileNotFoundError:
-        pass
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        raise _not_found(known, "it is not in the Hugging Face cache, and HF_HUB_OFFLINE is set")
-    try:
-        # The hub's own client tries for minutes where there is no network: one request says whether there is.
-        answer = get_session().head(f"{endpoint}/{known.repo}/resolve/main/{known.files[0]}", timeout=HUB_TIMEOUT_S)
-        if answer.status_code >= 400:
-            raise OSError(f"status {answer.status_code}")
-        return fetch(etag_timeout=HUB_TIMEOUT_S)
-    except Exception as error:  # of the network, of the hub, or of the disk: each library has its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise _not_found(known, f"it is not in the Hugging Face cache, and {endpoint} gave nothing: {reason}") from None
+    except NotOnHubError as why:
+        raise _not_found(known, str(why)) from None
 
 
 def _not_found(known: Published, why: str) -> ConfigError:

@@ -28,6 +28,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "extractors"
     monkeypatch.setenv("IG_DIST_EXTRACTORS", str(folder))
     monkeypatch.setattr(module, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr("ig_dist.storage.hub.TIMEOUT_S", 0.5)
     return folder
 
 

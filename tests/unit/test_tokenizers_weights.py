@@ -55,7 +55,7 @@ def test_va_vaes_download_is_named(tmp_path: Path) -> None:
 
 def test_a_dead_network_is_given_up_soon(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr("ig_dist.latents.weights.HUB_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("ig_dist.storage.hub.TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
         for address in ("http://127.0.0.1:9", f"http://127.0.0.1:{silent.getsockname()[1]}"):
             monkeypatch.setenv("HF_ENDPOINT", address)

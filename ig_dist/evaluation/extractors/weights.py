@@ -12,11 +12,11 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
 from ig_dist.errors import ConfigError
+from ig_dist.storage.hub import NotOnHubError, hub_files
 from ig_dist.terminal import console
 
 ROOT_VARIABLE = "IG_DIST_EXTRACTORS"
@@ -175,30 +175,11 @@ def _from_hub(known: Published) -> Path:
         ConfigError: they are neither in the cache nor to be had.
     """
     try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.utils import get_session
+        return hub_files(known.source, known.files)[-1]
     except ImportError:
         raise missing_transformers(known.name) from None
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
-
-    def fetch(**options: Any) -> Path:
-        return [Path(hf_hub_download(known.source, file, endpoint=endpoint, **options)) for file in known.files][-1]
-
-    try:
-        return fetch(local_files_only=True)
-    except FileNotFoundError:
-        why = "it is not in the Hugging Face cache, and "
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        why += "HF_HUB_OFFLINE is set"
-    else:
-        try:
-            # The hub's own client tries for minutes where there is no network: one request says whether there is.
-            answer = get_session().head(f"{endpoint}/{known.source}/resolve/main/{known.files[0]}", timeout=TIMEOUT_S)
-            if answer.status_code >= 400:
-                raise OSError(f"status {answer.status_code}")
-            return fetch(etag_timeout=TIMEOUT_S)
-        except Exception as error:  # of the network, of the hub, or of the disk: each library has its own
-            why += f"{endpoint} gave nothing: {_reason(error)}"
+    except NotOnHubError as error:
+        why = str(error)
     folder = extractor_root() / known.name
     command = shlex.join(["hf", "download", known.source, *known.files, "--local-dir", str(folder)])
     raise ConfigError(
