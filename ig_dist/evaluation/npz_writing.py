@@ -11,6 +11,7 @@ import io
 import math
 import os
 import shutil
+import time
 import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +27,7 @@ from ig_dist.storage.files import REQUEST_BYTES, write_whole
 from ig_dist.storage.urls import full_url, is_local
 from ig_dist.storage.writes import MOST_PARTS, sync_folder, upload_parts
 
+STALE_S = 3600.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -145,6 +147,10 @@ def _write_local(path: Path, pieces: Iterator[memoryview], size: int) -> None:
         )
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f"{path.name}.*.tmp"):  # by a process that was killed; one at work writes all the time
+        with contextlib.suppress(FileNotFoundError):  # another process does the same
+            if time.time() - left.stat().st_mtime > STALE_S:
+                left.unlink()
     if (free := shutil.disk_usage(path.parent).free) < size:
         raise no_space(f"its disk has {free / 1e9:.2f} GB free")
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")

@@ -65,6 +65,7 @@ class TrainingScores:
             self._metrics,
             self._extractors.__getitem__,
             tokenizer=config.sample.tokenizer,
+            side=index.info.tokenizer.image_size,
             device=device,
             share=(dist.rank, dist.world_size),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -154,6 +155,16 @@ def test_memory_is_that_of_a_chunk(tmp_path: Path) -> None:
 
     assert peak_memory(read) < 4 * chunk + 2 * npz_reading.REQUEST_BYTES // 4
     assert peak_memory(lambda: npz.rows("arr_0", 1000, 1016)) < 2 * chunk
+
+
+def test_what_a_killed_process_left_is_removed_once_it_is_old(tmp_path: Path) -> None:
+    old, new, other = (tmp_path / name for name in ("samples.npz.1.tmp", "samples.npz.2.tmp", "others.npz.1.tmp"))
+    for file in (old, new, other):
+        file.write_bytes(b"a part")
+    for file in (old, other):
+        os.utime(file, (0, 0))
+    write_npz(*open_url(str(tmp_path / "samples.npz"), "test"), streamed())
+    assert not old.exists() and new.exists() and other.exists()
 
 
 def test_what_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
