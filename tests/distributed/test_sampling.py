@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 
 from ig_dist.evaluation.evaluate import evaluate
 from tests.conftest import TINY, run_command
-from tests.distributed.workers import finished, start
+from tests.forked import finished, start
 from tests.scoring import EFFICIENTNET, require_efficientnet
 
 OPTIONS = ["--num", "96", "--ig-scale", "1.5", "--steps", "6", "--evaluate", "sample.unit_size=16"]

@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 
 from ig_dist import cli
 from tests.conftest import ROOT, TINY, run_command
-from tests.distributed.workers import finished, start
+from tests.forked import finished, start
 from tests.integration.test_bad_input import call, snapshot
 from tests.scoring import EFFICIENTNET, noise, require_efficientnet
 

@@ -7,7 +7,7 @@ import scipy.linalg  # noqa: F401
 import sklearn.svm  # noqa: F401
 import torch._dynamo  # noqa: F401  (a model's first weights on the meta device ask for it)
 
-import tests.distributed.workers  # noqa: F401
+import tests.forked  # noqa: F401
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.extractors.extractor import get_extractor
 

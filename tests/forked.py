@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
@@ -14,7 +16,7 @@ from ig_dist import cli
 from ig_dist.evaluation import collecting
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.distributed.preloaded", "pytest"])
+_CONTEXT.set_forkserver_preload(["tests.preloaded", "pytest"])
 
 
 def start(
@@ -35,7 +37,25 @@ def start(
     return process
 
 
-def _run(arguments: list[str], environment: dict[str, str], log: str, slow_s: float) -> None:
+def run(arguments: Sequence[object], cwd: Path, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
+    """``ig-dist ARGUMENTS`` in a folder, to its end; as ``subprocess.run`` with its output captured as text."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "out")
+        process = _CONTEXT.Process(
+            target=_run, args=([str(a) for a in arguments], dict(os.environ), str(log), 0.0, cwd)
+        )
+        process.start()
+        process.join(timeout_s)
+        if process.is_alive():
+            process.kill()
+            raise subprocess.TimeoutExpired(["ig-dist", *typed], timeout_s)
+        said = (Path(name).read_text(encoding="utf-8") for name in (log, f"{log}.err"))
+        return subprocess.CompletedProcess(["ig-dist", *typed], process.exitcode or 0, *said)
+
+
+def _run(arguments: list[str], environment: dict[str, str], log: str, slow_s: float, cwd: Path | None = None) -> None:
+    if cwd is not None:
+        os.chdir(cwd)
     for number, name in ((1, log), (2, f"{log}.err")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()  # the server's is of the time when it began
