@@ -41,9 +41,8 @@ def run(arguments: Sequence[object], cwd: Path, timeout_s: float = 300.0) -> sub
     """``ig-dist ARGUMENTS`` in a folder, to its end; as ``subprocess.run`` with its output captured as text."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "out")
-        process = _CONTEXT.Process(
-            target=_run, args=([str(a) for a in arguments], dict(os.environ), str(log), 0.0, cwd)
-        )
+        typed = [str(argument) for argument in arguments]
+        process = _CONTEXT.Process(target=_run, args=(typed, dict(os.environ), str(log), 0.0, cwd))
         process.start()
         process.join(timeout_s)
         if process.is_alive():
