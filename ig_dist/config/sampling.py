@@ -43,7 +43,8 @@ class SampleConfig(Group):
     steps: Positive = 32
     """Steps of the solver (n + 1 points in time); dopri5 chooses its own."""
     time_shift: PositiveFloat | Literal["latent_dimension"] = 1.0
-    """Of euler and heun: S > 1 makes shorter steps near data, as ``loss.time_shift`` does with training times."""
+    """Of euler and heun: S > 1 makes shorter steps near noise, S < 1 near data, as ``loss.time_shift`` does with times
+    of training."""
     correct_last_step: bool = True
     """Of heun: false makes the last step an Euler step, as in the published SiT sampler."""
     rtol: PositiveFloat = 1e-3
