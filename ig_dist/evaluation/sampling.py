@@ -203,7 +203,7 @@ class _PlanProgress:
         if not self._shown or now - self._listed < 1.0:
             return
         self._listed = now
-        done = self._finished() + in_hand
+        done = min(self._finished() + in_hand, self._num)  # another worker may have made the unit in hand
         rate = (done - self._first) / (now - self._began)
         self._progress.update(self._task, completed=done, rate=f"{rate:.1f} images/s")
         if not console.is_terminal and now - self._reported > REPORT_EVERY_S:
