@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ig_dist.terminal import console
 from tests import forked
 from tests import object_store as object_stores
 from tests import slurm_cluster as slurm_clusters
@@ -56,6 +57,13 @@ def feature_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IG_DIST_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def console_as_at_first() -> Iterator[None]:
+    """A command with --json that runs in a test's process leaves the console on stderr."""
+    yield
+    console.stderr = False
 
 
 @pytest.fixture(scope="session")
