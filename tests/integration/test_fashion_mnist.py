@@ -112,6 +112,6 @@ def test_from_idx_files_to_a_score(real: dict[str, Images], tmp_path: Path) -> N
     assert all(row["scores"]["fd_efficientnet"] > 0 for row in sweep["rows"])
     assert sweep["protocol"]["reference"].endswith("real.npz") and sweep["protocol"]["reference_images"] == NUM
     told = sweep["protocol"]  # how images were made and how they were scored, neither in the other's place
-    assert told["precision"] == "fp32" and told["precision_rule"] == "k = 3, distances in float32"
+    assert told["precision"] == "bf16" and told["precision_rule"] == "k = 3, distances in float32"
     assert "efficientnet_lite0" in (run / "report.html").read_text()
     assert not list(run.glob("samples/*/unit_00001.safetensors")), "the images of a sweep were to be dropped"
