@@ -19,6 +19,8 @@ from ig_dist.config import Config
 from ig_dist.errors import ConfigError
 from ig_dist.storage.urls import refuse_credentials
 
+CONFIGS = Path(__file__).parent / "configs"
+
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a YAML file, apply ``a.b=c`` overrides, validate.
@@ -26,10 +28,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     Raises:
         ConfigError: with one line that names the key and the remedy.
     """
-    path = Path(path)
-    if not path.is_file():
-        known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml")))
-        raise ConfigError(f"no config file at {path}" + (f"; there are {known}" if known else ""))
+    path = find_config(path)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -39,6 +38,22 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         raise ConfigError(f"{path} must hold a mapping of config groups, found {type(tree).__name__}")
     config = config_from_tree(apply_overrides(tree, overrides), source=str(path))
     return config if config.run.dir else _in_run_dir(config, f"runs/{path.stem}")
+
+
+def find_config(named: str | Path) -> Path:
+    """A config file: a path, or the name of one that comes with the package (``digits`` or ``configs/digits.yaml``).
+
+    Raises:
+        ConfigError: no such file.
+    """
+    path = Path(named)
+    shipped = CONFIGS / f"{path.stem}.yaml"
+    if not path.is_file() and str(path) in (path.stem, f"configs/{path.stem}.yaml") and shipped.is_file():
+        return shipped
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+        raise ConfigError(f"no config file at {path}: give a file, or one of {known}")
+    return path
 
 
 def load_run(run: str | Path, overrides: typing.Sequence[str] = ()) -> Config:

@@ -25,6 +25,7 @@ class Job(Enum):
 
 
 NEEDS = {
+    Job.encode: "pictures and a folder, e.g. --job encode --tasks 32 --source pictures --dest runs/data",
     Job.sample: "a run directory, e.g. --job sample --tasks 16 runs/a",
     Job.sweep: "a run directory, e.g. --job sweep --tasks 16 runs/a",
     Job.evaluate: "what to score, e.g. --job evaluate --tasks 8 runs/a/samples/PLAN",
@@ -32,22 +33,9 @@ NEEDS = {
 }
 
 
-def program(job: Job, arguments: Sequence[str], source: Path = SOURCE) -> list[str]:
-    """Python's arguments that run a job.
-
-    Args:
-        job: which.
-        arguments: of its command.
-        source: folder of the code.
-
-    Raises:
-        ConfigError: an installation without that program.
-    """
-    if job is not Job.encode:
-        return ["-m", "ig_dist.cli", job.value, *arguments]
-    if not (SOURCE / "data_prep/encode_latents.py").exists():
-        raise ConfigError("--job encode needs data_prep/encode_latents.py: run it from a checkout")
-    return [str(source / "data_prep/encode_latents.py"), *arguments]
+def program(job: Job, arguments: Sequence[str]) -> list[str]:
+    """Python's arguments that run a job with these arguments of its verb."""
+    return ["-m", "ig_dist.cli", job.value, *arguments]
 
 
 def job_folder(job: Job, arguments: Sequence[str], folder: Path | None = None) -> Path:
@@ -62,7 +50,7 @@ def job_folder(job: Job, arguments: Sequence[str], folder: Path | None = None) -
         ConfigError: arguments that the job would refuse.
     """
     if job is Job.encode:
-        name, run = _last_part(_value_of("--dest", arguments)), None
+        name, run = _last_part(_parsed(job, arguments)["dest"]), None
     elif job in (Job.sample, Job.sweep):
         name, run = "", _parsed(job, arguments)["run"]
         if not (run / "config.yaml").is_file():
@@ -133,15 +121,6 @@ def _refuse_missing(src: str) -> None:
     pattern = "://" in src or glob.has_magic(src) or "{" in src
     if not is_name(src) and not pattern and not Path(src).exists():
         raise ConfigError(f"{src} does not exist: give an index, an npz, tars, or a folder of pictures")
-
-
-def _value_of(option: str, arguments: Sequence[str]) -> str:
-    for this, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        if this == option and following:
-            return following
-        if this.startswith(f"{option}="):
-            return this.removeprefix(f"{option}=")
-    raise ConfigError(f"--job encode needs {option} among the arguments of data_prep/encode_latents.py")
 
 
 def _last_part(src: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,30 +10,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ig_dist.errors import ConfigError, IgDistError
+from ig_dist.errors import IgDistError
 from ig_dist.terminal import console
 
-ROOT = Path(__file__).resolve().parents[1]
-CONFIG = Path("configs/digits.yaml")
+CONFIG = "digits"
 IG_SCALES = "1.0,1.2,1.4,1.7,2.0,2.5"
 STEPS = 900
 PREEMPTED = 75
 
 
 def run_quickstart(out: Path, *, short: bool) -> None:
-    """Encode, train, preempt, resume, export, sweep, report, and show.
-
-    Raises:
-        ConfigError: not in a checkout.
-    """
-    if not (ROOT / CONFIG).exists():
-        raise ConfigError("quickstart needs a checkout of the project (configs/, data_prep/): run it from a git clone")
+    """Encode, train, preempt, resume, export, sweep, report, and show."""
     began = time.monotonic()
     data, run = out / "data", out / "run"
     steps = STEPS // 5 if short else STEPS
     sampling = [f"sample.precision={_sampling_precision()}", *(["sample.num=600"] if short else [])]
-    config = os.path.relpath(ROOT / CONFIG)
-    train = ["ig-dist", "train", config, f"run.dir={run}", f"data.index={data}", f"train.steps={steps}"]
+    train = ["ig-dist", "train", CONFIG, f"run.dir={run}", f"data.index={data}", f"train.steps={steps}"]
     if short:  # the average must forget the initial weights within the run
         train.append("ema.decays=[0.97]")
 
@@ -43,8 +34,7 @@ def run_quickstart(out: Path, *, short: bool) -> None:
         "1,797 real 8 x 8 digits become latents in WebDataset shards, with an index. Larger images would pass through"
         " a VAE here; these are their own latents.",
     )
-    script = os.path.relpath(ROOT / "data_prep" / "encode_latents.py")
-    _run(["python", script, "--source", "digits", "--dest", str(data), "--tokenizer", "pixel"])
+    _run(["ig-dist", "encode", "--source", "digits", "--dest", str(data), "--tokenizer", "pixel"])
 
     _say(
         "2. Train with Internal Guidance, and interrupt it",
@@ -126,7 +116,7 @@ Try next (after `source .venv/bin/activate`)
   ig-dist sample {run} --ig-scale 1.4 --num 100
   ig-dist sweep {run} --cfg-scale 1.0,1.5 --ig-scale 1.0,1.4
   ig-dist train {CONFIG} data.index={data} run.dir=runs/deeper model.aux_depth=4
-  python launchers/local.py --processes 2 {CONFIG} data.index={data} run.dir=runs/two
+  ig-dist launch --processes 2 {CONFIG} data.index={data} run.dir=runs/two
 {more.format(run=run)}The README says more about each."""
     )
 
@@ -147,8 +137,7 @@ def _say(title: str, text: str) -> None:
 def _command(command: list[str]) -> list[str]:
     """The command as typed, run by this interpreter."""
     console.print(f"[dim]$ {' '.join(command)}[/dim]")
-    module = {"ig-dist": ["-m", "ig_dist.cli"], "python": []}
-    return [sys.executable, *module[command[0]], *command[1:]]
+    return [sys.executable, "-m", "ig_dist.cli", *command[1:]]
 
 
 def _run(command: list[str]) -> None:

@@ -173,7 +173,7 @@ def main() -> None:
     folder, pictures, processes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     began = time.time()
     if not (folder / "data/index.json").exists():
-        encode = [sys.executable, ROOT / "data_prep/encode_latents.py", "--source", "digits", "--tokenizer", "pixel"]
+        encode = [sys.executable, "-m", "ig_dist.cli", "encode", "--source", "digits", "--tokenizer", "pixel"]
         subprocess.run([*encode, "--dest", folder / "data"], check=True)
     tasks = [(kind, seed) for seed in SEEDS for kind in KINDS]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:

@@ -48,7 +48,7 @@ class Config(Group):
     @model_validator(mode="after")
     def _cross_fields(self) -> Self:
         if not self.data.index:
-            raise ValueError("data.index is empty: give the folder that data_prep/encode_latents.py wrote")
+            raise ValueError("data.index is empty: give the folder that ig-dist encode wrote")
         batch, streams = self.train.global_batch_size, self.data.streams
         if batch % streams:
             raise ValueError(

@@ -122,7 +122,7 @@ class IndexFile(_Record):
     @property
     def remake(self) -> str:
         """How to come by an index that fits."""
-        return "run data_prep/index_shards.py --force" if self.foreign else "encode again"
+        return "run ig-dist index --force" if self.foreign else "encode again"
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,8 @@ def read_index_file(url: str) -> tuple[str, IndexFile, str]:
         what = "is a folder without an index.json" if fs.isdir(path) else "does not exist"
         raise ConfigError(
             f"data.index: {folder} {what}; write shards there with"
-            " `python data_prep/encode_latents.py --source SRC --dest FOLDER --tokenizer T`,"
-            " or index those that are there with data_prep/index_shards.py"
+            " `ig-dist encode --source SRC --dest FOLDER --tokenizer T`,"
+            " or index those that are there with ig-dist index"
         ) from None
     except OSError as error:
         raise unreadable(fs, f"{path}/index.json", error) from None

@@ -225,7 +225,7 @@ class BatchStream:
             if not len(whole):
                 raise DataError(
                     f"all {count} samples of a window are damaged, near sample {ids[0]}:"
-                    " restore the shards (data_prep/encode_latents.py writes them again)"
+                    " restore the shards (ig-dist encode writes them again)"
                 )
             stand_in = whole[np.searchsorted(whole, np.arange(count)) % len(whole)]  # the next good one, around
             latents, ids = latents[stand_in], ids[stand_in]

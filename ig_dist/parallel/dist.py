@@ -80,9 +80,7 @@ def init_distributed(join_s: float, collective_s: float) -> Dist:
     except ValueError as error:
         raise ConfigError(f"RANK, WORLD_SIZE, LOCAL_RANK or LOCAL_WORLD_SIZE is not a number: {error}") from None
     if world_size > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise ConfigError(
-            "WORLD_SIZE is set without RANK, MASTER_ADDR and MASTER_PORT: use launchers/local.py or torchrun"
-        )
+        raise ConfigError("WORLD_SIZE is set without RANK, MASTER_ADDR and MASTER_PORT: use ig-dist launch or torchrun")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if max(local_world_size, local_rank + 1) > torch.cuda.device_count():

@@ -28,7 +28,7 @@ def slurm(*command: str) -> str:
     """
     if shutil.which(command[0]) is None:
         raise ConfigError(
-            f"no {command[0]} on PATH: run this on a login node of a SLURM cluster, or use launchers/local.py here"
+            f"no {command[0]} on PATH: run this on a login node of a SLURM cluster, or use ig-dist launch here"
         )
     # sbatch typed inside an interactive job would hand that job's shape on to the new one
     drop = command[0] == "sbatch"
@@ -48,7 +48,7 @@ def slurm(*command: str) -> str:
     if "configuration source" in done.stderr:
         raise ConfigError(
             f"{command[0]} is here, but knows of no cluster (no slurm.conf): run this on a login node, set SLURM_CONF,"
-            " or use launchers/local.py here"
+            " or use ig-dist launch here"
         )
     if done.returncode:
         raise SlurmError(f"{command[0]}: {_words(done.stderr) or f'exit code {done.returncode}'}")

@@ -174,10 +174,8 @@ def withdraw(path: Path) -> None:
 
 
 def snapshot(dest: Path) -> None:
-    """Copy the code that this process runs."""
-    for name in ("ig_dist", "data_prep"):
-        if (SOURCE / name).is_dir():
-            shutil.copytree(SOURCE / name, dest / name, ignore=shutil.ignore_patterns("__pycache__"))
+    """Copy the code that this process runs: the package alone, from a checkout or where it is installed."""
+    shutil.copytree(SOURCE / "ig_dist", dest / "ig_dist", ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def _remedy(words: str) -> str:

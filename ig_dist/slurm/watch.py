@@ -38,7 +38,7 @@ def found_folders(run: Path) -> list[tuple[Folder, Submission]]:
     """
     found = list(folders(run))
     if not found:
-        raise ConfigError(f"{run} was never submitted (no {run}/slurm): start it with launchers/slurm.py")
+        raise ConfigError(f"{run} was never submitted (no {run}/slurm): start it with ig-dist slurm")
     return found
 
 
@@ -119,7 +119,7 @@ def cancel(run: Path) -> None:
         if time.monotonic() > deadline:
             raise SlurmError(f"job {', '.join(ids)} is still ending after {CANCEL_S:.0f} s: see squeue")
         time.sleep(0.5)
-    console.print(f"cancelled: job {', '.join(ids)}; go on with: launchers/slurm.py resume {run}", markup=False)
+    console.print(f"cancelled: job {', '.join(ids)}; go on with: ig-dist slurm resume {run}", markup=False)
 
 
 def follow(folder: Folder, submission: Submission) -> int:
@@ -147,7 +147,7 @@ def follow(folder: Folder, submission: Submission) -> int:
                 return final_code(folder)
             time.sleep(POLL_S)
     except KeyboardInterrupt:
-        console.print(f"\njob {folder.id} goes on; follow it with: launchers/slurm.py status {submission.run} --follow")
+        console.print(f"\njob {folder.id} goes on; follow it with: ig-dist slurm status {submission.run} --follow")
         return 0
 
 

@@ -111,7 +111,7 @@ def _end_where_bad(places: Sequence[str], bad: dict[int, str], guilty: Iterable[
     if dist.is_main:
         blame(guilty)
     named = "; ".join(f"{places[rank]}: {what}" for rank, what in sorted(bad.items()))
-    raise NodeError(f"{named}: mend that machine, or start without it (launchers/slurm.py --exclude)")
+    raise NodeError(f"{named}: mend that machine, or start without it (ig-dist slurm --exclude)")
 
 
 def minority(problems: Sequence[str]) -> dict[int, str]:

@@ -33,7 +33,7 @@ FIRST_TIMES = 3.0  # what compiles, loads or is done seldom may take that many t
 POLL_S = 2.0
 _SILENT_POLLS = 4
 _MOST_NAMED = 8
-_GRACE_POLLS = 4  # the others hear of it, and end by themselves; all within the 10 s that launchers/local.py gives them
+_GRACE_POLLS = 4  # the others hear of it, and end by themselves; all within the 10 s that ig-dist launch gives them
 
 Limit = Callable[[Now, bool], float]
 """How long a phase may last, whether the start is past its first step."""

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 
 from ig_dist import cli
+from ig_dist.commands.launch import run_processes
 from ig_dist.data.index import ShardIndex
 from ig_dist.data.reader import ShardReader
 from ig_dist.data.stream import BatchStream
 from ig_dist.errors import DataError
 from ig_dist.training import trainer
-from launchers import local
 
 KIND = os.environ["FAULT"]
 MINE = os.environ["FAULT_RANK"] == os.environ.get("RANK", "0")
@@ -93,7 +93,7 @@ def slow_get(self: BatchStream, timeout_s: float | None = None) -> Any:
 
 if __name__ == "__main__":
     if "RANK" not in os.environ:
-        sys.exit(local.launch(["-m", "tests.distributed.faulty", "train", *sys.argv[1:]], 2))
+        sys.exit(run_processes(["-m", "tests.distributed.faulty", "train", *sys.argv[1:]], 2))
     trainer.training_loss = training_loss
     BatchStream.get = slow_get  # type: ignore[method-assign]
     if KIND == "die":

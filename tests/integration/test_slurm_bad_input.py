@@ -76,7 +76,7 @@ def test_no_slurm_here(tmp_path: Path, digits_index: Path) -> None:
     folder = tmp_path / "bin"
     folder.mkdir()
     done = launch("--config", write_config(tmp_path, digits_index), env={"PATH": str(folder)})
-    assert done.returncode == 2 and "no sinfo on PATH" in done.stderr and "launchers/local.py" in done.stderr
+    assert done.returncode == 2 and "no sinfo on PATH" in done.stderr and "ig-dist launch" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -85,7 +85,7 @@ def test_commands_without_a_cluster(tmp_path: Path, digits_index: Path, monkeypa
         pytest.skip("no SLURM commands on this machine, or a cluster")
     monkeypatch.delenv("SLURM_CONF", raising=False)
     done = launch("--config", write_config(tmp_path, digits_index))
-    assert done.returncode == 2 and "knows of no cluster" in done.stderr and "launchers/local.py" in done.stderr
+    assert done.returncode == 2 and "knows of no cluster" in done.stderr and "ig-dist launch" in done.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -188,7 +188,7 @@ def test_shards_of_others_are_not_encoded_again(index: ShardIndex) -> None:
     file = Path(index.folder) / "index.json"
     file.write_text(file.read_text().replace('"foreign": false', '"foreign": true'))
     (Path(index.folder) / "shard-000001.tar").unlink()
-    with pytest.raises(ConfigError, match="restore it or run data_prep/index_shards.py --force$"):
+    with pytest.raises(ConfigError, match="restore it or run ig-dist index --force$"):
         read_index(index.folder)
 
 

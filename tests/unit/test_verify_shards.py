@@ -211,4 +211,4 @@ def test_fast_reads_a_sample_of_each_shard(tmp_path: Path, run: Run) -> None:
 @pytest.mark.parametrize("where", ["nowhere", "."])
 def test_no_index(tmp_path: Path, run: Run, where: str) -> None:
     ran = run("verify_shards", tmp_path / where)
-    assert ran.code == 2 and "index_shards.py" in ran.err
+    assert ran.code == 2 and "ig-dist index" in ran.err

@@ -1,0 +1,238 @@
+"""Index WebDataset shards of latents that were made elsewhere, so that they can be trained on where they are.
+
+    ig-dist index --shards latents --tokenizer stabilityai/sd-vae-ft-ema --kind moments
+    ig-dist index --shards 's3://bucket/latents/{000000..000127}.tar' --tokenizer va-vae-f16d32 \
+        --tokenizer-sha256 HEX --kind sample --scale statistics --image-size 256 --latent-key npy --label-key cls
+
+Every shard is read once, front to back. Nothing is written but the index, beside the shards; what does not fit ends
+the command before that.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+
+from ig_dist.errors import ConfigError
+from ig_dist.terminal import console
+
+if TYPE_CHECKING:
+    from ig_dist.data.index import LatentInfo, SampleTable, Statistics
+    from ig_dist.latents.tokenizer import Tokenizer
+
+Coefficients = list[float] | None
+"""One for all channels, or one per channel; None: from the statistics of the latents."""
+
+
+def known_tokenizer(name: str, sha256: str | None) -> Tokenizer | None:
+    """The tokenizer; None: it is not on this machine, and its hash is given.
+
+    Raises:
+        ConfigError: it is not here, or has another hash.
+    """
+    from ig_dist.latents.tokenizers import get_tokenizer
+
+    if sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        raise ConfigError(f"--tokenizer-sha256 {sha256!r} is no sha256: give its 64 digits 0-9a-f")
+    try:
+        tokenizer = get_tokenizer(name)
+    except ConfigError as error:
+        if sha256 is None:
+            raise ConfigError(f"{error}; or name the tokenizer's hash with --tokenizer-sha256 HEX") from None
+        console.print(f"tokenizer {name} is not on this machine: its name and hash are taken as given", markup=False)
+        return None
+    if sha256 not in (None, tokenizer.sha256):
+        raise ConfigError(
+            f"--tokenizer-sha256 {sha256} is not that of {tokenizer.name} on this machine ({tokenizer.sha256}):"
+            " leave it out, or name the tokenizer that made the shards"
+        )
+    return tokenizer
+
+
+def coefficients(option: str, text: str | None, tokenizer: Tokenizer | None) -> Coefficients:
+    """What ``--shift`` or ``--scale`` says, or else the tokenizer.
+
+    Raises:
+        ConfigError: no numbers, or not said where nothing else says it.
+    """
+    if text == "statistics":
+        return None
+    if text is not None:
+        try:
+            numbers = [float(part) for part in text.split(",")]
+        except ValueError:
+            numbers = []
+        if not numbers or not np.isfinite(numbers).all() or (option == "--scale" and 0 in numbers):
+            raise ConfigError(f"{option} {text!r}: give a number, one per channel separated by commas, or `statistics`")
+        return numbers
+    if tokenizer is None:
+        raise ConfigError(
+            f"the tokenizer's weights are not here to say it: give {option}, such that the model sees (latent - shift)"
+            " * scale (SD-VAE: --shift 0 --scale 0.18215; VA-VAE: --shift statistics --scale statistics)"
+        )
+    if tokenizer.scale is None:
+        return None
+    return [tokenizer.scale if option == "--scale" else 0.0]
+
+
+def choose_image_size(given: int | None, shape: tuple[int, int, int], tokenizer: Tokenizer | None) -> int:
+    """Side of the images that the latents were made of.
+
+    Raises:
+        ConfigError: not said where nothing else says it, or not what the tokenizer makes such latents of.
+    """
+    told = tokenizer and shape[1] * tokenizer.downsample
+    if given is None and told is None:
+        raise ConfigError("the tokenizer's weights are not here to tell the images' side: give --image-size, e.g. 256")
+    if tokenizer and given is not None and given // tokenizer.downsample != shape[1]:
+        raise ConfigError(
+            f"--image-size {given}: tokenizer {tokenizer.name} makes latents of side {shape[1]} from images of side"
+            f" {told}: leave it out"
+        )
+    return given or told or 0
+
+
+def read_class_names(url: str) -> tuple[list[str], list[str] | None]:
+    """Names of the classes, one a line, and their words: from the same lines, or those of ImageNet's synsets.
+
+    Raises:
+        ConfigError: no such file, or no text.
+    """
+    from ig_dist.data.classes import class_words
+    from ig_dist.storage.files import open_url, read_file
+
+    fs, path = open_url(url, "--class-names", web=True)
+    try:
+        lines = [line.strip() for line in read_file(fs, path).decode("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--class-names {url} cannot be read ({error}): give a text file, a class a line") from None
+    if not lines:
+        raise ConfigError(f"--class-names {url} is empty: write a class a line")
+    pairs = [re.fullmatch(r"(n\d{8})[\s:,]+(.+)", line) for line in lines]
+    if lines and all(pairs):
+        return [pair[1] for pair in pairs if pair], [pair[2] for pair in pairs if pair]
+    return lines, class_words(lines)
+
+
+def index(
+    shards: Annotated[
+        str, typer.Option(help="Folder, glob or brace expression of the tars, all in one folder: path or fsspec URL.")
+    ],
+    tokenizer: Annotated[str, typer.Option(help="The tokenizer that made the latents: name, or path of its weights.")],
+    tokenizer_sha256: Annotated[
+        str | None, typer.Option(metavar="HEX", help="Its hash, where its weights are not on this machine.")
+    ] = None,
+    latent_key: Annotated[str, typer.Option(help="What follows a sample's key and a dot.")] = "latent.npy",
+    flip_key: Annotated[
+        str | None, typer.Option(help="The same of the mirrored image. Default: latent_flip.npy if there; '': none.")
+    ] = None,
+    label_key: Annotated[str, typer.Option(help="The same of the class number, a text.")] = "cls",
+    kind: Annotated[
+        str | None, typer.Option(help="`sample`, or `moments`: mean and std stacked. Default: by the tokenizer.")
+    ] = None,
+    shift: Annotated[
+        str | None, typer.Option(help="The model sees (latent - shift) * scale: number(s), or `statistics`.")
+    ] = None,
+    scale: Annotated[str | None, typer.Option(help="See --shift. Default of both: the tokenizer's.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the images. Default: by the tokenizer.")
+    ] = None,
+    class_names: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A name per line, or synset and words; line i is class i.")
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(min=1, help="Default: the highest label and 1.")] = None,
+    source: Annotated[str | None, typer.Option(help="What the data are called. Default: the folder.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Threads, a shard each.")] = min(16, 2 * (os.cpu_count() or 1)),
+    force: Annotated[bool, typer.Option("--force", help="Replace an index that is there.")] = False,
+) -> None:
+    """Index WebDataset shards of latents that were made elsewhere."""
+    from ig_dist.data.foreign import choose_classes, describe, first_sample, read_shards
+    from ig_dist.data.index import TABLE_NAME, KeyInfo, SampleTable, write_index
+    from ig_dist.data.shard_files import find_shards
+    from ig_dist.data.statistics import normalised, raw_statistics
+    from ig_dist.storage.faults import Patience
+    from ig_dist.storage.files import list_sizes
+    from ig_dist.storage.urls import full_url
+
+    encoder = known_tokenizer(tokenizer, tokenizer_sha256)
+    shifts, scales = coefficients("--shift", shift, encoder), coefficients("--scale", scale, encoder)
+    names, words = (None, None) if class_names is None else read_class_names(class_names)
+    keys = KeyInfo(latent=latent_key, flip=flip_key or "latent_flip.npy", label=label_key)
+    if len({keys.latent, keys.flip, keys.label}) < 3:
+        raise ConfigError("--latent-key, --flip-key and --label-key must differ: each names another file of a sample")
+    found = find_shards(shards)
+    folder = full_url(found.fs, found.folder)
+    if "index.json" in list_sizes(found.fs, found.folder) and not force:
+        raise ConfigError(f"{folder}/index.json is there: use --force to replace it, and {TABLE_NAME} with it")
+
+    patience = Patience()
+    dtype, shape, has_flip = first_sample(found, keys, patience)
+    latent = describe(dtype, shape, bool(flip_key) or (has_flip and flip_key is None), kind, encoder)
+    for option, numbers in (("--shift", shifts), ("--scale", scales)):
+        if numbers and len(numbers) not in (1, latent.shape[0]):
+            raise ConfigError(f"{option} has {len(numbers)} numbers, the latents have {latent.shape[0]} channels")
+    side = choose_image_size(image_size, latent.shape, encoder)
+    contents = read_shards(found, latent, keys, workers, patience)
+    classes = choose_classes(found, contents, names, num_classes)
+
+    raw = raw_statistics(content.sums for content in contents)
+    latent = normalise(latent, raw, shifts, scales)
+    table = SampleTable.from_rows([row for content in contents for row in content.rows])
+    info = {
+        "source": source or PurePosixPath(found.folder).name,
+        "seed": 0,
+        "tokenizer": {
+            "name": encoder.name if encoder else tokenizer,
+            "sha256": encoder.sha256 if encoder else tokenizer_sha256,
+            "image_size": side,
+            "image_channels": (encoder.image_channels or latent.shape[0]) if encoder else 3,
+        },
+        "latent": latent,
+        "keys": keys,
+        "foreign": True,
+        "classes": classes,
+        "class_names": words,
+        "statistics": normalised(raw, latent),
+        "shards": [
+            {"name": name, "bytes": size, "samples": len(content.rows), "sha256": content.sha256}
+            for (name, size), content in zip(found.sizes.items(), contents, strict=True)
+        ],
+    }
+    try:
+        write_index(folder, info, table)
+    except OSError as error:
+        raise ConfigError(f"the index cannot be written to {folder} ({error}): the folder must be writable") from None
+    for line in summary(folder, info, table):
+        console.print(line, markup=False)
+
+
+def normalise(latent: LatentInfo, raw: Statistics, shifts: Coefficients, scales: Coefficients) -> LatentInfo:
+    """The latents with their shift and scale."""
+    channels = latent.shape[0]
+    inverse = [1 / std if std > 0 else 1.0 for std in raw.std]
+    chosen = {
+        "shift": raw.mean if shifts is None else np.broadcast_to(shifts, channels).tolist(),
+        "scale": inverse if scales is None else np.broadcast_to(scales, channels).tolist(),
+    }
+    return latent.model_copy(update=chosen)
+
+
+def summary(folder: str, info: dict[str, Any], table: SampleTable) -> list[str]:
+    """Lines that say what was indexed, and what to type next."""
+    latent, seen = info["latent"], info["statistics"]
+    counts = np.bincount(table.label, minlength=len(info["classes"]))
+    empty = f", {(counts == 0).sum()} of them without a sample" if not counts.all() else ""
+    what = "moments" if latent.kind == "moments" else "latents"
+    flips = ", and those of the mirrored images" if latent.flips else ""
+    mean, std = (f"{min(values):.3f} to {max(values):.3f}" for values in (seen.mean, seen.std))
+    return [
+        f"{len(table.label)} samples of {len(counts)} classes ({counts.min()} to {counts.max()} a class{empty}) in"
+        f" {len(info['shards'])} shards of {latent.dtype} {'x'.join(map(str, latent.shape))} {what}{flips}",
+        f"as the model sees them, per channel: mean {mean}, std {std}",
+        f"written: {folder}/index.json; check it with: ig-dist verify {folder}",
+    ]

@@ -1,0 +1,69 @@
+"""``ig-dist sample``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ig_dist.commands.evaluate import evaluate
+from ig_dist.commands.options import Ema, Overrides, Raw, Run, Weak, interval
+
+
+def sample(
+    run: Run,
+    overrides: Overrides = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Sample as published: paper, or paper-ig (no CFG). Other options come on top.")
+    ] = None,
+    num: Annotated[int | None, typer.Option(min=1, help="Number of images (sample.num).")] = None,
+    labels: Annotated[str | None, typer.Option(help="balanced or random (sample.labels).")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Image i depends on (seed, i) only (sample.seed).")] = None,
+    solver: Annotated[str | None, typer.Option(help="euler, heun or euler_maruyama (sample.solver).")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the solver (sample.steps).")] = None,
+    ig_scale: Annotated[float | None, typer.Option(help="Internal Guidance scale; 1: off.")] = None,
+    cfg_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1: off.")] = None,
+    ig_interval: Annotated[str | None, typer.Option(help="Times LOW,HIGH at which IG is on (t = 1 is noise).")] = None,
+    cfg_interval: Annotated[str | None, typer.Option(help="Times LOW,HIGH at which CFG is on.")] = None,
+    weak: Weak = None,
+    auto_scale: Annotated[float | None, typer.Option(help="Scale of autoguidance by --weak; 1: off.")] = None,
+    auto_interval: Annotated[str | None, typer.Option(help="Times LOW,HIGH at which autoguidance is on.")] = None,
+    ema: Ema = None,
+    raw: Raw = False,
+    png: Annotated[
+        int | None, typer.Option(min=0, help="Write the first so many as PNG files too (sample.png).")
+    ] = None,
+    drop_images: Annotated[
+        bool, typer.Option("--drop-images", help="With --evaluate: keep features only (sample.keep_images=false).")
+    ] = False,
+    score: Annotated[bool, typer.Option("--evaluate", help="Score them too, as `ig-dist evaluate` does.")] = False,
+) -> None:
+    """Make the images of a plan: one npz and a picture of some of them. Any number of processes may share the work."""
+    from ig_dist.config_file import load_run, with_guidance
+    from ig_dist.evaluation.recipes import recipe
+    from ig_dist.evaluation.sampling import sample_run
+    from ig_dist.export import export_run
+
+    given: dict[str, Any] = {
+        "num": num,
+        "labels": labels,
+        "seed": seed,
+        "solver": solver,
+        "steps": steps,
+        "weak_model": weak,
+    }
+    given |= {"png": png, "keep_images": False if drop_images else None}
+    options = [f"sample.{key}={value}" for key, value in given.items() if value is not None]
+    published = [] if preset is None else recipe(preset, load_run(run).model)
+    config = with_guidance(
+        load_run(run, [*published, *(overrides or []), *options]),
+        ig_scale=ig_scale,
+        cfg_scale=cfg_scale,
+        auto_scale=auto_scale,
+        ig_interval=interval("--ig-interval", ig_interval),
+        cfg_interval=interval("--cfg-interval", cfg_interval),
+        auto_interval=interval("--auto-interval", auto_interval),
+    )
+    made = sample_run(config, export_run(config, ema=ema, raw=raw), config.evaluate.metrics if score else ())
+    if score:
+        evaluate(made.samples.url)
