@@ -36,7 +36,7 @@ CASES = {
     "a misspelt option": (["--partitoin", "main"], ["unknown option --partitoin", "--partition"]),
     "an option after a value": (["train.steps=5", "--nodes", "2"], ["--nodes comes after a config value"]),
     "a misspelt key": (["trian.steps=5"], ["trian", "train"]),
-    "a missing index": (["data.index=nowhere"], ["data.index", "nowhere", "encode_latents"]),
+    "a missing index": (["data.index=nowhere"], ["data.index", "nowhere", "ig-dist encode"]),
     "a folder that cannot be written": (["run.dir=/proc/run"], ["/proc/run", "can be written"]),
     "a run that is a file": (["run.dir=FILE"], ["FILE", "run.dir"]),
     "nodes for an array": (["--job", "sample", "--nodes", "2"], ["--nodes", "--tasks"]),
