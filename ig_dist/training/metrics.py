@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ig_dist.run_dir import replace_text
@@ -103,8 +104,10 @@ class RunLog:
         )
 
     def add_picture(self, step: int, picture: NDArray[np.uint8]) -> None:
-        """A picture (H, W, channels) in TensorBoard."""
+        """A picture (H, W, channels), in ``samples/training`` for the report and in TensorBoard."""
         if self._path is not None:
+            (folder := self._path / "samples" / "training").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture.squeeze()).save(folder / f"step_{step:010d}.png")
             self._board.add_image("samples", picture, step, dataformats="HWC")
             self._board.flush()
 
