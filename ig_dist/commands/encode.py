@@ -14,20 +14,10 @@ from __future__ import annotations
 
 import signal
 import sys
-import tempfile
 from types import FrameType
 from typing import Annotated
 
 import typer
-
-from ig_dist.errors import ConfigError
-from ig_dist.terminal import console, is_first_process
-
-
-def say(text: str) -> None:
-    """Print once, however many processes there are."""
-    if is_first_process():
-        console.print(text, markup=False)
 
 
 def encode(
@@ -75,88 +65,27 @@ def encode(
     ] = 1,
 ) -> None:
     """Encode images into WebDataset shards of latents, with an index. Run it again, or on more machines, at will."""
-    from ig_dist.data.sources import find_source, native_format, refuse_missing
-    from ig_dist.encoding import prepare
-    from ig_dist.encoding.display import summary
-    from ig_dist.encoding.dry_run import estimate
-    from ig_dist.encoding.encode import Job, existing_settings, finished_index
-    from ig_dist.encoding.encode import encode as make_shards
-    from ig_dist.encoding.records import Dest, refuse_others
-    from ig_dist.encoding.settings import Settings, default_samples_per_shard, sample_tar_bytes
-    from ig_dist.encoding.walk import this_worker
-    from ig_dist.latents.tokenizers import get_tokenizer
-    from ig_dist.storage.faults import Patience
+    from ig_dist.encoding.run import encode as run_encoding
 
     signal.signal(signal.SIGTERM, stop)
-    # what is wrong with the options is said before any picture is read
-    if not 0 <= max_rejected <= 1:
-        raise ConfigError(f"--max-rejected {max_rejected:g} is not a fraction: use 0 to 1")
-    refuse_missing(source)
-    patience = Patience()
-    folder = Dest(dest, patience)
-    me = this_worker(worker)
-    device = prepare.choose_device(me)
-    arithmetic = prepare.choose_precision(precision, tokenizer, device)
-    encoder = get_tokenizer(tokenizer, device=device, precision=arithmetic)
-    native = native_format(source)
-    size = prepare.choose_image_size(source, native, image_size, encoder)
-    what = prepare.choose_store(store, encoder)
-    prepare.refuse_dest_in_source(source, dest)
-    existing = existing_settings(folder)
-
-    found = find_source(source, spool, patience)
-    say(f"{source}: {found.kind}")
-    settings = Settings(
-        source=found.name if native else f"{found.name}, {size} x {size}",
-        tokenizer=encoder.name,
-        tokenizer_sha256=encoder.sha256,
-        precision=arithmetic,
-        image_size=size,
-        image_channels=native.channels if native else 3,
-        store=what,
+    run_encoding(
+        source,
+        dest,
+        tokenizer,
+        image_size=image_size,
         flips=flips,
+        store=store,
+        precision=precision,
         seed=seed,
-        samples_per_shard=samples_per_shard or (existing.samples_per_shard if existing else 1),
+        samples_per_shard=samples_per_shard,
+        max_rejected=max_rejected,
+        workers=workers,
+        batch_size=batch_size,
+        worker=worker,
+        spool=spool,
+        dry_run=dry_run,
+        processes=processes,
     )
-    if existing is not None:
-        refuse_others(folder, existing, settings)
-        index = finished_index(folder, settings)
-        if index is not None:
-            shards = len(index.info.shards)
-            say(f"{dest} is complete: {index.num_samples} samples in {shards} shards, nothing to do")
-            return
-    shape = prepare.latent_shape(encoder, settings)
-    sample_bytes = sample_tar_bytes(shape, settings)
-    with tempfile.TemporaryDirectory() as scratch:
-        images, share = found.open_part(scratch) if dry_run and found.open_part else (found.open(), 1.0)
-        total = round(len(images.labels) / share)
-        if samples_per_shard is None and existing is None:
-            settings = settings.model_copy(update={"samples_per_shard": default_samples_per_shard(total, sample_bytes)})
-        decoders = prepare.choose_decoders(workers, me, total)
-        if dry_run:
-            for line in estimate(
-                images, share, settings, encoder, device, batch_size, sample_bytes, decoders, processes
-            ):
-                say(line)
-            return
-    prepare.refuse_full_disk(folder, total * sample_bytes)
-    index = make_shards(
-        Job(
-            source=images,
-            where=source,
-            dest=folder,
-            settings=settings,
-            tokenizer=encoder,
-            device=device,
-            shape=shape,
-            worker=me,
-            decoders=decoders,
-            batch_size=batch_size,
-            max_rejected=max_rejected,
-        )
-    )
-    for line in summary(index):
-        say(line)
 
 
 def stop(number: int, frame: FrameType | None) -> None:

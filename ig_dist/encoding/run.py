@@ -1,0 +1,143 @@
+"""The body of ``ig-dist encode`` and of ``ig_dist.encode``: from what is asked for to finished shards."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from ig_dist.data.sources import find_source, native_format, refuse_missing
+from ig_dist.encoding import prepare
+from ig_dist.encoding.display import summary
+from ig_dist.encoding.dry_run import estimate
+from ig_dist.encoding.encode import Job, existing_settings, finished_index
+from ig_dist.encoding.encode import encode as make_shards
+from ig_dist.encoding.records import Dest, refuse_others
+from ig_dist.encoding.settings import Settings, default_samples_per_shard, sample_tar_bytes
+from ig_dist.encoding.walk import this_worker
+from ig_dist.errors import ConfigError
+from ig_dist.latents.tokenizers import get_tokenizer
+from ig_dist.storage.faults import Patience
+from ig_dist.terminal import console, is_first_process
+
+
+def encode(
+    source: str | Path,
+    dest: str | Path,
+    tokenizer: str = "pixel",
+    *,
+    image_size: int | None = None,
+    flips: bool = False,
+    store: str | None = None,
+    precision: str | None = None,
+    seed: int = 0,
+    samples_per_shard: int | None = None,
+    max_rejected: float = 0.01,
+    workers: int | None = None,
+    batch_size: int = 64,
+    worker: str | None = None,
+    spool: str | None = None,
+    dry_run: bool = False,
+    processes: int = 1,
+) -> str:
+    """Encode images into WebDataset shards of latents, with an index; what exists is not made again.
+
+    Args:
+        source: ``digits``, ``fashion-mnist``, a folder of class folders or of IDX files, ILSVRC2012_img_train.tar, the
+            folder from Kaggle, WebDataset tars, or parquet files (path, glob or URL).
+        dest: folder for shards and index: a path or any fsspec URL.
+        tokenizer: ``pixel``, sd-vae-ft-ema, sd-vae-ft-mse, va-vae-f16d32, or the path of weights.
+        image_size: side of the square images cut from pictures; None with a VAE: 256.
+        flips: store the latents of the mirrored images too.
+        store: ``moments`` (posterior mean and std) or ``sample`` (one draw); None with a VAE: moments.
+        precision: arithmetic of the encoder: fp32, bf16 or fp16; None: bf16 on a GPU.
+        seed: of the global shuffle and of posterior draws.
+        samples_per_shard: files in each shard but the last; None: about 256 MB.
+        max_rejected: fraction of the files that may be no pictures.
+        workers: processes that decode; None: the cores, 16 at most.
+        batch_size: images that the tokenizer encodes at a time.
+        worker: "i/W": this is the i-th of W; None: as torchrun or SLURM says.
+        spool: folder for copies of remote tars and of parquet; None: a temporary one.
+        dry_run: say what it will take; write nothing.
+        processes: with dry_run: hours for so many.
+
+    Returns:
+        The folder of shards and index, for ``data.index``.
+
+    Raises:
+        ConfigError: the source, or what is asked of it, does not fit.
+        DataError: the source or the storage fails.
+    """
+    source, dest = str(source), str(dest)
+    # what is wrong with the options is said before any picture is read
+    if not 0 <= max_rejected <= 1:
+        raise ConfigError(f"--max-rejected {max_rejected:g} is not a fraction: use 0 to 1")
+    refuse_missing(source)
+    patience = Patience()
+    folder = Dest(dest, patience)
+    me = this_worker(worker)
+    device = prepare.choose_device(me)
+    arithmetic = prepare.choose_precision(precision, tokenizer, device)
+    encoder = get_tokenizer(tokenizer, device=device, precision=arithmetic)
+    native = native_format(source)
+    size = prepare.choose_image_size(source, native, image_size, encoder)
+    what = prepare.choose_store(store, encoder)
+    prepare.refuse_dest_in_source(source, dest)
+    existing = existing_settings(folder)
+
+    found = find_source(source, spool, patience)
+    _say(f"{source}: {found.kind}")
+    settings = Settings(
+        source=found.name if native else f"{found.name}, {size} x {size}",
+        tokenizer=encoder.name,
+        tokenizer_sha256=encoder.sha256,
+        precision=arithmetic,
+        image_size=size,
+        image_channels=native.channels if native else 3,
+        store=what,
+        flips=flips,
+        seed=seed,
+        samples_per_shard=samples_per_shard or (existing.samples_per_shard if existing else 1),
+    )
+    if existing is not None:
+        refuse_others(folder, existing, settings)
+        index = finished_index(folder, settings)
+        if index is not None:
+            shards = len(index.info.shards)
+            _say(f"{dest} is complete: {index.num_samples} samples in {shards} shards, nothing to do")
+            return dest
+    shape = prepare.latent_shape(encoder, settings)
+    sample_bytes = sample_tar_bytes(shape, settings)
+    with tempfile.TemporaryDirectory() as scratch:
+        images, share = found.open_part(scratch) if dry_run and found.open_part else (found.open(), 1.0)
+        total = round(len(images.labels) / share)
+        if samples_per_shard is None and existing is None:
+            settings = settings.model_copy(update={"samples_per_shard": default_samples_per_shard(total, sample_bytes)})
+        decoders = prepare.choose_decoders(workers, me, total)
+        if dry_run:
+            _say(*estimate(images, share, settings, encoder, device, batch_size, sample_bytes, decoders, processes))
+            return dest
+    prepare.refuse_full_disk(folder, total * sample_bytes)
+    index = make_shards(
+        Job(
+            source=images,
+            where=source,
+            dest=folder,
+            settings=settings,
+            tokenizer=encoder,
+            device=device,
+            shape=shape,
+            worker=me,
+            decoders=decoders,
+            batch_size=batch_size,
+            max_rejected=max_rejected,
+        )
+    )
+    _say(*summary(index))
+    return dest
+
+
+def _say(*lines: str) -> None:
+    """Print once, however many processes there are."""
+    if is_first_process():
+        for line in lines:
+            console.print(line, markup=False)
