@@ -47,6 +47,16 @@ class NodeError(IgDistError):
     everywhere = True
 
 
+class OutOfMemoryError(IgDistError):
+    """A device or the machine has too little memory for this run. Running again changes nothing."""
+
+    exit_code = 7
+
+
+class RankError(IgDistError):
+    """A bug or a fault ended one of several processes; its traceback was printed when it happened."""
+
+
 class LostPeerError(IgDistError):
     """Another process of the job ended; its own message says why."""
 

@@ -27,7 +27,7 @@ from types import FrameType
 from typing import IO
 
 from ig_dist.errors import IgDistError
-from ig_dist.parallel.blame import blamed
+from ig_dist.parallel.blame import blamed, noted_failure
 from ig_dist.slurm.commands import SlurmError, host_names, queued, slurm
 from ig_dist.slurm.rank import STOPPED
 from ig_dist.slurm.record import BLAME_NAME, SCRIPT_NAME, Folder, Submission, World
@@ -91,7 +91,8 @@ def main(path: str) -> int:
             folder.add_event("end", task, code=None, reason=reason, next="requeue")
             return _requeue(0.0, signals, _exclusion(folder, task, submission))
         exits = folder.path / "exits" / start
-        verdict = judge(exit_codes(exits, world.nodes * submission.tasks_per_node), srun_code, first_error)
+        codes = exit_codes(exits, world.nodes * submission.tasks_per_node)
+        verdict = judge(codes, srun_code, first_error, noted_failure(exits / BLAME_NAME))
         blame = []
         if verdict.next == "failed":
             blame = nodes_to_blame(blamed(exits / BLAME_NAME), first_error, hosts, submission.tasks_per_node)

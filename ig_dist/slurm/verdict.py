@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ig_dist.slurm.rank import STOPPED
 from ig_dist.slurm.record import Submission
 
-DETERMINISTIC = (2, 3, 4)
+DETERMINISTIC = (2, 3, 4, 7)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 600.0
 BLAME_S = 86_400.0
 
@@ -41,21 +41,29 @@ def exit_codes(exits: Path, ranks: int) -> dict[int, int | None]:
     return {rank: int(file.read_text() or 1) if file.exists() else None for rank, file in files.items()}
 
 
-def judge(codes: Mapping[int, int | None], srun_code: int, first_error: str) -> Verdict:
-    """What the exit codes of all ranks say together."""
+def judge(codes: Mapping[int, int | None], srun_code: int, first_error: str, failure: str = "") -> Verdict:
+    """What the exit codes of all ranks say together.
+
+    Args:
+        codes: by rank; None: it left none.
+        srun_code: of srun itself.
+        first_error: the first rank's end that srun reported.
+        failure: what the first rank that failed said of it.
+    """
     if all(code == 0 for code in codes.values()):
         return Verdict("done", 0, "done")
     for code in DETERMINISTIC:  # another rank's loss of its peer, or its death by srun, is only an echo
         who = [rank for rank, found in codes.items() if found == code]
         if who:
-            return Verdict("stop", code, f"exit code {code} of rank {who[0]}, which trying again does not mend")
+            told = f" ({failure})" if failure else ""
+            return Verdict("stop", code, f"exit code {code} of rank {who[0]}, which trying again does not mend{told}")
     if STOPPED in codes.values():
         return Verdict("requeue", STOPPED, "asked to stop, and saved")
     if first_error.endswith("Terminated") and not any(codes.values()):  # a preemption's warning, which came too early
         return Verdict("requeue", STOPPED, "ended by SLURM before it could save")
     dead = ", ".join(str(rank) for rank, code in codes.items() if code is None)
     code = max((code for code in codes.values() if code), default=srun_code or 1)
-    return Verdict("failed", code, first_error or (f"rank {dead} died" if dead else f"exit code {code}"))
+    return Verdict("failed", code, failure or first_error or (f"rank {dead} died" if dead else f"exit code {code}"))
 
 
 def what_next(

@@ -40,6 +40,7 @@ from ig_dist.run_dir import claim
 from ig_dist.terminal import console
 from ig_dist.training.beginning import checkpoint_store, find_checkpoint, load_weights
 from ig_dist.training.ema import EMA
+from ig_dist.training.failing import failures_told
 from ig_dist.training.goodput import Ledger
 from ig_dist.training.meter import Meter
 from ig_dist.training.metrics import RunLog
@@ -64,12 +65,16 @@ def train(config: Config, *, force: bool = False) -> None:
         HangError: the other processes do not come (one that hangs later ends the process at once, by the watchdog).
         DataError: damaged data, or no whole checkpoint.
         Preempted: asked to stop by a signal, after a save.
+        OutOfMemoryError: too little memory.
+        RankError: another error, of one of several processes.
     """
     phases = Phases()
     dist = init_distributed(config.train.timeout_s, longest_wait_s(config))
     with ExitStack() as cleanup:
         watchdog = cleanup.enter_context(watched(phases, config, dist))
-        cleanup.callback(shut_down)
+        # After an error the groups stay as they are: NCCL's end of one waits for peers that may never come.
+        cleanup.push(lambda kind, *_: shut_down() if kind is None or dist.world_size == 1 else None)
+        cleanup.enter_context(failures_told(config, dist, phases, watchdog))
         cleanup.enter_context(lost_peers_explained(dist))
         check_engine(config)
         index = read_everywhere(partial(read_index, config.data.index), dist)
@@ -121,7 +126,8 @@ def train(config: Config, *, force: bool = False) -> None:
         ledger = Ledger(path, phases, start)
         cleanup.callback(ledger.close)
         phases.last_warm_up = start + 1
-        cleanup.enter_context(lost_peers_explained(dist))  # again: to say so before all this is closed
+        cleanup.enter_context(failures_told(config, dist, phases, watchdog))  # again: to say so before all this
+        cleanup.enter_context(lost_peers_explained(dist))  # is closed
         cleanup.enter_context(watchdog.has_the_last_word())
 
         def save(step: int, *, exported: bool = False) -> None:

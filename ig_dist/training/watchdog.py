@@ -23,7 +23,7 @@ from pathlib import Path
 from torch._C._distributed_c10d import TCPStore  # torch.distributed does not name it as its own
 
 from ig_dist.config import Config
-from ig_dist.errors import HangError
+from ig_dist.errors import HangError, LostPeerError
 from ig_dist.parallel.blame import blame
 from ig_dist.parallel.dist import Dist, from_main
 from ig_dist.storage.faults import Patience
@@ -102,6 +102,8 @@ class Watchdog:
         self._heard: dict[int, tuple[_Word, float]] = {}
         """The others' last words, and when they came."""
         self.ending = self._asking = self._told = False
+        self._failure = self._others_failure = ""
+        self._failure_told = threading.Event()
         self._answered = time.monotonic()
         self._prefix = f"watchdog/{from_main(uuid.uuid4().hex, dist)}"  # a store may outlive a start: torchrun's does
 
@@ -120,6 +122,13 @@ class Watchdog:
             if self.ending:
                 time.sleep(60.0)  # the end is near
 
+    def tell_failure(self, text: str) -> None:
+        """Tell the others that this rank fails and comes to no collective any more. Returns once they know, or soon."""
+        self._failure = text
+        self._failure_told.wait(3 * self._poll_s)
+        if self._dist.is_main:
+            time.sleep(2 * self._poll_s)  # the store, which they read it from, ends with this process
+
     def _watch(self) -> None:
         idle, ticks, last = 0.0, 0, time.monotonic()
         seen = self._phases.now
@@ -129,6 +138,8 @@ class Watchdog:
             idle = 0.0 if now.entered != seen.entered else idle + min(at - last, 2 * self._poll_s)
             seen, last, ticks = now, at, ticks + 1
             limit = self._limits.get(now.phase, self._timeout_s * (1 if self._phases.warm else FIRST_TIMES))
+            if self._others_failure:
+                self._leave()
             self._word = _Word(now.entered, now.phase, now.step, idle, limit - idle, ticks)
             self._asking = idle > min(limit, self._timeout_s) / 2
             # whatever this rank waits for, it will not come from one that does not even answer
@@ -139,7 +150,7 @@ class Watchdog:
     def _talk(self) -> None:
         """Tell and read the store; it may not answer, which is why the other thread never waits for it."""
         ranks = [rank for rank in range(self._dist.world_size) if rank != self._dist.rank]
-        store, ended = None, f"{self._prefix}/ended"
+        store, ended, failed = None, f"{self._prefix}/ended", f"{self._prefix}/failed"
         while not self.stop.wait(self._poll_s):
             try:
                 if store is None:
@@ -153,6 +164,11 @@ class Watchdog:
                 store.set(self._key(self._dist.rank), json.dumps(self._word.__dict__))
                 if self.ending:
                     store.set(ended, "")
+                if self._failure and not self._failure_told.is_set():
+                    store.set(failed, f"rank {self._dist.rank}: {self._failure}")
+                    self._failure_told.set()
+                elif not self._failure and store.check([failed]):
+                    self._others_failure = store.get(failed).decode()
                 self._told = self._told or store.check([ended])
                 if self._asking or self._told:
                     for rank, text in zip(ranks, store.multi_get([self._key(rank) for rank in ranks]), strict=True):
@@ -186,11 +202,18 @@ class Watchdog:
             silent = rank in self._heard and self._silent(self._heard[rank][1])
             if silent or least == word.count < max(other.count for other in words.values()):
                 state = "does not answer" if silent else f"for {word.idle_s:.0f} s"
-                named[rank] = f"rank {rank} ({_place(word)}, {state})"
+                named[rank] = f"rank {rank} ({place(word.step, word.phase)}, {state})"
         more = f" and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
         if named:
             return f"; behind: {', '.join([*named.values()][:_MOST_NAMED])}{more}", list(named)
         return "; no rank is behind another" if self._dist.world_size > 1 else "", []
+
+    def _leave(self) -> None:
+        """Another rank has failed: if this one's main thread does not find out by itself, it ends here."""
+        if self.stop.wait(_GRACE_POLLS * self._poll_s):
+            return
+        print(f"error: rank {self._dist.rank} ends: {self._others_failure}", file=sys.stderr, flush=True)
+        os._exit(LostPeerError.exit_code)
 
     def _end(self) -> None:
         """One line, the stacks, and the end of the process; also where stderr or the disk hang too."""
@@ -202,8 +225,8 @@ class Watchdog:
         file = self._folder / f"rank_{self._dist.rank:05d}.txt"
         word, (behind, ranks) = self._word, self._behind()
         print(
-            f"error: rank {self._dist.rank}: no progress for {word.idle_s:.0f} s at {_place(word)}{behind}."
-            f" The stacks of all threads are in {file}; run the same command again to go on from the newest"
+            f"error: rank {self._dist.rank}: no progress for {word.idle_s:.0f} s at {place(word.step, word.phase)}"
+            f"{behind}. The stacks of all threads are in {file}; run the same command again to go on from the newest"
             " checkpoint, with a higher train.timeout_s if it was only slow",
             file=sys.stderr,
             flush=True,
@@ -219,5 +242,6 @@ class Watchdog:
         os._exit(HangError.exit_code)
 
 
-def _place(word: _Word) -> str:
-    return f"step {word.step}, {word.phase}" if word.step else word.phase
+def place(step: int, phase: str) -> str:
+    """Where a run is, in words."""
+    return f"step {step}, {phase}" if step else phase

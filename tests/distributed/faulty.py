@@ -8,6 +8,8 @@
 | ``sleep`` | does not return, in Python |
 | ``read`` | does not return, in a system call without end |
 | ``die`` | kills the process, while the other's threads do not end when they are told to |
+| ``raise`` | raises an error, no group of processes can be destroyed any more, and the other rank waits for ever |
+| ``memory`` | asks for too much memory, and no group of processes can be destroyed any more |
 | ``late`` | waits ``FAULT_S`` seconds for its data before |
 | ``slow`` | takes ``FAULT_S`` seconds longer |
 
@@ -47,12 +49,18 @@ def training_loss(*arguments: Any, **named: Any) -> torch.Tensor:
     global step
     step += 1
     losses = whole(*arguments, **named)
+    if KIND == "raise" and step in STEPS and not MINE:
+        time.sleep(3600)
     if not MINE or step not in STEPS:
         return losses
     if KIND == "nan":
         losses = losses * torch.tensor([float("nan"), *[1.0] * (losses.shape[1] - 1)])
     elif KIND == "sleep":
         time.sleep(3600)
+    elif KIND == "raise":
+        raise RuntimeError("a planted error\nof two lines")
+    elif KIND == "memory":
+        torch.empty(1 << 60)
     elif KIND == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     elif KIND == "slow":
@@ -96,6 +104,9 @@ if __name__ == "__main__":
         sys.exit(run_processes(["-m", "tests.distributed.faulty", "train", *sys.argv[1:]], 2))
     trainer.training_loss = training_loss
     BatchStream.get = slow_get  # type: ignore[method-assign]
+    if KIND in ("raise", "memory"):  # as NCCL, which waits for the peers
+        trainer.shut_down = lambda: time.sleep(3600)
+        BatchStream.close = lambda self: time.sleep(3600)  # type: ignore[method-assign]
     if KIND == "die":
         BatchStream.close = lambda self: time.sleep(3600)  # type: ignore[method-assign]
     if MINE and KIND in ("miscounts", "drags"):

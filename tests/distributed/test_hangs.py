@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ig_dist.parallel.blame import VARIABLE, blamed
+from ig_dist.parallel.blame import VARIABLE, blamed, noted_failure
 from tests.conftest import ROOT
 from tests.distributed.test_training import faulty, last_step, local, metrics
 
@@ -81,6 +81,27 @@ def test_a_rank_that_hangs_ends_all_and_is_named_by_all(tiny_config: Write, tmp_
     assert re.search(r"at step 7, backward; behind: rank 1 \(step 7, forward, for \d+ s\)", lines[0])
     culprit = (tmp_path / "runs" / fault / "hang" / "rank_00001.txt").read_text()
     assert "training_loss" in culprit and "faulty.py" in culprit
+
+
+@pytest.mark.parametrize("fault,rank", [("raise", 0), ("memory", 1)])
+def test_an_error_of_one_rank_is_no_hang(tiny_config: Write, tmp_path: Path, fault: str, rank: int) -> None:
+    """Also where nothing can be closed after it: the groups of NCCL wait for peers, a stream for its storage."""
+    config = tiny_config(fault, train={"timeout_s": 60})
+    file = tmp_path / "blame"
+    began = time.monotonic()
+    done = faulty(config, fault, rank=rank, steps="7", **{VARIABLE: str(file)})
+    assert time.monotonic() - began < 50  # a hang of 60 s is none that the watchdog sees
+    assert "behind" not in done.stderr and not blamed(file)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith(f"error: rank {rank}: ")]
+    noted = noted_failure(file)
+    if fault == "memory":
+        assert done.returncode == 7 and "Traceback" not in done.stderr, done.stderr
+        assert "out of memory at step 7, forward, with 16 rows" in line and "train.accumulation=2" in line
+    else:
+        assert done.returncode == 1 and done.stderr.count("Traceback") == 1, done.stderr
+        assert "failed at step 7, forward: RuntimeError: a planted error" in line and "of two lines" in done.stderr
+        assert f"error: rank {1 - rank} ends: {noted}" in done.stderr
+    assert line == f"error: {noted}"
 
 
 def test_a_long_wait_for_a_storage_is_no_hang(tiny_config: Write, tmp_path: Path) -> None:

@@ -1,0 +1,82 @@
+"""A rank that fails says so at once, to its log, its launcher and its peers, and leaves without waiting for anybody.
+
+What is closed while an exception goes up may wait for peers or a storage (NCCL's end of a group does), and the peers
+wait for this rank: without this, an error of one rank looks like a hang of all.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ig_dist.config import Config
+from ig_dist.errors import Ending, IgDistError, LostPeerError, OutOfMemoryError, RankError
+from ig_dist.parallel.blame import note_failure
+from ig_dist.parallel.dist import Dist
+from ig_dist.terminal import say
+from ig_dist.training.phases import Phases
+from ig_dist.training.watchdog import Watchdog, place
+
+LEAVE_S = 8.0  # for what is closed meanwhile; within the 10 s that ig-dist launch gives the others
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # of CUDA and NCCL, of the CPU's allocator
+
+
+@contextmanager
+def failures_told(config: Config, dist: Dist, phases: Phases, watchdog: Watchdog) -> Iterator[None]:
+    """Say and tell the error that leaves this block, unless all ranks have it, or it is a peer's.
+
+    Raises:
+        OutOfMemoryError: memory was wanting.
+        RankError: one of several ranks failed; its traceback has been printed.
+    """
+    try:
+        yield
+    except (Ending, LostPeerError):
+        raise
+    except Exception as error:
+        explained = _explained(error, config, dist, phases)
+        if explained is None:
+            raise
+        if not (explained.everywhere or explained.said):
+            _tell(explained, error, dist, watchdog)
+        raise explained from error
+
+
+def _explained(error: Exception, config: Config, dist: Dist, phases: Phases) -> IgDistError | None:
+    """The error as a user meets it; None: of a process alone, whose traceback Python prints."""
+    if isinstance(error, IgDistError):
+        return error
+    now = phases.now
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
+    ):
+        rows = config.train.global_batch_size // dist.world_size // config.train.accumulation
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        return OutOfMemoryError(
+            f"out of memory at {place(now.step, now.phase)}, with {rows} rows in a forward pass ({said}): set"
+            f" train.accumulation={2 * config.train.accumulation}, train.activation_checkpointing=true or"
+            " engine.kind=fsdp2; `ig-dist train CONFIG --dry-run` says what fits"
+        )
+    if dist.world_size == 1:
+        return None
+    said = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
+    return RankError(f"failed at {place(now.step, now.phase)}: {said}")
+
+
+def _tell(explained: IgDistError, error: Exception, dist: Dist, watchdog: Watchdog) -> None:
+    if isinstance(explained, RankError):
+        traceback.print_exception(error)
+        sys.stderr.flush()
+    say(explained)
+    if dist.world_size > 1:
+        note_failure(dist.rank, str(explained))
+        last = threading.Timer(LEAVE_S, os._exit, [explained.exit_code])
+        last.daemon = True
+        last.start()
+        watchdog.tell_failure(str(explained))
