@@ -1,4 +1,4 @@
-"""Own pictures: the README's commands on a folder of drawn shapes, with every kind of file in it."""
+"""Own pictures: the page's commands on a folder of drawn shapes, with every kind of file in it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.scoring import all_pictures
 
 SHAPES = ("circle", "square", "triangle")
 PER_CLASS = 80
-# what makes the README's commands short, by verb
+# what makes the page's commands short, by verb
 SHORT = {
     "train": [
         "train.steps=20",
@@ -79,7 +79,7 @@ def save(image: Image.Image, folder: Path, i: int) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder to type the README's commands in, with ``pictures`` in it."""
+    """A folder to type the page's commands in, with ``pictures`` in it."""
     place = tmp_path_factory.mktemp("own")
     for name in ("data_prep", "configs"):
         (place / name).symlink_to(ROOT / name)
@@ -111,9 +111,8 @@ def outputs(place: Path) -> dict[str, str]:
 
 
 def walk_through() -> list[list[str]]:
-    """The commands of the README's section, as typed."""
-    section = (ROOT / "README.md").read_text().split("## Your own pictures\n")[1].split("\n## ")[0]
-    block = re.search(r"```\n(.*?)```", section, re.DOTALL)
+    """The page's commands, as typed."""
+    block = re.search(r"```\n(.*?)```", (ROOT / "docs/own-pictures.md").read_text(), re.DOTALL)
     assert block is not None
     return [shlex.split(line) for line in block[1].replace("\\\n", " ").splitlines()]
 

@@ -1,0 +1,46 @@
+"""The documents: tables that are made from the code, links that lead somewhere, a front page that stays one."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_field_table_is_that_of_the_docstrings() -> None:
+    page = (ROOT / "docs/configuration.md").read_text()
+    made = runpy.run_path(str(ROOT / "docs/configuration.py"))["page"]()
+    assert page == made, "run `python docs/configuration.py`"
+    assert (
+        "| `data.streams` | integer above 0 | `32` |" in page and "| `guidance.N.scale` | number | required |" in page
+    )
+    assert "|  |" not in page, "a field without a docstring"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", page.read_text())
+    for link in (a or b for a, b in links):
+        if link.startswith("https://"):
+            continue
+        place, _, anchor = link.partition("#")
+        file = page.parent / place if place else page
+        assert file.exists(), link
+        assert not anchor or anchor in anchors(file), link
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_front_page_is_short_and_every_page_is_in_the_index() -> None:
+    front = (ROOT / "README.md").read_text()
+    assert len(front.splitlines()) <= 130
+    assert "python launchers/slurm.py --nodes 8" in front and "python data_prep/encode_latents.py" in front
+    index = (ROOT / "docs/README.md").read_text()
+    for page in PAGES[2:]:
+        assert page.name == "README.md" or f"({page.name})" in index, page.name
