@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ig_dist.checkpoints.store import Checkpoint
+from ig_dist.checkpoints.store import MANIFEST, Checkpoint, CheckpointStore
 from ig_dist.config import Config
-from ig_dist.config_file import load_run
+from ig_dist.config_file import apply_overrides, config_from_tree, load_run
 from ig_dist.data.index import LatentInfo, ShardIndex, TokenizerInfo, read_index
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.models.dit import DiT, DiTConfig
@@ -176,21 +179,86 @@ def load_export(folder: Path, device: torch.device) -> tuple[DiT, ExportInfo]:
     return model.to(device).eval().requires_grad_(False), info
 
 
-def find_export(source: str) -> Path:
-    """The export folder that ``source`` names: itself, or one made of a run's newest checkpoint or of that of a step.
+class Weights(NamedTuple):
+    """Weights that sampling can read, and how they were asked for."""
+
+    config: Config
+    """Of their run; of an export without one the defaults, with what the export says of its model."""
+    export: Path
+    """Folder of ``model.safetensors`` and ``export.json``."""
+    run: Path | None
+    """The run, where it is known."""
+
+
+def find_weights(
+    source: str | Path,
+    *,
+    ema: float | None = None,
+    raw: bool = False,
+    step: int | None = None,
+    overrides: Sequence[str] = (),
+) -> Weights:
+    """The weights that ``source`` names; those of a checkpoint are exported, once.
 
     Args:
-        source: an export folder, ``RUN`` or ``RUN@STEP``.
+        source: a run (its newest checkpoint), RUN@STEP, a checkpoint's folder, an export's, or one that ``ig-dist
+            convert`` made.
+        ema: decay of the average; None: the first of ``ema.decays``.
+        raw: the weights themselves instead.
+        step: of another checkpoint of the same run.
+        overrides: ``a.b=c`` for the config.
 
     Raises:
-        ConfigError: neither an export nor a run, or no such checkpoint.
+        ConfigError: no weights there, or none of that average or step.
     """
-    if (Path(source) / INFO_NAME).is_file():
-        return Path(source)
-    run, _, step = source.partition("@")
-    if not (Path(run) / "config.yaml").is_file():
-        raise ConfigError(f"sample.weak_model {source}: no export and no run there; give RUN, RUN@STEP or an export")
-    if step and not step.isdecimal():
-        raise ConfigError(f"sample.weak_model {source!r}: {step!r} is no step; write RUN or RUN@1000")
-    config = load_run(run)
-    return export_run(config, step=int(step) if step else None)
+    config, run, named = find_run(source, overrides)
+    folder = Path(source)
+    if (folder / INFO_NAME).is_file():
+        if raw or ema is not None or step is not None:
+            raise ConfigError(f"{folder} holds exported weights, and only these: leave out --ema, --raw and steps")
+        return Weights(config, folder, run)
+    return Weights(config, export_run(config, ema=ema, raw=raw, step=named if step is None else step), run)
+
+
+def find_run(source: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Path | None, int | None]:
+    """Config, run and step that ``source`` names, see ``find_weights``; nothing is exported.
+
+    Returns:
+        The config, with overrides; the run, None of an export or a checkpoint without one; the step, where it is said.
+
+    Raises:
+        ConfigError: no weights there.
+    """
+    folder = Path(source)
+    if (folder / "config.yaml").is_file():
+        return load_run(folder, overrides), folder, None
+    above, exported = folder.absolute().parent.parent, (folder / INFO_NAME).is_file()
+    saved = re.fullmatch(r"step_(\d{10})", folder.name) if (folder / MANIFEST).is_file() else None
+    if (exported or saved) and (above / "config.yaml").is_file():
+        return load_run(above, overrides), above, int(saved[1]) if saved else None
+    if exported:
+        return _config_of(folder, overrides), None, None
+    if saved:
+        step, url = int(saved[1]), str(folder.absolute().parent)
+        tree = CheckpointStore(url).at(step, ALONE).meta["config"]
+        tree = {**tree, "run": {**tree["run"], "dir": url}, "checkpoint": {**tree["checkpoint"], "url": url}}
+        return config_from_tree(apply_overrides(tree, overrides), source=str(folder)), None, step
+    run, at, step_text = str(source).rpartition("@")
+    if at and (Path(run) / "config.yaml").is_file():
+        if not step_text.isdecimal():
+            raise ConfigError(f"{source}: {step_text!r} is no step; write RUN or RUN@1000")
+        return load_run(run, overrides), Path(run), int(step_text)
+    raise ConfigError(
+        f"{source}: no run and no weights there (no config.yaml, {INFO_NAME} or {MANIFEST}): give RUN, RUN@STEP, or the"
+        " folder of a checkpoint or an export"
+    )
+
+
+def _config_of(folder: Path, overrides: Sequence[str]) -> Config:
+    """Defaults for an export that has no run; what is made of it lies beside its weights."""
+    info = read_info(folder)
+    model = {name: value for name, value in dataclasses.asdict(info.model).items() if name != "mlp_ratio"}
+    tree: dict[str, Any] = {"run": {"dir": str(folder)}, "model": model, "train": {"steps": max(1, info.step)}}
+    tree |= {"loss": {"path": info.path, "label_drop": 0.1 if info.trained_with_null_label else 0.0}}
+    tree |= {"data": {"index": "the data is not known"}}  # no command that reads it is of use without its run
+    return config_from_tree(apply_overrides(tree, overrides), source=str(folder))

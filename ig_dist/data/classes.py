@@ -1,10 +1,13 @@
-"""Names of classes: the 1,000 of ImageNet in words."""
+"""Names of classes: the 1,000 of ImageNet in words, and classes by number, name or words."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+
+from ig_dist.errors import ConfigError
 
 
 @cache
@@ -22,3 +25,41 @@ def class_words(classes: Sequence[str]) -> list[str] | None:
     if list(classes) == [str(number) for number in range(len(words))]:
         return list(words.values())
     return None
+
+
+def find_classes(asked: Sequence[int | str], names: Sequence[str], words: Sequence[str] | None) -> list[int]:
+    """Numbers of classes.
+
+    Args:
+        asked: of each its number, its name in the index (``n02099601``) or one of its words (``golden_retriever``);
+            upper case, hyphens and underscores make no difference. Digits are a number where there is such a class.
+        names: of all classes, as the index has them.
+        words: of each class, separated by commas ("tench, Tinca tinca"); None: not known.
+
+    Raises:
+        ConfigError: no such class, or more than one.
+    """
+    found: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        alike = [name] if words is None else [name, words[number], *words[number].split(",")]
+        for text in dict.fromkeys(map(_plain, alike)):
+            found.setdefault(text, []).append(number)
+
+    def number_of(one: int | str) -> int:
+        text = str(one).strip()
+        if text.isdecimal() and int(text) < len(names):
+            return int(text)
+        numbers = found.get(_plain(text), [])
+        if len(numbers) == 1:
+            return numbers[0]
+        if numbers:
+            raise ConfigError(f"class {text!r} is one of {' and '.join(map(str, numbers))}: give its number")
+        near = difflib.get_close_matches(_plain(text), found, n=3, cutoff=0.5) if not text.isdecimal() else []
+        hint = "; the nearest are " + ", ".join(f"{name!r} ({found[name][0]})" for name in near) if near else ""
+        raise ConfigError(f"there is no class {text!r}{hint}: give a number from 0 to {len(names) - 1}, or a name")
+
+    return [number_of(one) for one in asked]
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.replace("_", " ").replace("-", " ").lower().split())

@@ -25,7 +25,7 @@ from ig_dist.evaluation.generate import Models, generate_units
 from ig_dist.evaluation.pictures import save_grid
 from ig_dist.evaluation.plan import Plan, make_plan
 from ig_dist.evaluation.units import Samples, existing, read_unit, unit_name, write_file
-from ig_dist.export import ExportInfo, find_export, load_export
+from ig_dist.export import ExportInfo, find_weights, load_export
 from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.storage.files import open_url
 from ig_dist.terminal import console, is_first_process, is_main_process
@@ -63,7 +63,7 @@ def sample_run(
     tokenizer = index_tokenizer(info.tokenizer, info.latent, config.sample.tokenizer, device=device)
     weak_model, weak = None, None
     if any(term.kind == "auto" and term.scale != 1 for term in config.guidance):
-        weak_model, weak = load_export(find_export(config.sample.weak_model), device)
+        weak_model, weak = load_export(_weak_export(config.sample.weak_model), device)
     plan = make_plan(config, info, info.weights_sha256, weak)
     keep_images = config.sample.keep_images
     if not keep_images and not extractors:
@@ -89,6 +89,13 @@ def sample_run(
     if collected and is_main_process():
         _collect(samples, config)
     return Made(samples, files)
+
+
+def _weak_export(source: str) -> Path:
+    try:
+        return find_weights(source).export
+    except ConfigError as error:
+        raise ConfigError(f"sample.weak_model {error}") from None
 
 
 def config_extractor(config: Config, name: str, device: torch.device) -> Extractor:

@@ -17,7 +17,7 @@ from ig_dist.config_file import load_run
 from ig_dist.diffusion.samplers import heun, time_grid
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.plan import make_plan
-from ig_dist.export import export_run, find_export, load_export
+from ig_dist.export import export_run, find_weights, load_export
 from ig_dist.latents.tokenizer import PIXEL
 from ig_dist.rng import Purpose, normal
 from tests.conftest import TINY, run_command
@@ -51,7 +51,7 @@ def sample(runs: Path, *options: str) -> tuple[dict[str, Any], dict[str, np.ndar
 def transcribed(runs: Path, weak: str, scale: float) -> np.ndarray:
     """Karras et al., arXiv 2406.02507, equation 3: v_weak + w (v - v_weak), in two lines."""
     model, _ = load_export(export_run(load_run(runs / "run")), torch.device("cpu"))
-    second, _ = load_export(find_export(weak), torch.device("cpu"))
+    second, _ = load_export(find_weights(weak).export, torch.device("cpu"))
     numbers = torch.arange(24)
 
     def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
@@ -67,7 +67,7 @@ def transcribed(runs: Path, weak: str, scale: float) -> np.ndarray:
 @pytest.mark.parametrize("weak", ["run@20", "small"])
 def test_the_second_model_guides_and_is_in_plan_and_protocol(runs: Path, weak: str) -> None:
     plan, unit, folder = sample(runs, "--weak", f"{runs}/{weak}", "--auto-scale", "2.5")
-    info = load_export(find_export(f"{runs}/{weak}"), torch.device("cpu"))[1]
+    info = load_export(find_weights(f"{runs}/{weak}").export, torch.device("cpu"))[1]
     assert plan["weak_sha256"] == info.weights_sha256 != plan["weights_sha256"]
     assert info.step == (20 if weak == "run@20" else 50)
     expected = transcribed(runs, f"{runs}/{weak}", 2.5)
