@@ -7,6 +7,8 @@ from typing import Annotated
 import fsspec
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from ig_dist.extras import missing
+
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -23,9 +25,12 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 def _known_protocol(url: str) -> str:
+    protocol = fsspec.utils.get_protocol(url)
     try:
-        fsspec.get_filesystem_class(fsspec.utils.get_protocol(url))
+        fsspec.get_filesystem_class(protocol)
     except (ValueError, ImportError) as error:
+        if protocol in ("s3", "s3a") and isinstance(error, ImportError):
+            raise ValueError(missing("s3", f"{url} needs")) from None
         raise ValueError(" ".join(str(error).split())) from None
     return url
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ig_dist.errors import ConfigError
+from ig_dist.extras import missing
 from ig_dist.storage.hub import NotOnHubError, hub_files
 
 ROOT_VARIABLE = "IG_DIST_TOKENIZERS"
@@ -121,4 +122,4 @@ def _not_found(known: Published, why: str) -> ConfigError:
 
 def missing_diffusers(name: str) -> ConfigError:
     """What is said where diffusers, with the hub's client in its wake, is not installed."""
-    return ConfigError(f"tokenizer {name} needs diffusers: pip install 'ig-dist[vae]'")
+    return missing("vae", f"tokenizer {name} needs")

@@ -7,7 +7,7 @@ import importlib.util
 import torch
 
 from ig_dist.config import Config
-from ig_dist.errors import ConfigError
+from ig_dist.extras import missing
 from ig_dist.models.dit import DiT
 from ig_dist.optim.apex_adam import check_apex
 from ig_dist.parallel.apply import apply_activation_checkpointing, apply_compile, apply_precision
@@ -19,7 +19,7 @@ from ig_dist.parallel.engine import Engine, LoadedState
 def check_engine(config: Config) -> None:
     """Raise ConfigError unless the packages of engine and optimizer are installed."""
     if config.engine.kind == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError("engine.kind=deepspeed needs DeepSpeed: pip install 'ig-dist[deepspeed]', or use fsdp2")
+        raise missing("deepspeed", "engine.kind=deepspeed needs", "use engine.kind=fsdp2")
     if config.optimizer.implementation == "apex":
         check_apex()
 

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from ig_dist.errors import ConfigError, IgDistError
+from ig_dist.extras import missing
 from ig_dist.slurm.commands import Partition, minutes, partition
 from ig_dist.slurm.record import Folder, Submission
 
@@ -126,7 +127,7 @@ def batch_script(request: Request, submission: Submission, folder: Path, *, name
     try:
         import submitit
     except ModuleNotFoundError:
-        raise ConfigError("jobs on SLURM need submitit: pip install 'ig-dist[slurm]'") from None
+        raise missing("slurm", "jobs on SLURM need") from None
 
     class Script(submitit.SlurmExecutor):
         """Writes scripts also where there is no SLURM."""

@@ -15,6 +15,7 @@ import fsspec
 import numpy as np
 
 from ig_dist.errors import ConfigError, DataError
+from ig_dist.extras import missing
 from ig_dist.storage import s3
 from ig_dist.storage.faults import PATIENCE, Patience, retried
 from ig_dist.storage.urls import WEB, full_url, is_file, is_local, once, refuse_credentials
@@ -52,6 +53,8 @@ def open_url(url: str, what: str, patience: Patience = PATIENCE, *, web: bool = 
     try:
         fs, path = fsspec.core.url_to_fs(url.rstrip("/"), **options)
     except (ValueError, ImportError) as error:
+        if on_s3 and isinstance(error, ImportError):
+            raise missing("s3", f"{what} {url} needs") from None
         raise ConfigError(f"{what} {url!r}: {' '.join(str(error).split())}") from None
     if on_s3:
         fs.retries = 1

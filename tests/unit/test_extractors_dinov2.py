@@ -120,5 +120,5 @@ def test_without_transformers(folder: Path, tmp_path: Path, monkeypatch: pytest.
     copy = tmp_path / "copy"  # a path that was not loaded before
     copy.symlink_to(folder)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ConfigError, match=r"extractor dinov2 needs transformers: pip install 'ig-dist\[dinov2\]'"):
+    with pytest.raises(ConfigError, match=r"extractor dinov2 needs transformers: pip install 'transformers>=5'"):
         get_extractor("dinov2", weights=str(copy))

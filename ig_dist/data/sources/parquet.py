@@ -13,6 +13,7 @@ from typing import Any
 from ig_dist.data.sources.spool import SourceFile, SourceReader
 from ig_dist.data.sources.tars import LABEL, PICTURES
 from ig_dist.errors import ConfigError
+from ig_dist.extras import missing
 from ig_dist.progress import Advance
 from ig_dist.storage.faults import Patience, unreadable
 
@@ -86,7 +87,7 @@ def _opened(file: SourceFile, patience: Patience, advance: Advance | None = None
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ConfigError("reading parquet needs pyarrow: pip install 'ig-dist[parquet]'") from None
+        raise missing("parquet", "reading parquet needs") from None
     try:
         with SourceReader(file, patience, advance) as raw:
             opened = pyarrow.parquet.ParquetFile(raw)

