@@ -3,16 +3,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 TIERS := test-unit test-distributed test-integration test-gpu
 
-.venv/.installed: pyproject.toml constraints.txt
+# the quickstart needs the base dependencies only; the dev install has them too
+.venv/.base .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.$(EXTRAS)'
+	touch .venv/.base $@
+
+.venv/.installed: EXTRAS := [dev]
 
 .PHONY: install quickstart test $(TIERS) test-full lint help
 
 install: .venv/.installed  ## Make .venv with everything in it
 
-quickstart: .venv/.installed  ## The whole system on real digits, about six minutes on two cores
+quickstart: .venv/.base  ## The whole system on real digits, about six minutes on two cores
 	$(BIN)/ig-dist quickstart
 
 test: $(TIERS)  ## All tests but the long forms, tier by tier
