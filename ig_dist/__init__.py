@@ -1,3 +1,60 @@
-"""ig_dist: diffusion transformers with Internal Guidance, trained, sampled and scored exactly."""
+"""ig_dist: diffusion transformers with Internal Guidance, trained, sampled and scored exactly.
+
+    import ig_dist
+    pipe = ig_dist.load("runs/digits")
+    pipe(labels=[3, 7], ig_scale=1.4)
+
+The verbs of the command line are functions with the same defaults: ``encode``, ``train``, ``sample``, ``evaluate``,
+``sweep``, ``write_report``. What they need is imported when it is asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ig_dist.api import load, sample, sweep, train, write_report
+    from ig_dist.config import Config
+    from ig_dist.encoding.run import encode
+    from ig_dist.errors import IgDistError
+    from ig_dist.evaluation.evaluate import evaluate
+    from ig_dist.gallery import grid
+    from ig_dist.pipeline import Pipeline
 
 __version__ = "0.1.0"
+__all__ = [
+    "Config",
+    "IgDistError",
+    "Pipeline",
+    "encode",
+    "evaluate",
+    "grid",
+    "load",
+    "sample",
+    "sweep",
+    "train",
+    "write_report",
+]
+
+_PLACES = {
+    "Config": "config",
+    "IgDistError": "errors",
+    "Pipeline": "pipeline",
+    "encode": "encoding.run",
+    "evaluate": "evaluation.evaluate",
+    "grid": "gallery",
+    "load": "api",
+    "sample": "api",
+    "sweep": "api",
+    "train": "api",
+    "write_report": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'ig_dist' has no attribute {name!r}")
+    return getattr(import_module(f"ig_dist.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

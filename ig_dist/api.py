@@ -1,0 +1,218 @@
+"""What ``import ig_dist`` offers: the verbs of the command line as functions with the same defaults, and ``load``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ig_dist.config import Config
+from ig_dist.config_file import apply_overrides, config_from_tree, load_config
+from ig_dist.errors import ConfigError
+from ig_dist.evaluation.asking import Interval, sample_config
+from ig_dist.evaluation.sampling import sample_run, sampling_device
+from ig_dist.evaluation.sweep import Axes, sweep_run
+from ig_dist.export import find_weights
+from ig_dist.pipeline import Pipeline
+from ig_dist.terminal import is_main_process, warn
+
+
+def load(
+    source: str | Path,
+    *,
+    ema: float | None = None,
+    raw: bool = False,
+    device: str | torch.device | None = None,
+    precision: str | None = None,
+    tokenizer: str = "",
+) -> Pipeline:
+    """Weights ready to sample.
+
+    Args:
+        source: a run (its newest checkpoint), RUN@STEP, the folder of a checkpoint or of an export, or one that
+            `ig-dist convert` made.
+        ema: decay of the average; None: the first of ``ema.decays``.
+        raw: the weights themselves instead of an average.
+        device: of the model; None: the GPU, or the CPU where there is none.
+        precision: arithmetic of the model, fp32 or bf16; None: as the run's config says.
+        tokenizer: folder, file or name of the tokenizer where it is not found under the name in the index.
+
+    Raises:
+        ConfigError: no weights there, or the tokenizer is not found.
+        DataError: they are damaged.
+    """
+    given = {"precision": precision, "tokenizer": tokenizer or None}
+    overrides = [f"sample.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    weights = find_weights(source, ema=ema, raw=raw, overrides=overrides)
+    return Pipeline(weights, sampling_device() if device is None else torch.device(device))
+
+
+def train(config: str | Path | Mapping[str, Any] | Config, *overrides: str, force: bool = False, **groups: Any) -> Path:
+    """Train a model as `ig-dist train` does; call it again to resume.
+
+    Args:
+        config: a YAML file, the name of a config that comes with ig_dist ("digits"), groups as a dict, or a ``Config``.
+        overrides: ``"a.b=c"``.
+        force: go on under a changed config.
+        groups: config groups by name, on top: ``train={"steps": 100}, run={"dir": "runs/short"}``.
+
+    Returns:
+        The run directory, for ``load``.
+
+    Raises:
+        ConfigError: the config does not fit the data, the run directory or the number of processes.
+        DataError: damaged data, or no whole checkpoint.
+        NonFiniteError: too many non-finite steps in a row.
+        Preempted: asked to stop by a signal, after a save.
+    """
+    from ig_dist.training.trainer import train as run_training
+
+    options = [*overrides, *(f"{key}={json.dumps(value)}" for key, value in _flat(groups))]
+    if isinstance(config, str | Path):
+        loaded = load_config(config, options)
+    else:
+        tree = config.model_dump(mode="json") if isinstance(config, Config) else dict(config)
+        loaded = config_from_tree(apply_overrides(tree, options), source="config")
+        if not loaded.run.dir:
+            raise ConfigError('run.dir is empty: say where the run goes, e.g. run={"dir": "runs/mine"}')
+    if is_main_process():
+        for line in loaded.warnings():
+            warn(line)
+    run_training(loaded, force=force)
+    return Path(loaded.run.dir)
+
+
+def sample(
+    source: str | Path,
+    *overrides: str,
+    num: int | None = None,
+    labels: str | None = None,
+    classes: Sequence[int | str] | None = None,
+    seed: int | None = None,
+    solver: str | None = None,
+    steps: int | None = None,
+    preset: str | None = None,
+    ig_scale: float | None = None,
+    cfg_scale: float | None = None,
+    auto_scale: float | None = None,
+    ig_interval: Interval | None = None,
+    cfg_interval: Interval | None = None,
+    auto_interval: Interval | None = None,
+    weak: str | Path | None = None,
+    ema: float | None = None,
+    raw: bool = False,
+) -> str:
+    """Make the images of a plan into files, as `ig-dist sample` does; None: as the run's config says.
+
+    Args:
+        source: as of ``load``.
+        overrides: ``"a.b=c"``.
+        num: number of images.
+        labels: balanced or random.
+        classes: by number, name or words: image i has ``classes[i % len(classes)]``.
+        seed: image i depends on (seed, i) only.
+        solver: euler, heun, euler_maruyama or dopri5.
+        steps: of the solver.
+        preset: "paper" or "paper-ig".
+        ig_scale: of Internal Guidance; 1: off.
+        cfg_scale: of classifier-free guidance; 1: off.
+        auto_scale: of autoguidance by ``weak``; 1: off.
+        ig_interval: times (low, high) at which IG is on; t = 1 is noise.
+        cfg_interval: the same of CFG.
+        auto_interval: the same of autoguidance.
+        weak: the second model of autoguidance.
+        ema: decay of the average; None: the first of ``ema.decays``.
+        raw: the weights themselves instead of an average.
+
+    Returns:
+        The folder of the samples, for ``evaluate``.
+
+    Raises:
+        ConfigError: what is asked for does not fit.
+        DataError: a file cannot be written.
+    """
+    weights = find_weights(source, ema=ema, raw=raw)
+    config = sample_config(
+        weights.config,
+        overrides,
+        preset=preset,
+        num=num,
+        labels=labels,
+        classes=None if classes is None else list(classes),
+        seed=seed,
+        solver=solver,
+        steps=steps,
+        weak_model=None if weak is None else str(weak),
+        ig_scale=ig_scale,
+        cfg_scale=cfg_scale,
+        auto_scale=auto_scale,
+        ig_interval=ig_interval,
+        cfg_interval=cfg_interval,
+        auto_interval=auto_interval,
+    )
+    return sample_run(config, weights.export).samples.url
+
+
+def sweep(
+    source: str | Path,
+    *overrides: str,
+    ig_scale: Sequence[float] = (1.0, 1.2, 1.4, 1.7, 2.0, 2.5),
+    cfg_scale: Sequence[float] = (1.0,),
+    auto_scale: Sequence[float] = (1.0,),
+    ig_interval: Sequence[Interval | None] = (None,),
+    cfg_interval: Sequence[Interval | None] = (None,),
+    auto_interval: Interval | None = None,
+    ema: Sequence[float | None] = (None,),
+    checkpoint: Sequence[int | None] = (None,),
+    seeds: int = 1,
+    target: str | None = None,
+    halving: bool = False,
+) -> dict[str, Any]:
+    """Score a grid of guidance scales with common noise, as `ig-dist sweep` does.
+
+    Args:
+        source: a run.
+        overrides: ``"a.b=c"``.
+        ig_scale: scales of Internal Guidance.
+        cfg_scale: of classifier-free guidance.
+        auto_scale: of autoguidance by ``sample.weak_model``.
+        ig_interval: times (low, high) at which IG is on; None: as the config says.
+        cfg_interval: the same of CFG.
+        auto_interval: times at which autoguidance is on.
+        ema: decays of averages.
+        checkpoint: steps of checkpoints.
+        seeds: of each point.
+        target: the score to search for; None: the first of ``evaluate.metrics``.
+        halving: all points on few images, the better half on twice as many, and so on.
+
+    Returns:
+        What sweep.json holds: "rows", one for each point, and the protocol.
+
+    Raises:
+        ConfigError: what is asked for does not fit.
+    """
+    config = find_weights(source, overrides=overrides).config
+    axes = Axes(ig_scale, cfg_scale, auto_scale, ig_interval, cfg_interval, ema, checkpoint)
+    return sweep_run(config, axes, auto_interval=auto_interval, seeds=seeds, target=target, halving=halving)
+
+
+def write_report(run: str | Path, out: str | Path | None = None) -> Path:
+    """Write one HTML file of a run, as `ig-dist report` does; ``report.html`` in the run, if not said otherwise.
+
+    Raises:
+        ConfigError: no run there, or the file cannot be written.
+    """
+    from ig_dist.report.page import write_report as write
+
+    return write(Path(run), None if out is None else Path(out))
+
+
+def _flat(groups: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:
+    """``{"train": {"steps": 5}}`` as ``train.steps`` and 5: what a group does not name stays."""
+    flat = []
+    for key, value in groups.items():
+        flat += _flat(value, f"{above}{key}.") if isinstance(value, Mapping) and value else [(above + key, value)]
+    return flat

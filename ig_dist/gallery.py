@@ -1,0 +1,85 @@
+"""Images that a notebook shows."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+SMALLEST_SIDE = 48  # smaller pictures are enlarged to about so many pixels
+MOST_SHOWN = 64
+GAP = 2
+
+
+class Images(list[Image.Image]):
+    """PIL images with the classes that were asked for. At the end of a notebook's cell they are shown as a grid."""
+
+    def __init__(self, images: Iterable[Image.Image], labels: Sequence[int] = ()) -> None:
+        super().__init__(images)
+        self.labels = list(labels)
+        """Number of the class of each image."""
+
+    def grid(self, columns: int = 8, side: int | None = None) -> Image.Image:
+        """All of them in one picture, see ``ig_dist.grid``."""
+        return grid(self, columns, side)
+
+    def _repr_png_(self) -> bytes | None:
+        if not self:
+            return None
+        file = io.BytesIO()
+        grid(self[:MOST_SHOWN]).save(file, "PNG")
+        return file.getvalue()
+
+
+def grid(
+    images: Sequence[Image.Image] | Sequence[Sequence[Image.Image]] | NDArray[np.uint8],
+    columns: int = 8,
+    side: int | None = None,
+) -> Image.Image:
+    """Lay images of one size out in one picture.
+
+    Args:
+        images: PIL images, or arrays (N, H, W, channels) uint8; or a list of such lists, each of which is a row.
+        columns: images in a row, where no rows are given.
+        side: pixels of an image's longer side; None: as they are, but small ones are enlarged. Pixels stay square
+            and sharp where it is a multiple.
+
+    Raises:
+        ValueError: no images, or images of several sizes.
+    """
+    first: Any = images[0] if len(images) else None
+    if isinstance(first, list | tuple) or getattr(first, "ndim", 0) == 4:
+        rows = [_pictures(row) for row in images]
+        columns = max(map(len, rows))
+    else:
+        pictures = _pictures(images)
+        rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+        columns = min(columns, len(pictures))
+    sizes = {picture.size for row in rows for picture in row}
+    if len(sizes) != 1:
+        raise ValueError(f"images of one size are laid out in a grid, these are of {sorted(sizes) or 'none'}")
+    width, height = sizes.pop()
+    longer = max(width, height)
+    scale = side / longer if side else max(1, SMALLEST_SIDE // longer)
+    width, height = round(width * scale), round(height * scale)
+    size = columns * (width + GAP) - GAP, len(rows) * (height + GAP) - GAP
+    whole = Image.new(rows[0][0].mode, size, color="white")
+    sampling = Image.Resampling.NEAREST if scale == int(scale) else Image.Resampling.LANCZOS
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            enlarged = picture.resize((width, height), sampling)
+            whole.paste(enlarged, (x * (width + GAP), y * (height + GAP)))
+    return whole
+
+
+def pil_images(images: NDArray[np.uint8]) -> list[Image.Image]:
+    """Of an array (N, H, W, channels)."""
+    return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in images]
+
+
+def _pictures(images: Any) -> list[Image.Image]:
+    return list(images) if len(images) and isinstance(images[0], Image.Image) else pil_images(np.asarray(images))

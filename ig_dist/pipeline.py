@@ -1,0 +1,288 @@
+"""Weights in Python: ``pipe = ig_dist.load("runs/digits")``, and ``pipe(labels=[3, 7])`` are pictures.
+
+The same functions as `ig-dist sample` make the images, in the same batches: they are bitwise the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ig_dist.config import Config
+from ig_dist.data.classes import class_words, find_classes
+from ig_dist.diffusion.guidance import GuidanceTerm, guided_velocity
+from ig_dist.errors import ConfigError
+from ig_dist.evaluation.asking import Interval, sample_config
+from ig_dist.evaluation.generate import Models, decode, solve
+from ig_dist.evaluation.plan import Plan, image_numbers, make_plan
+from ig_dist.export import ExportInfo, Weights, find_weights, load_export
+from ig_dist.gallery import Images, pil_images
+from ig_dist.latents.tokenizers import index_tokenizer
+from ig_dist.models.dit import DiT, count_parameters
+from ig_dist.progress import progress
+from ig_dist.rng import Purpose, normal
+
+Labels = Sequence[int | str] | int | str | NDArray[np.integer[Any]] | Tensor
+Output = Literal["pil", "numpy", "torch", "latents"]
+
+
+class Asked(TypedDict, total=False):
+    """What a call of a ``Pipeline`` may be asked for."""
+
+    num: int | None
+    seed: int | None
+    solver: str | None
+    steps: int | None
+    preset: str | None
+    ig_scale: float | None
+    cfg_scale: float | None
+    auto_scale: float | None
+    ig_interval: Interval | None
+    cfg_interval: Interval | None
+    auto_interval: Interval | None
+    weak: str | Path | None
+    time_shift: float | Literal["latent_dimension"] | None
+    correct_last_step: bool | None
+    rtol: float | None
+    atol: float | None
+    precision: Literal["fp32", "bf16"] | None
+    batch_size: int | None
+    unit_size: int | None
+
+
+class Pipeline:
+    """A trained model with its tokenizer, ready to sample; made by ``ig_dist.load``.
+
+    Attributes:
+        model: the network, in eval mode on ``device``: ``model(x_t, t, labels)`` gives ``velocity`` and
+            ``aux_velocity``, (B, C, H, W) each, from x_t (B, C, H, W) and t (B,) float32, labels (B,) int64.
+        config: the run's; what a call leaves out is as it says.
+        info: what the export says: step, average, latents, tokenizer, hashes.
+        classes: name of each class, in words where they are known.
+        device: where the model is.
+    """
+
+    def __init__(self, weights: Weights, device: torch.device) -> None:
+        self.config, self.export, self.run = weights
+        self.device = device
+        self.model: DiT
+        self.info: ExportInfo
+        self.model, self.info = load_export(self.export, device)
+        self._tokenizer = index_tokenizer(
+            self.info.tokenizer, self.info.latent, self.config.sample.tokenizer, device=device
+        )
+        self._words = class_words(self.info.classes)
+        self.classes = self._words or self.info.classes
+        self._weak: dict[str, tuple[DiT, ExportInfo]] = {}
+
+    @overload
+    def __call__(
+        self, labels: Labels | None = None, *, output: Literal["pil"] = "pil", **asked: Unpack[Asked]
+    ) -> Images: ...
+    @overload
+    def __call__(
+        self, labels: Labels | None = None, *, output: Literal["numpy"], **asked: Unpack[Asked]
+    ) -> NDArray[np.uint8]: ...
+    @overload
+    def __call__(
+        self, labels: Labels | None = None, *, output: Literal["torch", "latents"], **asked: Unpack[Asked]
+    ) -> Tensor: ...
+    def __call__(
+        self,
+        labels: Labels | None = None,
+        *,
+        num: int | None = None,
+        seed: int | None = None,
+        solver: str | None = None,
+        steps: int | None = None,
+        preset: str | None = None,
+        ig_scale: float | None = None,
+        cfg_scale: float | None = None,
+        auto_scale: float | None = None,
+        ig_interval: Interval | None = None,
+        cfg_interval: Interval | None = None,
+        auto_interval: Interval | None = None,
+        weak: str | Path | None = None,
+        output: Output = "pil",
+        **sample: Any,
+    ) -> Images | NDArray[np.uint8] | Tensor:
+        """Make images: bitwise those that `ig-dist sample` makes with the same options. None: as the run's config.
+
+        Args:
+            labels: classes by number, name or words, one for each image; with ``num`` image i has class
+                ``labels[i % len(labels)]``. "balanced" and "random" are as on the command line.
+            num: number of images; None: one for each label.
+            seed: image i depends on (seed, i) only.
+            solver: euler, heun, euler_maruyama or dopri5.
+            steps: of the solver.
+            preset: "paper" or "paper-ig": as published for a model of this size.
+            ig_scale: of Internal Guidance; 1: off.
+            cfg_scale: of classifier-free guidance; 1: off.
+            auto_scale: of autoguidance by ``weak``; 1: off.
+            ig_interval: times (low, high) at which IG is on; t = 1 is noise.
+            cfg_interval: the same of CFG.
+            auto_interval: the same of autoguidance.
+            weak: the second model of autoguidance: all that ``ig_dist.load`` takes.
+            output: "pil": a list of PIL images; "numpy": (N, H, W, channels) uint8; "torch": the same as a tensor on
+                ``device``; "latents": (N, C, h, w) float64 for ``decode``.
+            sample: other keys of the config's ``sample`` group: time_shift, precision, batch_size, ...
+
+        Raises:
+            ConfigError: what is asked for does not fit; the message says how to mend it.
+        """
+        words: dict[str, Any] = {}
+        if isinstance(labels, str) and labels in ("balanced", "random"):
+            words["labels"] = labels
+        elif labels is not None:
+            words["classes"] = find_classes(_listed(labels), self.info.classes, self._words)
+            num = len(words["classes"]) if num is None else num
+        if num is None:
+            raise ConfigError("say how many images: e.g. pipe(num=8), or name their classes: pipe(labels=[0, 1, 2])")
+        config = sample_config(
+            self.config,
+            preset=preset,
+            num=num,
+            seed=seed,
+            solver=solver,
+            steps=steps,
+            weak_model=None if weak is None else str(weak),
+            ig_scale=ig_scale,
+            cfg_scale=cfg_scale,
+            auto_scale=auto_scale,
+            ig_interval=ig_interval,
+            cfg_interval=cfg_interval,
+            auto_interval=auto_interval,
+            **words,
+            **sample,
+        )
+        return self._sample(config, output)
+
+    def _sample(self, config: Config, output: Output) -> Images | NDArray[np.uint8] | Tensor:
+        if output not in ("pil", "numpy", "torch", "latents"):
+            raise ConfigError(f"output={output!r}: use 'pil', 'numpy', 'torch' or 'latents'")
+        weak_model, weak = self._second(config)
+        plan = make_plan(config, self.info, self.info.weights_sha256, weak)
+        models = Models(self.model, self.info, self._tokenizer, weak_model)
+        made, labels = list[Tensor](), list[Tensor]()
+        with progress("sample", plan.num, "images") as advance:
+            for batch in _batches(plan):
+                numbers = image_numbers(batch, self.device)
+                labels.append(plan.image_labels(numbers))
+                latents, _ = solve(models, plan, numbers, labels[-1])
+                made.append(latents if output == "latents" else decode(models, latents))
+                advance(len(batch))
+        images = torch.cat(made)
+        if output in ("torch", "latents"):
+            return images
+        pixels = images.cpu().numpy()
+        return Images(pil_images(pixels), torch.cat(labels).tolist()) if output == "pil" else pixels
+
+    def _second(self, config: Config) -> tuple[DiT, ExportInfo] | tuple[None, None]:
+        """The second model, where guidance asks for it; read once."""
+        if all(term.kind != "auto" or term.scale == 1 for term in config.guidance):
+            return None, None
+        source = config.sample.weak_model
+        if source not in self._weak:
+            self._weak = {source: load_export(find_weights(source).export, self.device)}
+        return self._weak[source]
+
+    @torch.no_grad()
+    def velocity(
+        self,
+        x: Tensor,
+        t: float,
+        labels: Labels,
+        *,
+        ig_scale: float = 1.0,
+        cfg_scale: float = 1.0,
+    ) -> Tensor:
+        """The velocity dx/dt that a solver follows at time t, from noise (t = 1) to data (t = 0).
+
+        Args:
+            x: (B, C, h, w), on any device: noise, latents, or between them.
+            t: the time, in [0, 1].
+            labels: classes, by number or name; one for all of x, or B; ``len(pipe.classes)`` is the null label.
+            ig_scale: of Internal Guidance; 1: off, 0: the auxiliary head alone.
+            cfg_scale: of classifier-free guidance; 1: off.
+
+        Returns:
+            (B, C, h, w) on ``device``, in the dtype of x, float32 at least.
+
+        Raises:
+            ConfigError: no such class, or guidance that the model cannot give.
+        """
+        x = x.to(self.device)
+        null, names = len(self.info.classes), self.info.classes
+        found = [null if one == null else find_classes([one], names, self._words)[0] for one in _listed(labels)]
+        if len(found) not in (1, len(x)):
+            raise ConfigError(f"{len(found)} labels for {len(x)} rows of x: give one, or one for each row")
+        wanted = torch.tensor(found, device=self.device).expand(len(x))
+        terms = [GuidanceTerm("ig", ig_scale), GuidanceTerm("cfg", cfg_scale)]
+        try:
+            function = guided_velocity(self.model, wanted, terms)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        with self._arithmetic():
+            return function(x, float(t))
+
+    def noise(self, num: int, seed: int | None = None) -> Tensor:
+        """The noise (num, C, h, w) float64 that images 0 to num - 1 of a seed begin with, at t = 1."""
+        numbers = image_numbers(range(num), self.device)
+        seed = self.config.sample.seed if seed is None else seed
+        return normal(seed, Purpose.SAMPLE_NOISE, numbers, self.info.latent.shape).double()
+
+    @overload
+    def decode(self, latents: Tensor, *, output: Literal["pil"] = "pil") -> Images: ...
+    @overload
+    def decode(self, latents: Tensor, *, output: Literal["numpy"]) -> NDArray[np.uint8]: ...
+    @overload
+    def decode(self, latents: Tensor, *, output: Literal["torch"]) -> Tensor: ...
+    def decode(
+        self, latents: Tensor, *, output: Literal["pil", "numpy", "torch"] = "pil"
+    ) -> Images | NDArray[np.uint8] | Tensor:
+        """Images of latents (N, C, h, w) as the model sees them; ``output`` as of a call."""
+        images = decode(Models(self.model, self.info, self._tokenizer), latents.to(self.device))
+        if output == "torch":
+            return images
+        pixels = images.cpu().numpy()
+        return Images(pil_images(pixels)) if output == "pil" else pixels
+
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.sample.precision == "bf16")
+
+    def __repr__(self) -> str:
+        info, dit, sample = self.info, self.info.model, self.config.sample
+        weights = "raw weights" if info.ema is None else f"EMA {info.ema:g}"
+        head = "no auxiliary head" if dit.aux_depth is None else f"auxiliary head after block {dit.aux_depth}"
+        size = count_parameters(self.model)
+        guidance = ", ".join(f"{term.kind} {term.scale:g}" for term in self.config.guidance if term.scale != 1)
+        return "\n".join(
+            (
+                f"Pipeline of {self.run or self.export}, step {info.step}, {weights}",
+                f"  model: {dit.depth} blocks x {dit.hidden_size}, {size:,} parameters, {head}",
+                f"  data: {len(self.classes)} classes, latents {'x'.join(map(str, info.latent.shape))},"
+                f" tokenizer {info.tokenizer.name}",
+                f"  by default: {sample.solver}, {sample.steps} steps, {guidance or 'unguided'}, seed {sample.seed},"
+                f" {sample.precision} on {self.device}",
+            )
+        )
+
+
+def _listed(labels: Labels) -> list[int | str]:
+    given = labels.tolist() if isinstance(labels, np.ndarray | np.generic | Tensor) else labels
+    return [given] if isinstance(given, int | str) else list(given)
+
+
+def _batches(plan: Plan) -> Iterator[range]:
+    """As on the command line, where a batch never crosses a unit: kernels round by the number of rows."""
+    for number in range(plan.num_units):
+        unit = plan.unit(number)
+        for start in range(unit.start, unit.stop, plan.batch_size):
+            yield range(start, min(start + plan.batch_size, unit.stop))
