@@ -14,6 +14,10 @@ class IgDistError(Exception):
     said = False
     """Whether the user has been told of it."""
 
+    def _render_traceback_(self) -> list[str]:
+        """In a notebook too it is one line."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class ConfigError(IgDistError):
     """The user's mistake: a key, a value, a path, or a combination. Running again changes nothing."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -213,8 +214,15 @@ class StopFlag:
         self.asked = False
         """Whether this process was asked to stop."""
         self._asked_at = 0.0
-        for number in (signal.SIGTERM, signal.SIGUSR2):
-            signal.signal(number, self._handle)
+        self._former: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere there are no signals
+            for number in (signal.SIGTERM, signal.SIGUSR2):
+                self._former[number] = signal.signal(number, self._handle)
+
+    def restore(self) -> None:
+        """Hand the signals back to whoever had them, in a process that lives on."""
+        for number, handler in self._former.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.asked:

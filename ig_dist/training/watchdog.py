@@ -78,9 +78,12 @@ class _Word:
 
 
 @contextmanager
-def watched(phases: Phases, config: Config, dist: Dist) -> Iterator[Watchdog]:
-    """End the process with exit code 5 when it hangs, or when another rank does. COLLECTIVE."""
-    watchdog = Watchdog(phases, config, dist)
+def watched(phases: Phases, config: Config, dist: Dist, *, lives_on: bool = False) -> Iterator[Watchdog]:
+    """End the process with exit code 5 when it hangs, or when another rank does. COLLECTIVE.
+
+    One that ``lives_on`` after the training and has no peers is told of the hang, and left to its user.
+    """
+    watchdog = Watchdog(phases, config, dist, lives_on=lives_on and dist.world_size == 1)
     watchdog.start()
     try:
         with watchdog.has_the_last_word():
@@ -92,8 +95,8 @@ def watched(phases: Phases, config: Config, dist: Dist) -> Iterator[Watchdog]:
 class Watchdog:
     """Of one rank; see ``watched``."""
 
-    def __init__(self, phases: Phases, config: Config, dist: Dist) -> None:
-        self._phases, self._dist = phases, dist
+    def __init__(self, phases: Phases, config: Config, dist: Dist, *, lives_on: bool = False) -> None:
+        self._phases, self._dist, self._lives_on = phases, dist, lives_on
         self._timeout_s, self._limits = config.train.timeout_s, phase_limits(config)
         self._poll_s = min(POLL_S, self._timeout_s / 10)
         self._folder = Path(config.run.dir) / "hang"
@@ -145,7 +148,10 @@ class Watchdog:
             # whatever this rank waits for, it will not come from one that does not even answer
             lost = idle > self._timeout_s and any(self._silent(at) for _, at in self._heard.values())
             if self._told or lost or (idle > limit and not self._excused()):
-                self._end()
+                if not self._lives_on:
+                    self._end()
+                self._say()
+                idle = 0.0  # to be said again after as long
 
     def _talk(self) -> None:
         """Tell and read the store; it may not answer, which is why the other thread never waits for it."""
@@ -216,12 +222,18 @@ class Watchdog:
         os._exit(LostPeerError.exit_code)
 
     def _end(self) -> None:
-        """One line, the stacks, and the end of the process; also where stderr or the disk hang too."""
+        """Say it, and end the process; also where stderr or the disk hang too."""
         self.ending = True  # the others are told
         grace = _GRACE_POLLS * self._poll_s if self._dist.world_size > 1 else 0.0
         last = threading.Timer(grace + 1.0, os._exit, [HangError.exit_code])
         last.daemon = True
         last.start()
+        self._say()
+        time.sleep(grace)
+        os._exit(HangError.exit_code)
+
+    def _say(self) -> None:
+        """One line, and the stacks."""
         file = self._folder / f"rank_{self._dist.rank:05d}.txt"
         word, (behind, ranks) = self._word, self._behind()
         print(
@@ -238,8 +250,6 @@ class Watchdog:
                 faulthandler.dump_traceback(stream, all_threads=True)
         except OSError:
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        time.sleep(grace)
-        os._exit(HangError.exit_code)
 
 
 def place(step: int, phase: str) -> str:
