@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -17,6 +17,9 @@ def sample(
         str | None, typer.Option(help="Sample as published: paper, or paper-ig (no CFG). Other options come on top.")
     ] = None,
     num: Annotated[int | None, typer.Option(min=1, help="Number of images (sample.num).")] = None,
+    classes: Annotated[
+        str | None, typer.Option("--class", help="Only these classes, e.g. 207,golden_retriever (sample.classes).")
+    ] = None,
     labels: Annotated[str | None, typer.Option(help="balanced or random (sample.labels).")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Image i depends on (seed, i) only (sample.seed).")] = None,
     solver: Annotated[str | None, typer.Option(help="euler, heun or euler_maruyama (sample.solver).")] = None,
@@ -39,24 +42,24 @@ def sample(
     score: Annotated[bool, typer.Option("--evaluate", help="Score them too, as `ig-dist evaluate` does.")] = False,
 ) -> None:
     """Make the images of a plan: one npz and a picture of some of them. Any number of processes may share the work."""
-    from ig_dist.config_file import load_run, with_guidance
-    from ig_dist.evaluation.recipes import recipe
+    from ig_dist.evaluation.asking import sample_config
     from ig_dist.evaluation.sampling import sample_run
-    from ig_dist.export import export_run
+    from ig_dist.export import find_weights
 
-    given: dict[str, Any] = {
-        "num": num,
-        "labels": labels,
-        "seed": seed,
-        "solver": solver,
-        "steps": steps,
-        "weak_model": weak,
-    }
-    given |= {"png": png, "keep_images": False if drop_images else None}
-    options = [f"sample.{key}={value}" for key, value in given.items() if value is not None]
-    published = [] if preset is None else recipe(preset, load_run(run).model)
-    config = with_guidance(
-        load_run(run, [*published, *(overrides or []), *options]),
+    weights = find_weights(run, ema=ema, raw=raw)
+    config = sample_config(
+        weights.config,
+        overrides or (),
+        preset=preset,
+        num=num,
+        classes=None if classes is None else [name.strip() for name in classes.split(",")],
+        labels=labels,
+        seed=seed,
+        solver=solver,
+        steps=steps,
+        weak_model=weak,
+        png=png,
+        keep_images=False if drop_images else None,
         ig_scale=ig_scale,
         cfg_scale=cfg_scale,
         auto_scale=auto_scale,
@@ -64,6 +67,6 @@ def sample(
         cfg_interval=interval("--cfg-interval", cfg_interval),
         auto_interval=interval("--auto-interval", auto_interval),
     )
-    made = sample_run(config, export_run(config, ema=ema, raw=raw), config.evaluate.metrics if score else ())
+    made = sample_run(config, weights.export, config.evaluate.metrics if score else ())
     if score:
         evaluate(made.samples.url)

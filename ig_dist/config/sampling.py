@@ -36,6 +36,9 @@ class SampleConfig(Group):
     """Number of images."""
     labels: Literal["balanced", "random"] = "balanced"
     """balanced: image i has class i mod num_classes; random: drawn uniformly."""
+    classes: list[int | str] = Field(default_factory=list)
+    """Only these classes, in this order: by number, name or words (``[207, n02099601, golden_retriever]``). Empty: all
+    of them."""
     seed: Seed = 0
     """Image i depends on (this seed, i) only."""
     solver: Literal["euler", "heun", "euler_maruyama", "dopri5"] = "heun"

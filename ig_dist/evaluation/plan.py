@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from ig_dist.config import Config
 from ig_dist.config.sampling import GuidanceConfig
+from ig_dist.data.classes import class_words, find_classes
+from ig_dist.data.index import read_index_file
 from ig_dist.diffusion.guidance import GuidanceTerm
 from ig_dist.diffusion.path import resolve_shift
 from ig_dist.diffusion.samplers import Solver
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, IgDistError
 from ig_dist.export import ExportInfo, ModelInfo
 from ig_dist.rng import Purpose, integers
 
@@ -41,6 +43,14 @@ class Plan(BaseModel):
     weights_sha256: str
     weak_sha256: str | None = None
     """Hash of the weights of the second model, of plans with auto guidance."""
+    classes: tuple[int, ...] = ()
+    """The only classes, in their order; empty: all."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_new(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Plans that were made before there was a choice of classes keep their hash."""
+        told: dict[str, Any] = fields(self)
+        return told if self.classes else {key: value for key, value in told.items() if key != "classes"}
 
     @property
     def digest(self) -> str:
@@ -62,10 +72,28 @@ class Plan(BaseModel):
 
     def image_labels(self, images: Tensor) -> Tensor:
         """Class of each image, (B,) int64, from image numbers (B,)."""
+        count = len(self.classes) or self.num_classes
         if self.labels == "balanced":
-            return images % self.num_classes
-        words = integers(self.seed, Purpose.SAMPLE_LABEL, images, 1)[:, 0]
-        return words * self.num_classes >> 32
+            chosen = images % count
+        else:
+            chosen = integers(self.seed, Purpose.SAMPLE_LABEL, images, 1)[:, 0] * count >> 32
+        return torch.tensor(self.classes, device=images.device)[chosen] if self.classes else chosen
+
+    def describe(self) -> str:
+        """The plan in a few words; the last one names it, so that no two plans are described alike."""
+        labels = f"classes {', '.join(map(str, self.classes[:6]))}" if self.classes else ""
+        labels += f" and {len(self.classes) - 6} more" if len(self.classes) > 6 else ""
+        parts = [
+            ", ".join(map(_describe_term, self.guidance)) or "unguided",
+            self.solver if self.solver == "dopri5" else f"{self.solver} {self.steps}",
+            f"time shift {self.time_shift:.3g}" if self.time_shift != 1 else "",
+            "" if self.correct_last_step else "last step not corrected",
+            labels,
+            "random labels" if self.labels == "random" else "",
+            f"seed {self.seed}",
+            self.precision if self.precision != "fp32" else "",
+        ]
+        return f"{', '.join(filter(None, parts))}; plan {self.digest[:8]}"
 
 
 def make_plan(config: Config, info: ModelInfo, weights_sha256: str, weak: ExportInfo | None = None) -> Plan:
@@ -114,7 +142,39 @@ def make_plan(config: Config, info: ModelInfo, weights_sha256: str, weak: Export
         batch_size=sample.batch_size,
         weights_sha256=weights_sha256,
         weak_sha256=weak.weights_sha256 if auto and weak is not None else None,
+        classes=tuple(_classes(config, info)),
     )
+
+
+def class_names(config: Config, info: ModelInfo) -> list[str]:
+    """What people call each class: its first word, or its name in the index."""
+    return [text.split(",")[0] for text in _words(config, info) or info.classes]
+
+
+def _words(config: Config, info: ModelInfo) -> list[str] | None:
+    words = class_words(info.classes)
+    if words is not None:
+        return words
+    try:
+        return read_index_file(config.data.index)[1].class_names
+    except IgDistError:  # names will do
+        return None
+
+
+def _classes(config: Config, info: ModelInfo) -> list[int]:
+    asked = config.sample.classes
+    try:
+        return find_classes(asked, info.classes, _words(config, info)) if asked else []
+    except ConfigError as error:
+        raise ConfigError(f"sample.classes: {error}") from None
+
+
+def _describe_term(term: GuidanceConfig) -> str:
+    names = {"ig": "IG", "cfg": "CFG", "auto": "autoguidance"}
+    told = f"{names[term.kind]} {term.scale:g}"
+    if term.interval != (0.0, 1.0):
+        told += " for t in [{:g}, {:g}]".format(*term.interval)
+    return told if term.branches == "both" else f"{told} on the {term.branches} branch"
 
 
 def _check_weak(weak: ExportInfo, info: ModelInfo, config: Config) -> None:

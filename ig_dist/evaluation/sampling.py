@@ -127,7 +127,7 @@ def _collect(samples: Samples, config: Config) -> None:
     picture = Path(config.run.dir) / "samples" / f"{plan.digest}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     first = read_unit(plan, url, 0).images[:64]
-    save_grid([("", row) for row in np.array_split(first, 4) if len(row)], picture, describe(plan))
+    save_grid([("", row) for row in np.array_split(first, 4) if len(row)], picture, plan.describe())
     if config.sample.png:
         write_pngs(samples, config.sample.png, samples.info.classes)
     made = f"{plan.num} images: {url}"
@@ -157,14 +157,6 @@ def read_samples(url: str) -> tuple[Samples, Path, EvaluateConfig]:
         ) from None
 
 
-def describe(plan: Plan) -> str:
-    """The plan in a few words."""
-    names = {"ig": "IG", "cfg": "CFG", "auto": "autoguidance"}
-    guidance = ", ".join(f"{names[term.kind]} {term.scale:g}" for term in plan.guidance) or "unguided"
-    solver = plan.solver if plan.solver == "dopri5" else f"{plan.solver} {plan.steps}"
-    return f"sample ({guidance}, {solver}, seed {plan.seed})"
-
-
 def sampling_device() -> torch.device:
     """This process's GPU, or the CPU."""
     if not torch.cuda.is_available():
@@ -187,7 +179,7 @@ class _PlanProgress:
         bar = self._shown and console.is_terminal
         self._progress = Progress(*columns, TimeRemainingColumn(), console=console, disable=not bar)
         self._first = self._finished()
-        self._task = self._progress.add_task(describe(plan), total=self._num, completed=self._first, rate="")
+        self._task = self._progress.add_task(plan.describe(), total=self._num, completed=self._first, rate="")
         self._began = self._listed = self._reported = time.monotonic()
 
     def _finished(self) -> int:
@@ -197,7 +189,7 @@ class _PlanProgress:
 
     def __enter__(self) -> _PlanProgress:
         if self._shown and not console.is_terminal:
-            console.print(f"{describe(self._plan)}: {self._num} images, {self._first} of them are there")
+            console.print(f"{self._plan.describe()}: {self._num} images, {self._first} of them are there")
         self._progress.start()
         return self
 

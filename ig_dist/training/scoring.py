@@ -132,6 +132,7 @@ class TrainingScores:
 def _plan(config: Config, index: ShardIndex) -> Plan:
     evaluate = config.evaluate
     fast = {"solver": "heun", "steps": evaluate.training_steps, "correct_last_step": True, "num": evaluate.training_num}
+    fast["classes"] = []  # a score is of all of them
     guidance = [term for term in config.guidance if term.kind != "auto"]
     sample = config.sample.model_copy(update=fast)
     chosen = config.model_copy(update={"sample": sample, "guidance": guidance})

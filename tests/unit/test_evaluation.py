@@ -14,7 +14,7 @@ from PIL import Image
 
 from ig_dist.config.sampling import GuidanceConfig
 from ig_dist.config_file import load_config
-from ig_dist.errors import DataError
+from ig_dist.errors import ConfigError, DataError
 from ig_dist.evaluation.collecting import write_pngs, write_samples_npz
 from ig_dist.evaluation.features import FeatureFiles
 from ig_dist.evaluation.generate import generate, generate_units, make_unit
@@ -53,9 +53,11 @@ def test_the_plans_hash_names_everything() -> None:
             {"rtol": 1e-4},
             {"atol": 1e-4},
             {"guidance": (GuidanceConfig(kind="ig", scale=1.5, branches="null"),)},
+            {"classes": (3, 1)},
         )
     }
-    assert len(digests) == 18 and make_plan().digest in digests
+    assert make_plan().digest == "02fa7622031d862b"  # samples that were made under it are found
+    assert len(digests) == 19 and make_plan().digest in digests
     assert [list(make_plan().unit(k))[::15] for k in range(3)] == [[0, 15], [16, 31], [32]]
 
 
@@ -67,6 +69,27 @@ def test_labels_are_balanced_or_random() -> None:
     counts = torch.bincount(random, minlength=10)
     assert counts.min() > 420 and counts.max() < 580 and counts.tolist() != [500] * 10
     assert torch.equal(make_plan(num=5000, labels="random").image_labels(numbers[70:80]), random[70:80])
+
+
+def test_chosen_classes_come_in_turn() -> None:
+    numbers = torch.arange(7)
+    assert make_plan(classes=(3, 1, 3)).image_labels(numbers).tolist() == [3, 1, 3, 3, 1, 3, 3]
+    drawn = make_plan(classes=(3, 1), labels="random").image_labels(torch.arange(400))
+    assert 150 < (drawn == 3).sum() < 250 and (drawn == 1).sum() == 400 - (drawn == 3).sum()
+    config = load_config("configs/digits.yaml", ["sample.classes=[7, '2']"])
+    assert plan_of(config, INFO, "0").classes == (7, 2)
+    with pytest.raises(ConfigError, match=r"sample\.classes: there is no class 'sevn'"):
+        plan_of(load_config("configs/digits.yaml", ["sample.classes=[sevn]"]), INFO, "0")
+
+
+def test_a_plan_is_told_in_words() -> None:
+    cfg = GuidanceConfig(kind="cfg", scale=1.35, interval=(0, 0.7))
+    plan = make_plan(guidance=(GuidanceConfig(kind="auto", scale=2, branches="null"), cfg), time_shift=10 / 3)
+    said = "autoguidance 2 on the null branch, CFG 1.35 for t in [0, 0.7], heun 3, time shift 3.33, seed 0"
+    assert plan.describe() == f"{said}; plan {plan.digest[:8]}"
+    plan = make_plan(classes=tuple(range(8)), labels="random", precision="bf16", guidance=())
+    assert "unguided, heun 3, classes 0, 1, 2, 3, 4, 5 and 2 more, random labels, seed 0, bf16" in plan.describe()
+    assert len({make_plan(unit_size=size).describe() for size in (16, 32)}) == 2
 
 
 BLOCK = 5000  # of the inception score
