@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import shutil
 import time
 import uuid
@@ -16,8 +17,8 @@ from ig_dist.data.index import read_index
 from ig_dist.data.latents import check_latents
 from ig_dist.data.stream import check_window_memory
 from ig_dist.errors import ConfigError
-from ig_dist.jobs import SOURCE
 from ig_dist.parallel.build import check_engine
+from ig_dist.provenance import COMMIT_NAME, SOURCE, commit
 from ig_dist.run_dir import changed_keys
 from ig_dist.slurm.commands import SlurmError, queued, slurm
 from ig_dist.slurm.record import SCRIPT_NAME, Folder, Submission, World, folders
@@ -176,6 +177,7 @@ def withdraw(path: Path) -> None:
 def snapshot(dest: Path) -> None:
     """Copy the code that this process runs: the package alone, from a checkout or where it is installed."""
     shutil.copytree(SOURCE / "ig_dist", dest / "ig_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    (dest / COMMIT_NAME).write_text(json.dumps(commit()), encoding="utf-8")
 
 
 def _remedy(words: str) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ig_dist.checkpoints.saving import Saver
-from ig_dist.checkpoints.store import Checkpoint, Piece
+from ig_dist.checkpoints.store import Piece
 from ig_dist.config import Config
 from ig_dist.data.index import ShardIndex, read_index
 from ig_dist.data.latents import check_latents
@@ -35,7 +35,8 @@ from ig_dist.parallel.dist import (
     lost_peers_explained,
     shut_down,
 )
-from ig_dist.parallel.engine import Engine, StepResult
+from ig_dist.parallel.engine import Engine, LoadedState, StepResult
+from ig_dist.provenance import note_start
 from ig_dist.run_dir import claim
 from ig_dist.terminal import console
 from ig_dist.training.beginning import checkpoint_store, find_checkpoint, load_weights
@@ -52,12 +53,14 @@ from ig_dist.training.scoring import TrainingScores
 from ig_dist.training.watchdog import longest_wait_s, watched
 
 
-def train(config: Config, *, force: bool = False) -> None:
+def train(config: Config, *, force: bool = False, lives_on: bool = False) -> None:
     """Train to the configured length, from the newest whole checkpoint on. COLLECTIVE.
 
     Args:
         config: the config; shapes that only the data knows may be open.
         force: go on in a run directory that belongs to another config.
+        lives_on: this process goes on with other things afterwards: it gets its signals back, and a hang does not end
+            it where it has no peers.
 
     Raises:
         ConfigError: the config does not fit the data, the run directory or the number of processes.
@@ -71,7 +74,7 @@ def train(config: Config, *, force: bool = False) -> None:
     phases = Phases()
     dist = init_distributed(config.train.timeout_s, longest_wait_s(config))
     with ExitStack() as cleanup:
-        watchdog = cleanup.enter_context(watched(phases, config, dist))
+        watchdog = cleanup.enter_context(watched(phases, config, dist, lives_on=lives_on))
         # After an error the groups stay as they are: NCCL's end of one waits for peers that may never come.
         cleanup.push(lambda kind, *_: shut_down() if kind is None or dist.world_size == 1 else None)
         cleanup.enter_context(failures_told(config, dist, phases, watchdog))
@@ -82,34 +85,40 @@ def train(config: Config, *, force: bool = False) -> None:
         if config.log.sample_every_steps:
             grid_tokenizer(index, config, dist.device)  # one that is missing ends the run now, not at the first grid
         order = build_order(config, index, dist)
-        model = DiT(config.model.to_dit())
-        initialize(model, config.run.seed)
         store = checkpoint_store(config)
         seen = store.agreed_steps(dist)
-        checkpoint = find_checkpoint(store, config, index, dist)
-        if checkpoint is None and config.train.init_from:
-            load_weights(model, config.train.init_from)
+        state = find_checkpoint(store, config, index, dist, phases.beat)
         path = cleanup.enter_context(_claimed_by_main(config, dist, force))
         if store.agreed_steps(dist) != seen:  # whoever held the run until now has saved once more
-            checkpoint = find_checkpoint(store, config, index, dist)
-        start, total = checkpoint.step if checkpoint else 0, config.total_steps(order.num_samples)
+            state = find_checkpoint(store, config, index, dist, phases.beat)
+        start, total = state.checkpoint.step if state else 0, config.total_steps(order.num_samples)
         if dist.is_main:
             console.print(f"{config.run.dir}: {'resume at' if start else 'start from'} step {start} of {total}")
         if start >= total:
             return
         if dist.is_main:
+            note_start(path, step=start)
             store.abort_orphans()
+        with torch.device("cpu" if state is None else "meta"):  # whose weights the checkpoint has
+            model = DiT(config.model.to_dit())
+        if state is None:
+            initialize(model, config.run.seed)
+            if config.train.init_from:
+                load_weights(model, config.train.init_from)
         saver = Saver(store, dist, phases.beat)
         cleanup.callback(saver.close)
         stop_flag = StopFlag()
+        if lives_on:
+            cleanup.callback(stop_flag.restore)
         if dist.is_main:
             console.print(f"{count_parameters(model):,} parameters on {dist.world_size} x {dist.device.type}")
         preflight(index, config, dist, stop_flag, phases.beat)
         scores = TrainingScores(config, index, dist, stop_flag, phases.beat) if config.log.score_every_steps else None
         phases.enter("compile")
-        engine = build_engine(model, config, checkpoint, dist)
+        engine = build_engine(model, config, state, dist)
         phases.enter("start-up")
-        ema = _build_ema(engine, config, checkpoint)
+        ema = _build_ema(engine, config, state)
+        del state  # what this rank holds of the checkpoint
         stream = BatchStream(
             index,
             order,
@@ -277,11 +286,11 @@ def _claimed_by_main(config: Config, dist: Dist, force: bool) -> Iterator[Any]:
         yield path
 
 
-def _build_ema(engine: Engine, config: Config, checkpoint: Checkpoint | None) -> EMA:
+def _build_ema(engine: Engine, config: Config, state: LoadedState | None) -> EMA:
     ema = EMA(engine.masters(), config.ema.decays, engine.masters_written)
-    if checkpoint is not None:
+    if state is not None:
         for decay in config.ema.decays:
-            ema.load(decay, engine.shard(lambda name, decay=decay: checkpoint.read(f"ema/{decay}/{name}")))  # type: ignore[misc]
+            ema.load(decay, engine.parts(state, f"ema/{decay}"))
     return ema
 
 

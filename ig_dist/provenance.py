@@ -1,0 +1,109 @@
+"""Where a run comes from: what was typed, with which code and versions, on which machine.
+
+Each start of a training adds a line of JSON to ``RUN/provenance.jsonl``. It stands beside the checkpoints and not in
+them: the same training elsewhere gives the same checkpoints. What cannot be found out is left out; nothing here ends a
+run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ig_dist import __version__
+from ig_dist.terminal import this_worker
+
+FILE_NAME = "provenance.jsonl"
+COMMIT_NAME = "commit.json"
+"""Beside a copy of the package: what `commit` said where it was copied from."""
+
+SOURCE = Path(__file__).resolve().parents[1]
+GIT_S = 10.0  # a shared file system may be slow
+
+
+def note_start(run: Path, **more: Any) -> None:
+    """Add this start to the run's provenance, with what else is given."""
+    with suppress(OSError), (run / FILE_NAME).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**provenance(), **more}) + "\n")
+
+
+def provenance() -> dict[str, Any]:
+    """What is known of this process, as JSON holds it."""
+    facts = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command(),
+        "cwd": _cwd(),
+        "host": os.environ.get("IG_DIST_NODE") or socket.gethostname(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "processes": this_worker()[1],
+        **_hardware(),
+        **commit(),
+    }
+    return {name: value for name, value in facts.items() if value not in (None, "")}
+
+
+def command() -> str:
+    """What was typed, as a shell takes it."""
+    ours = Path(sys.argv[0]).name in ("ig-dist", "cli.py", "ig_dist.cli")
+    return shlex.join(["ig-dist" if ours else sys.argv[0], *sys.argv[1:]])
+
+
+def commit() -> dict[str, Any]:
+    """The commit of the checkout that the package is run from, and whether its files were changed since.
+
+    A job's copy of the package remembers it. An installed package is of no commit: its version says what it is.
+    """
+    with suppress(OSError, ValueError):
+        return dict(json.loads((SOURCE / COMMIT_NAME).read_text(encoding="utf-8")))
+    if not (SOURCE / ".git").exists():  # or git would tell of a checkout that has us in its environment
+        return {}
+    with suppress(OSError, subprocess.SubprocessError):
+        return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "--", "ig_dist"))}
+    return {}
+
+
+def _git(*arguments: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    done = subprocess.run(
+        ["git", "--no-optional-locks", "-C", str(SOURCE), *arguments],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=GIT_S,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def _cwd() -> str | None:
+    with suppress(OSError):  # it was removed
+        return str(Path.cwd())
+    return None
+
+
+def _hardware() -> dict[str, Any]:
+    import torch
+
+    versions = {"ig_dist": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    if not torch.cuda.is_available():
+        return {"device": _cpu(), "cpus": len(os.sched_getaffinity(0)), "versions": versions}
+    versions["cuda"] = str(torch.version.cuda or torch.version.hip)
+    return {"device": torch.cuda.get_device_name(), "versions": versions}
+
+
+def _cpu() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
