@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from ig_dist.config import Config
 from ig_dist.errors import ConfigError
+from ig_dist.run_paths import moved_paths
 from ig_dist.storage.urls import refuse_credentials
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -29,6 +30,12 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         ConfigError: with one line that names the key and the remedy.
     """
     path = find_config(path)
+    is_run = path.name == "config.yaml" and any((path.parent / name).exists() for name in (".lock", "metrics.jsonl"))
+    return _load(path, overrides, path.parent if is_run else None)
+
+
+def _load(path: Path, overrides: typing.Sequence[str], run: Path | None) -> Config:
+    """``run``: the run directory whose config it is, wherever that was when the run began."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -36,6 +43,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of config groups, found {type(tree).__name__}")
+    tree = tree if run is None else moved_paths(tree, run)
     config = config_from_tree(apply_overrides(tree, overrides), source=str(path))
     return config if config.run.dir else _in_run_dir(config, f"runs/{path.stem}")
 
@@ -57,7 +65,7 @@ def find_config(named: str | Path) -> Path:
 
 
 def load_run(run: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """The resolved config of a run directory, with overrides.
+    """The resolved config of a run directory, with overrides; its paths as they are now, see ``run_paths``.
 
     Raises:
         ConfigError: no run there.
@@ -65,7 +73,7 @@ def load_run(run: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     file = Path(run) / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{run} is not a run directory (no config.yaml): give the run.dir of `ig-dist train`")
-    return _in_run_dir(load_config(file, overrides), str(run))
+    return _in_run_dir(_load(file, overrides, Path(run)), str(run))
 
 
 def with_guidance(

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from ig_dist.config import Config
-from ig_dist.config_file import to_yaml
 from ig_dist.errors import ConfigError
+from ig_dist.run_paths import absolute_paths, moved_paths
 from ig_dist.terminal import console
 
 CONFIG_NAME = "config.yaml"
@@ -85,7 +85,8 @@ def claim(config: Config, *, force: bool = False) -> Iterator[Path]:
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
-        replace_text(path / CONFIG_NAME, to_yaml(config))
+        kept = absolute_paths(config.model_dump(mode="json"))  # they hold from any folder
+        replace_text(path / CONFIG_NAME, yaml.safe_dump(kept, sort_keys=False))
         yield path
 
 
@@ -100,8 +101,8 @@ def changed_keys(path: Path, config: Config) -> list[str]:
         if path.exists() and not path.is_dir():
             raise ConfigError(f"run.dir {path} is a file: choose another run.dir")
         return []
-    old = _flatten(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
-    new = _flatten(config.model_dump(mode="json"))
+    old = _flatten(absolute_paths(moved_paths(yaml.safe_load(file.read_text(encoding="utf-8")) or {}, path)))
+    new = _flatten(absolute_paths(config.model_dump(mode="json")))
     free = FREE_KEYS | ({"train.steps", "train.epochs"} if config.optimizer.schedule == "constant" else set())
     return [
         f"{key} ({old.get(key)} -> {new.get(key)})"

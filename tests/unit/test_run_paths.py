@@ -1,0 +1,74 @@
+"""A run's paths are its own: from any folder, and wherever it was moved or copied to."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ig_dist.config_file import load_config, load_run
+from ig_dist.run_dir import changed_keys, claim
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with data, and a run that was started in it with relative paths."""
+    project, other = tmp_path / "project", tmp_path / "other"
+    (project / "data/digits").mkdir(parents=True)
+    (project / "runs/weak").mkdir(parents=True)
+    other.mkdir()
+    monkeypatch.chdir(project)
+    with claim(load_config("digits", ["run.dir=runs/a", "data.index=data/digits", "sample.weak_model=runs/weak@20"])):
+        pass
+    monkeypatch.chdir(other)
+    return project
+
+
+def paths(run: Path) -> tuple[str, str, str]:
+    config = load_run(run)
+    return config.run.dir, config.data.index, config.sample.weak_model
+
+
+@pytest.mark.parametrize("stored", ["absolute", "relative"])
+def test_a_run_is_used_from_another_folder_moved_and_copied(project: Path, stored: str) -> None:
+    run = project / "runs/a"
+    if stored == "relative":  # as older runs have them
+        text = (run / "config.yaml").read_text().replace(f"{project}/", "")
+        assert yaml.safe_load(text)["run"]["dir"] == "runs/a"
+        (run / "config.yaml").write_text(text)
+    assert paths(run) == (str(run), f"{project}/data/digits", f"{project}/runs/weak@20")
+
+    copy = project.parent / "copies/b"
+    shutil.copytree(run, copy)
+    if stored == "absolute":
+        assert paths(copy) == (str(copy), f"{project}/data/digits", f"{project}/runs/weak@20")
+
+    moved = project.rename(project.parent / "moved")  # with its data
+    assert paths(moved / "runs/a") == (str(moved / "runs/a"), f"{moved}/data/digits", f"{moved}/runs/weak@20")
+    config = load_config(moved / "runs/a/config.yaml")  # training goes on in it, not in the place that it left
+    assert Path(config.run.dir) == moved / "runs/a" and config.data.index == f"{moved}/data/digits"
+    assert changed_keys(moved / "runs/a", config) == []
+
+
+def test_what_lies_in_a_run_is_its_own(project: Path) -> None:
+    run, copy = project / "runs/a", project.parent / "copy"
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    tree["checkpoint"]["url"], tree["sample"]["url"] = f"{run}/checkpoints", "s3://bucket/samples"
+    tree["evaluate"] |= {"reference": "https://host/a.npz", "weights": {"inception": f"{run}/inception.pth"}}
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    shutil.copytree(run, copy)
+    config = load_run(copy)
+    assert config.checkpoint.url == f"{copy}/checkpoints" and config.sample.url == "s3://bucket/samples"
+    assert config.evaluate.reference == "https://host/a.npz"
+    assert config.evaluate.weights == {"inception": f"{copy}/inception.pth"}
+
+
+def test_overrides_are_paths_of_the_folder_one_stands_in(project: Path) -> None:
+    assert load_run(project / "runs/a", ["data.index=x"]).data.index == "x"
+
+
+def test_a_config_of_ones_own_called_config_yaml_is_no_run(project: Path) -> None:
+    shutil.copy(project / "runs/a/config.yaml", "config.yaml")
+    assert load_config("config.yaml").run.dir == f"{project}/runs/a"
