@@ -81,7 +81,7 @@ def train(config: str | Path | Mapping[str, Any] | Config, *overrides: str, forc
     if is_main_process():
         for line in loaded.warnings():
             warn(line)
-    run_training(loaded, force=force)
+    run_training(loaded, force=force, lives_on=True)
     return Path(loaded.run.dir)
 
 

@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ig_dist.config import Config
-from ig_dist.data.classes import class_words, find_classes
 from ig_dist.diffusion.guidance import GuidanceTerm, guided_velocity
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.asking import Interval, sample_config
 from ig_dist.evaluation.generate import Models, decode, solve
-from ig_dist.evaluation.plan import Plan, image_numbers, make_plan
+from ig_dist.evaluation.plan import Plan, class_names, image_numbers, make_plan
 from ig_dist.export import ExportInfo, Weights, find_weights, load_export
 from ig_dist.gallery import Images, pil_images
 from ig_dist.latents.tokenizers import index_tokenizer
@@ -78,8 +77,7 @@ class Pipeline:
         self._tokenizer = index_tokenizer(
             self.info.tokenizer, self.info.latent, self.config.sample.tokenizer, device=device
         )
-        self._words = class_words(self.info.classes)
-        self.classes = self._words or self.info.classes
+        self.classes = class_names(self.config, self.info)
         self._weak: dict[str, tuple[DiT, ExportInfo]] = {}
 
     @overload
@@ -141,7 +139,7 @@ class Pipeline:
         if isinstance(labels, str) and labels in ("balanced", "random"):
             words["labels"] = labels
         elif labels is not None:
-            words["classes"] = find_classes(_listed(labels), self.info.classes, self._words)
+            words["classes"] = _listed(labels)
             num = len(words["classes"]) if num is None else num
         if num is None:
             raise ConfigError("say how many images: e.g. pipe(num=8), or name their classes: pipe(labels=[0, 1, 2])")
@@ -219,11 +217,10 @@ class Pipeline:
             ConfigError: no such class, or guidance that the model cannot give.
         """
         x = x.to(self.device)
-        null, names = len(self.info.classes), self.info.classes
-        found = [null if one == null else find_classes([one], names, self._words)[0] for one in _listed(labels)]
-        if len(found) not in (1, len(x)):
-            raise ConfigError(f"{len(found)} labels for {len(x)} rows of x: give one, or one for each row")
-        wanted = torch.tensor(found, device=self.device).expand(len(x))
+        wanted = torch.tensor([self._number(label) for label in _listed(labels)], device=self.device)
+        if len(wanted) not in (1, len(x)):
+            raise ConfigError(f"{len(wanted)} labels for {len(x)} rows of x: give one, or one for each row")
+        wanted = wanted.expand(len(x))
         terms = [GuidanceTerm("ig", ig_scale), GuidanceTerm("cfg", cfg_scale)]
         try:
             function = guided_velocity(self.model, wanted, terms)
@@ -231,6 +228,12 @@ class Pipeline:
             raise ConfigError(str(error)) from None
         with self._arithmetic():
             return function(x, float(t))
+
+    def _number(self, label: int | str) -> int:
+        """Of a class or, where it is its number already, of the null label."""
+        if label == len(self.classes):
+            return len(self.classes)
+        return make_plan(sample_config(self.config, classes=[label]), self.info, self.info.weights_sha256).classes[0]
 
     def noise(self, num: int, seed: int | None = None) -> Tensor:
         """The noise (num, C, h, w) float64 that images 0 to num - 1 of a seed begin with, at t = 1."""
