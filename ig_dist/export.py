@@ -22,6 +22,7 @@ from ig_dist.data.index import LatentInfo, ShardIndex, TokenizerInfo, read_index
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.models.dit import DiT, DiTConfig
 from ig_dist.parallel.dist import Dist
+from ig_dist.storage.writable import CACHE_VARIABLE, cache_folder, why_unwritable
 from ig_dist.training.beginning import checkpoint_store
 
 WEIGHTS_NAME = "model.safetensors"
@@ -96,7 +97,7 @@ def export_run(config: Config, *, ema: float | None = None, raw: bool = False, s
 
 
 def export_checkpoint(checkpoint: Checkpoint, config: Config, *, ema: float | None = None, raw: bool = False) -> Path:
-    """Export one checkpoint of a run; otherwise as ``export_run``."""
+    """Export one checkpoint of a run, of one that cannot be written into the cache; otherwise as ``export_run``."""
     saved = Config.model_validate(checkpoint.meta["config"])
     if not raw and ema is None:
         ema = saved.ema.decays[0]
@@ -106,6 +107,10 @@ def export_checkpoint(checkpoint: Checkpoint, config: Config, *, ema: float | No
     folder = Path(config.run.dir) / "export" / name
     if _exported_from(folder) == checkpoint.sha256:
         return folder
+    if why_unwritable(folder):  # another's run
+        folder = cache_folder() / "export" / checkpoint.sha256[:16] / name
+        if _exported_from(folder) == checkpoint.sha256:
+            return folder
 
     index = read_index(config.data.index)
     if index.sha256 != checkpoint.meta["index_sha256"]:
@@ -126,7 +131,12 @@ def export_checkpoint(checkpoint: Checkpoint, config: Config, *, ema: float | No
         checkpoint_sha256=checkpoint.sha256,
         weights_sha256=hashlib.sha256(packed).hexdigest(),
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder.parent} cannot be written ({error.strerror}): set {CACHE_VARIABLE} to a folder that can"
+        ) from None
     building = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
     (building / WEIGHTS_NAME).write_bytes(packed)
     (building / INFO_NAME).write_text(info.model_dump_json(indent=1) + "\n", encoding="utf-8")

@@ -8,6 +8,8 @@ import typer
 
 from ig_dist.commands.evaluate import evaluate
 from ig_dist.commands.options import Ema, Overrides, Raw, Run, Weak, interval
+from ig_dist.errors import ConfigError
+from ig_dist.terminal import console
 
 
 def sample(
@@ -22,7 +24,7 @@ def sample(
     ] = None,
     labels: Annotated[str | None, typer.Option(help="balanced or random (sample.labels).")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Image i depends on (seed, i) only (sample.seed).")] = None,
-    solver: Annotated[str | None, typer.Option(help="euler, heun or euler_maruyama (sample.solver).")] = None,
+    solver: Annotated[str | None, typer.Option(help="euler, heun, euler_maruyama or dopri5 (sample.solver).")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the solver (sample.steps).")] = None,
     ig_scale: Annotated[float | None, typer.Option(help="Internal Guidance scale; 1: off.")] = None,
     cfg_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1: off.")] = None,
@@ -40,15 +42,19 @@ def sample(
         bool, typer.Option("--drop-images", help="With --evaluate: keep features only (sample.keep_images=false).")
     ] = False,
     score: Annotated[bool, typer.Option("--evaluate", help="Score them too, as `ig-dist evaluate` does.")] = False,
+    score_if_fit: Annotated[bool, typer.Option("--evaluate-if-fit", hidden=True)] = False,
+    out: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Folder of these samples. Default: one of RUN/samples.")
+    ] = None,
 ) -> None:
     """Make the images of a plan: one npz and a picture of some of them. Any number of processes may share the work."""
     from ig_dist.evaluation.asking import sample_config
-    from ig_dist.evaluation.sampling import sample_run
-    from ig_dist.export import find_weights
+    from ig_dist.evaluation.evaluate import refuse_unfit
+    from ig_dist.evaluation.sampling import check_places, sample_run
+    from ig_dist.export import find_run, find_weights
 
-    weights = find_weights(run, ema=ema, raw=raw)
     config = sample_config(
-        weights.config,
+        find_run(run)[0],
         overrides or (),
         preset=preset,
         num=num,
@@ -67,6 +73,21 @@ def sample(
         cfg_interval=interval("--cfg-interval", cfg_interval),
         auto_interval=interval("--auto-interval", auto_interval),
     )
-    made = sample_run(config, weights.export, config.evaluate.metrics if score else ())
-    if score:
+    if weak is not None and auto_scale is None and all(term.kind != "auto" for term in config.guidance):
+        raise ConfigError(f"--weak {weak} guides nothing without a scale: give --auto-scale too, e.g. 2 (1 is off)")
+    check_places(config, out)
+    export, metrics = (
+        find_weights(run, ema=ema, raw=raw).export,
+        config.evaluate.metrics if score or score_if_fit else [],
+    )
+    if metrics:
+        try:
+            refuse_unfit(config, export, metrics)
+        except ConfigError as error:
+            if not score_if_fit:
+                raise
+            console.print(f"no scores: {error}", markup=False)
+            metrics = []
+    made = sample_run(config, export, metrics, out=out)
+    if metrics:
         evaluate(made.samples.url)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 from PIL import Image
 
 from ig_dist.evaluation.npz_writing import Streamed, npz_bytes, write_npz
+from ig_dist.evaluation.pictures import gallery
 from ig_dist.evaluation.units import Samples, make_folder, read_unit, write_file
 from ig_dist.storage.files import open_url
+from ig_dist.storage.writable import why_unwritable
 
 NPZ_NAME = "samples.npz"
+SHOWN = 64
+"""Images in the picture of a plan."""
 
 
 def write_samples_npz(samples: Samples) -> None:
@@ -43,6 +48,29 @@ def write_samples_npz(samples: Samples) -> None:
     file = f"{path}/{NPZ_NAME}"
     if not (fs.exists(file) and fs.size(file) == npz_bytes(arrays)):
         write_npz(fs, file, arrays)
+
+
+def write_picture(samples: Samples, run: Path, classes: Sequence[str]) -> str:
+    """The first images with the names of their classes as one PNG: in the run, or beside samples that lie elsewhere.
+
+    Returns:
+        Where it is.
+    """
+    plan, unit = samples.plan, read_unit(samples.plan, samples.url, 0)
+    picture = gallery(unit.images[:SHOWN], [classes[label] for label in unit.labels[:SHOWN]], plan.describe())
+    inside, place = run / "samples", samples.url.rsplit("/", 1)[0]
+    if samples.url.rsplit("/", 1)[-1] != plan.digest:  # a folder that was asked for
+        file = f"{samples.url}/samples.png"
+    elif Path(place) != inside and (run / "config.yaml").is_file() and not why_unwritable(inside):
+        file = f"{inside}/{plan.digest}.png"
+    else:
+        file = f"{samples.url}.png"
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    fs, path = open_url(file, "sample.url")
+    make_folder(fs, path.rsplit("/", 1)[0])
+    write_file(fs, path, data.getvalue())
+    return file
 
 
 def write_pngs(samples: Samples, num: int, classes: list[str]) -> None:

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from ig_dist.config import Config
 from ig_dist.config.sampling import EvaluateConfig
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.catalogue import METRICS, check_weights, extractors_of
@@ -15,10 +18,11 @@ from ig_dist.evaluation.features import FeatureFiles, make_features
 from ig_dist.evaluation.images import find_images, plan_images
 from ig_dist.evaluation.nearest import picture_of, show_nearest, with_pictures
 from ig_dist.evaluation.references import Reference, open_reference
-from ig_dist.evaluation.sampling import PLAN_NAME, read_samples, sampling_device
-from ig_dist.evaluation.scores import Protocol, Scores, score_plan, write_result
-from ig_dist.evaluation.units import existing, unit_name
-from ig_dist.storage.files import open_url
+from ig_dist.evaluation.samples import find_samples, read_samples
+from ig_dist.evaluation.sampling import config_extractor, sampling_device
+from ig_dist.evaluation.scores import Protocol, Scores, check_dimensions, score_plan, write_result
+from ig_dist.export import read_info
+from ig_dist.storage.writable import why_unwritable
 from ig_dist.terminal import is_main_process, this_worker
 
 
@@ -43,7 +47,7 @@ def evaluate(
     """Score images; under several processes each makes its share of the features, and the first one scores.
 
     Args:
-        src: folder of a plan's samples, an npz (``arr_0``), a folder of pictures, or an index.
+        src: a run with one plan's samples, the folder of a plan, an npz (``arr_0``), a folder of pictures, or an index.
         reference: what they are held against, see ``open_reference``; None: a plan's own.
         metrics: names of scores; none: a plan's own, or what the reference allows of ADM's five.
         protocol: whose rules hold where evaluators differ; None: a plan's own, or ADM's.
@@ -61,9 +65,8 @@ def evaluate(
     device, share = sampling_device(), this_worker()
     samples = run = None
     asked = EvaluateConfig()
-    fs, path = open_url(src, "SAMPLES", web=False)
-    if fs.exists(f"{path}/{PLAN_NAME}") or unit_name(0) in existing(fs, path):
-        samples, run, asked = read_samples(src)
+    if found := find_samples(src):
+        samples, run, asked = read_samples(found)
         images, side = plan_images(samples), samples.info.tokenizer.image_size
     else:
         images = find_images(src, image_size=image_size, device=device)
@@ -100,13 +103,45 @@ def evaluate(
         }
     else:
         result = score_plan(samples, Scores(files, real, num, rules, device), names)
-        if run.is_dir():
+        if out_folder := _results(samples.url, run):
             asked_for = (reference, list(metrics), protocol, num)
             tag = (
                 ""
                 if asked_for == (None, [], None, None)
                 else "_" + hashlib.sha256(repr(asked_for).encode()).hexdigest()[:8]
             )
-            out = run / "evaluations" / f"{samples.plan.digest}{tag}.json"
+            out = out_folder / f"{samples.plan.digest}{tag}.json"
             write_result(result, out)
     return Evaluation(result, out)
+
+
+def _results(url: str, run: Path) -> Path | None:
+    """Where scores of a plan go: into its run, or beside the samples where that is not here or cannot be written."""
+    places = [run / "evaluations"] if run.is_dir() else []
+    places += [Path(url)] if "://" not in url else []
+    return next((place for place in places if not why_unwritable(place)), None)
+
+
+def refuse_unfit(config: Config, export: Path, metrics: Sequence[str]) -> None:
+    """Find out before images are made whether they can be scored; features of the reference are made on the way.
+
+    Raises:
+        ConfigError: a score is not for pictures like these, or the reference lacks what one needs.
+    """
+    info, device = read_info(export), sampling_device()
+    side, channels = info.tokenizer.image_size, info.latent.shape[0] if info.tokenizer.name == "pixel" else 3
+    black = np.zeros((1, side, side, channels), np.uint8)
+    extractors = {name: config_extractor(config, name, device) for name in extractors_of(metrics)}
+    if "pixel" in extractors:
+        extractors["pixel"](black)  # for small pictures only
+    against = config.evaluate.reference or config.data.index
+    if all(METRICS[name].kind == "inception_score" for name in metrics):
+        return
+    options: dict[str, Any] = {"tokenizer": config.sample.tokenizer, "device": device, "share": this_worker()}
+    reference = open_reference(against, metrics, extractors.__getitem__, side=side, **options)
+    for (extractor, feature), moments in reference.statistics.items():
+        ours = extractors[extractor].dimensions[feature] or black.size
+        check_dimensions(reference, (extractor, feature), ours, moments.mean.size)
+    for name in metrics:
+        if METRICS[name].kind == "agreement":
+            reference.labels(METRICS[name].extractor)

@@ -27,10 +27,10 @@ from ig_dist.errors import ConfigError, DataError
 from ig_dist.evaluation.npz import NpzFile, open_npz
 from ig_dist.evaluation.units import Samples, Unit, read_unit
 from ig_dist.latents.tokenizers import index_tokenizer
+from ig_dist.storage.writable import cache_folder
 
 UNIT_SIZE = 512
 DECODED_PIXELS = 2**20  # of the latents that are decoded at once: 16 pictures of 256 x 256
-CACHE_VARIABLE = "IG_DIST_CACHE"
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
@@ -255,6 +255,4 @@ def _is_remote_folder(src: str) -> bool:
 
 def _cache(identity: str) -> str:
     """Folder for the features of images that are not a plan's: they may lie where nobody may write."""
-    root = os.environ.get(CACHE_VARIABLE)
-    base = Path(root).expanduser() if root else Path.home() / ".cache/ig_dist"
-    return str(base / "features" / hashlib.sha256(identity.encode()).hexdigest()[:16])
+    return str(cache_folder() / "features" / hashlib.sha256(identity.encode()).hexdigest()[:16])

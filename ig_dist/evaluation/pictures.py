@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 
 from ig_dist.evaluation.catalogue import best_row, lower_is_better
 
@@ -19,7 +21,8 @@ BEST_CELL: dict[str, Any] = {"markersize": 30, "markerfacecolor": "none", "marke
 SCALES = {"ig_scale": "Internal Guidance", "cfg_scale": "CFG", "auto_scale": "autoguidance"}
 SHORT = {"ig_scale": "IG", "cfg_scale": "CFG", "auto_scale": "autoguidance"}
 OTHER_AXES = {"ig_interval": "IG", "cfg_interval": "CFG", "ema": "", "step": ""}
-MIN_SIDE = 48  # smaller images are enlarged to about this many pixels
+MIN_SIDE = 64  # smaller images are enlarged to at least this many pixels
+TEXT_SIZE, GAP = 12, 4  # pixels
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -28,22 +31,49 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def gallery(images: NDArray[np.uint8], names: Sequence[str], title: str, columns: int = 8) -> Image.Image:
+    """Images (N, H, W, channels) in rows, each below its name."""
+    starts = range(0, len(images), columns)
+    return pictures_in_rows([("", images[i : i + columns], names[i : i + columns]) for i in starts], title)
+
+
 def save_grid(rows: Sequence[tuple[str, NDArray[np.uint8]]], file: Path, title: str) -> None:
     """One row of images (N, H, W, channels) for each name, one below the other, as PNG."""
-    longest = max(len(images) for _, images in rows)
-    figure = _figure(1.6 + 0.62 * longest, 0.5 + 0.62 * len(rows))
-    figure.suptitle(title, fontsize=10)
-    for axes, (name, images) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
-        factor = max(1, MIN_SIDE // images.shape[1])
-        large = images.repeat(factor, axis=1).repeat(factor, axis=2)
-        padded = np.pad(large, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
-        strip = np.concatenate(list(padded), axis=1)
-        axes.imshow(strip.squeeze(-1) if strip.shape[-1] == 1 else strip, cmap="gray", vmin=0, vmax=255)
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.spines[:].set_visible(False)
-        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-    figure.savefig(file, dpi=130)
+    pictures_in_rows([(name, images, ()) for name, images in rows], title).save(file)
+
+
+def pictures_in_rows(rows: Sequence[tuple[str, NDArray[np.uint8], Sequence[str]]], title: str) -> Image.Image:
+    """Rows of images (N, H, W, channels), each with a name at its left and one over each image (none: no names).
+
+    No image loses a pixel: they have their own size, and small ones are enlarged by a whole number.
+    """
+    side = rows[0][1].shape[1]
+    factor = max(1, -(-MIN_SIDE // side))
+    side, font = side * factor, ImageFont.load_default(TEXT_SIZE)
+    left = max((int(font.getlength(name)) + 2 * GAP for name, *_ in rows if name), default=GAP)
+    step, over = side + GAP, TEXT_SIZE + GAP if any(names for *_, names in rows) else 0
+    width = left + step * max(len(images) for _, images, _ in rows)
+    lines = textwrap.wrap(title, max(12, int(width / font.getlength("n")))) or [""]
+    top = (TEXT_SIZE + GAP) * len(lines) + 2 * GAP
+    whole = Image.new("RGB", (width, top + len(rows) * (over + step)), "white")
+    draw = ImageDraw.Draw(whole)
+    draw.multiline_text((GAP, GAP), "\n".join(lines), "black", font, spacing=GAP)
+    for number, (name, images, names) in enumerate(rows):
+        y = top + number * (over + step)
+        draw.text((GAP, y + over + side // 2), name, "black", font, anchor="lm")
+        for column, image in enumerate(images):
+            x = left + column * step
+            if names:
+                draw.text((x, y), _fitting(names[column], font, side), "black", font)
+            picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).convert("RGB")
+            whole.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y + over))
+    return whole
+
+
+def _fitting(text: str, font: Any, width: int) -> str:
+    while len(text) > 1 and font.getlength(text) > width:
+        text = text.removesuffix("\u2026")[:-1] + "\u2026"
+    return text
 
 
 def save_sweep_plot(rows: Sequence[dict[str, Any]], metric: str, file: Path) -> None:

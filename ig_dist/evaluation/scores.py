@@ -102,7 +102,7 @@ class Scores:
 
     def _frechet(self, feature: Feature) -> float:
         ours, theirs = streamed_moments(self.features.rows(*feature, self._num)), self._reference.moments(feature)
-        self._check_dimensions(feature, ours.mean.size, theirs.mean.size)
+        check_dimensions(self._reference, feature, ours.mean.size, theirs.mean.size)
         if ours.count <= ours.mean.size:
             warn(
                 f"{ours.count} images for {ours.mean.size} {' '.join(feature)} features: their covariance is"
@@ -123,14 +123,14 @@ class Scores:
     def _precision_recall(self, feature: Feature) -> scored.PrecisionRecall:
         if feature not in self._manifold:
             theirs, ours = self._reference.rows(feature, MANIFOLD_IMAGES), self._all(feature)
-            self._check_dimensions(feature, ours.shape[1], theirs.shape[1])
+            check_dimensions(self._reference, feature, ours.shape[1], theirs.shape[1])
             half = self._protocol == "adm" and feature[0] == "inception"
             self._manifold[feature] = scored.precision_recall(ours, theirs, half=half, device=self._device)
         return self._manifold[feature]
 
     def _kernel(self, feature: Feature) -> scored.MeanStd:
         theirs, ours = self._reference.rows(feature, KERNEL_IMAGES), self._all(feature)
-        self._check_dimensions(feature, ours.shape[1], theirs.shape[1])
+        check_dimensions(self._reference, feature, ours.shape[1], theirs.shape[1])
         return scored.kernel_distance(ours, theirs)
 
     def _agreement(self, feature: Feature) -> float:
@@ -152,12 +152,14 @@ class Scores:
             self._rows[feature] = np.concatenate(list(self.features.rows(*feature, self._num)))
         return self._rows[feature]
 
-    def _check_dimensions(self, feature: Feature, ours: int, theirs: int) -> None:
-        if ours != theirs:
-            raise ConfigError(
-                f"{self._reference.name} has {theirs} {' '.join(feature)} values an image, the samples {ours}: give a"
-                " reference of pictures like those that the model was trained on (evaluate.reference)"
-            )
+
+def check_dimensions(reference: Reference, feature: Feature, ours: int, theirs: int) -> None:
+    """Raise ConfigError where features of samples and reference have other dimensions."""
+    if ours != theirs:
+        raise ConfigError(
+            f"{reference.name} has {theirs} {' '.join(feature)} values an image, the samples {ours}: give a"
+            " reference of pictures like those that the model was trained on (evaluate.reference)"
+        )
 
 
 def score_plan(samples: Samples, scores: Scores, metrics: Sequence[str], out: Path | None = None) -> dict[str, Any]:

@@ -1,0 +1,153 @@
+"""Folders of samples: what one says of itself, and which there are of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from ig_dist.config import Config
+from ig_dist.config.sampling import EvaluateConfig
+from ig_dist.config_file import load_run
+from ig_dist.errors import ConfigError
+from ig_dist.evaluation.plan import Plan
+from ig_dist.evaluation.units import Samples, existing, unit_name, write_file
+from ig_dist.export import ExportInfo
+from ig_dist.run_paths import moved_path
+from ig_dist.storage.files import open_url, read_file
+from ig_dist.terminal import console
+
+PLAN_NAME = "plan.json"
+
+
+def samples_url(config: Config) -> str:
+    """Folder of the plans of a run."""
+    return config.sample.url.rstrip("/") or f"{config.run.dir}/samples"
+
+
+def write_plan(samples: Samples, config: Config) -> None:
+    """Write what a plan's folder holds, for whoever evaluates it; its samples are finished."""
+    fs, path = open_url(samples.url, "sample.url")
+    described: dict[str, Any] = {
+        "plan": samples.plan.model_dump(mode="json"),
+        "export": samples.info.model_dump(mode="json"),
+        "run": str(Path(config.run.dir).absolute()),
+        "weak": None if samples.weak is None else samples.weak.model_dump(mode="json"),
+        "uint8_rule": samples.uint8_rule,
+        "tokenizer": _absolute(samples.tokenizer),
+        "evaluate": {
+            **config.evaluate.model_dump(mode="json"),
+            "reference": _absolute(config.evaluate.reference or config.data.index),
+            "weights": {name: _absolute(place) for name, place in config.evaluate.weights.items()},
+        },
+    }
+    write_file(fs, f"{path}/{PLAN_NAME}", json.dumps(described, indent=1).encode())
+
+
+def read_samples(url: str) -> tuple[Samples, Path, EvaluateConfig]:
+    """The samples in a plan's folder, their run, and how its config has them scored.
+
+    Samples that lie in RUN/samples are that run's, also where it was moved or copied to.
+
+    Raises:
+        ConfigError: no samples there.
+    """
+    url = url.rstrip("/")
+    fs, path = open_url(url, "SAMPLES")
+    try:
+        described = json.loads(fs.cat_file(f"{path}/{PLAN_NAME}"))
+        plan, info = Plan(**described["plan"]), ExportInfo(**described["export"])
+        weak = None if described["weak"] is None else ExportInfo(**described["weak"])
+        evaluate, old = EvaluateConfig(**described["evaluate"]), str(described["run"])
+        tokenizer, rule = str(described["tokenizer"]), str(described["uint8_rule"])
+    except (OSError, ValueError, KeyError, TypeError, ValidationError):
+        raise ConfigError(
+            f"{url} holds no finished samples (no {PLAN_NAME}): make them with `ig-dist sample RUN`"
+        ) from None
+    run, above = Path(old), Path(url).absolute().parent
+    if "://" not in url and above.name == "samples" and (above.parent / "config.yaml").is_file():
+        run = above.parent
+
+    def now(place: str) -> str:
+        return moved_path(place, old, run) if old else place
+
+    weights = {name: now(place) for name, place in evaluate.weights.items()}
+    evaluate = evaluate.model_copy(update={"reference": now(evaluate.reference), "weights": weights})
+    return Samples(plan, info, url, rule, now(tokenizer), weak), run, evaluate
+
+
+class Listed(NamedTuple):
+    """A plan of a run."""
+
+    url: str
+    plan: Plan | None
+    """None: not finished."""
+    images: int
+    """That are there; of an unfinished plan, units instead."""
+    scores: Mapping[str, float]
+    """Those that were written into the run."""
+
+
+def list_plans(run: str | Path) -> list[Listed]:
+    """The plans that a run has samples of, finished or not.
+
+    Raises:
+        ConfigError: no run there.
+    """
+    return list(_listed(samples_url(load_run(run)), Path(run)))
+
+
+def find_samples(src: str) -> str | None:
+    """The folder of a plan's samples that ``src`` names, itself, by its npz, or by its run; None: it names none.
+
+    Raises:
+        ConfigError: it has none, or several, which are listed.
+    """
+    fs, path = open_url(src, "SAMPLES", web=False)
+    if fs.exists(f"{path}/{PLAN_NAME}") or unit_name(0) in existing(fs, path):
+        return src
+    folder = Path(src)
+    if folder.name == "samples.npz" and (folder.parent / PLAN_NAME).is_file():
+        return str(folder.parent)
+    if (folder / "config.yaml").is_file():
+        run, place = folder, samples_url(load_run(folder))
+    elif folder.name == "samples" and (folder.parent / "config.yaml").is_file():
+        run, place = folder.parent, src
+    else:
+        return None
+    found = [listed for listed in _listed(place, run) if listed.plan]
+    if not found:
+        raise ConfigError(f"{src} holds no finished samples (no {PLAN_NAME}): make them with `ig-dist sample {run}`")
+    if len(found) > 1:
+        for listed in found:
+            assert listed.plan is not None
+            console.print(f"{listed.url}: {listed.images} images, {listed.plan.describe()}", markup=False)
+        raise ConfigError(f"{src} holds the samples of {len(found)} plans: name the folder of one, see above")
+    return found[0].url
+
+
+def _listed(url: str, run: Path) -> Iterator[Listed]:
+    fs, path = open_url(url, "sample.url")
+    entries = fs.ls(path, detail=True) if fs.exists(path) else []
+    for folder in sorted(entry["name"] for entry in entries if entry["type"] == "directory"):
+        name, files = folder.rstrip("/").rsplit("/", 1)[-1], existing(fs, folder)
+        if PLAN_NAME in files:
+            plan = Plan(**json.loads(read_file(fs, f"{folder}/{PLAN_NAME}"))["plan"])
+            yield Listed(f"{url}/{name}", plan, plan.num, _scores(run / "evaluations" / f"{plan.digest}.json"))
+        elif units := [file for file in files if file.startswith("unit_")]:
+            yield Listed(f"{url}/{name}", None, len(units), {})
+
+
+def _scores(file: Path) -> dict[str, float]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))["scores"])
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def _absolute(place: str) -> str:
+    """A path that holds from any folder; a URL or a name as it is."""
+    return str(Path(place).absolute()) if place and "://" not in place and Path(place).exists() else place
