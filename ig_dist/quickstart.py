@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ig_dist.errors import IgDistError
+from ig_dist.config_file import load_run
+from ig_dist.errors import ConfigError, IgDistError
 from ig_dist.terminal import console
 
 CONFIG = "digits"
 IG_SCALES = "1.0,1.2,1.4,1.7,2.0,2.5"
 STEPS = 900
 PREEMPTED = 75
+SAVING_S = 30.0
 
 
 def run_quickstart(out: Path, *, short: bool) -> None:
-    """Encode, train, preempt, resume, export, sweep, report, and show."""
+    """Encode, train, preempt, resume, export, sweep, report, and show.
+
+    Raises:
+        ConfigError: the folder holds a quickstart of the other length.
+        IgDistError: one of the commands failed, with its exit code.
+    """
     began = time.monotonic()
     data, run = out / "data", out / "run"
     steps = STEPS // 5 if short else STEPS
+    if (run / "config.yaml").exists() and (other := load_run(run).train.steps) != steps:
+        raise ConfigError(f"{out} holds a quickstart of {other} steps, this one has {steps}: give another --out")
     sampling = [f"sample.precision={_sampling_precision()}", *(["sample.num=600"] if short else [])]
     train = ["ig-dist", "train", CONFIG, f"run.dir={run}", f"data.index={data}", f"train.steps={steps}"]
     if short:  # the average must forget the initial weights within the run
@@ -36,20 +49,27 @@ def run_quickstart(out: Path, *, short: bool) -> None:
     )
     _run(["ig-dist", "encode", "--source", "digits", "--dest", str(data), "--tokenizer", "pixel"])
 
-    _say(
-        "2. Train with Internal Guidance, and interrupt it",
-        "A small SiT with an auxiliary head after block 2 of 6; both heads learn the velocity. After a third of the"
-        " steps we send SIGTERM, as a cluster does when it wants the machine back.",
-    )
-    interrupted = _run_until(train, run / "metrics.jsonl", stop_at=steps // 3)
-
-    if interrupted:
+    model = "A small SiT with an auxiliary head after block 2 of 6; both heads learn the velocity."
+    done, stop_at = _last_step(run / "metrics.jsonl"), steps // 3
+    if done >= stop_at:
         _say(
-            "3. Resume",
-            "The same command again. It goes on from the saved step, with the same data order, and ends with bitwise"
-            " the weights of a run that was never stopped.",
+            "2. Train with Internal Guidance",
+            f"{model} An earlier quickstart took it to step {done} of {steps}: the same command "
+            + ("finds nothing to do." if done >= steps else "goes on from the newest checkpoint."),
         )
         _run(train)
+    else:
+        _say(
+            "2. Train with Internal Guidance, and interrupt it",
+            f"{model} After a third of the steps we send SIGTERM, as a cluster does when it wants the machine back.",
+        )
+        if _run_until(train, run / "metrics.jsonl", stop_at):
+            _say(
+                "3. Resume",
+                "The same command again. It goes on from the saved step, with the same data order, and ends with"
+                " bitwise the weights of a run that was never stopped.",
+            )
+            _run(train)
 
     _say("4. Export", "The moving average of the weights as safetensors, with all that sampling needs.")
     _run(["ig-dist", "export", str(run)])
@@ -84,7 +104,7 @@ def _real_features(run: Path, *, short: bool) -> str:
             "The unguided samples and the best ones once more, now as a network trained on ImageNet sees them. The"
             " network has never seen digits of 8 x 8 pixels, so these numbers say less than they do for photographs.",
         )
-        rows = json.loads((run / "sweep.json").read_text(encoding="utf-8"))["rows"]
+        rows = json.loads((_newest_sweep(run) / "sweep.json").read_text(encoding="utf-8"))["rows"]
         best = min(rows, key=lambda row: float(row["scores"]["fd_pixel"]))
         num = ["--num", "300"] if short else []
         for row in (rows[0], best):
@@ -98,27 +118,43 @@ FID, sFID, IS, precision, recall and KID need the weights of Inception, once (95
 
 
 def _conclude(run: Path, data: Path, seconds: float, more: str) -> None:
-    sweep = json.loads((run / "sweep.json").read_text(encoding="utf-8"))
+    folder = _newest_sweep(run)
+    sweep = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
     rows = sorted(sweep["rows"], key=lambda row: float(row["ig_scale"]))
     best = min(rows, key=lambda row: float(row["scores"]["fd_pixel"]))
     ratio = float(best["scores"]["fd_pixel"]) / float(rows[0]["scores"]["fd_pixel"])
     _say("Done", f"IG scale {best['ig_scale']:g} has {ratio:.2f} of the unguided distance. {seconds / 60:.1f} minutes.")
+    typed, index = shlex.quote(str(run)), shlex.quote(f"data.index={data}")
+    here = Path(sys.prefix) / "bin/activate"
+    activate = "" if shutil.which("ig-dist") else f" (after `source {shlex.quote(str(here))}`)"
+    files = {
+        f"{run}/report.html": "all of it on one page: open it in a browser",
+        f"{folder}/grid.png": "digits at every scale, the same noise in every column",
+        f"{folder}/sweep.png": "distance against scale",
+        f"{folder}/sweep.json": "the scores and their protocol",
+    }
+    width = max(map(len, files))
+    shown = "\n".join(f"  {file:{width}}  {what}" for file, what in files.items())
     console.print(
         f"""
 Look at
-  {run}/report.html    all of it on one page: open it in a browser
-  {run}/grid.png       digits at every scale, the same noise in every column
-  {run}/sweep.png      distance against scale
-  {run}/sweep.json     the scores and their protocol
-  tensorboard --logdir {run}/tensorboard
+{shown}
+  tensorboard --logdir {typed}/tensorboard
 
-Try next (after `source .venv/bin/activate`)
-  ig-dist sample {run} --ig-scale 1.4 --num 100
-  ig-dist sweep {run} --cfg-scale 1.0,1.5 --ig-scale 1.0,1.4
-  ig-dist train {CONFIG} data.index={data} run.dir=runs/deeper model.aux_depth=4
-  ig-dist launch --processes 2 {CONFIG} data.index={data} run.dir=runs/two
-{more.format(run=run)}The README says more about each."""
+Try next{activate}
+  ig-dist sample {typed} --ig-scale 1.4 --num 100
+  ig-dist sweep {typed} --cfg-scale 1.0,1.5 --ig-scale 1.0,1.4
+  ig-dist train {CONFIG} {index} run.dir=runs/deeper model.aux_depth=4
+  ig-dist launch --processes 2 {CONFIG} {index} run.dir=runs/two
+{more.format(run=typed)}The README says more about each.""",
+        markup=False,
     )
+
+
+def _newest_sweep(run: Path) -> Path:
+    """The folder of the sweep that was written last: this quickstart's."""
+    found = [*run.glob("sweeps/*/sweep.json"), *run.glob("sweep.json")]
+    return max(found, key=lambda file: file.stat().st_mtime).parent
 
 
 def _sampling_precision() -> str:
@@ -136,12 +172,31 @@ def _say(title: str, text: str) -> None:
 
 def _command(command: list[str]) -> list[str]:
     """The command as typed, run by this interpreter."""
-    console.print(f"[dim]$ {' '.join(command)}[/dim]")
-    return [sys.executable, "-m", "ig_dist.cli", *command[1:]]
+    console.print(f"$ {shlex.join(command)}", style="dim", markup=False)
+    # -m would put the working directory first, and a file of the user's called random.py with it
+    safe = [] if {"", str(Path.cwd())} & set(sys.path) else ["-P"]
+    return [sys.executable, *safe, "-m", "ig_dist.cli", *command[1:]]
 
 
 def _run(command: list[str]) -> None:
-    _check(command, subprocess.run(_command(command), check=False).returncode)
+    _check(command, _wait(subprocess.Popen(_command(command))))
+
+
+def _wait(process: subprocess.Popen[bytes], enough: Callable[[], bool] | None = None) -> int:
+    """Wait for its end, with a SIGTERM once there is ``enough``."""
+    try:
+        while enough and process.poll() is None:
+            if enough():
+                process.send_signal(signal.SIGTERM)
+                break
+            time.sleep(0.1)
+        return process.wait()
+    except KeyboardInterrupt:  # a terminal sends it to the command too, which says what it has saved
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(SAVING_S)
+        raise
+    finally:
+        process.kill()
 
 
 def _check(command: list[str], code: int) -> None:
@@ -152,23 +207,8 @@ def _check(command: list[str], code: int) -> None:
 
 
 def _run_until(command: list[str], metrics: Path, stop_at: int) -> bool:
-    """Run training and send SIGTERM once it has logged step ``stop_at``; whether that ended it.
-
-    A run that an earlier quickstart took beyond that step is only finished.
-    """
-    if _last_step(metrics) >= stop_at:
-        _run(command)
-        return False
-    process = subprocess.Popen(_command(command))
-    try:
-        while process.poll() is None and _last_step(metrics) < stop_at:
-            time.sleep(0.1)
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        code = process.wait()
-    except BaseException:
-        process.kill()
-        raise
+    """Run training and send SIGTERM once it has logged step ``stop_at``; whether that ended it."""
+    code = _wait(subprocess.Popen(_command(command)), lambda: _last_step(metrics) >= stop_at)
     if code != PREEMPTED:
         _check(command, code)
     return code == PREEMPTED
