@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-FORMATS = ("PNG", "JPEG", "WEBP")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+KINDS = "PNG, JPEG, WebP, GIF or BMP"
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb: 256 MiB of RGB
 PREPROCESSING = "first frame, EXIF rotation, alpha on white, RGB, ADM centre crop"
 
@@ -51,7 +52,7 @@ def load_rgb(file: Path | bytes) -> Image.Image:
     except (RejectedImage, MemoryError):  # want of memory is no verdict on the picture
         raise
     except UnidentifiedImageError:
-        raise RejectedImage("not a PNG, JPEG or WebP picture") from None
+        raise RejectedImage(f"not a {KINDS} picture") from None
     except Image.DecompressionBombError:
         raise RejectedImage(f"more than {MAX_PIXELS} pixels") from None
     except Exception as error:  # damaged files raise almost anything in the decoders: SyntaxError, struct.error, ...

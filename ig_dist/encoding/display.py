@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -29,17 +30,17 @@ def summary(index: ShardIndex) -> list[str]:
         f"latents as the model sees them, per channel: mean {_numbers(info.statistics.mean)},"
         f" std {_numbers(info.statistics.std)}",
         f"index: {index.folder}/index.json",
-        f"next: ig-dist train {_config(index)}",
+        f"next: {_training(index)}",
     ]
 
 
-def _config(index: ShardIndex) -> str:
-    """The config that fits the latents, with what must be said beside it."""
+def _training(index: ShardIndex) -> str:
+    """The command that trains on the latents, with a config that fits them."""
     info, name = index.info, PurePosixPath(index.folder).name
     run = name.removesuffix("-data") if name.endswith("-data") else f"{name}-run"
-    fitting = {(4, 32, 32): "configs/sit_xl2_ig.yaml", (32, 16, 16): "configs/lightningdit_xl1_ig.yaml"}
-    file = "configs/digits.yaml" if info.tokenizer.name == "pixel" else fitting.get(info.latent.shape, "CONFIG")
-    return f"{file} data.index={index.folder} run.dir=runs/{run}"
+    fitting = {(4, 32, 32): "sit_xl2_ig", (32, 16, 16): "lightningdit_xl1_ig"}
+    config = "digits" if info.tokenizer.name == "pixel" else fitting.get(info.latent.shape, "CONFIG")
+    return shlex.join(["ig-dist", "train", config, f"data.index={index.folder}", f"run.dir=runs/{run}"])
 
 
 def _numbers(values: list[float]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
@@ -12,11 +14,11 @@ from ig_dist.background import in_background
 from ig_dist.data.index import ShardIndex, read_index
 from ig_dist.data.sources import Source
 from ig_dist.encoding.encoder import latent_batches
-from ig_dist.encoding.gather import gather, refuse_too_many
-from ig_dist.encoding.loader import image_batches
-from ig_dist.encoding.records import PARTS, Dest, Ledger, refuse_others
+from ig_dist.encoding.gather import gather, refuse, too_many
+from ig_dist.encoding.loader import ImageBatch, image_batches
+from ig_dist.encoding.records import PARTS, Dest, Ledger, Rejected, refuse_others
 from ig_dist.encoding.settings import Settings, settings_of, shard_count, shard_places
-from ig_dist.encoding.shards import OpenShard, finish_shard
+from ig_dist.encoding.shards import OpenShard, finish_shard, rejected_of
 from ig_dist.encoding.walk import Worker, requests
 from ig_dist.latents.tokenizer import Tokenizer
 from ig_dist.progress import progress
@@ -24,6 +26,8 @@ from ig_dist.rng import Purpose, permutation
 
 STOP_S = 5.0
 """That a stopped worker waits for the shard that is being written."""
+COUNT_S = 60.0
+"""In which rejected files are counted on, when they are too many already."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +94,12 @@ def encode(job: Job) -> ShardIndex:
     ledger = Ledger(job.dest, job.settings, shards)
     while True:
         ledger.look()
-        refuse_too_many(ledger.rejected, total, job.max_rejected, job.dest, job.where)
         complete = len(ledger.finished) == shards
         if not ledger.ended and not complete:
             job.dest.make()
             _make_missing(job, ledger, order)
+        elif too_many(ledger.rejected, total, job.max_rejected):
+            refuse(ledger.rejected, total, total, job.max_rejected, job.dest, job.where)
         elif ledger.ended or gather(job.dest, job.source, job.where, job.tokenizer, job.shape, shards):
             index = finished_index(job.dest, job.settings)
             if index is not None:
@@ -114,12 +119,11 @@ def _make_missing(job: Job, ledger: Ledger, order: list[int]) -> None:
     writing: Future[None] | None = None
     try:
         with progress("encode", len(order), "images", _images(ledger.finished, job)) as advance:
-            for encoded in latent_batches(batches, job.tokenizer, job.settings, job.device):
+            wanted = _until_too_many(batches, job, ledger, len(order))
+            for encoded in latent_batches(wanted, job.tokenizer, job.settings, job.device):
                 if encoded.batch.shard != shard.number:  # the one before is finished, or was left to another worker
                     shard = OpenShard(encoded.batch.shard)
                 shard.add(encoded, job.source)
-                rejected = ledger.rejected + ([] if shard.number in ledger.finished else shard.rejected)
-                refuse_too_many(rejected, len(order), job.max_rejected, job.dest, job.where)
                 if encoded.batch.last:
                     if writing is not None:
                         writing.result()
@@ -135,6 +139,29 @@ def _make_missing(job: Job, ledger: Ledger, order: list[int]) -> None:
         wait([writing] if writing else [], timeout=STOP_S)
         job.dest.patience.stop.set()
         raise
+
+
+def _until_too_many(batches: Iterator[ImageBatch], job: Job, ledger: Ledger, total: int) -> Iterator[ImageBatch]:
+    """The batches, until more files are rejected than may be. The others are then only decoded, to count them all.
+
+    Raises:
+        TooManyRejected: so many are.
+    """
+    own: dict[int, Rejected] = {}
+    known, looked_at, ends_at = [*ledger.rejected], _images(ledger.finished, job), float("inf")
+    for batch in batches:
+        looked_at += batch.places
+        if batch.rejected:
+            own |= {row.number: row for row in rejected_of(batch, job.source)}
+            known = [*({row.number: row for row in ledger.rejected} | own).values()]
+        if too_many(known, total, job.max_rejected):
+            ends_at = min(ends_at, time.monotonic() + COUNT_S)
+            if time.monotonic() > ends_at:
+                break
+        else:
+            yield batch
+    if too_many(known, total, job.max_rejected):
+        refuse(known, min(looked_at, total), total, job.max_rejected, job.dest, job.where)
 
 
 def _images(shards: set[int], job: Job) -> int:

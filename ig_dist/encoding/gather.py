@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from zlib_ng import zlib_ng
 
 from ig_dist.background import in_parallel
+from ig_dist.data.images import KINDS
 from ig_dist.data.index import LatentInfo, SampleTable, write_index
 from ig_dist.data.shards import SampleRow
 from ig_dist.data.sources import Source
@@ -71,20 +73,27 @@ def gather(
     return True
 
 
-def refuse_too_many(rejected: Sequence[Rejected], total: int, max_rejected: float, dest: Dest, where: str) -> None:
-    """End as soon as more files are rejected than may be; those known so far are then listed in ``rejected.csv``.
+def too_many(rejected: Sequence[Rejected], total: int, max_rejected: float) -> bool:
+    """Whether more files are rejected than may be."""
+    return len(rejected) > max_rejected * total + 1e-6  # 0.29 of 100 files are 29
+
+
+def refuse(
+    rejected: Sequence[Rejected], looked_at: int, total: int, max_rejected: float, dest: Dest, where: str
+) -> NoReturn:
+    """Say how many files are rejected and what would allow them, and list them in ``rejected.csv``.
 
     Raises:
-        TooManyRejected: they are.
+        TooManyRejected: always.
     """
-    if len(rejected) <= max_rejected * total:
-        return
-    first = min(rejected)
     dest.write_rejected(rejected)
+    first = min(rejected)
+    so_far = "" if looked_at >= total else f" so far, with {looked_at} looked at"
+    enough = math.ceil(1000 * len(rejected) / looked_at) / 1000
     raise TooManyRejected(
-        f"--source {where}: {len(rejected)} of {total} files are rejected so far, the first is {first.path}:"
-        f" {first.reason} (all in {dest.url}/rejected.csv); mend or remove them, or raise --max-rejected"
-        f" {max_rejected:g}"
+        f"--source {where}: {len(rejected)} of {total} files are rejected{so_far}, the first is {first.path}:"
+        f" {first.reason} (all in {dest.url}/rejected.csv); mend or remove them, or allow them with --max-rejected"
+        f" {enough:g} (it was {max_rejected:g})"
     )
 
 
@@ -101,7 +110,7 @@ def refuse_empty_classes(source: Source, labels: Any, rejected: Sequence[Rejecte
     first = next(row for row in sorted(rejected) if source.labels[row.number] == label)
     raise ConfigError(
         f"--source {where}: class {source.classes[label]!r} has no usable picture"
-        f" (the first: {first.path}: {first.reason}): add PNG, JPEG or WebP files, or remove the class, and encode to"
+        f" (the first: {first.path}: {first.reason}): add {KINDS} files, or remove the class, and encode to"
         " another --dest"
     )
 

@@ -13,6 +13,7 @@ from ig_dist.data.shards import FLIP_SUFFIX, pack_shard, scan_shard
 from ig_dist.data.sources import Source
 from ig_dist.data.statistics import ChannelSums
 from ig_dist.encoding.encoder import LatentBatch
+from ig_dist.encoding.loader import ImageBatch
 from ig_dist.encoding.records import Dest, Rejected, ShardRecord, Superseded
 from ig_dist.encoding.settings import Settings
 from ig_dist.errors import DataError
@@ -36,15 +37,19 @@ class OpenShard:
         batch = encoded.batch
         self.places += batch.places
         self.upscaled += batch.upscaled
-        # a name in another encoding than UTF-8 could not be written down
-        paths = (source.paths[number].encode(errors="backslashreplace").decode() for number, _ in batch.rejected)
-        rows = zip(batch.rejected, paths, strict=True)
-        self.rejected += [Rejected(number, path, reason) for (number, reason), path in rows]
+        self.rejected += rejected_of(batch, source)
         if len(batch.numbers):
             self.images += batch.numbers.tolist()
             self.latents.append(encoded.latents)
             if encoded.flipped is not None:
                 self.flipped.append(encoded.flipped)
+
+
+def rejected_of(batch: ImageBatch, source: Source) -> list[Rejected]:
+    """The files of a batch that hold no picture."""
+    # a name in another encoding than UTF-8 could not be written down
+    paths = (source.paths[number].encode(errors="backslashreplace").decode() for number, _ in batch.rejected)
+    return [Rejected(number, path, reason) for (number, reason), path in zip(batch.rejected, paths, strict=True)]
 
 
 def finish_shard(shard: OpenShard, dest: Dest, settings: Settings, labels: NDArray[np.int64]) -> None:

@@ -54,13 +54,13 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["needs whole matrices", "engine.kind=fsdp2 or ddp"],
     ),
     "apex that is not there": (["train", GOOD, "optimizer.implementation=apex"], ["NVIDIA's apex", "fused"]),
-    "no config file": (["train", "nowhere.yaml"], ["nowhere.yaml", "configs/digits.yaml"]),
+    "no config file": (["train", "nowhere.yaml"], ["nowhere.yaml", "give a file, or one of digits"]),
     "config is no mapping": (["train", "LIST"], ["must hold a mapping"]),
     "config is no YAML": (["train", "BROKEN"], ["not valid YAML"]),
     "no index": (["train", GOOD, "data.index=null"], ["data.index"]),
-    "empty index": (["train", GOOD, "data.index=''"], ["data.index is empty", "encode_latents.py"]),
-    "missing data": (["train", GOOD, "data.index=nowhere"], ["nowhere does not exist", "encode_latents.py"]),
-    "empty data folder": (["train", GOOD, "data.index=EMPTY"], ["without an index.json", "encode_latents.py"]),
+    "empty index": (["train", GOOD, "data.index=''"], ["data.index is empty", "ig-dist encode"]),
+    "missing data": (["train", GOOD, "data.index=nowhere"], ["nowhere does not exist", "ig-dist encode"]),
+    "empty data folder": (["train", GOOD, "data.index=EMPTY"], ["without an index.json", "ig-dist encode"]),
     "unknown protocol": (["train", GOOD, "data.index=s4://bucket/x"], ["s4://bucket/x"]),
     "index of another kind": (["train", GOOD, "data.index=OTHER"], ["is not an index of format"]),
     "shard is missing": (["train", GOOD, "data.index=MISSING"], ["shard-000003.tar", "missing"]),
@@ -246,7 +246,7 @@ def folders(tmp_path: Path) -> dict[str, str]:
         "FLAT": ["1.png", "2.png"],
         "STRAY": ["a/1.png", "b/2.png", "3.png"],
         "NOCLASSES": ["notes.txt"],
-        "HOLLOW": ["a/1.png", "b/.hidden.png"],
+        "HOLLOW": ["a/.hidden.png", "b/.hidden.png"],
         "USELESS": [*(f"a/{i}.png" for i in range(200)), "b/notes.txt"],
         "LOOP": ["a/1.png"],
     }
@@ -285,7 +285,7 @@ PIXELS = ["--tokenizer", "pixel", "--image-size", "16"]
         (["--source", "FLAT", *PIXELS], ["FLAT", "1.png", "without a class", "one sub-folder per class"]),
         (["--source", "STRAY", *PIXELS], ["STRAY", "3.png", "without a class", "one sub-folder per class"]),
         (["--source", "NOCLASSES", *PIXELS], ["NOCLASSES", "no class folders", "one sub-folder per class"]),
-        (["--source", "HOLLOW", *PIXELS], ["HOLLOW", "class 'b' has no files", "remove it"]),
+        (["--source", "HOLLOW", *PIXELS], ["HOLLOW", "class folders are empty"]),
         (["--source", "GOOD", *PIXELS, "--dest", "FILE"], ["--dest", "is a file", "choose a folder"]),
         (["--source", "GOOD", *PIXELS, "--dest", "s4://bucket/x"], ["--dest", "s4"]),
         (["--source", "GOOD", *PIXELS, "--store", "moments"], ["--store moments", "pixel has none"]),
@@ -355,7 +355,7 @@ def test_too_many_rejected_pictures_leave_the_list_only(
     arguments = ["data_prep/encode_latents.py", "--source", str(source), *PIXELS, "--dest", str(dest)]
     code, errors = call([*arguments, "--max-rejected", "0.33"], capsys)
     assert code == 2 and errors.count("\n") == 1, errors
-    for word in ("1 of 3 files are rejected", "b/3.jpg: not a PNG", f"{dest}/rejected.csv", "--max-rejected 0.33"):
+    for word in ("1 of 3 files are rejected", "b/3.jpg: not a PNG", f"{dest}/rejected.csv", "--max-rejected 0.334"):
         assert word in errors, errors
     assert [path.name for path in dest.iterdir()] == ["rejected.csv"]
     assert call([*arguments, "--max-rejected", "0.34"], capsys)[0] == 0

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,9 +25,9 @@ from ig_dist.data.images import decode_image
 from ig_dist.data.index import read_index
 from ig_dist.evaluation.images import index_images
 from tests import imagenet_like
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_command
 from tests.encoding import SHARDS, SIZE, Encode, arguments, contents, usually_named
-from tests.imagenet_like import CORRUPT, TRUNCATED
+from tests.imagenet_like import CORRUPT, SYNSETS, TRUNCATED
 from tests.scoring import all_pictures
 
 
@@ -61,7 +62,7 @@ def test_every_form_gives_the_same_images_and_labels(
         reasons = {row["path"]: row["reason"] for row in csv.DictReader(file)}
     assert sorted(reason.split(":")[0] for reason in reasons.values()) == [
         "cannot be decoded",
-        "not a PNG, JPEG or WebP picture",
+        "not a PNG, JPEG, WebP, GIF or BMP picture",
     ]
     if form not in ("WebDataset", "parquet"):
         assert [Path(path).name for path in reasons] == [CORRUPT, TRUNCATED]
@@ -86,9 +87,25 @@ def test_the_summary_says_what_is_there(encode: Encode, tmp_path: Path) -> None:
         assert np.abs(value - found).max() < 1e-3
         assert " ".join(f"{number:.3f}" for number in found) in said
     assert f"index: {tmp_path}/out/index.json" in said
-    assert f"next: ig-dist train configs/digits.yaml data.index={tmp_path}/out run.dir=runs/out-run" in said
+    assert f"next: ig-dist train digits data.index={tmp_path}/out run.dir=runs/out-run" in said
     assert index.info.rejected == 2 and index.info.class_names is not None
     assert index.info.class_names[0] == "tench, Tinca tinca"
+
+
+def test_odd_names_and_the_command_that_comes_next(encode: Encode, forms: dict[str, Path], tmp_path: Path) -> None:
+    source, dest = tmp_path / "my [1] {x,y} Ü#?%20/a's", tmp_path / " out * & $HOME"
+    shutil.copytree(forms["ImageFolder"] / SYNSETS[0], source / 'b"c [2]/d e')
+    (source / "a$b").mkdir()
+    (source / "a$b/1.gif").write_bytes(imagenet_like.files()[0].data)
+    code, said, errors = encode(dest, "--max-rejected 0.1", source=source)
+    assert code == 0, errors
+    assert read_index(str(dest)).info.classes == ["a$b", 'b"c [2]']
+    command = shlex.split(said.splitlines()[-1].removeprefix("next: "))
+    assert command[:3] == ["ig-dist", "train", "digits"]
+    tiny = ["model.depth=2", "model.aux_depth=1", "model.hidden_size=16", "model.patch_size=8", "train.steps=1"]
+    done = run_command([*command, *tiny], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / command[4].removeprefix("run.dir=") / "metrics.jsonl").exists()
 
 
 SLOW = """
@@ -255,13 +272,15 @@ def test_too_many_rejected_files_end_it_early(encode: Encode, forms: dict[str, P
     assert code == 2 and errors.count("\n") == 1
     with (tmp_path / "out/rejected.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert 13 <= len(rows) < 13 + 16  # 5% are 12; a batch is decoded at a time
-    assert f"{len(rows)} of 240 files are rejected so far" in errors and "--max-rejected 0.05" in errors
+    rejected = {CORRUPT, TRUNCATED, *(file.name for file in bad)}
+    assert {Path(row["path"]).name for row in rows} == rejected  # 12 would be too many: the others are counted only
     assert len(list(tmp_path.glob("out/*.tar"))) < 5  # of 15
-    assert f"the first is {rows[0]['path']}: {rows[0]['reason']}" in errors
+    assert f"{len(rows)} of 240 files are rejected, the first is {rows[0]['path']}: {rows[0]['reason']}" in errors
+    enough = re.search(r"allow them with (--max-rejected [\d.]+) \(it was 0.05\)", errors)
+    assert enough, errors
     # allowed after all, it goes on from there
-    assert encode(tmp_path / "out", "--max-rejected 0.5", source=source)[0] == 0
-    assert read_index(str(tmp_path / "out")).info.rejected == len({CORRUPT, TRUNCATED, *(file.name for file in bad)})
+    assert encode(tmp_path / "out", enough[1], source=source)[0] == 0
+    assert read_index(str(tmp_path / "out")).info.rejected == len(rejected)
 
 
 def test_a_shard_of_rejected_files_only(encode: Encode, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_the_summary_and_the_list_of_rejected_files(place: Path, outputs: dict[s
     with (place / "runs/pictures-data/rejected.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["path"] for row in rows] == ["square/damaged.jpg", "triangle/notes.txt"]
-    assert "truncated" in rows[0]["reason"].lower() and rows[1]["reason"] == "not a PNG, JPEG or WebP picture"
+    assert "truncated" in rows[0]["reason"].lower() and rows[1]["reason"] == "not a PNG, JPEG, WebP, GIF or BMP picture"
 
 
 def test_every_stored_image_is_the_drawing_it_was(place: Path, outputs: dict[str, str]) -> None:

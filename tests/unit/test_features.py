@@ -360,7 +360,7 @@ def test_what_is_called_a_picture_and_is_none_is_named(place: str, first: bool, 
     root = folder if place == "flat" else folder / place
     write_pictures(root, RGB[:3], lambda i: f"{i + 1}.png")
     for content, reason in (
-        (b"<html>404</html>", "not a PNG, JPEG or WebP picture"),
+        (b"<html>404</html>", "not a PNG, JPEG, WebP, GIF or BMP picture"),
         ((root / "1.png").read_bytes()[:60], "cannot be decoded"),
     ):
         (root / ("0.png" if first else "9.png")).write_bytes(content)

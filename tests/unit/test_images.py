@@ -201,11 +201,25 @@ def test_a_flipped_byte_in_a_png_is_rejected(tmp_path: Path) -> None:
         load_rgb(file)
 
 
+def test_gif_and_bmp_are_pictures(tmp_path: Path) -> None:
+    picture = noise(9, 7)
+    Image.fromarray(picture).save(tmp_path / "colour.bmp")
+    assert np.array_equal(pixels(tmp_path / "colour.bmp"), picture)
+    first, second = (Image.new("P", (7, 9), index) for index in (0, 1))
+    for frame in (first, second):
+        frame.putpalette([*RED, *BLUE, *GREEN])
+    first.putpixel((3, 4), 2)
+    first.save(tmp_path / "moving.gif", save_all=True, append_images=[second], transparency=2)
+    shown = np.full((9, 7, 3), RED)
+    shown[4, 3] = WHITE
+    assert np.array_equal(pixels(tmp_path / "moving.gif"), shown)
+
+
 def test_what_is_no_picture_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("buy milk")
-    Image.fromarray(noise(8, 8)).save(tmp_path / "other.bmp")
-    for name in ("notes.png", "other.bmp"):
-        with pytest.raises(RejectedImage, match="not a PNG, JPEG or WebP picture"):
+    Image.fromarray(noise(8, 8)).save(tmp_path / "other.tiff")
+    for name in ("notes.png", "other.tiff"):
+        with pytest.raises(RejectedImage, match="not a PNG, JPEG, WebP, GIF or BMP picture"):
             load_rgb(tmp_path / name)
     (tmp_path / "link.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(RejectedImage, match="not a regular file"):

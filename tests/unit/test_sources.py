@@ -178,6 +178,18 @@ def test_links_to_nowhere_and_pipes_are_listed_and_not_opened(tmp_path: Path) ->
     assert source.paths == ["a/link.jpg"] and source.item(0).size == NO_FILE  # type: ignore[union-attr]
 
 
+def test_folders_without_files_are_no_classes(tmp_path: Path) -> None:
+    for name in ("a/1.png", "b/.DS_Store", "c/2.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "New folder").mkdir()
+    found = find_source(str(tmp_path))
+    left_out = "2 without files left out, class numbers count the others ('New folder', 'b')"
+    assert found.kind == f"folder of class folders; {left_out}"
+    source = found.open()
+    assert (source.classes, source.labels.tolist(), source.paths) == (["a", "c"], [0, 1], ["a/1.png", "c/2.png"])
+
+
 # what is wrong: how it is made, and what the line must say
 def _parquet(columns: dict[str, list[object]]) -> Callable[[Path], Path]:
     def make(root: Path) -> Path:

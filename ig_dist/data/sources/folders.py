@@ -17,6 +17,8 @@ DROPPINGS = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx"}
 SPLITS = {"train", "val", "valid", "validation", "test"}
 KAGGLE_TRAIN = ("ILSVRC", "Data", "CLS-LOC", "train")
 MAPPING = "LOC_synset_mapping.txt"
+KIND = "folder of class folders"
+_NAMED = 3
 _THREADS = 16  # listing waits for the disk, or for the network behind it
 
 
@@ -49,12 +51,13 @@ def kaggle_source(kaggle: Kaggle) -> Found:
     words = read_mapping(kaggle.mapping) if kaggle.mapping else None
     found = folder_source(kaggle.train, words, what="ImageNet from Kaggle")
     share = "" if words is None else f" ({len(found.open().classes)} of the {len(words)} classes of {MAPPING})"
-    return found._replace(kind=f"ImageNet as from Kaggle{share}")
+    return found._replace(kind=found.kind.replace(KIND, f"ImageNet as from Kaggle{share}"))
 
 
 def folder_source(folder: Path, words: dict[str, str] | None = None, *, what: str | None = None) -> Found:
     """The files of a folder whose sub-folders are the classes, numbered by sorted name; nested files count.
 
+    A folder without files is no class: the numbers count the others, and the source's kind says what was left out.
     Hidden files and what desktops leave behind are passed over. Nothing is opened but what lies beside the class
     folders: a picture there has no label. The source's name holds a hash over path, size and label of each file; one
     that was replaced by another of the same length is not noticed.
@@ -65,15 +68,17 @@ def folder_source(folder: Path, words: dict[str, str] | None = None, *, what: st
         what: begins the source's name; None: "folder" and its own name.
 
     Raises:
-        ConfigError: no class folders, pictures beside them, a class without files, or a folder that cannot be read.
+        ConfigError: no class folders, pictures beside them, no files, or a folder that cannot be read.
     """
     class_folders = _class_folders(folder)
     with ThreadPoolExecutor(_THREADS) as pool:
         found = list(pool.map(_files, class_folders))
+    empty = [path.name for path, files in zip(class_folders, found, strict=True) if not files]
+    class_folders = [path for path in class_folders if path.name not in empty]
+    if not class_folders:
+        raise ConfigError(f"--source {folder}: its class folders are empty: put the pictures into them")
     listed = []
-    for label, (class_folder, files) in enumerate(zip(class_folders, found, strict=True)):
-        if not files:
-            raise ConfigError(f"--source {folder}: class {class_folder.name!r} has no files: add some, or remove it")
+    for label, (class_folder, files) in enumerate(zip(class_folders, filter(None, found), strict=True)):
         prefix = len(str(class_folder)) - len(class_folder.name)
         listed += [Listed(Path(file).as_posix()[prefix:], label, ByteRange(file, 0, size)) for file, size in files]
     classes = [path.name for path in class_folders]
@@ -85,7 +90,12 @@ def folder_source(folder: Path, words: dict[str, str] | None = None, *, what: st
         class_names = [words[name] for name in classes]
     name = folder.resolve().name.encode(errors="backslashreplace").decode()
     source = listed_source(what or f"folder {name}", listed, classes, class_names)
-    return Found("folder of class folders", source.name, lambda: source)
+    return Found(f"{KIND}{_without(empty)}", source.name, lambda: source)
+
+
+def _without(empty: list[str]) -> str:
+    names = ", ".join(map(repr, empty[:_NAMED])) + (", ..." if len(empty) > _NAMED else "")
+    return f"; {len(empty)} without files left out, class numbers count the others ({names})" if empty else ""
 
 
 def read_mapping(file: Path) -> dict[str, str]:

@@ -22,7 +22,7 @@ from ig_dist.data.sources.source import ByteRange, Listed, Source, listed_source
 from ig_dist.errors import ConfigError
 from ig_dist.processes import end_with_parent, helpers
 
-PICTURES = {"jpg", "jpeg", "png", "webp"}
+PICTURES = {"jpg", "jpeg", "png", "webp", "gif", "bmp"}
 LABEL = "cls"
 _CLASS_TAR = re.compile(r"(?:.*/)?(n\d{8})\.tar")
 _MAX_CLASSES = 1_000_000
