@@ -17,7 +17,7 @@ from ig_dist.convert import RECORD_NAME
 from ig_dist.data.index import IndexFile
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT, count_parameters
-from ig_dist.report.text import Facts, duration, number, plain
+from ig_dist.report.text import Facts, duration, items, number, plain
 
 Metrics = Sequence[Mapping[str, Any]]
 
@@ -35,35 +35,45 @@ def read_conversion(run: Path) -> dict[str, Any] | None:
         raise ConfigError(f"{file} is damaged: convert the published checkpoint again") from None
 
 
-def run_facts(run: Path, config: Config, metrics: Metrics, conversion: Mapping[str, Any] | None) -> dict[str, Facts]:
+def run_facts(
+    run: Path,
+    config: Config,
+    metrics: Metrics,
+    index: IndexFile | None,
+    manifest: Mapping[str, Any] | None,
+    conversion: Mapping[str, Any] | None,
+) -> dict[str, Facts]:
     """Names and values, by what they are about.
 
     Args:
         run: run directory.
         config: its config.
-        metrics: the lines of ``metrics.jsonl``.
-        conversion: where converted weights come from.
+        metrics: the lines of ``metrics.jsonl`` that are of steps.
+        index: of its data; None: it cannot be read.
+        manifest: of the newest checkpoint; None: there is none.
+        conversion: where converted weights come from; None: they were trained here.
     """
+    about = {"Model": _model_facts(config), "Data": _data_facts(config, index, metrics)}
     if conversion is not None:
         origin = {"Checkpoint": "source", "Published as": "published", "sha256": "source_sha256"}
-        return {
-            "Converted": [
-                ("Directory", str(run)),
-                *((name, plain(conversion.get(key))) for name, key in origin.items()),
-            ],
-            "Model": _model_facts(config),
-            "Data": _data_facts(config, read_index(config.data.index), metrics),
-        }
-    return {
-        "Run": _run_facts(run, config, metrics, _newest_manifest(config, run)),
-        "Model": _model_facts(config),
-        "Data": _data_facts(config, read_index(config.data.index), metrics),
-        "Training": _training_facts(config, metrics),
-    }
+        told = [(name, plain(conversion.get(key))) for name, key in origin.items()]
+        return {"Converted": [("Directory", str(run)), *told], **about}
+    return {"Run": _run_facts(run, config, metrics, manifest), **about, "Training": _training_facts(config, metrics)}
+
+
+def provenance_facts(starts: Sequence[Mapping[str, Any]]) -> list[tuple[str, Facts]]:
+    """Who ran what and where, of each start, the newest first; of the earlier ones what differs from the next."""
+    told: list[tuple[str, Facts]] = []
+    later: Facts = []
+    for number_, start in reversed(list(enumerate(starts, start=1))):
+        facts = items(start)
+        told.append((f"Start {number_}", [fact for fact in facts if fact not in later]))
+        later = facts
+    return told
 
 
 def read_index(url: str) -> IndexFile | None:
-    """What the data folder says of itself; None where it is not there any more (a run may have been moved)."""
+    """What the data folder says of itself; None where it cannot be read from here."""
     folder = url.removesuffix("/index.json").rstrip("/")
     try:
         fs, path = fsspec.core.url_to_fs(f"{folder}/index.json")
@@ -72,7 +82,7 @@ def read_index(url: str) -> IndexFile | None:
         return None
 
 
-def _newest_manifest(config: Config, run: Path) -> dict[str, Any] | None:
+def newest_manifest(config: Config, run: Path) -> dict[str, Any] | None:
     """Of the newest checkpoint; its files are not verified, only sampling and training need them whole."""
     url = config.checkpoint.url or f"{run}/checkpoints"
     try:
@@ -115,7 +125,7 @@ def _model_facts(config: Config) -> Facts:
 
 def _data_facts(config: Config, index: IndexFile | None, metrics: Metrics) -> Facts:
     if index is None:
-        return [("Index", config.data.index), ("Source", "not known: the index is not there any more")]
+        return [("Index", config.data.index), ("Source", "not known: no index can be read there from here")]
     images = sum(shard.samples for shard in index.shards)
     side, channels = index.tokenizer.image_size, index.tokenizer.image_channels
     return [

@@ -10,8 +10,9 @@ from typing import Any
 
 Facts = list[tuple[str, str]]
 """Names and values."""
-HASHES = re.compile(r"[0-9a-f]{32,}(, [0-9a-f]{32,})*")
+HASHES = re.compile(r"[0-9a-f]{16,}(, [0-9a-f]{16,})*")
 LONG = 90  # characters of a value that fit on a line of the page
+SHORT = 36  # characters of one that fits into a column
 
 
 def number(value: float, digits: int = 4) -> str:
@@ -59,16 +60,16 @@ def images_text(counts: Iterable[int | None]) -> str:
 
 
 def interval_text(interval: Sequence[float] | None) -> str:
-    """Times, e.g. ``0.2 to 1``."""
-    return "none" if interval is None else "{:g} to {:g}".format(*interval)
+    """Times, e.g. ``[0.2, 1]``."""
+    return "none" if interval is None else "[{:g}, {:g}]".format(*interval)
 
 
 def guidance_name(terms: Sequence[Mapping[str, Any]]) -> str:
-    """Guidance in words, e.g. ``IG 1.4 on t 0.2 to 1, CFG 1.5``."""
+    """Guidance in words, e.g. ``IG 1.4 for t in [0.2, 1], CFG 1.5``."""
     names = []
     for term in terms:
-        low, high = term.get("interval", (0, 1))
-        on = "" if (low, high) == (0, 1) else f" on t {number(low)} to {number(high)}"
+        interval = tuple(term.get("interval", (0, 1)))
+        on = "" if interval == (0, 1) else f" for t in {interval_text(interval)}"
         name = {"auto": "autoguidance"}.get(term["kind"], str(term["kind"]).upper())
         branch = f" on the {term['branches']} branch" if term.get("branches", "both") != "both" else ""
         names.append(f"{name} {number(term['scale'])}{on}{branch}")
@@ -86,8 +87,29 @@ def plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def items(mapping: Mapping[str, Any]) -> Facts:
+    """Values of a protocol as text; a mapping within it is opened."""
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        flat.update({f"{key} {part}": v for part, v in value.items()} if isinstance(value, dict) else {key: value})
+    return [(key, plain(value)) for key, value in flat.items()]
+
+
+def fits_a_column(key: str, value: Any) -> bool:
+    """Whether a value of a protocol is short, and says something without being looked up."""
+    text = plain(value)
+    return not (key.endswith(("sha256", "_rule")) or key == "plan" or HASHES.fullmatch(text) or len(text) > SHORT)
+
+
+def protocol_parts(protocol: Mapping[str, Any]) -> dict[str, Facts]:
+    """What a reader looks for, ``shown``, and the hashes, rules and long texts, ``more``."""
+    first = {key: value for key, value in protocol.items() if key in ("guidance", "reference")}
+    first |= {key: value for key, value in protocol.items() if fits_a_column(key, value)}
+    return {"shown": items(first), "more": items({k: v for k, v in protocol.items() if k not in first})}
+
+
 def folded(value: str) -> str:
     """What stands for a long value until it is opened; empty: it is short enough to stand there itself."""
-    if HASHES.fullmatch(value):
+    if HASHES.fullmatch(value) and len(value) > 16:
         return ", ".join(f"{part[:12]}…" for part in value.split(", "))
     return f"{value[: LONG - 20].rpartition(' ')[0].rstrip(' ,;')} …" if len(value) > LONG else ""

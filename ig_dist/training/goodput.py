@@ -20,6 +20,8 @@ from ig_dist.terminal import console
 from ig_dist.training.phases import Phases
 
 NAME = "goodput.jsonl"
+LEAST_PERCENT = 0.05  # of the time; less is not told
+SHORTEST_SAVE_S = 0.001  # less is what follows a save until the next step begins
 KINDS = {
     "step": "training",
     "lost": "lost work",
@@ -56,7 +58,8 @@ class Goodput:
         return 100 * self.seconds[kind] / max(self.running_s, 1e-9)
 
     def __str__(self) -> str:
-        parts = [f"{name} {self.percent(kind):.1f}%" for kind, name in KINDS.items() if self.seconds[kind] > 0]
+        shares = ((name, self.percent(kind)) for kind, name in KINDS.items())
+        parts = [f"{name} {percent:.1f}%" for name, percent in shares if percent >= LEAST_PERCENT]
         starts = f"{self.starts} start{'s' if self.starts > 1 else ''}"
         return f"goodput {self.percent('step'):.1f}% of {duration(self.running_s)} in {starts}: {', '.join(parts)}"
 
@@ -101,7 +104,25 @@ class Ledger:
 
 
 def read_goodput(run: Path) -> Goodput | None:
-    """The ledger of a run, added up; None where there is none. Lines that were cut off are passed over."""
+    """The ledger of a run, added up; None where there is none."""
+    lines = _read_ledger(run)
+    return add_up(lines) if lines else None
+
+
+def read_saves(run: Path) -> dict[int, float]:
+    """Seconds that the loop stood still for the save of each step, in the order of steps."""
+    saves: dict[int, float] = {}
+    before: Mapping[str, Any] = {"began": None}
+    for line in _read_ledger(run):
+        known = before["seconds"].get("checkpoint", 0.0) if before["began"] == line["began"] else 0.0
+        if (spent := line["seconds"].get("checkpoint", 0.0) - known) >= SHORTEST_SAVE_S:
+            saves[line["step"]] = saves.get(line["step"], 0.0) + spent
+        before = line
+    return dict(sorted(saves.items()))
+
+
+def _read_ledger(run: Path) -> list[dict[str, Any]]:
+    """Its lines; those that were cut off are passed over."""
     lines = []
     file = run / NAME
     for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
@@ -110,7 +131,7 @@ def read_goodput(run: Path) -> Goodput | None:
             lines.append({key: line[key] for key in ("began", "from_step", "step", "seconds")})
         except (ValueError, KeyError, TypeError):
             continue
-    return add_up(lines) if lines else None
+    return lines
 
 
 def add_up(lines: Sequence[Mapping[str, Any]]) -> Goodput:

@@ -1,0 +1,98 @@
+"""Pictures of a run in the report: samples of plans, grids of the training, nearest real pictures."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ig_dist.config import Config
+from ig_dist.data.classes import class_words
+from ig_dist.data.index import IndexFile
+from ig_dist.evaluation.plan import Plan
+from ig_dist.report.text import guidance_name
+
+MOST_PICTURES = 8  # of a kind
+MOST_PNG_BYTES = 1_000_000  # what is larger goes in as JPEG
+SMALL = 400  # pixels of width below which a picture is enlarged without smoothing
+NEAREST = "_nearest"
+
+
+class Picture(NamedTuple):
+    """As the template needs it."""
+
+    title: str
+    alt: str
+    uri: str
+    small: bool
+
+
+def embedded(file: Path, title: str, alt: str) -> Picture | None:
+    """A picture as a data URL; None: there is no readable one (it may just be written)."""
+    try:
+        data, kind = file.read_bytes(), "png"
+        with Image.open(io.BytesIO(data)) as image:
+            small = image.width < SMALL
+            if len(data) > MOST_PNG_BYTES:
+                image.convert("RGB").save(smaller := io.BytesIO(), "JPEG", quality=90)
+                data, kind = smaller.getvalue(), "jpeg"
+    except (OSError, SyntaxError):
+        return None
+    return Picture(title, alt, f"data:image/{kind};base64,{base64.b64encode(data).decode()}", small)
+
+
+def plan_pictures(run: Path) -> tuple[list[Picture], int]:
+    """Samples of the newest plans, ordered by their guidance; how many older ones are left out."""
+    files = [file for file in (run / "samples").glob("*.png") if not file.stem.endswith(NEAREST)]
+    chosen = sorted((*_plan_order(run, file.stem), file) for file in _newest(files))
+    found = [embedded(file, name, f"samples of the plan {name}") for _, name, file in chosen]
+    return [picture for picture in found if picture], len(files) - len(chosen)
+
+
+def nearest_pictures(run: Path) -> list[Picture]:
+    """Samples of plans above the nearest real pictures, the newest first."""
+    found = []
+    for file in _newest(list((run / "samples").glob(f"*{NEAREST}.png"))):
+        name = _plan_order(run, file.stem.removesuffix(NEAREST))[1]
+        found.append(embedded(file, name, f"samples above the nearest training pictures, {name}"))
+    return [picture for picture in found if picture]
+
+
+def training_grids(run: Path, config: Config, index: IndexFile | None) -> tuple[list[Picture], str]:
+    """Grids that were drawn while training, spread over its steps, and what stands in their rows and columns."""
+    files = sorted((run / "samples" / "training").glob("step_*.png"))
+    kept = np.linspace(0, len(files) - 1, min(len(files), MOST_PICTURES)).round().astype(int)
+    grids = [
+        embedded(files[i], f"step {(step := int(files[i].stem[5:])):,}", f"samples at step {step:,}") for i in kept
+    ]
+    guidance = [term.model_dump() for term in config.guidance if term.kind != "auto"]
+    rows = f"Above unguided, below {guidance_name(guidance)}." if guidance else "Unguided."
+    names = columns_of(index, 10)
+    return [grid for grid in grids if grid], f"{rows} The same noise in each column. {names}".strip()
+
+
+def columns_of(index: IndexFile | None, most: int) -> str:
+    """The classes of a grid's columns, where they have names."""
+    names = [] if index is None else [w.split(",")[0] for w in class_words(index.classes) or index.classes]
+    return "" if not names or all(name.isdecimal() for name in names) else f"Columns: {', '.join(names[:most])}."
+
+
+def _newest(files: Sequence[Path]) -> list[Path]:
+    return sorted(files, key=lambda file: (-file.stat().st_mtime, file.name))[:MOST_PICTURES]
+
+
+def _plan_order(run: Path, plan: str) -> tuple[tuple[int, list[float]], str]:
+    """Where a plan stands among others, and its name in words."""
+    try:
+        told = json.loads((run / "samples" / plan / "plan.json").read_text(encoding="utf-8"))
+        made, step = Plan(**told["plan"]), told["export"]["step"]
+        scales = [term.scale for term in made.guidance]
+        return (len(scales), scales), made.describe() + (f" of step {step:,}" if step else "")
+    except (OSError, ValueError, KeyError, TypeError):
+        return (0, []), plan
