@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ig_dist.commands.options import AsJson, Overrides, Run, Weak, interval, numbers, print_json
+from ig_dist.errors import ConfigError
 from ig_dist.terminal import console
 
 
@@ -32,12 +33,15 @@ def sweep(
         bool, typer.Option("--halving", help="All points on few images, the better half on twice as many, and so on.")
     ] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds per point; scores become means with deviations.")] = 1,
+    out: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Folder of samples, scores and sweep. Default: the run.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a grid of guidance scales with common noise: table, sweep.json, plot and picture grid."""
-    from ig_dist.config_file import load_run
     from ig_dist.evaluation.sweep import Axes, sweep_run
     from ig_dist.evaluation.tables import print_sweep
+    from ig_dist.export import find_run, find_weights
 
     console.stderr = as_json  # stdout is the JSON alone
     given = {"sample.weak_model": weak, "evaluate.metrics": metrics and f"[{metrics}]"}
@@ -50,17 +54,27 @@ def sweep(
         [None] if emas is None else numbers("--ema", emas),
         [None] if steps is None else [int(step) for step in numbers("--checkpoint", steps)],
     )
+    options = [*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value)]
+    config, _, _ = find_run(run, options)
+    guided = any(term.kind == "auto" and term.scale != 1 for term in config.guidance)
+    if weak is not None and not guided and all(scale == 1 for scale in axes.auto_scales):
+        raise ConfigError(
+            f"--weak {weak} guides nothing without a scale: give --auto-scale too, e.g. 1,1.5,2 (1 is off)"
+        )
     result = sweep_run(
-        load_run(run, [*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value)]),
+        config,
         axes,
         auto_interval=interval("--auto-interval", auto_interval),
         seeds=seeds,
         target=target,
         halving=halving,
+        weights=lambda ema, step: find_weights(run, ema=ema, step=step, overrides=options).export,
+        out=out,
     )
     if not result:  # not the first of several processes
         return
     if as_json:
         return print_json(result)
     print_sweep(result)
-    console.print(f"written: {run}/sweep.json, {run}/sweep.png, {run}/grid.png", markup=False)
+    folder = f"{out or config.run.dir}/sweeps/{result['name']}"
+    console.print(f"written: {folder}/sweep.json, sweep.png and grid.png", markup=False)

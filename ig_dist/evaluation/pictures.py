@@ -50,23 +50,24 @@ def pictures_in_rows(rows: Sequence[tuple[str, NDArray[np.uint8], Sequence[str]]
     side = rows[0][1].shape[1]
     factor = max(1, -(-MIN_SIDE // side))
     side, font = side * factor, ImageFont.load_default(TEXT_SIZE)
+    line = TEXT_SIZE + GAP
     left = max((int(font.getlength(name)) + 2 * GAP for name, *_ in rows if name), default=GAP)
-    step, over = side + GAP, TEXT_SIZE + GAP if any(names for *_, names in rows) else 0
+    step = side + GAP
     width = left + step * max(len(images) for _, images, _ in rows)
     lines = textwrap.wrap(title, max(12, int(width / font.getlength("n")))) or [""]
-    top = (TEXT_SIZE + GAP) * len(lines) + 2 * GAP
-    whole = Image.new("RGB", (width, top + len(rows) * (over + step)), "white")
+    y = line * len(lines) + 2 * GAP
+    whole = Image.new("RGB", (width, y + sum(step + line * bool(names) for *_, names in rows)), "white")
     draw = ImageDraw.Draw(whole)
     draw.multiline_text((GAP, GAP), "\n".join(lines), "black", font, spacing=GAP)
-    for number, (name, images, names) in enumerate(rows):
-        y = top + number * (over + step)
-        draw.text((GAP, y + over + side // 2), name, "black", font, anchor="lm")
+    for name, images, names in rows:
+        for column, text in enumerate(names):
+            draw.text((left + column * step, y), _fitting(text, font, side), "black", font)
+        y += line * bool(names)
+        draw.text((GAP, y + side // 2), name, "black", font, anchor="lm")
         for column, image in enumerate(images):
-            x = left + column * step
-            if names:
-                draw.text((x, y), _fitting(names[column], font, side), "black", font)
             picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).convert("RGB")
-            whole.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y + over))
+            whole.paste(picture.resize((side, side), Image.Resampling.NEAREST), (left + column * step, y))
+        y += step
     return whole
 
 

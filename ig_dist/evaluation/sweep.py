@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ig_dist.config import Config
@@ -17,14 +20,15 @@ from ig_dist.errors import ConfigError
 from ig_dist.evaluation.catalogue import best_row, lower_is_better, order
 from ig_dist.evaluation.generate import Models, make_unit
 from ig_dist.evaluation.images import ImageSet
-from ig_dist.evaluation.pictures import save_grid, save_sweep_plot, save_tradeoff_plot
-from ig_dist.evaluation.plan import make_plan
+from ig_dist.evaluation.pictures import pictures_in_rows, save_sweep_plot, save_tradeoff_plot
+from ig_dist.evaluation.plan import class_names, make_plan
 from ig_dist.evaluation.references import Reference, open_reference
-from ig_dist.evaluation.sampling import config_extractor, sample_run, sampling_device
+from ig_dist.evaluation.sampling import check_places, config_extractor, sample_run, sampling_device
 from ig_dist.evaluation.scores import Scores, score_plan
 from ig_dist.export import export_run, load_export, read_info
 from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.run_dir import replace_text
+from ig_dist.storage.writable import why_unwritable
 from ig_dist.terminal import console, is_first_process, is_main_process, this_worker
 
 Interval = tuple[float, float]
@@ -80,8 +84,10 @@ def sweep_run(
     seeds: int = 1,
     target: str | None = None,
     halving: bool = False,
+    weights: Callable[[float | None, int | None], Path] | None = None,
+    out: str | None = None,
 ) -> dict[str, Any]:
-    """Score points of a grid; ``sweep.json``, ``sweep.png`` and ``grid.png`` in the run.
+    """Score points of a grid; ``sweep.json``, ``sweep.png`` and ``grid.png`` in ``RUN/sweeps/NAME``.
 
     Every point starts from the same noise; with several seeds (sample.seed and the following ones) a point's scores are
     means, with standard deviations beside them. What exists of an earlier sweep is not made again. Under several
@@ -94,19 +100,26 @@ def sweep_run(
         seeds: seeds of each point.
         target: the score that the best point has; None: the first of ``evaluate.metrics``.
         halving: all points on few images, then the better half on twice as many, and so on: the best has all images.
+        weights: gives the export of an average and a step; None: ``export_run``.
+        out: folder of samples, scores and the sweep; None: the run.
 
     Raises:
-        ConfigError: a target that is not scored.
+        ConfigError: a target that is not scored, or a folder that cannot be written.
     """
-    metrics, run = config.evaluate.metrics, Path(config.run.dir)
+    metrics, place = config.evaluate.metrics, Path(out or config.run.dir)
     target = target or metrics[0]
     if target not in metrics:
         raise ConfigError(
             f"--target {target} is not scored: use one of {', '.join(metrics)}, or add it to evaluate.metrics"
         )
+    if reason := why_unwritable(place):
+        raise ConfigError(f"{place} cannot be written ({reason}): give --out FOLDER, one that can")
     device, share = sampling_device(), this_worker()
     # once: a run that goes on meanwhile must not change the weights between points
-    exports = {key: export_run(config, ema=key[0], step=key[1]) for key in product(axes.emas, axes.steps)}
+    export = weights or (lambda ema, step: export_run(config, ema=ema, step=step))
+    exports = {key: export(*key) for key in product(axes.emas, axes.steps)}
+    config = config if out is None else config.model_copy(update={"run": config.run.model_copy(update={"dir": out})})
+    check_places(config)
     reference = open_reference(
         config.evaluate.reference or config.data.index,
         metrics,
@@ -139,16 +152,49 @@ def sweep_run(
         return {}
     common = {key: value for key, value in protocols[0].items() if all(p.get(key) == value for p in protocols)}
     found = list(rows.values())
-    sweep = {"target": target, "rows": found, "flat": flat_rows(found, target), "protocol": {**common, "seeds": seeds}}
-    replace_text(run / "sweep.json", json.dumps(sweep, indent=1) + "\n")
-    save_sweep_plot(found, target, run / "sweep.png")
-    (run / "sweep_tradeoff.png").unlink(missing_ok=True)
+    asked = [
+        axes.points(),
+        auto_interval,
+        seeds,
+        target,
+        halving,
+        [read_info(e).weights_sha256 for e in exports.values()],
+    ]
+    name = _name(axes, asked, config)
+    folder = place / "sweeps" / name
+    told = {"rows": found, "flat": flat_rows(found, target), "protocol": {**common, "seeds": seeds}}
+    sweep = _write({"name": name, "target": target, **told}, folder)
+    save_sweep_plot(found, target, folder / "sweep.png")
     for other in metrics:
         if not lower_is_better(other) and lower_is_better(target) and len(found) > 1:
-            save_tradeoff_plot(found, target, other, run / "sweep_tradeoff.png")
+            save_tradeoff_plot(found, target, other, folder / "sweep_tradeoff.png")
             break
-    _save_scale_grid(config, exports[axes.emas[0], axes.steps[0]], axes.ig_scales, reference, run / "grid.png")
+    _save_scale_grid(config, exports[axes.emas[0], axes.steps[0]], axes.ig_scales, reference, folder / "grid.png")
     return sweep
+
+
+def _name(axes: Axes, asked: Sequence[Any], config: Config) -> str:
+    """What is swept, and a hash of all that the scores depend on: the same command has the same name."""
+    points = axes.points()
+    swept = [key for key in Point._fields if len({getattr(point, key) for point in points}) > 1] or ["ig_scale"]
+    apart = {"url", "tokenizer", "keep_images", "png"}  # they say where, not what
+    groups = [config.sample.model_dump(mode="json", exclude=apart), [term.model_dump() for term in config.guidance]]
+    scores = config.evaluate.model_dump(mode="json", include={"metrics", "protocol"})
+    reference = Path(config.evaluate.reference or config.data.index).name
+    told = json.dumps([*asked, *groups, scores, reference])
+    return f"{'-'.join(swept)}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+
+
+def _write(sweep: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Write ``sweep.json`` with the time at which it was found; one that found the same keeps its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "sweep.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    whole = {"written": before.get("written"), **json.loads(json.dumps(sweep))}
+    if whole != before:
+        whole["written"] = datetime.now(UTC).isoformat(timespec="seconds")
+    replace_text(file, json.dumps(whole, indent=1) + "\n")
+    return whole
 
 
 def _rounds(points: int, num: int, unit_size: int) -> list[int]:
@@ -233,17 +279,21 @@ def _save_scale_grid(
     model, info = load_export(export, device)
     models = Models(model, info, index_tokenizer(info.tokenizer, info.latent, config.sample.tokenizer, device=device))
     sample = config.sample.model_copy(
-        update={"num": COLUMNS, "unit_size": COLUMNS, "batch_size": COLUMNS, "labels": "balanced"}
+        update={"num": COLUMNS, "unit_size": COLUMNS, "batch_size": COLUMNS, "labels": "balanced", "classes": []}
     )
     shown = config.model_copy(update={"sample": sample})
-    rows = []
+    rows, names = list[tuple[str, NDArray[np.uint8], Sequence[str]]](), class_names(config, info)
+    columns = [
+        names[label] for label in make_plan(shown, info, info.weights_sha256).image_labels(torch.arange(COLUMNS))
+    ]
     if reference.files is not None:
-        rows.append(("real", _real_by_class(reference.files.images, len(info.classes))))
+        rows.append(("real", _real_by_class(reference.files.images, len(info.classes)), columns))
     for scale in ig_scales:
         point = with_guidance(shown, ig_scale=scale, cfg_scale=1.0, auto_scale=1.0)
         plan = make_plan(point, info, info.weights_sha256)
-        rows.append((f"IG {scale:g}" if scale != 1 else "unguided", make_unit(models, plan, 0).images))
-    save_grid(rows, file, "the same noise in every column")
+        name = f"IG {scale:g}" if scale != 1 else "unguided"
+        rows.append((name, make_unit(models, plan, 0).images, () if rows else columns))
+    pictures_in_rows(rows, "the same noise in every column").save(file)
 
 
 def _real_by_class(images: ImageSet, num_classes: int) -> NDArray[np.uint8]:

@@ -114,7 +114,9 @@ def test_a_sweep_over_its_scale(runs: Path) -> None:
     rows = json.loads(done.stdout)["rows"]
     assert [(row["ig_scale"], row["auto_scale"]) for row in rows] == [(1, 1), (1.5, 1), (1, 2), (1.5, 2)]
     assert len({row["scores"]["fd_pixel"] for row in rows}) == 4
-    assert (runs / "run/sweep.png").stat().st_size > 5000
+    assert next(runs.glob("run/sweeps/ig_scale-auto_scale-*/sweep.png")).stat().st_size > 5000
+    refused = run_command(["ig-dist", "sweep", runs / "run", "--weak", runs / "run@20", "--ig-scale", "1,1.5"])
+    assert refused.returncode == 2 and "guides nothing without a scale: give --auto-scale" in refused.stderr
     done = run_command(["ig-dist", "report", runs / "run"])
     assert done.returncode == 0 and "autoguidance scale" in (runs / "run/report.html").read_text()
 

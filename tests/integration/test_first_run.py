@@ -99,13 +99,14 @@ def test_sweep_over_two_axes(run: Path) -> None:
     scales = ["--ig-scale", "1,1.5", "--cfg-scale", "1,1.3"]
     done = run_command(["ig-dist", "sweep", run, "sample.steps=2", "sample.num=30", *scales, "--json"])
     assert done.returncode == 0, done.stderr
-    sweep = json.loads((run / "sweep.json").read_text())
+    (file,) = run.glob("sweeps/ig_scale-cfg_scale-*/sweep.json")
+    sweep = json.loads(file.read_text())
     assert json.loads(done.stdout) == sweep
     assert [(row["ig_scale"], row["cfg_scale"]) for row in sweep["rows"]] == [(1, 1), (1.5, 1), (1, 1.3), (1.5, 1.3)]
     assert len({row["scores"]["fd_pixel"] for row in sweep["rows"]}) == 4
     assert sweep["protocol"]["num"] == 30 and "guidance" not in sweep["protocol"]
     for name in ("sweep.png", "grid.png"):
-        assert (run / name).read_bytes().startswith(b"\x89PNG")
+        assert file.with_name(name).read_bytes().startswith(b"\x89PNG")
 
     done = run_command(["ig-dist", "report", run])
     assert done.returncode == 0, done.stderr

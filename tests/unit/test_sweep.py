@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,11 +140,13 @@ def test_halving_keeps_the_better_half_and_makes_no_unit_twice(
     assert rows[left[0]]["scores"] == scores_of(run, rows[left[0]]["plans"][0], 64)
     # 16 images of each, 32 of two, 64 of one: in units of 16
     assert len(solved) == len(set(solved)) == 4 + 2 + 2
-    assert json.loads((run / "sweep.json").read_text()) == sweep
+    file = run / "sweeps" / sweep["name"] / "sweep.json"
+    assert sweep["name"].startswith("ig_scale-") and json.loads(file.read_text()) == sweep
 
     again = sweep_run(config, Axes(SCALES), target=target, halving=True)
     assert again == sweep and len(solved) == 8  # it is all there
     whole = sweep_run(config, Axes(SCALES), target=target)  # the grid takes what the rounds have made
+    assert whole["name"] != sweep["name"] and json.loads(file.read_text()) == sweep  # both are kept
     assert {row["num"] for row in whole["rows"]} == {64} and len(solved) == len(set(solved)) == 16
     assert {row["ig_scale"]: row["plans"] for row in whole["rows"]} == {s: row["plans"] for s, row in rows.items()}
     assert next(row for row in whole["rows"] if row["ig_scale"] == left[0])["scores"] == rows[left[0]]["scores"]
@@ -154,9 +157,9 @@ def test_every_process_of_a_halving_comes_to_the_same_points(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    (run / "sweep.json").unlink(missing_ok=True)
+    shutil.rmtree(run / "sweeps", ignore_errors=True)
     assert sweep_run(config, Axes(SCALES), halving=True) == {}
-    assert len(solved) == len(set(solved)) == 8 and not (run / "sweep.json").exists()
+    assert len(solved) == len(set(solved)) == 8 and not (run / "sweeps").exists()
     monkeypatch.setenv("RANK", "0")
     sweep = sweep_run(config, Axes(SCALES), halving=True)
     assert len(solved) == 8 and sorted(row["num"] for row in sweep["rows"]) == [16, 16, 32, 64]
@@ -209,8 +212,9 @@ def test_averages_checkpoints_and_intervals_are_axes(config: Config, run: Path, 
     told = json.loads((run / "evaluations" / f"{by[2.0, 0.3, 1.0, 0.9, 10]['plans'][0]}.json").read_text())["protocol"]
     assert told["guidance"] == [{"kind": "ig", "scale": 2.0, "interval": [0.3, 1.0], "branches": "both"}]
     assert (told["ema"], told["step"]) == (0.9, 10)
+    assert sweep["name"].startswith("ig_scale-ig_interval-ema-step-")
     for name in ("sweep.png", "grid.png", "sweep_tradeoff.png"):
-        assert (run / name).read_bytes().startswith(b"\x89PNG")
+        assert (run / "sweeps" / sweep["name"] / name).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match="averages with decay"):
         sweep_run(config, Axes((1.0,), emas=(0.7,)))
     with pytest.raises(ConfigError, match="no whole checkpoint"):
