@@ -194,7 +194,8 @@ class Saver:
             store.fs.makedirs(folder, exist_ok=True)
         prefix = f"rank_{self._dist.rank:05d}"
         file = write_hashed(store.fs, folder, prefix, self._snapshot.chunks(), store.patience)
-        return {"file": file, "tensors": self._snapshot.described()}
+        header = {"header": self._snapshot.header()}
+        return {"file": {**file, **header}, "tensors": self._snapshot.described()}
 
     def _records(self, save: _Save, patience_s: float) -> list[dict[str, Any]]:
         """What the other ranks say of their files, in rank order.

@@ -22,6 +22,8 @@ CHUNK_BYTES = 32 * 2**20
 """A power of two: torch rounds pinned memory up to one."""
 SMALL_BYTES = 2**20
 """Tensors below this lie together, so that one request to an object store reads many of them."""
+PART_BYTES = 2**20
+"""Each so many bytes of a piece have a CRC of their own: whoever reads a part of a piece can check it."""
 
 DTYPES = {
     torch.float64: "F64",
@@ -97,20 +99,23 @@ class Snapshot:
         ]
         return [buffer[:count].numpy().data for buffer, count in zip(self._buffers, counts, strict=False)]
 
+    def header(self) -> list[int]:
+        """Bytes of the header, and their CRC-32."""
+        size = min((begin for _, begin, _ in self._places.values()), default=self._bytes)
+        return [size, self._crc(0, size)]
+
+    def _crc(self, begin: int, end: int) -> int:
+        value, chunks = 0, self.chunks()
+        for number in range(begin // CHUNK_BYTES, -(-end // CHUNK_BYTES)):
+            first = number * CHUNK_BYTES
+            value = zlib_ng.crc32(chunks[number][max(begin - first, 0) : end - first], value)
+        return value
+
     def described(self) -> dict[str, list[Any]]:
-        """Of each piece: [shape and dtype of its tensor, first element, the one after the last, first byte, CRC-32].
+        """Of each piece: [shape and dtype of its tensor, first element, the one after the last, first byte, CRCs].
 
         Reads all bytes: for the background.
         """
-        chunks = self.chunks()
-
-        def crc(begin: int, end: int) -> int:
-            value = 0
-            for number in range(begin // CHUNK_BYTES, -(-end // CHUNK_BYTES)):
-                first = number * CHUNK_BYTES
-                value = zlib_ng.crc32(chunks[number][max(begin - first, 0) : end - first], value)
-            return value
-
         return {
             name: [
                 list(piece.shape),
@@ -118,7 +123,7 @@ class Snapshot:
                 piece.start,
                 piece.start + piece.data.numel(),
                 begin,
-                crc(begin, end),
+                [self._crc(first, min(first + PART_BYTES, end)) for first in range(begin, end, PART_BYTES)],
             ]
             for name, (piece, begin, end) in self._places.items()
         }

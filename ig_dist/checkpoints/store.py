@@ -6,7 +6,7 @@
 
 The unit is the global tensor; a piece is a range of its flattened elements, which is what every engine's shard is.
 A folder without a manifest does not exist; one whose manifest or files do not match is reported and passed over.
-Saving is in ``saving.py``: here is what is found, read and deleted.
+Saving is in ``saving.py``, reading by many ranks in ``reading.py``: here is what is found, opened and deleted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
@@ -25,19 +26,19 @@ from zlib_ng import zlib_ng
 
 from ig_dist.background import in_background
 from ig_dist.checkpoints.manifest import MANIFEST as MANIFEST
-from ig_dist.checkpoints.manifest import check_pieces, folder_name, inspect
-from ig_dist.checkpoints.snapshot import DTYPE_NAMES, SMALL_BYTES
+from ig_dist.checkpoints.manifest import folder_name, inspect
+from ig_dist.checkpoints.reading import READS, Share, read_share
+from ig_dist.checkpoints.snapshot import DTYPE_NAMES, PART_BYTES, SMALL_BYTES
 from ig_dist.checkpoints.snapshot import Piece as Piece
-from ig_dist.errors import ConfigError, DataError
+from ig_dist.errors import ConfigError, DamagedError, DataError
 from ig_dist.parallel.agreement import meet
-from ig_dist.parallel.dist import Dist, from_main
+from ig_dist.parallel.dist import Dist, from_main, gather_objects
 from ig_dist.storage.faults import Patience, retried
 from ig_dist.storage.files import REQUEST_BYTES, list_sizes, open_url, read_range
 from ig_dist.storage.s3 import abort_orphaned_uploads
 from ig_dist.storage.urls import once
 
 _MOST_BLOCKS = 64
-_READS = 4  # of a piece, before it is damaged and did not suffer on the way
 _TIDYING_S = 30.0  # how long is tried what need not succeed
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ class Checkpoint:
     url: str
     manifest: dict[str, Any]
     patience: Patience = field(default_factory=Patience)
+    share: Share = field(default_factory=dict, compare=False, repr=False)
+    """What this rank has read of it for all of them; empty unless it was asked for."""
     _blocks: dict[tuple[str, int], memoryview] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -75,37 +78,42 @@ class Checkpoint:
         """Names of the tensors of a group (``model``, ``exp_avg``, ``ema/0.9999``), without the group."""
         return [n.removeprefix(f"{group}/") for n in self.manifest["tensors"] if n.startswith(f"{group}/")]
 
+    def entry(self, name: str) -> dict[str, Any]:
+        """Shape, dtype and pieces of a tensor.
+
+        Raises:
+            DataError: the checkpoint has no such tensor.
+        """
+        entry: dict[str, Any] | None = self.manifest["tensors"].get(name)
+        if entry is None:
+            raise DataError(f"{self.url} holds no tensor {name!r}: it was saved by a run with other settings")
+        return entry
+
     def read(self, name: str) -> Tensor:
         """A whole tensor, on the CPU.
 
         Raises:
-            DataError: the checkpoint has no such tensor, not all of it, or a damaged one, or the storage fails beyond
-                the deadline.
+            DataError: the checkpoint has no such tensor, or a damaged one, or the storage fails beyond the deadline.
         """
-        entry = self.manifest["tensors"].get(name)
-        if entry is None:
-            raise DataError(f"{self.url} holds no tensor {name!r}: it was saved by a run with other settings")
-        if entry["dtype"] not in DTYPE_NAMES:
-            raise DataError(f"{self.url}: tensor {name!r} has an unknown dtype {entry['dtype']!r}")
-        entry = {**entry, "pieces": sorted(entry["pieces"], key=lambda piece: piece[1:])}
-        check_pieces(name, entry)
+        entry = self.entry(name)
         flat = torch.empty(entry["shape"], dtype=DTYPE_NAMES[entry["dtype"]]).view(-1)
-        for file, start, stop, at, crc32 in entry["pieces"]:
+        for file, start, stop, at, crcs in entry["pieces"]:
             if stop > start:
                 size = (stop - start) * flat.element_size()
-                data = self._read_piece(self.manifest["files"][file], name, at, at + size, crc32)
+                data = self._read_piece(self.manifest["files"][file], name, at, at + size, crcs)
                 flat[start:stop] = torch.frombuffer(data, dtype=flat.dtype)
         return flat.view(entry["shape"])
 
-    def _read_piece(self, file: dict[str, Any], name: str, begin: int, end: int, crc32: int) -> bytearray:
+    def _read_piece(self, file: dict[str, Any], name: str, begin: int, end: int, crcs: list[int] | int) -> bytearray:
         """Bytes ``begin`` to ``end`` of a file, as they were saved: read again where they are not."""
         fs, path = open_url(f"{self.url}/{file['name']}", "checkpoint.url", self.patience)
-        for tries_left in reversed(range(_READS)):
+        crcs, part = (crcs, PART_BYTES) if isinstance(crcs, list) else ([crcs], end - begin)  # format 2 has one
+        for tries_left in reversed(range(READS)):
             try:
                 data = self._range(fs, path, begin, end, file["bytes"])
             except OSError as error:
                 raise DataError(f"{self.url}/{file['name']}: {error.strerror or error}: restore the file") from None
-            if zlib_ng.crc32(data) == crc32:
+            if [zlib_ng.crc32(data[first : first + part]) for first in range(0, len(data), part)] == crcs:
                 return data
             self._blocks.clear()
             if tries_left:
@@ -155,32 +163,91 @@ class CheckpointStore:
         self.damaged: set[int] = set()
         """Steps whose checkpoints were found damaged: they may be written over."""
 
-    def latest(self, dist: Dist) -> Checkpoint | None:
+    def latest(
+        self,
+        dist: Dist,
+        *,
+        keep: bool = False,
+        fits: Callable[[Checkpoint], None] = lambda checkpoint: None,
+        beat: Callable[[], None] = lambda: None,
+    ) -> Checkpoint | None:
         """The newest whole checkpoint; damaged ones are reported and passed over. COLLECTIVE.
+
+        Args:
+            dist: this process; all of them share the reading.
+            keep: hold what this rank reads, for ``Loaded``.
+            fits: called before anything is read; raises if it is not for this run, on all ranks alike.
+            beat: called now and then while it is read.
 
         Raises:
             DataError: there are checkpoints and none of them is whole, or the storage fails beyond the deadline.
         """
-        found = self._on_main(self._newest_whole, dist)
-        if isinstance(found, str):
-            raise DataError(found)
-        return None if found is None else self._opened(found)
+        passed: set[int] = set()
+        while True:
+            found = self._on_main(partial(self._newest, passed), dist)
+            if isinstance(found, str):
+                raise DataError(found)
+            if found is None:
+                return None
+            checkpoint, problem = self._loaded(found, dist, keep, fits, beat)
+            if not problem:
+                self.damaged.discard(checkpoint.step)
+                return checkpoint
+            self._pass_over(checkpoint.step, problem, passed, said=dist.is_main)
 
-    def at(self, step: int, dist: Dist) -> Checkpoint:
-        """The checkpoint of one step. COLLECTIVE.
+    def at(
+        self,
+        step: int,
+        dist: Dist,
+        *,
+        keep: bool = False,
+        fits: Callable[[Checkpoint], None] = lambda checkpoint: None,
+        beat: Callable[[], None] = lambda: None,
+    ) -> Checkpoint:
+        """The checkpoint of one step. COLLECTIVE. Arguments as for ``latest``.
 
         Raises:
             ConfigError: there is none, or it is damaged.
             DataError: the storage fails beyond the deadline.
         """
-        found = self._on_main(partial(self._whole_at, step), dist)
+        found = self._on_main(partial(self._at, step), dist)
         if isinstance(found, str):
             raise DataError(found)
         manifest, problem, steps = found
-        if manifest is None:
+        checkpoint = None
+        if manifest is not None:
+            checkpoint, problem = self._loaded(manifest, dist, keep, fits, beat)
+        if checkpoint is None or problem:
             there = ", ".join(map(str, steps)) or "none"
             raise ConfigError(f"{self.url} has no whole checkpoint of step {step} ({problem}); there are: {there}")
-        return self._opened(manifest)
+        return checkpoint
+
+    def _loaded(
+        self,
+        manifest: dict[str, Any],
+        dist: Dist,
+        keep: bool,
+        fits: Callable[[Checkpoint], None],
+        beat: Callable[[], None],
+    ) -> tuple[Checkpoint, str]:
+        """The checkpoint of a manifest, read by all ranks; and what some rank found to be damaged. COLLECTIVE."""
+        url = f"{self.url}/{folder_name(manifest['step'])}"
+        checkpoint = Checkpoint(url, manifest, self.patience)
+        fits(checkpoint)
+        read = partial(read_share, url, manifest, dist.rank, dist.world_size, self.patience, keep=keep)
+        work = in_background(read)
+        meet(work, dist, beat)
+        share, damage, failure = {}, "", ""
+        try:
+            share = work.result()
+        except DamagedError as error:
+            damage = str(error)
+        except DataError as error:
+            failure = str(error)
+        problems = gather_objects((failure, damage), dist)
+        if failed := next((failure for failure, _ in problems if failure), ""):
+            raise DataError(failed)
+        return replace(checkpoint, share=share), next((damage for _, damage in problems if damage), "")
 
     def agreed_steps(self, dist: Dist) -> list[int]:
         """``steps``, as rank 0 sees them. COLLECTIVE.
@@ -250,9 +317,6 @@ class CheckpointStore:
             retried(self.fs, folder, lambda: self.fs.rm(folder, recursive=True), self.patience)
         self.abort_orphans(folder)
 
-    def _opened(self, manifest: dict[str, Any]) -> Checkpoint:
-        return Checkpoint(f"{self.url}/{folder_name(manifest['step'])}", manifest, self.patience)
-
     def _on_main(self, function: Any, dist: Dist) -> Any:
         """What a function finds on rank 0, or the words of its DataError. COLLECTIVE, however long it takes."""
         work = in_background(function) if dist.is_main else None
@@ -265,21 +329,27 @@ class CheckpointStore:
             found = f"{self.url}: {error.strerror or error}: see that the folder can be read"
         return from_main(found, dist)
 
-    def _whole_at(self, step: int) -> tuple[dict[str, Any] | None, str, list[int]]:
+    def _at(self, step: int) -> tuple[dict[str, Any] | None, str, list[int]]:
         manifest, problem = inspect(self.fs, self.folder(step), step, self.patience)
-        return manifest, problem, [] if manifest else self.steps()
+        return manifest, problem, self.steps()
 
-    def _newest_whole(self) -> dict[str, Any] | str | None:
-        for step in reversed(self.steps()):
+    def _newest(self, passed: set[int]) -> dict[str, Any] | str | None:
+        """The newest manifest that may be of a whole checkpoint, but those that were passed over."""
+        for step in reversed([step for step in self.steps() if step not in passed]):
             manifest, problem = inspect(self.fs, self.folder(step), step, self.patience)
             if manifest is not None:
-                self.damaged.discard(step)
                 return manifest
-            self.damaged.add(step)
-            log.warning("checkpoint %s/%s is damaged (%s): trying the one before", self.url, folder_name(step), problem)
-        if self.damaged:
+            self._pass_over(step, problem, passed, said=True)
+        if passed:
             return (
-                f"none of the {len(self.damaged)} checkpoints in {self.url} is whole: restore one,"
+                f"none of the {len(passed)} checkpoints in {self.url} is whole: restore one,"
                 " or delete that folder to start from the beginning"
             )
         return None
+
+    def _pass_over(self, step: int, problem: str, passed: set[int], *, said: bool) -> None:
+        self.damaged.add(step)
+        passed.add(step)
+        if said:
+            where = f"{self.url}/{folder_name(step)}"
+            log.warning("checkpoint %s is damaged (%s): trying the one before", where, problem)

@@ -28,13 +28,13 @@ def build_engine(model: DiT, config: Config, state: LoadedState | None, dist: Di
     """Apply precision, compilation and checkpointing, then hand the model to the configured engine. COLLECTIVE.
 
     Args:
-        model: initialised on the CPU, the same on every rank.
+        model: initialised on the CPU, the same on every rank; or without memory, to be given the weights of ``state``.
         config: the run's config.
         state: checkpoint to start from; it goes in here because not every engine can take it later.
         dist: this process.
     """
     if state is not None:
-        model.load_state_dict({name: state.read(f"model/{name}") for name in model.state_dict()})
+        model.load_state_dict(state.whole("model"), assign=True)
     apply_precision(model, config.train.precision, dist.device)
     if config.train.compile:
         apply_compile(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from ig_dist.optim.optimizer import build_optimizer, steps_of
 from ig_dist.parallel.dist import Dist
 from ig_dist.parallel.engine import LoadedState, StepResult
 from ig_dist.parallel.orthogonalise import orthogonalise_replicas
-from ig_dist.parallel.sharded import cut, load_moments, moments_by_name, update
+from ig_dist.parallel.sharded import load_moments, moments_by_name, update
 
 
 class DDPEngine:
@@ -70,8 +70,8 @@ class DDPEngine:
     def optimizer_steps(self) -> int:
         return steps_of(self._optimizer)
 
-    def shard(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        return cut(read, self._whole)
+    def parts(self, state: LoadedState, group: str) -> dict[str, Tensor]:
+        return state.parts(group, self._whole)
 
     def canonical(self, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Piece]:
         """Every rank holds everything: each writes about 1 / world_size of the bytes."""

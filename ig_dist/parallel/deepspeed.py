@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from ig_dist.models.dit import DiT
 from ig_dist.optim.optimizer import MOMENTS, build_optimizer, moments_of, set_learning_rate, set_state, steps_of
 from ig_dist.parallel.dist import Dist, ensure_process_group
 from ig_dist.parallel.engine import LoadedState, StepResult
-from ig_dist.parallel.sharded import clip_and_gate, cut, norm_over_ranks, to_pieces
+from ig_dist.parallel.sharded import clip_and_gate, norm_over_ranks, to_pieces
 
 BUCKET_ELEMENTS = 50_000_000  # DeepSpeed allocates a buffer of this many fp32 numbers; its default would be 2 GB
 
@@ -74,7 +74,7 @@ class DeepSpeedEngine:
     def _load_moments(self, state: LoadedState) -> None:
         flat = {moment: torch.zeros_like(self._flat, requires_grad=False) for moment in MOMENTS}
         for moment in MOMENTS:
-            for name, part in cut(state.read, self._shards, f"{moment}/").items():
+            for name, part in state.parts(moment, self._shards).items():
                 self._range(flat[moment], name).copy_(part)
         set_state(self._optimizer, self._flat, state.optimizer_steps, flat)
 
@@ -122,8 +122,8 @@ class DeepSpeedEngine:
     def optimizer_steps(self) -> int:
         return steps_of(self._optimizer)
 
-    def shard(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        return cut(read, self._shards)
+    def parts(self, state: LoadedState, group: str) -> dict[str, Tensor]:
+        return state.parts(group, self._shards)
 
     def canonical(self, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Piece]:
         return to_pieces(groups, self._shards)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
@@ -21,15 +21,19 @@ class StepResult(NamedTuple):
 
 
 class LoadedState(Protocol):
-    """What an engine starts from: canonical tensors by name, and Adam's step count."""
+    """What an engine starts from: canonical tensors by group and name, and Adam's step count."""
 
     @property
     def optimizer_steps(self) -> int:
         """Updates that the optimizer had made."""
         ...
 
-    def read(self, name: str) -> Tensor:
-        """A whole canonical tensor, e.g. ``model/blocks.0.attn.qkv.weight`` or ``exp_avg/...``, on the CPU."""
+    def whole(self, group: str) -> dict[str, Tensor]:
+        """All tensors of a group, e.g. ``model``, whole, on the CPU. COLLECTIVE."""
+        ...
+
+    def parts(self, group: str, shards: Mapping[str, Piece]) -> dict[str, Tensor]:
+        """This rank's parts of a group's tensors, each like the ``data`` of its shard. COLLECTIVE."""
         ...
 
 
@@ -69,8 +73,8 @@ class Engine(Protocol):
         """Updates that the optimizer has made; skipped steps do not count."""
         ...
 
-    def shard(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """This rank's shards of whole tensors that are named and shaped like the weights."""
+    def parts(self, state: LoadedState, group: str) -> dict[str, Tensor]:
+        """This rank's parts of a group whose tensors are named and shaped like the weights. COLLECTIVE."""
         ...
 
     def canonical(self, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Piece]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Literal
@@ -21,7 +21,7 @@ from ig_dist.optim.optimizer import build_optimizer, steps_of
 from ig_dist.parallel.dist import Dist, ensure_process_group
 from ig_dist.parallel.engine import LoadedState, StepResult
 from ig_dist.parallel.orthogonalise import orthogonalise_shards
-from ig_dist.parallel.sharded import Shards, cut, load_moments, moments_by_name, norm_over_ranks, to_pieces, update
+from ig_dist.parallel.sharded import Shards, load_moments, moments_by_name, norm_over_ranks, to_pieces, update
 
 
 class FSDP2Engine:
@@ -95,8 +95,8 @@ class FSDP2Engine:
     def optimizer_steps(self) -> int:
         return steps_of(self._optimizer)
 
-    def shard(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        return cut(read, self._shards)
+    def parts(self, state: LoadedState, group: str) -> dict[str, Tensor]:
+        return state.parts(group, self._shards)
 
     def canonical(self, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Piece]:
         return to_pieces(groups, self._shards)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ig_dist.checkpoints.store import Piece
-from ig_dist.optim.optimizer import moment_names, moments_of, set_learning_rate, set_state
+from ig_dist.optim.optimizer import MOMENTS, moment_names, moments_of, set_learning_rate, set_state
 from ig_dist.parallel.dist import Dist, sum_over_ranks
 from ig_dist.parallel.engine import LoadedState, StepResult
 
@@ -57,29 +57,18 @@ def norm_over_ranks(grads: Iterable[Tensor], dist: Dist) -> Tensor:
     return sum_over_ranks(local.double().square(), dist).sqrt().float()
 
 
-def cut(read: Callable[[str], Tensor], shards: Shards, prefix: str = "") -> dict[str, Tensor]:
-    """This rank's parts of whole tensors, in memory of their own.
-
-    Args:
-        read: gives a whole tensor by ``prefix`` and canonical name.
-        shards: what is this rank's.
-        prefix: before the name.
-    """
-    parts = {}
-    for name, (_, start, data) in shards.items():
-        part = read(prefix + name).view(-1)[start : start + data.numel()]
-        parts[name] = part.to(data.device, copy=True).view_as(data)
-    return parts
-
-
 def load_moments(optimizer: Optimizer, parameters: Parameters, shards: Shards, state: LoadedState | None) -> None:
-    """Give the optimizer the moments that a checkpoint has of this rank's shards, if it has any."""
+    """Give the optimizer the moments that a checkpoint has of this rank's shards, if it has any. COLLECTIVE."""
     if state is None or not state.optimizer_steps:
         return
+    names = {name: moment_names(optimizer, parameter) for name, parameter in parameters.items()}
+    moments = {
+        moment: state.parts(moment, {name: shards[name] for name in parameters if moment in names[name]})
+        for moment in MOMENTS
+    }
     for name, parameter in parameters.items():
-        own = {name: shards[name]}
-        moments = {m: cut(state.read, own, f"{m}/")[name] for m in moment_names(optimizer, parameter)}
-        set_state(optimizer, parameter, state.optimizer_steps, moments)
+        own = {moment: moments[moment][name] for moment in names[name]}
+        set_state(optimizer, parameter, state.optimizer_steps, own)
 
 
 def moments_by_name(optimizer: Optimizer, parameters: Parameters) -> dict[str, dict[str, Tensor]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 
+from ig_dist.checkpoints.exchange import Loaded
 from ig_dist.checkpoints.store import Checkpoint, CheckpointStore
 from ig_dist.config import Config
 from ig_dist.config_file import load_run
@@ -25,39 +27,49 @@ def checkpoint_store(config: Config) -> CheckpointStore:
     return CheckpointStore(url, keep_last=settings.keep_last, keep_every=settings.keep_every, patience=patience)
 
 
-def find_checkpoint(store: CheckpointStore, config: Config, index: ShardIndex, dist: Dist) -> Checkpoint | None:
-    """The checkpoint to go on from: the run's own newest whole one, else that of ``run.fork_from``. COLLECTIVE.
+def find_checkpoint(
+    store: CheckpointStore, config: Config, index: ShardIndex, dist: Dist, beat: Callable[[], None]
+) -> Loaded | None:
+    """What to go on from: the run's own newest whole checkpoint, else that of ``run.fork_from``. COLLECTIVE.
 
     Raises:
         ConfigError: no such checkpoint, or one of another model, of other averages or (the run's own) of another index.
         DataError: the run has checkpoints and none is whole.
     """
-    checkpoint = store.latest(dist)
-    if checkpoint is None:
-        return _fork(config, dist) if config.run.fork_from else None
-    if checkpoint.meta["index_sha256"] != index.sha256:
-        raise ConfigError(
-            f"the index at {index.folder} is not the one that {checkpoint.url} was trained on:"
-            " restore it, or train in another run.dir"
-        )
-    _check_same_model(checkpoint, config)
-    return checkpoint
+
+    def fits(checkpoint: Checkpoint) -> None:
+        if checkpoint.meta["index_sha256"] != index.sha256:
+            raise ConfigError(
+                f"the index at {index.folder} is not the one that {checkpoint.url} was trained on:"
+                " restore it, or train in another run.dir"
+            )
+        _check_same_model(checkpoint, config)
+
+    checkpoint = store.latest(dist, keep=True, fits=fits, beat=beat)
+    if checkpoint is None and config.run.fork_from:
+        checkpoint = _fork(config, dist, beat)
+    return None if checkpoint is None else Loaded(checkpoint, dist)
 
 
-def _fork(config: Config, dist: Dist) -> Checkpoint:
+def _fork(config: Config, dist: Dist, beat: Callable[[], None]) -> Checkpoint:
     run, _, step = config.run.fork_from.partition("@")
     other = checkpoint_store(load_run(run))
     if step and not step.isdecimal():
         raise ConfigError(f"run.fork_from {config.run.fork_from!r}: {step!r} is no step; write RUN or RUN@1000")
-    checkpoint = other.at(int(step), dist) if step else other.latest(dist)
+
+    def fits(checkpoint: Checkpoint) -> None:
+        _check_same_model(checkpoint, config)
+        if config.train.steps is not None and checkpoint.step >= config.train.steps:
+            raise ConfigError(
+                f"run.fork_from: {run} is at step {checkpoint.step}, train.steps is {config.train.steps}:"
+                " raise train.steps, or fork from an earlier step with RUN@STEP"
+            )
+
+    if step:
+        return other.at(int(step), dist, keep=True, fits=fits, beat=beat)
+    checkpoint = other.latest(dist, keep=True, fits=fits, beat=beat)
     if checkpoint is None:
         raise ConfigError(f"run.fork_from: {run} has no checkpoint yet")
-    _check_same_model(checkpoint, config)
-    if config.train.steps is not None and checkpoint.step >= config.train.steps:
-        raise ConfigError(
-            f"run.fork_from: {run} is at step {checkpoint.step}, train.steps is {config.train.steps}:"
-            " raise train.steps, or fork from an earlier step with RUN@STEP"
-        )
     return checkpoint
 
 

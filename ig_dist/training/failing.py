@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 
 from ig_dist.config import Config
-from ig_dist.errors import Ending, IgDistError, LostPeerError, OutOfMemoryError, RankError
+from ig_dist.errors import Ending, IgDistError, LostPeerError, NonFiniteError, OutOfMemoryError, RankError
 from ig_dist.parallel.blame import note_failure
 from ig_dist.parallel.dist import Dist
 from ig_dist.terminal import say
@@ -37,7 +37,7 @@ def failures_told(config: Config, dist: Dist, phases: Phases, watchdog: Watchdog
     """
     try:
         yield
-    except (Ending, LostPeerError):
+    except (Ending, LostPeerError, NonFiniteError):  # of all ranks, or a peer's
         raise
     except Exception as error:
         explained = _explained(error, config, dist, phases)

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
+from ig_dist.checkpoints.exchange import Loaded
 from ig_dist.checkpoints.saving import Saver
 from ig_dist.checkpoints.store import CheckpointStore
 from ig_dist.config_file import load_config
 from ig_dist.data.index import read_index
 from ig_dist.errors import NonFiniteError
-from ig_dist.models.dit import DiT, initialize
+from ig_dist.models.dit import DiT
 from ig_dist.parallel.build import build_engine
 from ig_dist.parallel.dist import Dist, init_distributed, shut_down
 from ig_dist.terminal import leave
@@ -31,11 +32,11 @@ def reload(job: dict[str, Any], dist: Dist) -> None:
     config = load_config(job["config"], job["overrides"])
     index = read_index(config.data.index)
     config = config.with_data(index.info.latent.shape, len(index.info.classes))
-    checkpoint = CheckpointStore(job["source"]).at(job["step"], dist)
-    model = DiT(config.model.to_dit())
-    initialize(model, config.run.seed + 1)  # everything must come from the checkpoint
-    engine = build_engine(model, config, checkpoint, dist)
-    ema = trainer._build_ema(engine, config, checkpoint)
+    checkpoint = CheckpointStore(job["source"]).at(job["step"], dist, keep=True)
+    with torch.device("meta"):  # everything must come from the checkpoint
+        model = DiT(config.model.to_dit())
+    engine = build_engine(model, config, Loaded(checkpoint, dist), dist)
+    ema = trainer._build_ema(engine, config, Loaded(checkpoint, dist))
     held = trainer._snapshot(engine, ema, model, config, index, checkpoint.step, dist)
     saver = Saver(CheckpointStore(job["dest"]), dist)
     saver.save(checkpoint.step, *held)

@@ -213,7 +213,7 @@ def test_the_state_of_another_optimizer_is_refused(muon: Path) -> None:
     index = read_index(config.data.index)
     config = config.with_data(index.info.latent.shape, len(index.info.classes))
     with pytest.raises(ConfigError, match=r"has the state of optimizer\.kind=muon, this config has adamw: use that"):
-        find_checkpoint(checkpoint_store(config), config, index, ALONE)
+        find_checkpoint(checkpoint_store(config), config, index, ALONE, lambda: None)
 
 
 def saved(run: Path, step: int) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from ig_dist.checkpoints import saving, snapshot
+from ig_dist.checkpoints.manifest import check_tensor
 from ig_dist.checkpoints.saving import Saver
 from ig_dist.checkpoints.snapshot import DTYPES, Snapshot
 from ig_dist.checkpoints.store import Checkpoint, CheckpointStore, Piece
@@ -170,9 +171,9 @@ def test_a_tensor_that_is_not_whole_is_neither_saved_nor_read(store: CheckpointS
         saver.wait()
     entry = {"shape": [10], "dtype": "float32", "pieces": [[0, 0, 4], [0, 5, 10]]}
     with pytest.raises(DataError, match="element 4 is in no piece"):
-        Checkpoint(str(tmp_path), {"files": [], "tensors": {"w": entry}}).read("w")
+        check_tensor("w", entry)
     with pytest.raises(DataError, match="unknown dtype 'load'"):
-        Checkpoint(str(tmp_path), {"files": [], "tensors": {"w": {**entry, "dtype": "load"}}}).read("w")
+        check_tensor("w", {**entry, "dtype": "load"})
 
 
 def test_a_run_that_fails_does_not_wait_long_for_a_save(
