@@ -10,12 +10,13 @@ the command before that.
 
 from __future__ import annotations
 
+import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
 from ig_dist.errors import ConfigError
@@ -25,15 +26,30 @@ if TYPE_CHECKING:
     from ig_dist.data.index import LatentInfo, SampleTable, Statistics
     from ig_dist.latents.tokenizer import Tokenizer
 
+SHA256 = "--tokenizer-sha256"
+TOLD = {
+    SHA256: f"{SHA256} (where the weights are, `ig-dist index --hash --tokenizer WEIGHTS` prints it)",
+    "--shift": "--shift (SD-VAE: 0; VA-VAE: statistics)",
+    "--scale": "--scale (SD-VAE: 0.18215; VA-VAE: statistics)",
+    "--image-size": "--image-size (the side of the images, e.g. 256)",
+    "--kind": "--kind (`sample`, or `moments`: mean and std stacked)",
+}
+"""What a tokenizer tells of the shards, and is needed where its weights are not."""
+
 Coefficients = list[float] | None
 """One for all channels, or one per channel; None: from the statistics of the latents."""
 
 
-def known_tokenizer(name: str, sha256: str | None) -> Tokenizer | None:
-    """The tokenizer; None: it is not on this machine, and its hash is given.
+def known_tokenizer(name: str, sha256: str | None, others: Mapping[str, object]) -> Tokenizer | None:
+    """The tokenizer; None: it is not on this machine, and all that it would tell is given.
+
+    Args:
+        name: of the tokenizer, or the path of its weights.
+        sha256: its hash, where given.
+        others: the other options that it would tell.
 
     Raises:
-        ConfigError: it is not here, or has another hash.
+        ConfigError: it is not here, nor all of these, or it has another hash.
     """
     from ig_dist.latents.tokenizers import get_tokenizer
 
@@ -42,8 +58,10 @@ def known_tokenizer(name: str, sha256: str | None) -> Tokenizer | None:
     try:
         tokenizer = get_tokenizer(name)
     except ConfigError as error:
-        if sha256 is None:
-            raise ConfigError(f"{error}; or name the tokenizer's hash with --tokenizer-sha256 HEX") from None
+        needed = [TOLD[option] for option, given in {SHA256: sha256, **others}.items() if given is None]
+        if needed:
+            instead = f"without its weights index needs {', '.join(needed)}"
+            raise ConfigError(f"{error}; or {instead}" if sha256 is None else f"{name}: {instead}") from None
         console.print(f"tokenizer {name} is not on this machine: its name and hash are taken as given", markup=False)
         return None
     if sha256 not in (None, tokenizer.sha256):
@@ -58,7 +76,7 @@ def coefficients(option: str, text: str | None, tokenizer: Tokenizer | None) -> 
     """What ``--shift`` or ``--scale`` says, or else the tokenizer.
 
     Raises:
-        ConfigError: no numbers, or not said where nothing else says it.
+        ConfigError: no numbers.
     """
     if text == "statistics":
         return None
@@ -67,15 +85,10 @@ def coefficients(option: str, text: str | None, tokenizer: Tokenizer | None) -> 
             numbers = [float(part) for part in text.split(",")]
         except ValueError:
             numbers = []
-        if not numbers or not np.isfinite(numbers).all() or (option == "--scale" and 0 in numbers):
+        if not numbers or not all(map(math.isfinite, numbers)) or (option == "--scale" and 0 in numbers):
             raise ConfigError(f"{option} {text!r}: give a number, one per channel separated by commas, or `statistics`")
         return numbers
-    if tokenizer is None:
-        raise ConfigError(
-            f"the tokenizer's weights are not here to say it: give {option}, such that the model sees (latent - shift)"
-            " * scale (SD-VAE: --shift 0 --scale 0.18215; VA-VAE: --shift statistics --scale statistics)"
-        )
-    if tokenizer.scale is None:
+    if tokenizer is None or tokenizer.scale is None:
         return None
     return [tokenizer.scale if option == "--scale" else 0.0]
 
@@ -84,11 +97,9 @@ def choose_image_size(given: int | None, shape: tuple[int, int, int], tokenizer:
     """Side of the images that the latents were made of.
 
     Raises:
-        ConfigError: not said where nothing else says it, or not what the tokenizer makes such latents of.
+        ConfigError: not what the tokenizer makes such latents of.
     """
     told = tokenizer and shape[1] * tokenizer.downsample
-    if given is None and told is None:
-        raise ConfigError("the tokenizer's weights are not here to tell the images' side: give --image-size, e.g. 256")
     if tokenizer and given is not None and given // tokenizer.downsample != shape[1]:
         raise ConfigError(
             f"--image-size {given}: tokenizer {tokenizer.name} makes latents of side {shape[1]} from images of side"
@@ -120,13 +131,18 @@ def read_class_names(url: str) -> tuple[list[str], list[str] | None]:
 
 
 def index(
-    shards: Annotated[
-        str, typer.Option(help="Folder, glob or brace expression of the tars, all in one folder: path or fsspec URL.")
-    ],
     tokenizer: Annotated[str, typer.Option(help="The tokenizer that made the latents: name, or path of its weights.")],
-    tokenizer_sha256: Annotated[
-        str | None, typer.Option(metavar="HEX", help="Its hash, where its weights are not on this machine.")
+    shards: Annotated[
+        str | None,
+        typer.Option(help="Needed: folder, glob or brace expression of the tars, in one folder: path or fsspec URL."),
     ] = None,
+    tokenizer_sha256: Annotated[
+        str | None,
+        typer.Option(metavar="HEX", help="Its hash, where its weights are not on this machine; see --hash."),
+    ] = None,
+    print_hash: Annotated[
+        bool, typer.Option("--hash", help="Only print the tokenizer's hash, where its weights are.")
+    ] = False,
     latent_key: Annotated[str, typer.Option(help="What follows a sample's key and a dot.")] = "latent.npy",
     flip_key: Annotated[
         str | None, typer.Option(help="The same of the mirrored image. Default: latent_flip.npy if there; '': none.")
@@ -155,11 +171,18 @@ def index(
     from ig_dist.data.index import TABLE_NAME, KeyInfo, SampleTable, write_index
     from ig_dist.data.shard_files import find_shards
     from ig_dist.data.statistics import normalised, raw_statistics
+    from ig_dist.latents.tokenizers import get_tokenizer
     from ig_dist.storage.faults import Patience
     from ig_dist.storage.files import list_sizes
     from ig_dist.storage.urls import full_url
 
-    encoder = known_tokenizer(tokenizer, tokenizer_sha256)
+    if print_hash:
+        print(get_tokenizer(tokenizer).sha256)
+        return
+    if shards is None:
+        raise ConfigError("index needs --shards: the folder, a glob or a brace expression of the tars")
+    others = {"--shift": shift, "--scale": scale, "--image-size": image_size, "--kind": kind}
+    encoder = known_tokenizer(tokenizer, tokenizer_sha256, others)
     shifts, scales = coefficients("--shift", shift, encoder), coefficients("--scale", scale, encoder)
     names, words = (None, None) if class_names is None else read_class_names(class_names)
     keys = KeyInfo(latent=latent_key, flip=flip_key or "latent_flip.npy", label=label_key)
@@ -216,14 +239,16 @@ def normalise(latent: LatentInfo, raw: Statistics, shifts: Coefficients, scales:
     channels = latent.shape[0]
     inverse = [1 / std if std > 0 else 1.0 for std in raw.std]
     chosen = {
-        "shift": raw.mean if shifts is None else np.broadcast_to(shifts, channels).tolist(),
-        "scale": inverse if scales is None else np.broadcast_to(scales, channels).tolist(),
+        "shift": raw.mean if shifts is None else shifts * (channels // len(shifts)),
+        "scale": inverse if scales is None else scales * (channels // len(scales)),
     }
     return latent.model_copy(update=chosen)
 
 
 def summary(folder: str, info: dict[str, Any], table: SampleTable) -> list[str]:
     """Lines that say what was indexed, and what to type next."""
+    import numpy as np
+
     latent, seen = info["latent"], info["statistics"]
     counts = np.bincount(table.label, minlength=len(info["classes"]))
     empty = f", {(counts == 0).sum()} of them without a sample" if not counts.all() else ""

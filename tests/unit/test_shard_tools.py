@@ -25,6 +25,7 @@ from ig_dist.data.order import SampleOrder
 from ig_dist.data.reader import ShardReader
 from ig_dist.data.shard_files import find_shards
 from ig_dist.data.stream import BatchStream
+from ig_dist.latents.tokenizers import get_tokenizer
 from tests.conftest import ROOT
 from tests.fault_proxy import Fault, FaultProxy
 from tests.foreign_shards import SIZES, write_foreign
@@ -122,13 +123,23 @@ def test_normalisation_by_the_statistics_of_the_data(tmp_path: Path, run: Run) -
     assert run("verify_shards", tmp_path).code == 0
 
 
+def test_the_hash_of_a_tokenizer_is_printed(run: Run) -> None:
+    ran = run("index_shards", "--hash", "--tokenizer", "pixel")
+    assert (ran.code, ran.out.strip()) == (0, get_tokenizer("pixel").sha256)
+    ran = run("index_shards", "--tokenizer", "pixel")
+    assert ran.code == 2 and "needs --shards" in ran.err
+
+
 def test_shards_of_a_tokenizer_that_is_not_here(tmp_path: Path, run: Run, alone: None) -> None:
     write_foreign(str(tmp_path), "moments")
     common = ["--shards", tmp_path, "--tokenizer", "stabilityai/sd-vae-ft-ema", "--latent-key", "npy"]
     more = ["--tokenizer-sha256", "ab" * 32, "--shift", "0", "--scale", "0.18215", "--kind", "moments"]
-    for given, word in ((0, "--tokenizer-sha256"), (2, "--shift"), (4, "--scale"), (6, "--kind"), (8, "--image-size")):
+    options = ["--tokenizer-sha256", "--shift", "--scale", "--kind", "--image-size"]
+    for given in range(0, 10, 2):  # what is missing is told at once, and no more
         ran = run("index_shards", *common, *more[:given])
-        assert ran.code == 2 and word in ran.err and ran.err.count("\n") == 1, ran.err
+        assert ran.code == 2 and ran.err.count("\n") == 1, ran.err
+        assert [option in ran.err for option in options] == [place >= given // 2 for place in range(5)], ran.err
+    assert "ig-dist index --hash --tokenizer WEIGHTS" in run("index_shards", *common).err
     assert not (tmp_path / "index.json").exists()
     assert run("index_shards", *common, *more, "--image-size", "24").code == 0
     info = read_index(str(tmp_path)).info
