@@ -70,7 +70,7 @@ def train(config: str | Path | Mapping[str, Any] | Config, *overrides: str, forc
     """
     from ig_dist.training.trainer import train as run_training
 
-    options = [*overrides, *(f"{key}={json.dumps(value)}" for key, value in _flat(groups))]
+    options = [*overrides, *(f"{key}={json.dumps(value, default=str)}" for key, value in _flat(groups))]
     if isinstance(config, str | Path):
         loaded = load_config(config, options)
     else:

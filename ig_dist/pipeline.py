@@ -217,7 +217,7 @@ class Pipeline:
             ConfigError: no such class, or guidance that the model cannot give.
         """
         x = x.to(self.device)
-        wanted = torch.tensor([self._number(label) for label in _listed(labels)], device=self.device)
+        wanted = torch.tensor(self._numbers(_listed(labels)), device=self.device)
         if len(wanted) not in (1, len(x)):
             raise ConfigError(f"{len(wanted)} labels for {len(x)} rows of x: give one, or one for each row")
         wanted = wanted.expand(len(x))
@@ -229,11 +229,13 @@ class Pipeline:
         with self._arithmetic():
             return function(x, float(t))
 
-    def _number(self, label: int | str) -> int:
-        """Of a class or, where it is its number already, of the null label."""
-        if label == len(self.classes):
-            return len(self.classes)
-        return make_plan(sample_config(self.config, classes=[label]), self.info, self.info.weights_sha256).classes[0]
+    def _numbers(self, labels: list[int | str]) -> list[int]:
+        """Of classes; the null label, which is no class, has its number already."""
+        null = len(self.classes)
+        named = [label for label in labels if label != null]
+        config = sample_config(self.config, classes=named)
+        found = iter(make_plan(config, self.info, self.info.weights_sha256).classes)
+        return [null if label == null else next(found) for label in labels]
 
     def noise(self, num: int, seed: int | None = None) -> Tensor:
         """The noise (num, C, h, w) float64 that images 0 to num - 1 of a seed begin with, at t = 1."""

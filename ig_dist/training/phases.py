@@ -25,12 +25,17 @@ class Now(NamedTuple):
 
 
 class Phases:
-    """The clock of a start. The loop enters phases one after the other; each lasts until the next one is entered."""
+    """The clock of a start. The loop enters phases one after the other; each lasts until the next one is entered.
 
-    def __init__(self) -> None:
-        self.now = Now(0, "start-up", 0, time.monotonic() - process_age_s())  # replaced whole: other threads read it
-        self.began_at = time.time() - process_age_s()
-        """When the process began, on the wall clock."""
+    Args:
+        age_s: seconds since the start began; None: it began with the process.
+    """
+
+    def __init__(self, age_s: float | None = None) -> None:
+        age_s = process_age_s() if age_s is None else age_s
+        self.now = Now(0, "start-up", 0, time.monotonic() - age_s)  # replaced whole: other threads read it
+        self.began_at = time.time() - age_s
+        """When the start began, on the wall clock."""
         self.seconds: defaultdict[str, float] = defaultdict(float)
         """Time in phases that have ended, of the ledger's kinds."""
         self.last_warm_up = 0

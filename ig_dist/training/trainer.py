@@ -59,8 +59,8 @@ def train(config: Config, *, force: bool = False, lives_on: bool = False) -> Non
     Args:
         config: the config; shapes that only the data knows may be open.
         force: go on in a run directory that belongs to another config.
-        lives_on: this process goes on with other things afterwards: it gets its signals back, and a hang does not end
-            it where it has no peers.
+        lives_on: this process does other things before and after: it gets its signals back, a hang does not end it
+            where it has no peers, and its age is not the run's.
 
     Raises:
         ConfigError: the config does not fit the data, the run directory or the number of processes.
@@ -71,7 +71,7 @@ def train(config: Config, *, force: bool = False, lives_on: bool = False) -> Non
         OutOfMemoryError: too little memory.
         RankError: another error, of one of several processes.
     """
-    phases = Phases()
+    phases = Phases(0.0 if lives_on else None)
     dist = init_distributed(config.train.timeout_s, longest_wait_s(config))
     with ExitStack() as cleanup:
         watchdog = cleanup.enter_context(watched(phases, config, dist, lives_on=lives_on))
