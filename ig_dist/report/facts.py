@@ -17,7 +17,7 @@ from ig_dist.convert import RECORD_NAME
 from ig_dist.data.index import IndexFile
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT, count_parameters
-from ig_dist.report.text import Facts, duration, items, number, plain
+from ig_dist.report.text import Facts, items, number, plain
 
 Metrics = Sequence[Mapping[str, Any]]
 
@@ -58,7 +58,7 @@ def run_facts(
         origin = {"Checkpoint": "source", "Published as": "published", "sha256": "source_sha256"}
         told = [(name, plain(conversion.get(key))) for name, key in origin.items()]
         return {"Converted": [("Directory", str(run)), *told], **about}
-    return {"Run": _run_facts(run, config, metrics, manifest), **about, "Training": _training_facts(config, metrics)}
+    return {"Run": _run_facts(run, config, manifest), **about, "Training": _training_facts(config, metrics)}
 
 
 def provenance_facts(starts: Sequence[Mapping[str, Any]]) -> list[tuple[str, Facts]]:
@@ -93,16 +93,13 @@ def newest_manifest(config: Config, run: Path) -> dict[str, Any] | None:
         return None
 
 
-def _run_facts(run: Path, config: Config, metrics: Metrics, manifest: Mapping[str, Any] | None) -> Facts:
-    seen = pairwise([0, *(line["images_seen"] for line in metrics)])
-    seconds = sum((b - a) / line["images_per_s"] for (a, b), line in zip(seen, metrics, strict=True))
+def _run_facts(run: Path, config: Config, manifest: Mapping[str, Any] | None) -> Facts:
     processes = manifest.get("world_size") if manifest else None
     return [
         ("Directory", str(run)),
         ("Seed", str(config.run.seed)),
         *([("Processes", f"{processes}, {config.engine.kind}")] if processes else []),
         *([("Checkpoint", f"step {number(manifest['step'])}, the newest")] if manifest else []),
-        ("Time in steps", f"about {duration(seconds)}, without starts and saves"),
     ]
 
 

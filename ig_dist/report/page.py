@@ -18,6 +18,7 @@ from ig_dist import __version__
 from ig_dist.config import Config
 from ig_dist.config_file import load_run
 from ig_dist.errors import ConfigError
+from ig_dist.provenance import FILE_NAME
 from ig_dist.report.evaluations import evaluation_sections, step_charts
 from ig_dist.report.facts import newest_manifest, provenance_facts, read_conversion, read_index, run_facts
 from ig_dist.report.pictures import embedded, nearest_pictures, plan_pictures, training_grids
@@ -78,7 +79,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         "curves": training_charts(run, lines),
         "goodput": goodput_section(run),
         "facts": run_facts(run, config, metrics, index, manifest, conversion),
-        "provenance": provenance_facts(read_lines(run / "provenance.jsonl")),
+        "provenance": provenance_facts(read_lines(run / FILE_NAME)),
         "config": (run / CONFIG_NAME).read_text(encoding="utf-8"),
     }
     context["next_steps"] = _next_steps(quoted, config, newest if metrics else None, context, results)

@@ -112,4 +112,5 @@ def folded(value: str) -> str:
     """What stands for a long value until it is opened; empty: it is short enough to stand there itself."""
     if HASHES.fullmatch(value) and len(value) > 16:
         return ", ".join(f"{part[:12]}…" for part in value.split(", "))
-    return f"{value[: LONG - 20].rpartition(' ')[0].rstrip(' ,;')} …" if len(value) > LONG else ""
+    head = value[: LONG - 20]
+    return f"{(head.rpartition(' ')[0] or head).rstrip(' ,;')} …" if len(value) > LONG else ""

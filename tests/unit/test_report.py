@@ -182,7 +182,6 @@ def test_a_complete_run(tmp_path: Path, digits_index: Path) -> None:
         "Throughput 800 images/s",
         "Best fd_pixel 0.3100 at IG 1.4, × 0.56 of unguided",
         "Processes 2, ddp",
-        "Time in steps about 16 s",
         f"Parameters {sum(tensor.numel() for tensor in weights.values()):,}",
         "Blocks 3, width 32, 2 heads",
         "Source scikit-learn digits",

@@ -308,6 +308,7 @@ def test_numbers() -> None:
 def test_long_values_are_folded_and_hashes_stand_apart() -> None:
     assert folded("ab" * 32) == "abababababab…" and folded(f"{'a' * 64}, {'b' * 64}") == f"{'a' * 12}…, {'b' * 12}…"
     assert folded("short") == folded("c92bc6a110da7cf9") == "" and folded("many words " * 20).endswith(" …")
+    assert folded("/a/path" * 20).startswith("/a/path/a")
     parts = protocol_parts({"num": 5, "plan": "c92bc6a110da7cf9", "frechet_rule": "x", "reference": "a" * 60})
     assert parts == {
         "shown": [("reference", "a" * 60), ("num", "5")],
