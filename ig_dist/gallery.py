@@ -12,6 +12,7 @@ from PIL import Image
 
 SMALLEST_SIDE = 48  # smaller pictures are enlarged to about so many pixels
 MOST_SHOWN = 64
+LONGEST_ROW = 10
 GAP = 2
 
 
@@ -23,7 +24,7 @@ class Images(list[Image.Image]):
         self.labels = list(labels)
         """Number of the class of each image."""
 
-    def grid(self, columns: int = 8, side: int | None = None) -> Image.Image:
+    def grid(self, columns: int | None = None, side: int | None = None) -> Image.Image:
         """All of them in one picture, see ``ig_dist.grid``."""
         return grid(self, columns, side)
 
@@ -37,14 +38,14 @@ class Images(list[Image.Image]):
 
 def grid(
     images: Sequence[Image.Image] | Sequence[Sequence[Image.Image]] | NDArray[np.uint8],
-    columns: int = 8,
+    columns: int | None = None,
     side: int | None = None,
 ) -> Image.Image:
     """Lay images of one size out in one picture.
 
     Args:
         images: PIL images, or arrays (N, H, W, channels) uint8; or a list of such lists, each of which is a row.
-        columns: images in a row, where no rows are given.
+        columns: images in a row, where no rows are given; None: eight, or one row of ten at most.
         side: pixels of an image's longer side; None: as they are, but small ones are enlarged. Pixels stay square
             and sharp where it is a multiple.
 
@@ -57,6 +58,7 @@ def grid(
         columns = max(map(len, rows))
     else:
         pictures = _pictures(images)
+        columns = columns or (8 if len(pictures) > LONGEST_ROW else max(1, len(pictures)))
         rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
         columns = min(columns, len(pictures))
     sizes = {picture.size for row in rows for picture in row}
