@@ -33,6 +33,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits_index: Path) -> Path:
 def test_a_finished_run_does_nothing_when_started_again(run: Path) -> None:
     done = run_command(["ig-dist", "train", run / "config.yaml"])
     assert done.returncode == 0 and "step 50 of 50" in done.stdout
+    starts = [json.loads(line) for line in (run / "provenance.jsonl").read_text().splitlines()]
+    assert [start["step"] for start in starts] == [0, 30] and starts[1]["command"].startswith("ig-dist train /")
 
 
 def test_metrics_and_curves(run: Path) -> None:
