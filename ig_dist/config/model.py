@@ -16,7 +16,8 @@ class ModelConfig(Group):
     """The diffusion transformer. What is null comes from the preset; without one, layers are SiT's."""
 
     preset: str | None = None
-    """One of the published sizes, e.g. ``SiT-XL/2`` or ``LightningDiT-XL/1``."""
+    """One of the published sizes: SiT-S, -B, -L or -XL with patch /2, /4 or /8 (``SiT-XL/2``); LightningDiT-B, -L, -XL,
+    -1p0B or -1p6B with /1 or /2."""
     depth: Positive | None = None
     """Number of transformer blocks."""
     hidden_size: Positive | None = None
