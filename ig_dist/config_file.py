@@ -7,6 +7,7 @@ name.
 from __future__ import annotations
 
 import difflib
+import shlex
 import types
 import typing
 from pathlib import Path
@@ -16,11 +17,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ig_dist.config import Config
+from ig_dist.config_keys import CONFIGS, config_keys, nearest_key, shipped_configs
 from ig_dist.errors import ConfigError
 from ig_dist.run_paths import moved_paths
 from ig_dist.storage.urls import refuse_credentials
-
-CONFIGS = Path(__file__).parent / "configs"
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -55,12 +55,18 @@ def find_config(named: str | Path) -> Path:
         ConfigError: no such file.
     """
     path = Path(named)
+    if "=" in path.name and not path.is_file():
+        raise ConfigError(f"{named} stands where the config stands: give the config first, e.g. digits {named}")
     shipped = CONFIGS / f"{path.stem}.yaml"
     if not path.is_file() and str(path) in (path.stem, f"configs/{path.stem}.yaml") and shipped.is_file():
         return shipped
+    if (path / "config.yaml").is_file():
+        raise ConfigError(f"{path} is a run: go on with it by `ig-dist train {shlex.quote(f'{path}/config.yaml')}`")
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
-        raise ConfigError(f"no config file at {path}: give a file, or one of {known}")
+        known = shipped_configs()
+        near = difflib.get_close_matches(path.stem, known, n=1, cutoff=0.75)
+        meant = f"did you mean {near[0]}?" if near else f"give a file, or one of {', '.join(known)}"
+        raise ConfigError(f"no config file at {path}: {meant}")
     return path
 
 
@@ -127,7 +133,7 @@ def apply_overrides(tree: dict[str, Any], overrides: typing.Sequence[str]) -> di
         key, separator, text = override.partition("=")
         parts = key.split(".")
         if not separator or not all(parts):
-            raise ConfigError(f"override {override!r} is not of the form group.key=value")
+            raise ConfigError(f"override {override!r} is not of the form group.key=value{_hint(override)}")
         try:
             value = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -153,6 +159,13 @@ def apply_overrides(tree: dict[str, Any], overrides: typing.Sequence[str]) -> di
     return tree
 
 
+def _hint(word: str) -> str:
+    """What a word without = may have been meant as."""
+    if Path(word).stem in shipped_configs() or word.endswith(".yaml"):
+        return "; a config stands before them all"
+    return f", e.g. {word}=..." if word in config_keys() else ""
+
+
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML, every field present."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
@@ -174,9 +187,12 @@ def _explain(error: ValidationError) -> str:
     first, more = problems[0], len(problems) - 1
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
+        *group, name = map(str, first["loc"])
         names = list(_group_at(first["loc"][:-1]).model_fields)
-        near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1, cutoff=0.0)
-        text = f"unknown key {where!r}; did you mean {'.'.join([*map(str, first['loc'][:-1]), *near])!r}?"
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+        elsewhere = None if near else nearest_key(name)  # as `steps=5` means train.steps
+        near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+        text = f"unknown key {where!r}; did you mean {elsewhere or '.'.join([*group, *near])!r}?"
     else:
         message = _one_line(ValueError(first["msg"].removeprefix("Value error, ")))
         given = first.get("input")

@@ -7,7 +7,7 @@ keeps of one image; what the allocator, kernels and libraries need beside it (so
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
@@ -39,8 +39,8 @@ class Memory(NamedTuple):
         return self.state + self.activations
 
 
-def dry_run(config: Config, *, gpus: int, mfu: float, peak_tflops: float) -> None:
-    """Print what the run will take on ``gpus`` GPUs.
+def dry_run(config: Config, *, gpus: int, mfu: float, peak_tflops: float) -> dict[str, Any]:
+    """What the run will take on ``gpus`` GPUs.
 
     Raises:
         ConfigError: the config does not fit so many processes, or not the data.
@@ -50,10 +50,10 @@ def dry_run(config: Config, *, gpus: int, mfu: float, peak_tflops: float) -> Non
     except ConfigError:  # there may be no data yet
         channels, side, _ = SD_LATENT
         shape = (config.model.in_channels or channels, *2 * (config.model.input_size or side,))
-        classes, images = config.model.num_classes or IMAGENET_CLASSES, IMAGENET_IMAGES
-        assumed = f"{config.data.index}: no index there, so ImageNet is assumed: "
+        classes, images, assumed = config.model.num_classes or IMAGENET_CLASSES, IMAGENET_IMAGES, True
     else:
-        shape, classes, images, assumed = index.info.latent.shape, len(index.info.classes), index.num_samples, ""
+        shape, classes, images, assumed = index.info.latent.shape, len(index.info.classes), index.num_samples, False
+    where = config.data.index
     config = config.with_data(shape, classes)
     config.check_world_size(gpus)
     model, batch = config.model.to_dit(), config.train.global_batch_size
@@ -62,23 +62,58 @@ def dry_run(config: Config, *, gpus: int, mfu: float, peak_tflops: float) -> Non
     passes = 4 if acceleration.weight and acceleration.source == "ema" else 3  # backward costs twice the forward
     flops, steps = passes * forward_flops(model), config.total_steps(images)
     micro = batch // gpus // config.train.accumulation
-    seconds = steps * batch * flops / (gpus * peak_tflops * 1e12 * mfu)
-    console.print(f"{assumed}{images:,} samples of {'x'.join(map(str, shape))}, {classes} classes", markup=False)
-    console.print(f"{parameters:,} parameters, {flops / 1e9:.1f} GFLOP a training image (2 per multiply-accumulate)")
-    console.print(
-        f"{steps:,} steps of {batch} images ({steps * batch / images:.1f} epochs): {gpus} GPUs x {micro} images"
-        f" x {config.train.accumulation} micro-batches"
-    )
-    console.print(
-        f"{seconds / 86400:.2f} days on {gpus} GPUs at {mfu:.0%} of {peak_tflops:g} TFLOP/s"
-        f" ({seconds * gpus / 3600:,.0f} GPU hours)"
-    )
-    columns = ("engine", "state GiB", "activations GiB", "on each GPU GiB", "sent a step GiB")
-    table = Table(*columns, title="memory and communication of each GPU", title_justify="left")
+    engines = {}
     for engine in ENGINES[: 2 if config.optimizer.kind == "muon" else None]:
         memory = memory_per_gpu(engine, model, parameters, moments, config, gpus, micro)
-        sent = communication_bytes(engine, parameters, config, gpus)
-        table.add_row(engine, *(f"{part / GIB:.2f}" for part in (*memory, memory.total, sent)))
+        engines[engine] = {
+            "state_bytes": memory.state,
+            "activation_bytes": memory.activations,
+            "total_bytes": memory.total,
+            "sent_bytes_per_step": communication_bytes(engine, parameters, config, gpus),
+        }
+    return {
+        "index": where,
+        "assumed_imagenet": assumed,
+        "samples": images,
+        "latent_shape": list(shape),
+        "classes": classes,
+        "parameters": parameters,
+        "flops_per_image": flops,
+        "steps": steps,
+        "epochs": steps * batch / images,
+        "global_batch_size": batch,
+        "micro_batch_size": micro,
+        "accumulation": config.train.accumulation,
+        "gpus": gpus,
+        "mfu": mfu,
+        "peak_tflops": peak_tflops,
+        "seconds": steps * batch * flops / (gpus * peak_tflops * 1e12 * mfu),
+        "engines": engines,
+    }
+
+
+def print_dry_run(told: dict[str, Any]) -> None:
+    """Print what ``dry_run`` says as lines and a table."""
+    assumed = f"{told['index']}: no index there, so ImageNet is assumed: " if told["assumed_imagenet"] else ""
+    shape = "x".join(map(str, told["latent_shape"]))
+    console.print(f"{assumed}{told['samples']:,} samples of {shape}, {told['classes']} classes", markup=False)
+    console.print(
+        f"{told['parameters']:,} parameters, {told['flops_per_image'] / 1e9:.1f} GFLOP a training image"
+        " (2 per multiply-accumulate)"
+    )
+    console.print(
+        f"{told['steps']:,} steps of {told['global_batch_size']} images ({told['epochs']:.1f} epochs):"
+        f" {told['gpus']} GPUs x {told['micro_batch_size']} images x {told['accumulation']} micro-batches"
+    )
+    seconds, gpus = told["seconds"], told["gpus"]
+    console.print(
+        f"{seconds / 86400:.2f} days on {gpus} GPUs at {told['mfu']:.0%} of {told['peak_tflops']:g} TFLOP/s"
+        f" ({seconds * gpus / 3600:,.0f} GPU hours)"
+    )
+    columns = ("engine", "state", "activations", "total", "sent a step")
+    table = Table(*columns, title="GiB of each GPU: memory, and what it sends", title_justify="left")
+    for engine, sizes in told["engines"].items():
+        table.add_row(engine, *(f"{size / GIB:.2f}" for size in sizes.values()))
     console.print(table)
 
 

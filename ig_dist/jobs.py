@@ -8,7 +8,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from ig_dist.errors import ConfigError
+from ig_dist.usage import UsageError, explained, options, value_of
 
 SOURCE = Path(__file__).resolve().parents[1]
 
@@ -24,6 +27,7 @@ class Job(Enum):
     reference = "reference"
 
 
+JOBS = tuple(job.value for job in Job)
 NEEDS = {
     Job.encode: "pictures and a folder, e.g. --job encode --tasks 32 --source pictures --dest runs/data",
     Job.sample: "a run directory, e.g. --job sample --tasks 16 runs/a",
@@ -36,6 +40,45 @@ NEEDS = {
 def program(job: Job, arguments: Sequence[str]) -> list[str]:
     """Python's arguments that run a job with these arguments of its verb."""
     return ["-m", "ig_dist.cli", job.value, *arguments]
+
+
+def own_options_first(launcher: Any, typed: Sequence[str]) -> list[str]:
+    """The words of a launcher's command line with its own options first, wherever they were typed.
+
+    An option that the job's verb has too belongs to the job, once its own words have begun.
+
+    Args:
+        launcher: its command.
+        typed: the words after its name.
+    """
+    from ig_dist.cli import app
+
+    takes_value = {name: not option.is_flag for option in launcher.params for name in option.opts if name[:1] == "-"}
+    job = value_of("--job", typed)
+    verbs: Any = typer.main.get_command(app)
+    of_the_job = set(options(verbs.commands[job])) - {"--help"} if job in JOBS and job != "train" else set()
+    own: list[str] = []
+    rest: list[str] = []
+    words = iter(typed)
+    for word in words:
+        name, separator, _ = word.partition("=")
+        if name not in takes_value or (rest and name in of_the_job):
+            rest.append(word)
+            continue
+        own.append(word)
+        if takes_value[name] and not separator:
+            value = next(words, None)
+            if value is None:
+                raise ConfigError(f"{word} needs a value")
+            own.append(value)
+    return [*own, *rest]
+
+
+def refuse_verb(word: str, job: Job) -> None:
+    """Raise ConfigError if the first word for a launcher is a verb instead of what the verb works on."""
+    if word in JOBS and not Path(word).exists():
+        say = "leave it out, training is what is started" if word == "train" else f"say --job {word}"
+        raise ConfigError(f"{word!r} stands where {'a config' if job is Job.train else 'an argument'} stands: {say}")
 
 
 def job_folder(job: Job, arguments: Sequence[str], folder: Path | None = None) -> Path:
@@ -69,19 +112,16 @@ def job_folder(job: Job, arguments: Sequence[str], folder: Path | None = None) -
 
 def _parsed(job: Job, arguments: Sequence[str]) -> dict[str, Any]:
     """The arguments of a job's command as it understands them."""
-    import typer
-
     from ig_dist.cli import app
 
     if not arguments:
         raise ConfigError(f"--job {job.value} needs {NEEDS[job]}")
     command: Any = typer.main.get_command(app)
-    usage_error: Any = typer.BadParameter.__base__  # of click, whichever one typer brings
     try:
-        found: dict[str, Any] = command.commands[job.value].make_context(job.value, [*arguments]).params
-    except usage_error as error:
-        said = error.format_message().rstrip(".")
-        raise ConfigError(f"--job {job.value}: {said}; see `ig-dist {job.value} --help`") from None
+        with typer.Context(command, info_name="ig-dist") as parent:
+            found: dict[str, Any] = command.commands[job.value].make_context(job.value, [*arguments], parent).params
+    except UsageError as error:
+        raise ConfigError(f"--job {job.value}: {explained(error, arguments)}") from None
     return found
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import select
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from ig_dist.errors import IgDistError
+from ig_dist.usage import UsageError, explained
 
-console = Console(soft_wrap=True, highlight=False)
+# in a notebook plain lines: its kernel asks for colours, which rich takes for a terminal, and makes a block of each line
+_NOTEBOOK: dict[str, Any] = {"force_jupyter": False, "force_terminal": False} if "ipykernel" in sys.modules else {}
+console = Console(soft_wrap=True, highlight=False, **_NOTEBOOK)
 
 
 MERGED_LATER = "IG_DIST_MERGED_LATER"
@@ -41,20 +46,59 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def run_app(app: typer.Typer | Callable[..., Any]) -> None:
-    """Run a command line: an IgDistError becomes one line on stderr and its exit code, a bug keeps its traceback."""
+def run_app(app: typer.Typer | Callable[..., Any], name: str | None = None) -> None:
+    """Run a command line: what the user can mend becomes one line on stderr and its exit code, a bug its traceback.
+
+    Args:
+        app: the verbs, or one command.
+        name: of the program. Default: as it was started.
+    """
+    name = name or Path(sys.argv[0]).name
     if not isinstance(app, typer.Typer):
-        command, app = app, typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        command, app = app, typer.Typer(rich_markup_mode=None, add_completion=False)
         app.command()(command)
     try:
-        app()
+        if f"_{name.replace('-', '_').upper()}_COMPLETE" in os.environ:  # a shell asks
+            app(prog_name=name)
+        leave(_run(app, name, sys.argv[1:]))
     except IgDistError as error:
         say(error)
         leave(error.exit_code)
     except KeyboardInterrupt:
+        if is_first_process():
+            print("\nstopped: Ctrl-C; what is finished stays, run the same command again to go on", file=sys.stderr)
         leave(130)
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        leave(1)
     except SystemExit as end:  # typer's way to end
         leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+
+
+def _run(app: typer.Typer, name: str, typed: list[str]) -> int:
+    """Run the verb that was typed; its exit code. As typer's own ``main``, which prints errors in its own way."""
+    try:
+        with typer.main.get_command(app).make_context(name, [*typed]) as context:
+            context.command.invoke(context)
+            sys.stdout.flush()
+    except typer.Exit as end:
+        return end.exit_code
+    except UsageError as error:
+        raise explained(error, typed) from None
+    return 0
+
+
+def _reader_is_gone() -> bool:
+    """Whether whoever read stdout or stderr has left, as `head` does; then nothing more is written there."""
+    gone = False
+    for stream in (sys.stdout, sys.stderr):
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            gone = True
+    return gone
 
 
 _code: int | None = None

@@ -1,13 +1,13 @@
 """Start a job on the processes of this machine.
 
-    ig-dist launch --processes 2 configs/digits.yaml run.dir=runs/two
+    ig-dist launch --processes 2 digits run.dir=runs/two
     ig-dist launch --processes 3 --job sample runs/two --ig-scale 1.4
     ig-dist launch --processes 3 --job evaluate runs/two/samples/PLAN
     ig-dist launch --processes 3 --job reference runs/data --out reference.npz
     ig-dist launch --processes 2 --job encode --source pictures --dest runs/data --tokenizer pixel
 
 One process per GPU, or any number on CPUs (gloo). The first process that fails ends the others; the exit code is
-the job's own (README, "Exit codes").
+the job's own (docs/running.md, "Exit codes").
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import sys
 import time
 from collections.abc import Sequence
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ig_dist.jobs import Job, program
+from ig_dist.commands.options import complete_config, complete_keys
+from ig_dist.jobs import JOBS, Job, own_options_first, program, refuse_verb
 
 GRACE_S = 10.0
 
@@ -86,8 +87,15 @@ def _hint(number: int) -> str:
     return " (SIGKILL: out of memory?)" if number == signal.SIGKILL else ""
 
 
-# What follows the first argument belongs to the job, its options included.
-CONTEXT = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+class Launch(typer.core.TyperCommand):
+    """Takes its own options wherever they stand among those of the job."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As typer's, with the launcher's options first."""
+        return super().parse_args(ctx, own_options_first(self, args))
+
+
+CONTEXT = {"ignore_unknown_options": True, "allow_interspersed_args": False}  # all others belong to the job
 
 
 def launch(
@@ -95,14 +103,20 @@ def launch(
         str,
         typer.Argument(
             metavar="CONFIG|RUN|...",
-            help="Config file to train, run to sample from, what to evaluate, or the first argument of another job.",
+            help="What to train (see `ig-dist train`), to sample from, or the first argument of another job.",
+            autocompletion=complete_config,
         ),
     ],
     rest: Annotated[
-        list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Arguments and options of the job.")
+        list[str] | None,
+        typer.Argument(metavar="a.b=c|...", help="Arguments and options of the job.", autocompletion=complete_keys),
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Processes, one per GPU if there are GPUs.")] = 1,
-    job: Annotated[Job, typer.Option(help="What to run.")] = Job.train,
+    processes: Annotated[int, typer.Option(min=1, metavar="N", help="One per GPU if there are GPUs.")] = 1,
+    job: Annotated[Job, typer.Option(metavar="JOB", help=f"What to run: {', '.join(JOBS)}.")] = Job.train,
 ) -> None:
-    """Start a job on the processes of this machine."""
+    """Start a job on the processes of this machine, a training if not said otherwise.
+
+    The first process that fails ends the others; the exit code is the job's own.
+    """
+    refuse_verb(target, job)
     raise typer.Exit(run_processes(program(job, [target, *(rest or [])]), processes))

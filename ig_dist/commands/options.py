@@ -8,13 +8,40 @@ from typing import Annotated, Any
 
 import typer
 
+from ig_dist.config_keys import config_keys, shipped_configs
 from ig_dist.errors import ConfigError
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Config values to replace.")]
+
+def complete_config(incomplete: str) -> list[str]:
+    """What a shell offers for CONFIG, besides files."""
+    return [name for name in shipped_configs() if name.startswith(incomplete)]
+
+
+def complete_keys(incomplete: str) -> list[str]:
+    """What a shell offers for a.b=c."""
+    return [f"{key}=" for key in config_keys() if key.startswith(incomplete)]
+
+
+ConfigPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG",
+        help="YAML file, or the name of one that comes with ig_dist, e.g. digits.",
+        autocompletion=complete_config,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="a.b=c", help="Config values to replace.", autocompletion=complete_keys),
+]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of `ig-dist train`.")]
-Ema = Annotated[float | None, typer.Option(help="Decay of the average to use; default: the first of ema.decays.")]
+Ema = Annotated[
+    float | None, typer.Option(metavar="DECAY", help="Decay of the average to use; default: the first of ema.decays.")
+]
 Raw = Annotated[bool, typer.Option("--raw", help="Use the weights themselves instead of an average.")]
-Weak = Annotated[str | None, typer.Option(help="Second model of autoguidance: RUN, RUN@STEP or an export folder.")]
+Weak = Annotated[
+    str | None, typer.Option(metavar="RUN", help="Second model of autoguidance: RUN, RUN@STEP or an export folder.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import shlex
 from typing import Annotated
 
 import typer
 
-from ig_dist.commands.options import Overrides
-from ig_dist.terminal import is_main_process, warn
+from ig_dist.commands.options import ConfigPath, Overrides, print_json
+from ig_dist.terminal import console, is_first_process, is_main_process, warn
 
 
 def train(
-    config: Annotated[
-        Path,
-        typer.Argument(metavar="CONFIG", help="YAML file, or the name of one that comes with ig_dist, e.g. digits."),
-    ],
+    config: ConfigPath,
     overrides: Overrides = None,
     force_config: Annotated[
         bool, typer.Option("--force-config", help="Go on under a changed config; what changed is printed.")
@@ -23,9 +20,14 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what the run will take (memory, days); train nothing.")
     ] = False,
-    gpus: Annotated[int, typer.Option(min=1, help="With --dry-run: GPUs.")] = 8,
-    mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="With --dry-run: share of the peak reached.")] = 0.4,
-    peak_tflops: Annotated[float, typer.Option(min=0.1, help="With --dry-run: peak of a GPU (H100: 989).")] = 989.0,
+    gpus: Annotated[int, typer.Option(min=1, metavar="N", help="With --dry-run: GPUs.")] = 8,
+    mfu: Annotated[
+        float, typer.Option(min=0.01, max=1.0, metavar="X", help="With --dry-run: share of the peak reached.")
+    ] = 0.4,
+    peak_tflops: Annotated[
+        float, typer.Option(min=0.1, metavar="X", help="With --dry-run: peak of a GPU (H100: 989).")
+    ] = 989.0,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON instead of a table.")] = False,
 ) -> None:
     """Train a model; run the same command again to resume."""
     from ig_dist.config_file import load_config
@@ -35,10 +37,16 @@ def train(
         for line in loaded.warnings():
             warn(line)
     if dry_run:
-        from ig_dist.dry_run import dry_run as tell
+        from ig_dist.dry_run import dry_run as foretell
+        from ig_dist.dry_run import print_dry_run
 
-        return tell(loaded, gpus=gpus, mfu=mfu, peak_tflops=peak_tflops)
+        told = foretell(loaded, gpus=gpus, mfu=mfu, peak_tflops=peak_tflops)
+        return print_json(told) if as_json else print_dry_run(told)
 
     from ig_dist.training.trainer import train as run_training
 
     run_training(loaded, force=force_config)
+    if is_first_process():
+        run = shlex.quote(loaded.run.dir)
+        for step in (f"ig-dist sample {run} --num 64", f"ig-dist sweep {run}", f"ig-dist report {run}"):
+            console.print(f"next: {step}", markup=False)

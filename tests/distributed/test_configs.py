@@ -14,7 +14,7 @@ import yaml
 from ig_dist.config_file import load_config
 from ig_dist.data.index import SampleTable, write_index
 from ig_dist.data.shards import FLIP_SUFFIX, pack_shard, scan_shard
-from ig_dist.dry_run import dry_run
+from ig_dist.dry_run import dry_run, print_dry_run
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.recipes import recipe
 from tests.conftest import ROOT, run_command
@@ -98,7 +98,7 @@ def test_every_published_run_trains_under_ddp_and_fsdp2(trained: Path, name: str
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_published_run_is_told_at_full_size(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     file = ROOT / "configs" / f"{name}.yaml"
-    dry_run(load_config(file), gpus=8, mfu=0.4, peak_tflops=989.0)
+    print_dry_run(dry_run(load_config(file), gpus=8, mfu=0.4, peak_tflops=989.0))
     text = capsys.readouterr().out
     assert f"1,281,167 samples of {'32x16x16' if name.startswith('lightning') else '4x32x32'}, 1000 classes" in text
     header = " ".join(file.read_text().split("\nmodel:")[0].replace("\n#", "").split())

@@ -1,5 +1,7 @@
 """The dry run counts what a real model keeps, and tells the published costs."""
 
+import json
+
 import pytest
 import torch
 from torch import Tensor
@@ -37,8 +39,9 @@ def test_activations_are_what_autograd_keeps_of_a_real_model(bf16: bool) -> None
 
 
 def test_the_published_run_is_told_without_data_and_without_weights() -> None:
-    done = run_command(["ig-dist", "train", "configs/sit_xl2_ig.yaml", "--dry-run", "--gpus", "8"])
-    assert done.returncode == 0, done.stderr
+    command = ["ig-dist", "train", "configs/sit_xl2_ig.yaml", "--dry-run", "--gpus", "8"]
+    done, as_json = run_command(command), run_command([*command, "--json"])
+    assert done.returncode == as_json.returncode == 0, done.stderr + as_json.stderr
     text = done.stdout
     assert "no index there, so ImageNet is assumed: 1,281,167 samples of 4x32x32, 1000 classes" in text
     assert "711.7 GFLOP a training image" in text or "711.8 GFLOP" in text
@@ -47,15 +50,19 @@ def test_the_published_run_is_told_without_data_and_without_weights() -> None:
     rows = {engine: [float(number) for number in numbers] for engine, *numbers in cells}
     assert rows["ddp"][0] > rows["zero1"][0] > rows["zero2"][0] > rows["zero3"][0] > 0
     assert len({row[1] for row in rows.values()}) == 1
+    told = json.loads(as_json.stdout)
+    assert told["assumed_imagenet"] and told["steps"] == 4_003_647
+    assert {name: round(sizes["total_bytes"] / 2**30, 2) for name, sizes in told["engines"].items()} == {
+        name: row[2] for name, row in rows.items()
+    }
 
 
-def test_muon_keeps_one_moment_of_a_matrix(capsys: pytest.CaptureFixture[str]) -> None:
+def test_muon_keeps_one_moment_of_a_matrix() -> None:
     state = {}
     for kind in ("adamw", "muon"):
         config = load_config("configs/sit_xl2_ig.yaml", [f"optimizer.kind={kind}"])
-        dry_run(config, gpus=8, mfu=0.4, peak_tflops=989.0)
-        lines = [line for line in capsys.readouterr().out.splitlines() if "│" in line]
-        state[kind] = {cells[1].strip(): float(cells[2]) for cells in (line.split("│") for line in lines)}
+        told = dry_run(config, gpus=8, mfu=0.4, peak_tflops=989.0)["engines"]
+        state[kind] = {engine: round(sizes["state_bytes"] / 2**30, 2) for engine, sizes in told.items()}
     assert state["muon"].keys() == {"ddp", "fsdp2"} < state["adamw"].keys()
     with torch.device("meta"):
         model = DiT(load_config("configs/sit_xl2_ig.yaml").with_data((4, 32, 32), 1000).model.to_dit())
@@ -70,10 +77,10 @@ def test_processes_that_do_not_divide_are_refused() -> None:
     assert done.returncode == 2 and "7 processes do not divide data.streams 256" in done.stderr
 
 
-def test_acceleration_by_the_ema_costs_a_forward_more(capsys: pytest.CaptureFixture[str]) -> None:
+def test_acceleration_by_the_ema_costs_a_forward_more() -> None:
     def gflop(*overrides: str) -> float:
-        dry_run(load_config("configs/sit_b2_ig.yaml", overrides), gpus=8, mfu=0.4, peak_tflops=989.0)
-        return float(capsys.readouterr().out.split(" GFLOP a training image")[0].split()[-1])
+        told = dry_run(load_config("configs/sit_b2_ig.yaml", overrides), gpus=8, mfu=0.4, peak_tflops=989.0)
+        return float(told["flops_per_image"])
 
     plain = gflop()
     assert gflop("loss.acceleration.weight=0.5") == plain
