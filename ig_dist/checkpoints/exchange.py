@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as torch_dist
@@ -17,7 +18,8 @@ from ig_dist.parallel.dist import Dist
 _ROUND_BYTES = 256 * 2**20  # on each device, of what all ranks send at a time
 
 
-class Loaded(NamedTuple):
+@dataclass(frozen=True)
+class Loaded:
     """A checkpoint whose bytes the ranks hold in memory, each its share (``CheckpointStore.latest(keep=True)``)."""
 
     checkpoint: Checkpoint
@@ -58,12 +60,18 @@ class Loaded(NamedTuple):
                     out[first - start : last - start].copy_(data[first - part.at : last - part.at])
         return outs
 
+    @cached_property
+    def _plan(self) -> tuple[list[Part], list[int]]:
+        """All parts, and the rank that holds each."""
+        parts = parts_of(self.checkpoint.manifest)
+        return parts, owners(parts, self.dist.world_size)
+
     def _all_parts(self, group: str) -> Iterator[tuple[Part, Tensor]]:
         """Every part of a group with its bytes, on all ranks in the same order. COLLECTIVE."""
         share, world = self.checkpoint.share, self.dist.world_size
-        parts = parts_of(self.checkpoint.manifest)
+        parts, ranks = self._plan
         queues: list[list[int]] = [[] for _ in range(world)]
-        for number, owner in enumerate(owners(parts, world)):
+        for number, owner in enumerate(ranks):
             if parts[number].tensor.startswith(f"{group}/"):
                 queues[owner].append(number)
         if world == 1:

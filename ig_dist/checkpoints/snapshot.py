@@ -11,7 +11,7 @@ background is the only copy there is: host memory holds this rank's share of the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +51,25 @@ class Piece(NamedTuple):
     """The elements, of any shape."""
 
 
+def layout(pieces: Mapping[str, Piece]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The head of a rank's file, and the place of each piece in it: first byte, and the one after the last."""
+
+    def place(item: tuple[str, Piece]) -> tuple[int, bool, str]:
+        # the widest types first: every tensor is then aligned, and can be mapped from the file
+        return -item[1].data.element_size(), item[1].data.nbytes >= SMALL_BYTES, item[0]
+
+    header, end = dict[str, Any](), 0
+    for name, piece in sorted(pieces.items(), key=place):
+        begin, end = end, end + piece.data.nbytes
+        offsets = [begin, end]
+        header[name] = {"dtype": DTYPES[piece.data.dtype], "shape": list(piece.data.shape), "data_offsets": offsets}
+    packed = json.dumps(header).encode()
+    packed += b" " * (-len(packed) % 8)
+    first = len(packed).to_bytes(8, "little") + packed
+    places = {name: [len(first) + offset for offset in entry["data_offsets"]] for name, entry in header.items()}
+    return first, {name: (begin, end) for name, (begin, end) in places.items()}
+
+
 class Snapshot:
     """The file, in buffers that the next snapshot uses again; pinned where there is a GPU to copy from."""
 
@@ -61,32 +80,15 @@ class Snapshot:
 
     def take(self, pieces: Mapping[str, Piece]) -> None:
         """Copy the pieces. They may change as soon as this returns; it waits for the device."""
-        header: dict[str, Any] = {}
-        end = 0
-
-        def place(item: tuple[str, Piece]) -> tuple[int, bool, str]:
-            # the widest types first: every tensor is then aligned, and can be mapped from the file
-            return -item[1].data.element_size(), item[1].data.nbytes >= SMALL_BYTES, item[0]
-
-        ordered = sorted(pieces.items(), key=place)
-        for name, piece in ordered:
-            begin, end = end, end + piece.data.numel() * piece.data.element_size()
-            header[name] = {
-                "dtype": DTYPES[piece.data.dtype],
-                "shape": list(piece.data.shape),
-                "data_offsets": [begin, end],
-            }
-        packed = json.dumps(header).encode()
-        packed += b" " * (-len(packed) % 8)
-        self._bytes = 8 + len(packed) + end
+        first, places = layout(pieces)
+        self._bytes = max((end for _, end in places.values()), default=len(first))
         devices = {piece.data.device for piece in pieces.values() if piece.data.is_cuda}
         while len(self._buffers) * CHUNK_BYTES < self._bytes:
             self._buffers.append(torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=bool(devices)))
-        first = len(packed).to_bytes(8, "little") + packed
         self._put(0, torch.frombuffer(bytearray(first), dtype=torch.uint8))
         self._places = {}
-        for name, piece in ordered:
-            begin, end = (len(first) + offset for offset in header[name]["data_offsets"])
+        for name, (begin, end) in places.items():
+            piece = pieces[name]
             self._places[name] = piece._replace(data=piece.data.to("meta")), begin, end
             self._put(begin, piece.data.detach().contiguous().reshape(-1).view(torch.uint8))
         for device in devices:
@@ -116,17 +118,7 @@ class Snapshot:
 
         Reads all bytes: for the background.
         """
-        return {
-            name: [
-                list(piece.shape),
-                str(piece.data.dtype).removeprefix("torch."),
-                piece.start,
-                piece.start + piece.data.numel(),
-                begin,
-                [self._crc(first, min(first + PART_BYTES, end)) for first in range(begin, end, PART_BYTES)],
-            ]
-            for name, (piece, begin, end) in self._places.items()
-        }
+        return {name: described(piece, begin, end, self._crc) for name, (piece, begin, end) in self._places.items()}
 
     def _put(self, at: int, data: Tensor) -> None:
         done = 0
@@ -135,3 +127,10 @@ class Snapshot:
             count = min(CHUNK_BYTES - begin, len(data) - done)
             self._buffers[number][begin : begin + count].copy_(data[done : done + count], non_blocking=True)
             done += count
+
+
+def described(piece: Piece, begin: int, end: int, crc: Callable[[int, int], int]) -> list[Any]:
+    """What a manifest says of a piece that lies at these bytes of its file."""
+    crcs = [crc(first, min(first + PART_BYTES, end)) for first in range(begin, end, PART_BYTES)]
+    dtype = str(piece.data.dtype).removeprefix("torch.")
+    return [list(piece.shape), dtype, piece.start, piece.start + piece.data.numel(), begin, crcs]

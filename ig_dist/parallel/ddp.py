@@ -76,11 +76,17 @@ class DDPEngine:
     def canonical(self, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Piece]:
         """Every rank holds everything: each writes about 1 / world_size of the bytes."""
         tensors = {f"{group}/{name}": tensor for group, members in groups.items() for name, tensor in members.items()}
-        load = [0] * self._dist.world_size
-        pieces = {}
-        for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].numel(), item[0])):
-            writer = load.index(min(load))
-            load[writer] += tensor.numel()
-            if writer == self._dist.rank:
-                pieces[name] = Piece(tuple(tensor.shape), 0, tensor.detach())
-        return pieces
+        mine = shared_out(tensors, self._dist.rank, self._dist.world_size)
+        return {name: Piece(tuple(tensors[name].shape), 0, tensors[name].detach()) for name in mine}
+
+
+def shared_out(tensors: Mapping[str, Tensor], rank: int, world_size: int) -> list[str]:
+    """Which of the tensors a rank writes: the largest first, each to the rank that has the least until then."""
+    load = [0] * world_size
+    mine = []
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].numel(), item[0])):
+        writer = load.index(min(load))
+        load[writer] += tensor.numel()
+        if writer == rank:
+            mine.append(name)
+    return mine
