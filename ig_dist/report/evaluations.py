@@ -6,6 +6,7 @@ Seeds of one and the same plan are one row, their mean and deviation. Balanced l
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,10 @@ from ig_dist.report.text import fits_a_column, images_text, items, number, plain
 
 FOLLOWS_SEED = frozenset({"seed", "plan", "evaluations", "forwards", "weak_forwards", "features_made_again"})
 """Values of a protocol that differ between two seeds of what is otherwise the same."""
+NAMES = ("guidance", "images")
+"""Values that name a row."""
+LESSER = re.compile("weak_|reference_|images_|.*forwards")
+"""Values that take no column: they follow from others, or are of the second model."""
 FOLLOWS_STEP = frozenset({"step", "images_seen", "checkpoint_sha256", "weights_sha256", "seed"}) | FOLLOWS_SEED
 """Values that differ between two checkpoints of what is otherwise the same."""
 
@@ -66,8 +71,12 @@ def evaluation_section(results: Sequence[Row]) -> dict[str, Any] | None:
     keys = list(dict.fromkeys(key for protocol in protocols for key in protocol))
     common = {key: protocols[0].get(key) for key in keys if all(p.get(key) == protocols[0].get(key) for p in protocols)}
     differing = [key for key in keys if key not in common]
-    shown = [key for key in differing if key == "images" or all(fits_a_column(key, p.get(key)) for p in protocols)]
-    shown += [key for key in ("guidance",) if key in common]  # it names the row
+    shown = [
+        key
+        for key in differing
+        if key in NAMES or (not LESSER.match(key) and all(fits_a_column(key, p.get(key)) for p in protocols))
+    ]
+    shown += [key for key in NAMES if key in common]
     if "seed" in common and any(group.seeds > 1 for group in groups):
         shown.append("seed")
     shown = ["num", *(key for key in shown if key != "num")] if "num" in keys else shown

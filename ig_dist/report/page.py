@@ -22,9 +22,9 @@ from ig_dist.provenance import FILE_NAME
 from ig_dist.report.evaluations import evaluation_sections, step_charts
 from ig_dist.report.facts import newest_manifest, provenance_facts, read_conversion, read_index, run_facts
 from ig_dist.report.pictures import embedded, nearest_pictures, plan_pictures, training_grids
-from ig_dist.report.results import PAPER_IMAGES, Row, best_row, read_lines, read_results, read_sweeps
+from ig_dist.report.results import PAPER_IMAGES, Row, best_row, read_lines, read_result, read_results, read_sweeps
 from ig_dist.report.sweeps import sweep_section, tiles
-from ig_dist.report.text import compact, folded, images_text, number, score
+from ig_dist.report.text import compact, folded, images_text, number, protocol_parts, score
 from ig_dist.report.training import goodput_section, training_charts
 from ig_dist.run_dir import CONFIG_NAME, replace_text
 
@@ -62,15 +62,16 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     newest = int(manifest["step"]) if manifest else int(metrics[-1]["step"]) if metrics else None
     samples, older = plan_pictures(run)
     nearest, grids = nearest_pictures(run), training_grids(run, config, index)
-    context = {
+    context: dict[str, Any] = {
         "run": str(run),
         "name": run.resolve().name or str(run),
         "written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
         "version": __version__,
         "headline": _headline(config, metrics, [line for line in lines if "score_num" in line], sweeps, newest),
-        "sweeps": [_sweep(folder, sweep, results, newest, f"ig-dist sweep {quoted}") for folder, sweep in sweeps],
+        "sweeps": [_sweep(folder, sweep, results, newest) for folder, sweep in sweeps],
         "evaluations": evaluation_sections(results),
         "over_steps": step_charts(lines, results),
+        "training_protocol": _training_protocol(run),
         "samples": samples,
         "older_samples": older,
         "grids": grids[0],
@@ -123,7 +124,7 @@ def _headline(
     return shown
 
 
-def _sweep(folder: Path, sweep: Row, results: Sequence[Row], newest: int | None, command: str) -> dict[str, Any]:
+def _sweep(folder: Path, sweep: Row, results: Sequence[Row], newest: int | None) -> dict[str, Any]:
     """A sweep with its grid of pictures; the seeds of its first point are those of all."""
     plans = set(sweep["rows"][0]["plans"])
     found = [result["protocol"] for result in results if result["protocol"].get("plan") in plans]
@@ -131,7 +132,13 @@ def _sweep(folder: Path, sweep: Row, results: Sequence[Row], newest: int | None,
     alt = "rows of pictures: real ones, then generated ones at each scale of Internal Guidance"
     grid = embedded(folder / "grid.png", "Real, and generated at several guidance scales", alt)
     best = best_row(sweep["rows"], sweep["target"]) if sweep["target"] else None
-    return {**sweep_section(sweep, newest, seeds, command), "grid": grid, "plans": (best or sweep["rows"][0])["plans"]}
+    return {**sweep_section(sweep, newest, seeds), "grid": grid, "plans": (best or sweep["rows"][0])["plans"]}
+
+
+def _training_protocol(run: Path) -> dict[str, Any] | None:
+    """Of the newest scores that were taken while training; None: there are none."""
+    files = sorted((run / "evaluations" / "training").glob("step_*.json"))
+    return protocol_parts(read_result(files[-1], "log.score_every_steps")["protocol"]) if files else None
 
 
 def _next_steps(

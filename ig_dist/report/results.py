@@ -110,10 +110,19 @@ def read_results(run: Path, swept: set[str], command: str) -> list[Row]:
     results: list[Row] = []
     for file in sorted((run / "evaluations").glob("*.json")):
         plan, _, tag = file.stem.partition("_")
-        result = _read(Result, file, command)
+        result = read_result(file, command)
         if plan not in swept or not tag or tag != str(result["protocol"].get("num")):
             results.append({**result, "swept": plan in swept and not tag})
     return results
+
+
+def read_result(file: Path, command: str) -> Row:
+    """Scores with their protocol; ``command`` makes them again.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    return _read(Result, file, command)
 
 
 def _read(kind: type[BaseModel], file: Path, command: str) -> dict[str, Any]:

@@ -65,14 +65,13 @@ class HeatMap:
     rows: list[tuple[str, list[HeatCell | None]]]
 
 
-def sweep_section(sweep: Row, newest: int | None, seeds: Sequence[int], command: str) -> dict[str, Any]:
+def sweep_section(sweep: Row, newest: int | None, seeds: Sequence[int]) -> dict[str, Any]:
     """What the template needs of one sweep.
 
     Args:
         sweep: content of its file.
         newest: step of the newest checkpoint; None: not known.
         seeds: of its points, as far as they are known.
-        command: makes a sweep of the run.
     """
     rows, made_at = sweep["rows"], sweep["protocol"].get("step")
     shown = [(metric, found) for metric in target_first(sweep) if (found := scored(rows, metric))]
@@ -87,9 +86,9 @@ def sweep_section(sweep: Row, newest: int | None, seeds: Sequence[int], command:
         "charts": [] if two_scales else [scale_chart(found, metric) for metric, found in shown],
         "heat_maps": [heat_map(found, metric, varied[0], varied[1]) for metric, found in shown] if two_scales else [],
         "tradeoff": _tradeoff(rows, target_first(sweep)),
-        "old": f"{made_at:,}" if isinstance(made_at, int) and newest is not None and made_at != newest else None,
+        "old": f"{made_at:,}" if isinstance(made_at, int) and newest is not None and made_at < newest else None,
         "protocol": protocol_parts(protocol),
-        "notes": [*_about_flatness(sweep, command), *_about_rows(sweep), *reading_notes(rows, [sweep["protocol"]])],
+        "notes": [*_about_flatness(sweep), *_about_rows(sweep), *reading_notes(rows, [sweep["protocol"]])],
         **_table(sweep),
     }
 
@@ -242,13 +241,13 @@ def _table(sweep: Row) -> dict[str, Any]:
     return {"heads": heads, "table": table, "best": best}
 
 
-def _about_flatness(sweep: Row, command: str) -> list[str]:
+def _about_flatness(sweep: Row) -> list[str]:
     """Whether the best is one, as far as the noise over seeds tells."""
     rows, target, flat = sweep["rows"], sweep["target"], sweep["flat"]
     if target is None or len(rows) == 1:
         return []
     if flat is None:
-        return [f"One seed: it does not say which differences are noise. {command} --seeds 3 would."]
+        return ["One seed: it does not say which differences are noise. A sweep with --seeds 3 would."]
     if len(flat) <= 1:
         return [f"{target}: the best is better than all others by more than the noise over seeds."]
     where = "; ".join(", ".join([point_name(rows[i]), *_models(rows[i], rows)]) for i in flat if i < len(rows))

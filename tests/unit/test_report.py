@@ -18,7 +18,7 @@ from ig_dist.config_file import config_from_tree, load_run, to_yaml
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT
 from ig_dist.report.page import write_report
-from ig_dist.report.pictures import MOST_PNG_BYTES, embedded
+from ig_dist.report.pictures import embedded
 from ig_dist.training.metrics import RunLog
 from tests.conftest import TINY, run_command
 
@@ -233,13 +233,10 @@ def test_sweeps_are_shown_each_the_newest_first(tmp_path: Path) -> None:
     assert page.tags["img"] == 2 and page.text.count("Protocol of every score above") == 2
     assert page.text.index("Over the guidance scale new,") < page.text.index("Earlier: old,")
     assert "Best fd_pixel 0.3000 at IG 1.5" in page.text
-
-
-def test_a_run_of_an_earlier_version_has_its_sweep_in_its_own_folder(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run")
-    (run / "sweep.json").write_text(json.dumps(sweep_of([1.0, 1.4], [1.0])))
-    draw(run / "grid.png")
-    page = read(run)
+    earlier = make_run(tmp_path / "earlier version")
+    (earlier / "sweep.json").write_text(json.dumps(sweep_of([1.0, 1.4], [1.0])))
+    draw(earlier / "grid.png")
+    page = read(earlier)
     assert "Best fd_pixel 0.3100" in page.text and page.tags["img"] == 1
 
 
@@ -249,7 +246,7 @@ def test_pictures_of_a_run_in_progress_are_shown(tmp_path: Path) -> None:
         for step in range(410, 530, 10):
             log.add_picture(step, np.full((8, 80, 1), 99, np.uint8))
     page = read(run)
-    assert page.tags["img"] == 8 and "samples at step 410" in page.alts and "samples at step 520" in page.alts
+    assert page.tags["img"] == 8 and {"samples at step 410", "samples at step 520"} <= set(page.alts)
     assert "While training Unguided. The same noise in each column." in page.text
     assert page.tags["input"] == 8  # each is enlarged by a click
 
@@ -258,8 +255,7 @@ def test_a_large_picture_is_embedded_as_jpeg_and_a_damaged_one_left_out(tmp_path
     noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "large.png")
     large = embedded(tmp_path / "large.png", "", "")
-    assert large is not None and large.uri.startswith("data:image/jpeg") and not large.small
-    assert (tmp_path / "large.png").stat().st_size > MOST_PNG_BYTES
+    assert large and large.uri.startswith("data:image/jpeg") and not large.small
     (tmp_path / "cut.png").write_bytes((tmp_path / "large.png").read_bytes()[:20])
     assert embedded(tmp_path / "cut.png", "", "") is None
 
@@ -293,8 +289,8 @@ def test_mistakes_are_one_line_with_a_remedy(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "metrics.jsonl").write_text("")
     done = run_command(["ig-dist", "report", run])
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "no metrics" in done.stderr and "ig-dist train" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no metrics" in done.stderr
+    assert "ig-dist train" in done.stderr
     for damaged in ("{", '{"rows": []}', '{"rows": [{"ig_scale": 1}]}', "[]"):
         run = make_run(tmp_path / f"run{len(damaged)}", sweep={})
         (run / "sweeps" / "ig_scale-01234567" / "sweep.json").write_text(damaged)
@@ -332,7 +328,6 @@ def test_where_the_time_went_and_what_each_save_took(tmp_path: Path) -> None:
     assert "the loop stands still, step 300: 0.5 s" in html and "the loop stands still, step 400: 1.5 s" in html
     assert "written meanwhile, step 300: 7 s" in html and "step 310" not in html
     page = read(run)
-    assert "goodput" in page.ids
     assert "Where the time went 20 min 0 s in 2 starts" in page.text
     assert "training 66.7% 13 min 20 s lost work 16.7% 3 min 20 s start-up 10.0% 2 min 0 s" in page.text
     assert "waiting for data 6.5% 1 min 18 s" in page.text and "compilation" not in page.text
@@ -345,7 +340,11 @@ def test_validation_and_scores_while_training_are_curves(tmp_path: Path) -> None
     run = make_run(tmp_path / "run")
     add_lines(run / "metrics.jsonl", *({"step": s, "val_loss": 1 / s, "val_loss_final": 0.5 / s} for s in (10, 20)))
     add_lines(run / "metrics.jsonl", *({"step": s, "score_fid": 100 / s, "score_num": 5000} for s in (10, 20)))
+    (run / "evaluations" / "training").mkdir(parents=True)
+    told = json.dumps({"scores": {"fid": 5.0}, "protocol": {**PROTOCOL, "step": 20}})
+    (run / "evaluations" / "training" / "step_0000000020.json").write_text(told)
     page = read(run)
+    assert "Protocol of the scores while training" in page.text
     assert "Validation loss" in page.text and "fid over steps lower is better, N = 5,000" in page.text
     assert "fid 5.000 at step 20, N = 5,000" in page.text  # no sweep has better to say
     assert "Steps 400" in page.text  # lines of scores are not lines of steps

@@ -27,7 +27,7 @@ def swept(sweep: dict[str, Any]) -> dict[str, Any]:
 
 
 def section_of(sweep: dict[str, Any], step: int | None = None) -> dict[str, Any]:
-    return sweep_section(swept(sweep), step, [], "ig-dist sweep RUN")
+    return sweep_section(swept(sweep), step, [])
 
 
 def points(text: str) -> list[tuple[float, ...]]:
@@ -154,7 +154,7 @@ def test_only_points_with_the_most_images_compete() -> None:
 def test_where_a_sweep_is_flat_and_of_which_seeds() -> None:
     sweep = sweep_of([1.0, 1.4, 1.7], [1.0], std={"fd_pixel": 0.1})
     sweep |= {"target": "fd_pixel", "flat": [1, 2], "protocol": {"seeds": 2}}
-    section = sweep_section(swept(sweep), None, [5, 6], "")
+    section = sweep_section(swept(sweep), None, [5, 6])
     assert "fd_pixel is flat within its noise over 2 rows (IG 1.4; IG 1.7)" in section["notes"][0]
     assert [cell.small for line in section["table"] for cell in line if cell.small] == ["as good as the best"]
     assert ("seeds", "2: 5, 6") in section["protocol"]["shown"]
@@ -203,12 +203,12 @@ def test_what_differs_in_more_than_the_seed_is_not_averaged() -> None:
         {"steps": 8},
         {"num": 500},
         {"guidance": [{"kind": "ig", "scale": 1.4}]},
-        {"reference_sha256": "ab" * 32},
+        {"reference_sha256": "ab" * 32, "weak_step": 40},
     ]
     section = evaluation_section([result_of(1.0), *(result_of(5.0, seed=1, **other) for other in others)])
     assert section is not None and len(section["table"]) == 5 and "over" not in str(cells(section))
     assert ("reference_sha256", "ab" * 32) in [item for row in section["rows"] for item in row]
-    assert "reference_sha256" not in section["heads"] and "plan" not in section["heads"]
+    assert not {"reference_sha256", "plan", "weak_step"} & set(section["heads"])
 
 
 def test_balanced_stands_above_random_with_the_difference() -> None:
@@ -251,7 +251,10 @@ def test_other_images_and_other_extractors_have_tables_of_their_own() -> None:
         ("Samples", "pixel"),
         ("Other images", "pixel"),
     ]
-    assert ("images", "run/samples/a.npz") in found[2]["protocol"]["shown"]
+    assert cells(found[2])[0]["images"] == ("run/samples/a.npz", "")
+    terms = [{"kind": kind, "scale": 1.35, "interval": [0, 0.7]} for kind in ("ig", "cfg")]
+    rows = cells(evaluation_section([result_of(1.0), result_of(2.0, guidance=terms)]))
+    assert rows[1]["guidance"][0] == "IG 1.35 for t in [0, 0.7], CFG 1.35 for t in [0, 0.7]"  # long, but it is the name
 
 
 def test_a_score_over_steps_is_a_line_for_each_guidance_and_number_of_images() -> None:
