@@ -13,9 +13,9 @@ from ig_dist.config import Config
 from ig_dist.config_file import apply_overrides, config_from_tree, load_config
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.asking import Interval, sample_config
-from ig_dist.evaluation.sampling import sample_run, sampling_device
+from ig_dist.evaluation.sampling import check_places, sample_run, sampling_device
 from ig_dist.evaluation.sweep import Axes, sweep_run
-from ig_dist.export import find_weights
+from ig_dist.export import find_run, find_weights
 from ig_dist.pipeline import Pipeline
 from ig_dist.terminal import is_main_process, warn
 
@@ -104,6 +104,7 @@ def sample(
     weak: str | Path | None = None,
     ema: float | None = None,
     raw: bool = False,
+    out: str | Path | None = None,
 ) -> str:
     """Make the images of a plan into files, as `ig-dist sample` does; None: as the run's config says.
 
@@ -126,6 +127,7 @@ def sample(
         weak: the second model of autoguidance.
         ema: decay of the average; None: the first of ``ema.decays``.
         raw: the weights themselves instead of an average.
+        out: folder of these samples; None: one of the run's.
 
     Returns:
         The folder of the samples, for ``evaluate``.
@@ -134,9 +136,8 @@ def sample(
         ConfigError: what is asked for does not fit.
         DataError: a file cannot be written.
     """
-    weights = find_weights(source, ema=ema, raw=raw)
     config = sample_config(
-        weights.config,
+        find_run(source)[0],
         overrides,
         preset=preset,
         num=num,
@@ -153,7 +154,9 @@ def sample(
         cfg_interval=cfg_interval,
         auto_interval=auto_interval,
     )
-    return sample_run(config, weights.export).samples.url
+    folder = None if out is None else str(out)
+    check_places(config, folder)
+    return sample_run(config, find_weights(source, ema=ema, raw=raw).export, out=folder).samples.url
 
 
 def sweep(
@@ -170,6 +173,7 @@ def sweep(
     seeds: int = 1,
     target: str | None = None,
     halving: bool = False,
+    out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Score a grid of guidance scales with common noise, as `ig-dist sweep` does.
 
@@ -187,6 +191,7 @@ def sweep(
         seeds: of each point.
         target: the score to search for; None: the first of ``evaluate.metrics``.
         halving: all points on few images, the better half on twice as many, and so on.
+        out: folder of samples, scores and sweep; None: the run.
 
     Returns:
         What sweep.json holds: "rows", one for each point, and the protocol.
@@ -194,9 +199,18 @@ def sweep(
     Raises:
         ConfigError: what is asked for does not fit.
     """
-    config = find_weights(source, overrides=overrides).config
+    config = find_run(source, overrides)[0]
     axes = Axes(ig_scale, cfg_scale, auto_scale, ig_interval, cfg_interval, ema, checkpoint)
-    return sweep_run(config, axes, auto_interval=auto_interval, seeds=seeds, target=target, halving=halving)
+    return sweep_run(
+        config,
+        axes,
+        auto_interval=auto_interval,
+        seeds=seeds,
+        target=target,
+        halving=halving,
+        weights=lambda decay, step: find_weights(source, ema=decay, step=step, overrides=overrides).export,
+        out=None if out is None else str(out),
+    )
 
 
 def write_report(run: str | Path, out: str | Path | None = None) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ig_dist.config import Config
 from ig_dist.config_file import apply_overrides, config_from_tree, with_guidance
+from ig_dist.errors import ConfigError
 from ig_dist.evaluation.recipes import recipe
 
 Interval = tuple[float, float]
@@ -46,7 +47,7 @@ def sample_config(
     published = [] if preset is None else recipe(preset, config.model)
     options = [f"sample.{key}={json.dumps(value)}" for key, value in sample.items() if value is not None]
     tree = apply_overrides(config.model_dump(mode="json"), [*published, *overrides, *options])
-    return with_guidance(
+    asked = with_guidance(
         config_from_tree(tree, source="sample"),
         ig_scale=ig_scale,
         cfg_scale=cfg_scale,
@@ -55,3 +56,7 @@ def sample_config(
         cfg_interval=cfg_interval,
         auto_interval=auto_interval,
     )
+    weak = sample.get("weak_model")
+    if weak is not None and all(term.kind != "auto" for term in asked.guidance):
+        raise ConfigError(f"--weak {weak} guides nothing without a scale: give --auto-scale too, e.g. 2 (1 is off)")
+    return asked
