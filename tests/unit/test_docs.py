@@ -44,3 +44,11 @@ def test_the_front_page_is_short_and_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs/README.md").read_text()
     for page in PAGES[2:]:
         assert page.name == "README.md" or f"({page.name})" in index, page.name
+
+
+def test_every_part_of_the_package_is_in_the_architecture() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    parts = [
+        part.name for part in (ROOT / "ig_dist").iterdir() if part.suffix in ("", ".py") and part.name[0] not in "_."
+    ]
+    assert len(parts) > 30 and not [part for part in parts if not re.search(rf"`{part}[`/]", text)]
