@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ig_dist.commands.encode import encode as encode_command
 from ig_dist.commands.sweep import sweep as sweep_command
 from ig_dist.errors import ConfigError
 from ig_dist.pipeline import Pipeline
+from ig_dist.processes import helpers
 from tests.conftest import ROOT, TINY, run_command
 
 GUIDED = "--ig-scale 1.4 --ig-interval 0.2,1 --cfg-scale 1.35 --cfg-interval 0,0.7"
@@ -86,6 +88,8 @@ def test_autoguidance_exports_and_averages(run: Path, pipe: Pipeline) -> None:
     lone = ig_dist.load(other.export)  # its plan is the run's, which it lies in
     assert np.array_equal(lone(num=6, weak=f"{run}@20", auto_scale=2.0, output="numpy"), expected)
     assert ig_dist.load(f"{run}@20").info.step == 20
+    with pytest.raises(ConfigError, match="guides nothing without a scale"):
+        pipe(num=2, weak=f"{run}@20")
     assert "step 40, EMA 0.99" in repr(pipe) and "auxiliary head after block 1" in repr(pipe)
 
 
@@ -175,6 +179,15 @@ def test_a_training_that_is_interrupted_leaves_the_process_as_it_was(
     run = ig_dist.train(config)  # goes on
     assert ig_dist.load(run).info.step == 30
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)] == before
+
+
+def test_helper_processes_do_not_run_the_users_script_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "mine.py"
+    script.write_text("raise SystemExit('run again')")
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
+    with ProcessPoolExecutor(1, mp_context=helpers()) as pool:
+        assert pool.submit(abs, -1).result() == 1
 
 
 def test_functions_have_the_defaults_of_their_commands() -> None:
