@@ -7,8 +7,7 @@ from ig_dist.terminal import console
 
 
 def export(run: Run, ema: Ema = None, raw: Raw = False) -> None:
-    """Export the newest checkpoint as safetensors, for sampling and for others to use."""
-    from ig_dist.config_file import load_run
-    from ig_dist.export import export_run
+    """Export a checkpoint as safetensors, for sampling and for others to use: the newest one, or that of RUN@STEP."""
+    from ig_dist.export import find_weights
 
-    console.print(str(export_run(load_run(run), ema=ema, raw=raw)))
+    console.print(str(find_weights(run, ema=ema, raw=raw).export), markup=False)
