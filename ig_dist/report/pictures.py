@@ -15,8 +15,7 @@ from PIL import Image
 from ig_dist.config import Config
 from ig_dist.data.classes import class_words
 from ig_dist.data.index import IndexFile
-from ig_dist.evaluation.plan import Plan
-from ig_dist.report.text import guidance_name
+from ig_dist.report.text import guidance_name, plan_name
 
 MOST_PICTURES = 8  # of a kind
 MOST_PNG_BYTES = 1_000_000  # what is larger goes in as JPEG
@@ -91,8 +90,7 @@ def _plan_order(run: Path, plan: str) -> tuple[tuple[int, list[float]], str]:
     """Where a plan stands among others, and its name in words."""
     try:
         told = json.loads((run / "samples" / plan / "plan.json").read_text(encoding="utf-8"))
-        made, step = Plan(**told["plan"]), told["export"]["step"]
-        scales = [term.scale for term in made.guidance]
-        return (len(scales), scales), made.describe() + (f" of step {step:,}" if step else "")
+        scales = [float(term["scale"]) for term in told["plan"]["guidance"]]
+        return (len(scales), scales), plan_name(plan, told["plan"], told["export"]["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return (0, []), plan

@@ -76,6 +76,20 @@ def guidance_name(terms: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(names) or "unguided"
 
 
+def plan_name(digest: str, told: Mapping[str, Any], step: int | None = None) -> str:
+    """A sampling plan in words, as it is named where it is made; its hash is the last of them."""
+    classes = told.get("classes") or ()
+    labels = f"classes {', '.join(map(str, classes[:6]))}" + (f" and {len(classes) - 6} more" if classes[6:] else "")
+    parts = [
+        guidance_name(told["guidance"]),
+        str(told["solver"]) if told["solver"] == "dopri5" else f"{told['solver']} {told['steps']}",
+        labels if classes else "random labels" if told["labels"] == "random" else "",
+        f"seed {told['seed']}",
+        f"step {step:,} of the run" if step is not None else "",
+    ]
+    return f"{', '.join(filter(None, parts))}; plan {digest[:8]}"
+
+
 def plain(value: Any) -> str:
     """A value of a protocol as text."""
     if isinstance(value, list) and all(isinstance(term, dict) and "kind" in term for term in value):

@@ -23,10 +23,7 @@ from ig_dist.training.metrics import RunLog
 from tests.conftest import TINY, run_command
 
 HOSTILE = """x"><script>alert('1')</script>&amp;<img src="http://evil.example/x.png">"""
-PLAN: dict[str, Any] = {
-    "num": 64, "labels": "balanced", "num_classes": 10, "solver": "heun", "steps": 16, "precision": "fp32",
-    "unit_size": 64, "batch_size": 64, "weights_sha256": "ab" * 32,
-}  # fmt: skip
+PLAN = {"labels": "balanced", "solver": "heun", "steps": 16}
 PROTOCOL = {"num": 1797, "solver": "heun", "reference_sha256": "ab" * 32, "step": 400, "ema": None}
 
 
@@ -191,9 +188,9 @@ def test_a_complete_run(tmp_path: Path, digits_index: Path) -> None:
         "Waiting for data % of the time now 5",
         "1.4 1,797 0.3100 × 0.56",
         "Hashes and rules reference_sha256 abababababab… " + "ab" * 32,
-        "IG 2.5 for t in [0.2, 1], heun 16, seed 1; plan",
-        "IG 3.5 for t in [0.2, 1], autoguidance 2, dopri5, seed 2; plan",
-        "of step 300 Nearest training pictures a check against memorisation IG 2.5 for t in [0.2, 1]",
+        "IG 2.5 for t in [0.2, 1], heun 16, seed 1, step 300 of the run; plan other",
+        "IG 3.5 for t in [0.2, 1], autoguidance 2, dopri5, seed 2, step 300 of the run; plan third",
+        "Nearest training pictures a check against memorisation IG 2.5 for t in [0.2, 1]",
         "8.250",
         "Provenance: command, versions and machines of 2 starts Start 2 commit c0ffee",
         "Start 1 what differs from the next one command ig-dist train a.yaml",

@@ -15,9 +15,11 @@ import pytest
 from ig_dist.data.classes import imagenet_classes
 from ig_dist.report.charts import curve_chart, smooth, thinned
 from ig_dist.report.evaluations import evaluation_section, evaluation_sections, step_charts
+from ig_dist.report.facts import read_index
+from ig_dist.report.pictures import columns_of
 from ig_dist.report.results import Row, Sweep, best_row, better, is_imagenet, read_results
 from ig_dist.report.sweeps import heat_map, scale_chart, sweep_section, tiles
-from ig_dist.report.text import compact, duration, folded, guidance_name, number, protocol_parts, score
+from ig_dist.report.text import compact, duration, folded, guidance_name, number, plan_name, protocol_parts, score
 from tests.unit.test_report import make_run, read, sweep_of
 
 
@@ -295,6 +297,8 @@ def test_the_floor_and_the_warning_of_few_images(digits_index: Path, tmp_path: P
     assert not is_imagenet(str(digits_index))
     (tmp_path / "index.json").write_text(json.dumps({**index, "classes": list(imagenet_classes())}))
     assert is_imagenet(str(tmp_path)) and is_imagenet(f"{tmp_path}/index.json")
+    assert columns_of(read_index(str(tmp_path)), 2) == "Columns: tench, goldfish."
+    assert columns_of(read_index(str(digits_index)), 10) == ""  # numbers tell nothing
 
 
 def test_numbers() -> None:
@@ -305,6 +309,11 @@ def test_numbers() -> None:
     assert [compact(value) for value in (1234, 102_400_000, 2.5e10)] == ["1,234", "102.4 M", "25.0 B"]
     assert [duration(s) for s in (5, 200, 7500, 200000)] == ["5 s", "3 min 20 s", "2 h 5 min", "2 d 7 h"]
     assert guidance_name([]) == "unguided"
+    chosen = {"solver": "heun", "steps": 8, "guidance": [], "classes": [*range(8)], "labels": "balanced", "seed": 7}
+    assert (
+        plan_name("0123abcd" * 2, chosen)
+        == "unguided, heun 8, classes 0, 1, 2, 3, 4, 5 and 2 more, seed 7; plan 0123abcd"
+    )
     assert guidance_name([{"kind": "cfg", "scale": 1.5, "interval": [0, 1]}]) == "CFG 1.5"
 
 
