@@ -13,8 +13,6 @@ import typer
 from ig_dist.errors import ConfigError
 from ig_dist.usage import UsageError, explained, options, value_of
 
-SOURCE = Path(__file__).resolve().parents[1]
-
 
 class Job(Enum):
     """Work that several processes share."""
@@ -95,10 +93,11 @@ def job_folder(job: Job, arguments: Sequence[str], folder: Path | None = None) -
     if job is Job.encode:
         name, run = _last_part(_parsed(job, arguments)["dest"]), None
     elif job in (Job.sample, Job.sweep):
-        name, run = "", _parsed(job, arguments)["run"]
-        if not (run / "config.yaml").is_file():
-            raise ConfigError(f"--job {job.value} needs {NEEDS[job]}")
-        if folder is not None:
+        from ig_dist.export import find_run
+
+        source = _parsed(job, arguments)["run"]
+        name, (_, run, _) = Path(source).name, find_run(source)
+        if run is not None and folder is not None:
             raise ConfigError(f"--folder {folder}: a job of a run has its folder in the run; leave --folder out")
     elif job is Job.evaluate:
         given = _parsed(job, arguments)
@@ -128,8 +127,8 @@ def _parsed(job: Job, arguments: Sequence[str]) -> dict[str, Any]:
 def _scored_run(given: dict[str, Any]) -> Path | None:
     """The run of the samples that are to be scored; None: they are no plan's, or its run is not here."""
     from ig_dist.evaluation.catalogue import METRICS, check_metrics
+    from ig_dist.evaluation.samples import find_samples
     from ig_dist.evaluation.sampling import PLAN_NAME, read_samples
-    from ig_dist.storage.files import open_url
 
     src = given["samples"]
     if given["check_against_adm"] is not None:
@@ -137,9 +136,9 @@ def _scored_run(given: dict[str, Any]) -> Path | None:
     if src is None:
         raise ConfigError(f"--job evaluate needs {NEEDS[Job.evaluate]}")
     metrics = check_metrics((given["metrics"] or "fid").split(","), "--metrics")
-    fs, path = open_url(src, "SAMPLES", web=False)
-    if fs.exists(f"{path}/{PLAN_NAME}") or fs.glob(f"{path}/unit_*.safetensors"):
-        _, run, _ = read_samples(src)
+    samples = find_samples(src)
+    if samples is not None:
+        _, run, _ = read_samples(samples)
         return run if run.is_dir() else None
     _refuse_missing(src)
     alone = not given["nearest"] and all(METRICS[name].kind == "inception_score" for name in metrics)

@@ -17,7 +17,7 @@ from rich.console import Console
 from ig_dist.errors import IgDistError
 from ig_dist.usage import UsageError, explained
 
-# in a notebook plain lines: its kernel asks for colours, which rich takes for a terminal, and makes a block of each line
+# in a notebook plain lines: its kernel asks for colours, which rich takes for a terminal; each line would be a block
 _NOTEBOOK: dict[str, Any] = {"force_jupyter": False, "force_terminal": False} if "ipykernel" in sys.modules else {}
 console = Console(soft_wrap=True, highlight=False, **_NOTEBOOK)
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
@@ -36,11 +37,14 @@ def run_processes(arguments: Sequence[str], processes: int) -> int:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
+    # `python -m` would put the working directory first, and a random.py there before the real one
+    safe_path = {} if {"", str(Path.cwd())} & set(sys.path) else {"PYTHONSAFEPATH": "1"}
     children = []
     for rank in range(processes):
         environment = {
             "OMP_NUM_THREADS": threads,  # or every rank would start a thread per core
             "GLOO_SOCKET_IFNAME": "lo",
+            **safe_path,
             **os.environ,
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),

@@ -34,7 +34,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="a.b=c", help="Config values to replace.", autocompletion=complete_keys),
 ]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of `ig-dist train`.")]
+Run = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="Run directory; where one step is meant RUN@STEP, or a checkpoint or export."),
+]
 Ema = Annotated[
     float | None, typer.Option(metavar="DECAY", help="Decay of the average to use; default: the first of ema.decays.")
 ]

@@ -70,7 +70,7 @@ def array(
     one_process = {"gpus_per_node": min(request.gpus_per_node or 0, 1), "tasks_per_node": None, "tasks": 0}
     alone = request.model_copy(update=one_process)
     after = Path(f"{path}-merge")
-    typed = [*arguments, *(["--evaluate"] if job is Job.sample else [])]
+    typed = [*arguments, *(["--evaluate-if-fit"] if job is Job.sample else [])]
     submissions = [
         Submission(
             kind=kind,

@@ -149,6 +149,7 @@ def test_a_sweep(
     assert done.returncode == 0, done.stderr
     wait_for_merge(cluster, run)
     assert len(list((run / "samples").glob("*/plan.json"))) == 2
-    rows = json.loads((run / "sweep.json").read_text())["rows"]
+    (file,) = run.glob("sweeps/*/sweep.json")
+    rows = json.loads(file.read_text())["rows"]
     assert sorted(row["num"] for row in rows) == ([32, 64] if halving else [40, 40])
     assert not any("sweep.json" in text for text in task_logs(run))

@@ -217,6 +217,13 @@ def test_a_shell_completes(
     assert code == 0 and set(text.split()) == offered
 
 
+def test_a_file_beside_the_user_is_no_module_of_python(tmp_path: Path) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit('not this one')")
+    command = [Path(sys.executable).with_name("ig-dist"), "launch", "digits", "--job", "reference"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: --out is missing"), done.stderr
+
+
 def test_it_ends_quietly_when_its_reader_has_left() -> None:
     reader, writer = os.pipe()
     os.close(reader)

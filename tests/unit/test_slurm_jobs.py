@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from ig_dist.config import Config
+from ig_dist.config_file import to_yaml
 from ig_dist.errors import ConfigError
 from ig_dist.jobs import Job, job_folder
 from ig_dist.slurm.commands import Partition, minutes, partition
@@ -255,7 +256,7 @@ def plan(tmp_path: Path) -> Path:
     run, folder = tmp_path / "run", tmp_path / "elsewhere/a1b2"
     for made in (run, folder):
         made.mkdir(parents=True)
-    (run / "config.yaml").touch()
+    (run / "config.yaml").write_text(to_yaml(config()))
     described = {
         "plan": make_plan().model_dump(mode="json"),
         "export": tiny_models()[1].model_dump(mode="json"),
@@ -293,13 +294,14 @@ def test_an_array_has_its_folder_in_the_run_that_it_works_for(plan: Path, tmp_pa
     ("job", "arguments", "words"),
     [
         ("sample", "", "--job sample needs a run directory"),
-        ("sample", "NOTHING", "--job sample needs a run directory"),
+        ("sample", "NOTHING", "NOTHING"),
         ("sweep", "RUN --seeds x", "--job sweep: --seeds 'x' must be a valid integer"),
         ("evaluate", "", "--job evaluate needs what to score, e.g."),
         ("evaluate", "--num 5", "--job evaluate needs what to score, e.g."),
         ("evaluate", "UNITS", "UNITS holds no finished samples (no plan.json)"),
         ("evaluate", "NOTHING", "NOTHING does not exist"),
-        ("evaluate", "RUN", "RUN holds no plan's samples (no plan.json): give --reference"),
+        ("evaluate", "PICTURES", "PICTURES holds no plan's samples (no plan.json): give --reference"),
+        ("evaluate", "RUN", "RUN holds no finished samples (no plan.json): make them with `ig-dist sample RUN`"),
         ("evaluate", "PLAN --metrics fidd", "did you mean 'fid'"),
         ("evaluate", "PLAN --bogus", "--job evaluate: unknown option --bogus; did you mean --"),
         ("evaluate", "--check-against-adm RUN", "no work for several processes"),
@@ -314,7 +316,8 @@ def test_what_an_array_would_refuse_is_said_before(
 ) -> None:
     (tmp_path / "units").mkdir()
     (tmp_path / "units/unit_00000.safetensors").touch()
-    places = {"PLAN": plan, "RUN": tmp_path / "run", "UNITS": tmp_path / "units", "NOTHING": tmp_path / "nothing"}
+    (tmp_path / "pictures").mkdir()
+    places = {"PLAN": plan} | {name: tmp_path / name.lower() for name in ("PICTURES", "RUN", "UNITS", "NOTHING")}
     with pytest.raises(ConfigError) as refused:
         job_folder(Job(job), [str(places.get(word, word)) for word in arguments.split()])
     for name, place in places.items():
@@ -339,7 +342,7 @@ def test_a_dry_run_prints_what_each_process_does(
     printed, errors = capsys.readouterr()
     assert end.value.code == 0 and not errors
     assert "#SBATCH --array=0-2" in printed and f"#SBATCH --job-name={job}-{'job' if folder else 'run'}" in printed
-    command = f"python -m ig_dist.cli {job} {arguments}" + " --evaluate" * (job == "sample")
+    command = f"python -m ig_dist.cli {job} {arguments}" + " --evaluate-if-fit" * (job == "sample")
     assert [line for line in printed.splitlines() if line.startswith(("# each", "# once", "# it"))] == [
         "# each of 3 tasks on 1 node, 2 processes:",
         f"# each process: {command}",
