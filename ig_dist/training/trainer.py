@@ -181,6 +181,7 @@ def train(config: Config, *, force: bool = False, lives_on: bool = False) -> Non
                     every = config.checkpoint.every_steps * config.checkpoint.export_every
                     save(step, exported=last or _due(step, every, last))
                     saved = step
+                    phases.enter("log")  # what follows is not the save
                 run_log.advance(step)
             phases.enter("checkpoint")
             saver.wait()
