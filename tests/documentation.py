@@ -66,6 +66,8 @@ def commands(page: str) -> list[Command]:
     lines = [
         line for block in blocks(page) if not block.language for line in block.text.replace("\\\n", " ").splitlines()
     ]
-    lines += re.findall(r"\| `((?:ig-dist|python) [^`]+)` \|$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+    lines += re.findall(
+        r"\| `((?:ig-dist|python) \S+ [^`]+)` \|$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE
+    )
     typed = [shlex.split(line, comments=True) for line in lines]
     return [Command(page, words) for words in typed if words]
