@@ -15,7 +15,7 @@ from ig_dist.encoding.records import Dest, refuse_others
 from ig_dist.encoding.settings import Settings, default_samples_per_shard, sample_tar_bytes
 from ig_dist.encoding.walk import this_worker
 from ig_dist.errors import ConfigError
-from ig_dist.latents.tokenizers import get_tokenizer
+from ig_dist.latents import tokenizers
 from ig_dist.storage.faults import Patience
 from ig_dist.terminal import console, is_first_process
 
@@ -77,7 +77,7 @@ def encode(
     me = this_worker(worker)
     device = prepare.choose_device(me)
     arithmetic = prepare.choose_precision(precision, tokenizer, device)
-    encoder = get_tokenizer(tokenizer, device=device, precision=arithmetic)
+    encoder = tokenizers.get_tokenizer(tokenizer, device=device, precision=arithmetic)
     native = native_format(source)
     size = prepare.choose_image_size(source, native, image_size, encoder)
     what = prepare.choose_store(store, encoder)
