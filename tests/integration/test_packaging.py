@@ -67,8 +67,8 @@ class Installed(NamedTuple):
 
 
 def build(kind: str, source: Path, dest: Path) -> Path:
-    """What pip calls to build, with this environment's setuptools."""
-    code = f"from setuptools import build_meta; import sys; print(build_meta.build_{kind}(sys.argv[1]))"
+    """What pip calls to build, from this environment."""
+    code = f"from flit_core import buildapi; import sys; print(buildapi.build_{kind}(sys.argv[1]))"
     done = subprocess.run([sys.executable, "-c", code, dest], cwd=source, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return dest / done.stdout.splitlines()[-1]
@@ -121,7 +121,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Built) -> None:
     suffixes = {Path(name).suffix for name in expected}
     assert suffixes >= {".py", ".yaml", ".jinja", ".css", ".txt", ".typed"}
     assert f"\nVersion: {ig_dist.__version__}\n" in held[f"{about}METADATA"].decode()
-    assert b"ig-dist = ig_dist.cli:main" in held[f"{about}entry_points.txt"]
+    assert b"ig-dist=ig_dist.cli:main" in held[f"{about}entry_points.txt"]
 
 
 def test_the_source_distribution_builds_the_same_wheel(built: Built, tmp_path: Path) -> None:
