@@ -31,7 +31,7 @@ def test_what_is_missing_is_named_with_the_releases_that_fit(monkeypatch: pytest
 
 
 def test_no_text_sends_anyone_to_an_index_for_ig_dist() -> None:
-    texts = ROOT.glob("ig_dist/**/*.py")
+    texts = [*ROOT.glob("ig_dist/**/*.py"), *ROOT.glob("docs/*.md"), ROOT / "README.md"]
     assert [str(text) for text in texts if "pip install 'ig-dist[" in text.read_text()] == []
 
 
