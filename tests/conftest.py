@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -41,13 +43,16 @@ TINY: dict[str, Any] = {
 def run_command(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a command in the checkout with this interpreter; ``ig-dist`` and ``python`` mean this one's.
 
-    ``ig-dist`` is forked from a process that has imported everything: the imports alone would take a third of CI.
+    They are forked from a process that has imported everything: the imports alone would take a third of CI. Those with
+    an environment of their own, and other scripts than the doors to ``ig-dist``, start as a user would start them.
     """
-    if command[0] == "ig-dist" and options.keys() <= {"cwd", "timeout"}:
-        return forked.run(command[1:], options.get("cwd", ROOT), options.get("timeout", 300))
-    head = {"ig-dist": [sys.executable, "-m", "ig_dist.cli"], "python": [sys.executable]}[command[0]]
+    ours = command[0] == "ig-dist" or str(command[1]).startswith(("launchers/", "data_prep/"))
+    if ours and options.keys() <= {"cwd", "timeout"}:
+        head = forked.CLI if command[0] == "ig-dist" else ()
+        return forked.run([*head, *command[1:]], options.get("cwd", ROOT), options.get("timeout", 300))
+    python = [sys.executable, *(forked.CLI if command[0] == "ig-dist" else ())]
     options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300, **options}
-    return subprocess.run([*head, *map(str, command[1:])], check=False, **options)
+    return subprocess.run([*python, *map(str, command[1:])], check=False, **options)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -80,18 +85,19 @@ def digits_index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_config(tmp_path: Path, digits_index: Path) -> Callable[..., Path]:
     """Writes a tiny config; keyword groups are merged into it."""
+    return functools.partial(write_tiny_config, tmp_path, digits_index)
 
-    def write(name: str = "tiny", **groups: dict[str, Any]) -> Path:
-        tree: dict[str, Any] = {key: dict(value) for key, value in TINY.items()}
-        tree["data"]["index"] = str(digits_index)
-        tree["run"] = {"dir": str(tmp_path / "runs" / name)}
-        for group, values in groups.items():
-            tree.setdefault(group, {}).update(values)
-        file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(tree))
-        return file
 
-    return write
+def write_tiny_config(folder: Path, index: Path, name: str = "tiny", **groups: dict[str, Any]) -> Path:
+    """A tiny config ``folder/NAME.yaml``, of the run ``folder/runs/NAME``; groups are merged into it."""
+    tree: dict[str, Any] = {key: dict(value) for key, value in TINY.items()}
+    tree["data"]["index"] = str(index)
+    tree["run"] = {"dir": str(folder / "runs" / name)}
+    for group, values in groups.items():
+        tree.setdefault(group, {}).update(values)
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
 
 
 @pytest.fixture(scope="session")
@@ -145,6 +151,12 @@ def fault_proxy(bucket: str, object_store: ObjectStore, monkeypatch: pytest.Monk
     with FaultProxy(object_store.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         yield proxy
+
+
+def pytest_sessionfinish() -> None:
+    """What a failed test left running would be waited for."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

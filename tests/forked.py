@@ -1,27 +1,108 @@
-"""Processes of ``ig-dist`` that begin at once, forked from one that has imported everything, and SIGKILL for them."""
+"""Python processes that begin at once, forked from one that has imported everything, and SIGKILL for them.
+
+A process of ``ig-dist launch`` forks its ranks in turn: they run the product's own code, all but ``exec``.
+"""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.context import ForkProcess, ForkServerProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 
 from ig_dist import cli
+from ig_dist.commands import launch
 from ig_dist.evaluation import collecting
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.preloaded", "pytest"])
+ROOT = Path(__file__).resolve().parents[1]
+CLI = ("-m", "ig_dist.cli")
+multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.preloaded", "pytest"])
+_numbers = itertools.count()
 
 
-def start(
-    arguments: Sequence[object], log: Path, *, rank: int = 0, workers: int = 1, slow_s: float = 0.0
-) -> BaseProcess:
+class _LikePopen(BaseProcess):
+    """What ``subprocess.Popen`` calls otherwise than ``multiprocessing``."""
+
+    @property
+    def returncode(self) -> int | None:
+        return self.exitcode
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.join(timeout)
+        if self.exitcode is None:
+            raise subprocess.TimeoutExpired(self.name, timeout or 0.0)
+        return self.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.pid is not None and self.exitcode is None:
+            os.kill(self.pid, number)
+
+
+class Process(_LikePopen, ForkServerProcess):
+    """``python ARGUMENTS``, begun.
+
+    Args:
+        arguments: of Python: a script of this checkout, or ``-m`` and a module.
+        out: file for stdout; None: one that ``communicate`` reads.
+        err: file for stderr; None: the same name with ``.err``.
+        env: environment; None: that of this process, now.
+        cwd: where.
+        new_session: so that one signal reaches it and its ranks.
+        before: called in the process before all else; it may change modules there.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[object],
+        *,
+        out: Path | None = None,
+        err: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: Path = ROOT,
+        new_session: bool = False,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        self.out = out or _logs() / str(next(_numbers))
+        self.err = err or Path(f"{self.out}.err")
+        typed = [str(argument) for argument in arguments]
+        environment = dict(os.environ if env is None else env)
+        files = (str(self.out), str(self.err))
+        super().__init__(target=_begin, args=(typed, environment, files, cwd, new_session, before))
+        self.start()
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it said, when it has ended."""
+        self.wait(timeout)
+        return self.out.read_text(encoding="utf-8"), self.err.read_text(encoding="utf-8")
+
+
+class _Rank(_LikePopen, ForkProcess):
+    """Stands for ``subprocess.Popen`` in a launcher."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
+        super().__init__(target=_run, args=(list(command[1:]), dict(env)))
+        self.start()
+
+
+@functools.cache
+def _logs() -> Path:
+    return Path(tempfile.mkdtemp(prefix="forked-"))
+
+
+def start(arguments: Sequence[object], log: Path, *, rank: int = 0, workers: int = 1, slow_s: float = 0.0) -> Process:
     """``ig-dist ARGUMENTS`` as one of several workers, told only its number, with its output in ``log``.
 
     Args:
@@ -31,39 +112,64 @@ def start(
         workers: all of them.
         slow_s: how much longer a file takes from being written to bearing its name, and a unit to be merged.
     """
-    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(workers)}
-    process = _CONTEXT.Process(target=_run, args=([str(a) for a in arguments], environment, str(log), slow_s))
-    process.start()
-    return process
+    worker = {"RANK": str(rank), "WORLD_SIZE": str(workers)}
+    before = functools.partial(_slow_down, slow_s) if slow_s else None
+    return Process([*CLI, *arguments], out=log, env={**os.environ, **worker}, before=before)
 
 
-def run(arguments: Sequence[object], cwd: Path, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
-    """``ig-dist ARGUMENTS`` in a folder, to its end; as ``subprocess.run`` with its output captured as text."""
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder, "out")
-        typed = [str(argument) for argument in arguments]
-        process = _CONTEXT.Process(target=_run, args=(typed, dict(os.environ), str(log), 0.0, cwd))
-        process.start()
-        process.join(timeout_s)
-        if process.is_alive():
-            process.kill()
-            raise subprocess.TimeoutExpired(["ig-dist", *typed], timeout_s)
-        said = (Path(name).read_text(encoding="utf-8") for name in (log, f"{log}.err"))
-        return subprocess.CompletedProcess(["ig-dist", *typed], process.exitcode or 0, *said)
+def run(
+    arguments: Sequence[object], cwd: Path = ROOT, timeout_s: float = 300.0, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``python ARGUMENTS`` in a folder, to its end; as ``subprocess.run`` with its output captured as text."""
+    process = Process(arguments, cwd=cwd, env=env)
+    typed = ["python", *map(str, arguments)]
+    try:
+        said = process.communicate(timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise subprocess.TimeoutExpired(typed, timeout_s) from None
+    for file in (process.out, process.err):
+        file.unlink()
+    return subprocess.CompletedProcess(typed, process.wait(), *said)
 
 
-def _run(arguments: list[str], environment: dict[str, str], log: str, slow_s: float, cwd: Path | None = None) -> None:
-    if cwd is not None:
-        os.chdir(cwd)
-    for number, name in ((1, log), (2, f"{log}.err")):
+def _begin(
+    arguments: list[str],
+    environment: dict[str, str],
+    files: tuple[str, str],
+    cwd: Path,
+    new_session: bool,
+    before: Callable[[], None] | None,
+) -> None:
+    if new_session:
+        os.setsid()
+    os.chdir(cwd)
+    for number, name in enumerate(files, start=1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    if before is not None:
+        before()
+    launch.subprocess = SimpleNamespace(Popen=_Rank)  # type: ignore[assignment]
+    _run(arguments, environment)
+
+
+def _run(arguments: list[str], environment: dict[str, str]) -> None:
     os.environ.clear()  # the server's is of the time when it began
     os.environ |= environment
-    if slow_s:
-        Path.replace = _slowly(Path.replace, slow_s)  # type: ignore[method-assign]
-        collecting.read_unit = _slowly(collecting.read_unit, slow_s)  # type: ignore[attr-defined]
-    sys.argv = ["ig-dist", *arguments]
-    cli.main()
+    if tuple(arguments[:2]) == CLI:
+        sys.argv = ["ig-dist", *arguments[2:]]
+        cli.main()
+    elif arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+def _slow_down(slow_s: float) -> None:
+    Path.replace = _slowly(Path.replace, slow_s)  # type: ignore[method-assign]
+    collecting.read_unit = _slowly(collecting.read_unit, slow_s)  # type: ignore[attr-defined]
 
 
 def _slowly(function: Callable[..., object], slow_s: float) -> Callable[..., object]:

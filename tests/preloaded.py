@@ -1,11 +1,13 @@
-"""What the server of forks (``workers``) imports and loads, once for all processes that it forks."""
+"""What the server of forks (``forked``) imports and loads, once for all processes that it forks."""
 
 import contextlib
 
 import matplotlib.backends.backend_agg  # noqa: F401
+import s3fs  # noqa: F401
 import scipy.linalg  # noqa: F401
 import sklearn.svm  # noqa: F401
-import torch._dynamo  # noqa: F401  (a model's first weights on the meta device ask for it)
+import torch._dynamo
+import torch.utils.tensorboard  # noqa: F401
 
 import tests.forked  # noqa: F401
 from ig_dist.errors import ConfigError

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 import re
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ig_dist.checkpoints.manifest import MANIFEST
+from tests.forked import Process
 
 KINDS = ("one", "all", "save")
 ENDS_S = 60.0  # in which the ranks that are left end by themselves
@@ -37,7 +37,7 @@ def kills(runs: Sequence[str], count: int, last_step: int, ranks: int) -> list[K
     ]
 
 
-def carry_out(kill: Kill, ranks: Sequence[subprocess.Popen[bytes]], log: Path, run: Path) -> bool:
+def carry_out(kill: Kill, ranks: Sequence[Process], log: Path, run: Path) -> bool:
     """Kill when the moment has come, and return when all ranks are gone: whether it left a save that is torn.
 
     The moment is told by what rank 0 says (``log``): the metrics hold steps of earlier starts too.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -28,7 +27,9 @@ from ig_dist.parallel.build import check_engine
 from ig_dist.training.beginning import checkpoint_store, find_checkpoint
 from tests.conftest import ROOT, TINY, run_command
 from tests.distributed.kills import carry_out, kills
-from tests.distributed.test_training import local, metrics
+from tests.distributed.test_training import metrics
+from tests.forked import Process
+from tests.object_store import free_port
 
 ENGINES = {
     "ddp": ["engine.kind=ddp"],
@@ -41,25 +42,16 @@ STEPS, SAVED = 50, 20
 Job = dict[str, Any]
 
 
-def start(jobs: Sequence[Job], processes: int, file: Path) -> list[subprocess.Popen[bytes]]:
+def start(jobs: Sequence[Job], processes: int, file: Path) -> list[Process]:
     """Begin to do the jobs on new processes, which write what they say beside ``file``."""
     file.write_text(json.dumps(jobs))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
-    shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "PYTHONUNBUFFERED": "1"}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     ranks = []
     for rank in range(processes):
-        with log_of(file, rank).open("wb") as log:
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.distributed.engine_worker", str(file)],
-                    cwd=ROOT,
-                    env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            )
+        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        log = log_of(file, rank)
+        ranks.append(Process(["-m", "tests.distributed.engine_worker", file], out=log, err=log, env=environment))
     return ranks
 
 
@@ -380,13 +372,21 @@ def test_every_engine_follows_ddp_on_four_processes(folder: Path) -> None:
 
 
 def test_the_engine_is_changed_in_the_middle_of_a_run(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
-    config = tiny_config("changed")
-    first = ["engine.kind=fsdp2", "engine.reshard_after_forward=false", "train.steps=10"]
-    for command in (local(config, 2, *first), ["ig-dist", "train", str(config), "engine.kind=deepspeed"]):
-        done = run_command(command)
+    """The launcher's and torchrun's processes start as a user's do: in other tests they are forked."""
+    config, programs = tiny_config("changed"), Path(sys.executable).parent
+    fsdp2 = ["engine.kind=fsdp2", "engine.reshard_after_forward=false", "train.steps=10"]
+    torchrun = ["torchrun", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    for command in (
+        ["ig-dist", "launch", "--processes", "2", config, *fsdp2],
+        [*torchrun, "-m", "ig_dist.cli", "train", config, "engine.kind=deepspeed", "train.steps=20"],
+    ):
+        typed = [programs / command[0], *command[1:]]
+        done = subprocess.run(typed, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
         assert not done.stderr and "DeepSpeed" not in done.stdout
-    assert "resume at step 10 of 50" in done.stdout
+    done = run_command(["ig-dist", "train", config, "engine.kind=ddp"])
+    assert done.returncode == 0, done.stderr
+    assert "resume at step 20 of 50" in done.stdout
     assert [line["step"] for line in metrics(tmp_path / "runs" / "changed")] == list(range(1, 51))
 
 

@@ -5,28 +5,33 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from ig_dist.parallel.blame import VARIABLE, blamed, noted_failure
-from tests.conftest import ROOT
-from tests.distributed.test_training import faulty, last_step, local, metrics
+from tests import forked
+from tests.conftest import write_tiny_config
+from tests.distributed.test_training import GRACE_S, faulty, hurry, last_step, local, metrics, start_faulty
 
 TIMEOUT_S = 4
 Write = Callable[..., Path]
 
 
-def started(config: Path, run: Path, steps: int) -> tuple[subprocess.Popen[str], list[int]]:
+class Stopped(NamedTuple):
+    run: Path
+    process: forked.Process
+    ranks: list[int]
+    errors: str
+    seconds: float
+
+
+def started(config: Path, run: Path, steps: int) -> tuple[forked.Process, list[int]]:
     """Launcher and ranks of a run that has done some steps."""
-    process = subprocess.Popen(
-        [sys.executable, *local(config, 2)[1:]], cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    process = forked.Process(local(config, 2)[1:], before=hurry)
     while last_step(run) < steps:
         assert process.poll() is None
         time.sleep(0.01)
@@ -38,7 +43,7 @@ def hang_lines(errors: str) -> dict[int, str]:
     lines = {}
     for line in errors.splitlines():
         # torch's store, whose server is stopped; the launcher, of the stopped process
-        if line.startswith("[W") or re.fullmatch(r"error: rank \d did not end within 10 s of .* was killed", line):
+        if line.startswith("[W") or re.fullmatch(r"error: rank \d did not end within 3 s of .* was killed", line):
             continue
         found = re.match(r"error: rank (\d): no progress for \d+ s at ", line)
         assert found, errors
@@ -47,16 +52,26 @@ def hang_lines(errors: str) -> dict[int, str]:
     return lines
 
 
+@pytest.fixture(scope="module")
+def stops(tmp_path_factory: pytest.TempPathFactory, digits_index: Path) -> list[Stopped]:
+    """Two runs side by side: most of their time passes in waiting. In one rank 0 was stopped, in the other rank 1."""
+    folder, begun = tmp_path_factory.mktemp("stops"), []
+    for stopped in (0, 1):
+        run, train = folder / "runs" / f"{stopped}", {"steps": 100000, "timeout_s": TIMEOUT_S}
+        process, ranks = started(write_tiny_config(folder, digits_index, f"{stopped}", train=train), run, 5)
+        os.kill(ranks[stopped], signal.SIGSTOP)
+        begun.append((run, process, ranks, time.monotonic()))
+    return [
+        Stopped(run, process, ranks, process.communicate(timeout=120)[1], time.monotonic() - began)
+        for run, process, ranks, began in begun
+    ]
+
+
 @pytest.mark.parametrize("stopped", [0, 1])
-def test_a_stopped_process_is_named_by_the_other(tiny_config: Write, tmp_path: Path, stopped: int) -> None:
-    run = tmp_path / "runs" / "stopped"
-    config = tiny_config("stopped", train={"steps": 100000, "timeout_s": TIMEOUT_S})
-    process, ranks = started(config, run, 5)
-    os.kill(ranks[stopped], signal.SIGSTOP)
-    began = time.monotonic()
-    _, errors = process.communicate(timeout=120)
+def test_a_stopped_process_is_named_by_the_other(stops: list[Stopped], stopped: int) -> None:
+    run, process, ranks, errors, seconds = stops[stopped]
     assert process.returncode == 5, errors
-    assert time.monotonic() - began < TIMEOUT_S + 20  # the launcher gives a stopped process 10 s
+    assert seconds < TIMEOUT_S + GRACE_S + 10
     other = 1 - stopped
     (line,) = hang_lines(errors).values()
     assert f"error: rank {other}: " in line and re.search(r"at step \d+, (data|backward|agree|log)", line), line
@@ -68,18 +83,32 @@ def test_a_stopped_process_is_named_by_the_other(tiny_config: Write, tmp_path: P
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
+@pytest.fixture(scope="module")
+def hung(tmp_path_factory: pytest.TempPathFactory, digits_index: Path) -> tuple[Path, dict[str, forked.Process]]:
+    """Two runs side by side, of which rank 1 hung."""
+    folder, processes = tmp_path_factory.mktemp("hung"), {}
+    for fault in ("sleep", "read"):
+        config = write_tiny_config(folder, digits_index, fault, train={"timeout_s": TIMEOUT_S})
+        blame = {VARIABLE: str(folder / f"{fault}-blame")}
+        processes[fault] = start_faulty(config, fault, rank=1, steps="7", **blame)
+    for process in processes.values():
+        process.wait(120)
+    return folder, processes
+
+
 @pytest.mark.parametrize("fault", ["sleep", "read"])
-def test_a_rank_that_hangs_ends_all_and_is_named_by_all(tiny_config: Write, tmp_path: Path, fault: str) -> None:
-    config = tiny_config(fault, train={"timeout_s": TIMEOUT_S})
-    file = tmp_path / "blame"
-    done = faulty(config, fault, rank=1, steps="7", **{VARIABLE: str(file)})
-    assert done.returncode == 5, done.stderr
-    lines = hang_lines(done.stderr)
+def test_a_rank_that_hangs_ends_all_and_is_named_by_all(
+    hung: tuple[Path, dict[str, forked.Process]], fault: str
+) -> None:
+    folder, process = hung[0], hung[1][fault]
+    errors = process.communicate()[1]
+    assert process.returncode == 5, errors
+    lines = hang_lines(errors)
     assert sorted(lines) == [0, 1]
     assert "rank 1: no progress for " in lines[1] and "at step 7, forward; behind: rank 1 (step 7, forward" in lines[1]
-    assert blamed(file) == {1}
+    assert blamed(folder / f"{fault}-blame") == {1}
     assert re.search(r"at step 7, backward; behind: rank 1 \(step 7, forward, for \d+ s\)", lines[0])
-    culprit = (tmp_path / "runs" / fault / "hang" / "rank_00001.txt").read_text()
+    culprit = (folder / "runs" / fault / "hang" / "rank_00001.txt").read_text()
     assert "training_loss" in culprit and "faulty.py" in culprit
 
 
@@ -115,7 +144,7 @@ def test_a_long_wait_for_a_storage_is_no_hang(tiny_config: Write, tmp_path: Path
 
 def test_a_suspended_job_goes_on(tiny_config: Write, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "suspended"
-    config = tiny_config("suspended", train={"steps": 400, "timeout_s": TIMEOUT_S})
+    config = tiny_config("suspended", train={"steps": 60, "timeout_s": TIMEOUT_S})
     process, ranks = started(config, run, 5)
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for rank in ranks:
@@ -129,9 +158,6 @@ def test_a_rank_that_never_comes_is_said(tiny_config: Write) -> None:
     alone: dict[str, Any] = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     environment = {**os.environ, **alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     config = tiny_config("alone", train={"timeout_s": 2})
-    done = subprocess.run(
-        [sys.executable, "-m", "ig_dist.cli", "train", str(config)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    done = forked.run([*forked.CLI, "train", config], env=environment)
     assert done.returncode == 5, done.stderr
     assert "error: rank 0: not all of the 2 processes came" in done.stderr and "Traceback" not in done.stderr

@@ -54,9 +54,9 @@ def test_preflight_can_be_left_out(tiny_config: Write) -> None:
 @pytest.mark.parametrize("engine", ["ddp", "deepspeed"])
 def test_a_straggler_is_named_once_from_the_times_of_its_steps(tiny_config: Write, tmp_path: Path, engine: str) -> None:
     config = tiny_config(
-        engine, train={"steps": 12, "preflight": False}, engine={"kind": engine}, log={"every_steps": 2}
+        engine, train={"steps": 8, "preflight": False}, engine={"kind": engine}, log={"every_steps": 2}
     )
-    done = faulty(config, "slow", rank=1, steps=",".join(map(str, range(1, 13))), FAULT_S="0.4", **NODE)
+    done = faulty(config, "slow", rank=1, steps=",".join(map(str, range(1, 9))), FAULT_S="0.4", **NODE)
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stdout.splitlines() if line.startswith("slow: ")]
     assert len(said) == 1 and "rank 1 on gpu07 takes " in said[0], done.stdout

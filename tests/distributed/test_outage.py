@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +14,12 @@ import pytest
 
 from ig_dist.data.index import read_index
 from ig_dist.storage.files import open_url, write_whole
-from tests.conftest import ROOT
+from tests import forked
 from tests.fault_proxy import Fault, FaultProxy
 from tests.object_store import ObjectStore, free_port
 
 Write = Callable[..., Path]
-Ranks = list[subprocess.Popen[str]]
+Ranks = list[forked.Process]
 
 
 @pytest.fixture
@@ -39,16 +37,8 @@ def start(config: Path, endpoints: list[str]) -> Ranks:
     ranks = []
     for rank, endpoint in enumerate(endpoints):
         own = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "AWS_ENDPOINT_URL": endpoint}
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "ig_dist.cli", "train", str(config)],
-                cwd=ROOT,
-                env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", **{k: str(v) for k, v in (job | own).items()}},
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-        )
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", **{k: str(v) for k, v in (job | own).items()}}
+        ranks.append(forked.Process([*forked.CLI, "train", config], env=environment))
     return ranks
 
 
@@ -59,7 +49,7 @@ def end(ranks: Ranks) -> list[tuple[int, str, str]]:
     finally:
         for rank in ranks:
             rank.kill()
-    return [(rank.returncode, out, err) for rank, (out, err) in zip(ranks, said, strict=True)]
+    return [(rank.wait(), out, err) for rank, (out, err) in zip(ranks, said, strict=True)]
 
 
 def steps(run: Path) -> int:
@@ -148,7 +138,7 @@ def test_an_outage_beyond_the_deadline_saves_before_it_ends_the_run(
     starve(ranks, run, fault_proxy, Fault("reset", path=r"\.tar"))
     ends = end(ranks)
     done = steps(run)
-    assert [code for code, _, _ in ends] == [4] * len(ranks), ends
+    assert [code for code, _, _ in ends] == [8] * len(ranks), ends
     (line,) = "".join(err for _, _, err in ends).splitlines()  # once, whoever met it
     assert line.startswith(f"error: {url}/shard-") and "has failed for 3 s" in line
     assert line.endswith(f"then run the same command again (saved at step {done} of 100000)")

@@ -6,7 +6,6 @@ import json
 import random
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from sklearn.datasets import load_digits
 
 from ig_dist.evaluation.evaluate import evaluate
 from tests.conftest import TINY, run_command
-from tests.forked import finished, start
+from tests.forked import Process, finished, start
 from tests.scoring import EFFICIENTNET, require_efficientnet
 
 OPTIONS = ["--num", "96", "--ig-scale", "1.5", "--steps", "6", "--evaluate", "sample.unit_size=16"]
@@ -52,7 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, digits_index: Path) -> Tra
     return made
 
 
-def sample(trained: Trained, url: Path, *options: str, **how: Any) -> tuple[BaseProcess, Path]:
+def sample(trained: Trained, url: Path, *options: str, **how: Any) -> tuple[Process, Path]:
     log = trained.log(url.name)
     return start(["sample", trained.run, *OPTIONS, f"sample.url={url}", *options], log, **how), log
 
@@ -94,7 +93,7 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 }
 
 
-def wait_for(moment: Callable[[], bool], workers: Sequence[BaseProcess]) -> None:
+def wait_for(moment: Callable[[], bool], workers: Sequence[Process]) -> None:
     deadline = time.monotonic() + 60
     while not moment():
         assert time.monotonic() < deadline and all(worker.exitcode in (None, 0) for worker in workers)
@@ -111,7 +110,7 @@ def test_workers_that_are_killed_and_started_again_make_the_same_bytes(
 ) -> None:
     url, draw = tmp_path / "plan", random.Random(workers)
 
-    def begin(rank: int) -> tuple[BaseProcess, Path]:
+    def begin(rank: int) -> tuple[Process, Path]:
         return sample(trained, url, BATCH_16, rank=rank, workers=workers, slow_s=SLOW_S)
 
     running = [begin(rank) for rank in range(workers)]
@@ -148,7 +147,7 @@ def test_features_that_are_made_later_by_two_processes_one_of_which_dies(
     assert sorted(content(url)) == sorted(name for name in whole if name.count(".") == 1)  # no features
     (plan,) = url.iterdir()
 
-    def begin(rank: int) -> tuple[BaseProcess, Path]:
+    def begin(rank: int) -> tuple[Process, Path]:
         log = trained.log("evaluate")
         return start(["evaluate", plan, "--json"], log, rank=rank, workers=2, slow_s=SLOW_S), log
 
