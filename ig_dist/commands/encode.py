@@ -24,44 +24,61 @@ def encode(
     source: Annotated[
         str,
         typer.Option(
+            metavar="SRC",
             help="Images: `digits`, `fashion-mnist`, ILSVRC2012_img_train.tar, the folder from Kaggle, a folder of"
             " class folders or of IDX files, WebDataset tars, or parquet files (path, 'glob*' or URL).",
         ),
     ],
-    dest: Annotated[str, typer.Option(help="Folder for shards and index: a path or any fsspec URL.")],
+    dest: Annotated[str, typer.Option(metavar="URL", help="Folder for shards and index: a path or any fsspec URL.")],
     tokenizer: Annotated[
-        str, typer.Option(help="`pixel`, sd-vae-ft-ema, sd-vae-ft-mse, va-vae-f16d32, or the path of weights.")
+        str,
+        typer.Option(
+            metavar="NAME", help="`pixel`, sd-vae-ft-ema, sd-vae-ft-mse, va-vae-f16d32, or the path of weights."
+        ),
     ] = "pixel",
     image_size: Annotated[
-        int | None, typer.Option(help="Side of the square images cut from pictures. Default with a VAE: 256.")
+        int | None,
+        typer.Option(metavar="N", help="Side of the square images cut from pictures. Default with a VAE: 256."),
     ] = None,
     flips: Annotated[bool, typer.Option("--flips", help="Store the latents of the mirrored images too.")] = False,
     store: Annotated[
         str | None,
-        typer.Option(help="`moments` (posterior mean and std) or `sample` (one draw). Default with a VAE: moments."),
+        typer.Option(
+            metavar="KIND",
+            help="`moments` (posterior mean and std) or `sample` (one draw). Default with a VAE: moments.",
+        ),
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="Arithmetic of the encoder: fp32, bf16, fp16. Default: bf16 on a GPU.")
+        str | None,
+        typer.Option(metavar="KIND", help="Arithmetic of the encoder: fp32, bf16, fp16. Default: bf16 on a GPU."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the global shuffle and of posterior draws.")] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="SEED", min=0, help="Seed of the global shuffle and of posterior draws.")
+    ] = 0,
     samples_per_shard: Annotated[
-        int | None, typer.Option(min=1, help="Files in each shard but the last. Default: about 256 MB.")
+        int | None, typer.Option(metavar="N", min=1, help="Files in each shard but the last. Default: about 256 MB.")
     ] = None,
-    max_rejected: Annotated[float, typer.Option(help="Fraction of the files that may be no pictures.")] = 0.01,
+    max_rejected: Annotated[
+        float, typer.Option(metavar="X", help="Fraction of the files that may be no pictures.")
+    ] = 0.01,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that decode. Default: the cores, 16 at most.")
+        int | None, typer.Option(metavar="N", min=0, help="Processes that decode. Default: the cores, 16 at most.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images that the tokenizer encodes at a time.")] = 64,
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Images that the tokenizer encodes at a time.")
+    ] = 64,
     worker: Annotated[
         str | None, typer.Option(metavar="i/W", help="This is the i-th of W. Default: as torchrun or SLURM says.")
     ] = None,
     spool: Annotated[
         str | None,
-        typer.Option(help="Folder for copies of remote tars and of parquet. Default: a temporary one."),
+        typer.Option(
+            metavar="FOLDER", help="Folder for copies of remote tars and of parquet. Default: a temporary one."
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will take; write nothing.")] = False,
     processes: Annotated[
-        int, typer.Option("--processes", "--gpus", min=1, help="With --dry-run: hours for so many.")
+        int, typer.Option("--processes", "--gpus", metavar="N", min=1, help="With --dry-run: hours for so many.")
     ] = 1,
 ) -> None:
     """Encode images into WebDataset shards of latents, with an index. Run it again, or on more machines, at will."""
