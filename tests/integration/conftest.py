@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests import imagenet_like
+from tests import forked, imagenet_like
 from tests.conftest import ROOT
 from tests.encoding import SCRIPT, USUAL, Encode, arguments, contents
 
@@ -44,7 +43,6 @@ def encode(
 def undisturbed(forms: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What one worker makes of the class folders."""
     dest = tmp_path_factory.mktemp("undisturbed") / "out"
-    command = [sys.executable, *arguments(forms["ImageFolder"], dest, "")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = forked.run(arguments(forms["ImageFolder"], dest, ""))
     assert done.returncode == 0, done.stderr
     return contents(dest)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +18,9 @@ from ig_dist.storage.files import open_url
 from ig_dist.training.meter import batch_fingerprint
 from tests import imagenet_like
 from tests.autoencoders import save_vae
-from tests.conftest import ROOT, run_command
+from tests.conftest import run_command
 from tests.distributed.test_training import metrics
+from tests.forked import Process
 
 STEPS = 18
 GOOD = imagenet_like.CLASSES * imagenet_like.PER_CLASS - 2  # two files hold no picture
@@ -31,14 +30,10 @@ Write = Callable[..., Path]
 def encode(tar: Path, vae: Path, dest: str, worker: str) -> list[str]:
     options = ["--image-size", "32", "--samples-per-shard", "16", "--batch-size", "4", "--workers", "1"]
     command = ["data_prep/encode_latents.py", "--source", str(tar), "--dest", dest, "--tokenizer", str(vae)]
-    return [sys.executable, *command, *options, "--flips", "--max-rejected", "0.02", "--worker", worker]
+    return [*command, *options, "--flips", "--max-rejected", "0.02", "--worker", worker]
 
 
-def start(command: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen[str]) -> None:
+def finish(process: Process) -> None:
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
 
@@ -54,9 +49,9 @@ def test_encode_on_two_workers_to_s3_then_train_stop_and_resume(
     tar, vae = imagenet_like.class_tars(tmp_path / "imagenet"), tmp_path / "vae"
     save_vae(vae)
     alone, shared = f"s3://{bucket}/alone", f"s3://{bucket}/shared"
-    finish(start(encode(tar, vae, alone, "0/1")))
+    finish(Process(encode(tar, vae, alone, "0/1")))
 
-    first, victim = start(encode(tar, vae, shared, "0/2")), start(encode(tar, vae, shared, "1/2"))
+    first, victim = Process(encode(tar, vae, shared, "0/2")), Process(encode(tar, vae, shared, "1/2"))
     fs, path = open_url(shared, "test")
     deadline = time.monotonic() + 120
     while not fs.exists(path) or len(fs.glob(f"{path}/*.tar")) < 2:  # in the middle
@@ -64,7 +59,7 @@ def test_encode_on_two_workers_to_s3_then_train_stop_and_resume(
         time.sleep(0.02)
     victim.send_signal(signal.SIGKILL)
     victim.communicate()
-    for process in (first, start(encode(tar, vae, shared, "1/2"))):
+    for process in (first, Process(encode(tar, vae, shared, "1/2"))):
         finish(process)
     assert contents(shared) == contents(alone)
 
@@ -94,7 +89,7 @@ def train(url: str, tiny_config: Write, tmp_path: Path) -> None:
         run = tmp_path / "runs" / name
         for processes, until in runs:
             command = ["launchers/local.py", "--processes", str(processes), str(config)]
-            process = start([sys.executable, *command])
+            process = Process(command)
             if until < STEPS:
                 deadline = time.monotonic() + 120
                 while not (run / f"checkpoints/step_{until:010d}/manifest.json").exists():
