@@ -38,6 +38,16 @@ class DataError(IgDistError):
     exit_code = 4
 
 
+class StorageError(DataError):
+    """A storage stayed away for longer than its faults are borne. Later the same command may succeed."""
+
+    exit_code = 8
+
+
+class DamagedError(DataError):
+    """Bytes differ from what was written, or are gone: a copy of them, or an older checkpoint, may help."""
+
+
 class HangError(IgDistError):
     """A rank made no progress for longer than it may."""
 

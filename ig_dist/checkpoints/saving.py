@@ -22,7 +22,7 @@ from ig_dist.background import in_background
 from ig_dist.checkpoints.manifest import MANIFEST, folder_name, make_manifest, sealed, unsealed
 from ig_dist.checkpoints.snapshot import Snapshot
 from ig_dist.checkpoints.store import Checkpoint, CheckpointStore, Piece
-from ig_dist.errors import DataError, IgDistError
+from ig_dist.errors import DataError, IgDistError, StorageError
 from ig_dist.parallel.agreement import meet
 from ig_dist.parallel.dist import Dist, from_main
 from ig_dist.storage.faults import Patience
@@ -62,7 +62,7 @@ class Saver:
         self._store, self._dist = store, dist
         self._beat = (lambda: None) if is_local(store.fs) else beat
         self._snapshot = Snapshot()
-        self._under_way: Future[str | None] | None = None
+        self._under_way: Future[DataError | None] | None = None
         self.write_s: float | None = None
         """Seconds that the last save took in the background, until its manifest was written; None: none has."""
         self.failed_saves = 0
@@ -96,9 +96,9 @@ class Saver:
         Raises:
             DataError: it failed.
         """
-        problem = from_main(self._settle(), self._dist)
+        problem: DataError | None = from_main(self._settle(), self._dist)
         if problem is not None:
-            raise DataError(f"{problem}; run the same command again to go on from the one before")
+            raise type(problem)(f"{problem}; run the same command again to go on from the one before")
 
     def close(self) -> None:
         """Leave a save under way after a moment: for runs that end with an error."""
@@ -106,14 +106,14 @@ class Saver:
             concurrent.futures.wait([self._under_way], timeout=CLOSE_S)
             self._store.patience.stop.set()
 
-    def _settle(self) -> str | None:
+    def _settle(self) -> DataError | None:
         """Wait for the save under way on all ranks; why it failed, as this rank knows it."""
         if self._under_way is None:
             return None
         meet(self._under_way, self._dist, self._beat)
         return self._under_way.result()
 
-    def _run(self, save: _Save) -> str | None:
+    def _run(self, save: _Save) -> DataError | None:
         """The whole of a save on this rank; why it failed."""
         began = time.monotonic()
         try:
@@ -128,7 +128,7 @@ class Saver:
                 console.print(f"{problem}; what was saved before is untouched", markup=False)
                 if is_local(self._store.fs):  # for the space; a storage may be out of reach: the next save tidies up
                     self._attempt("what is left of it was not deleted", partial(self._undo, save))
-            return problem
+            return StorageError(problem) if isinstance(error, StorageError) else DataError(problem)
         finally:
             self.write_s = time.monotonic() - began
         where = f"{checkpoint.url} is saved, but"
@@ -145,7 +145,8 @@ class Saver:
         try:
             record = self._write_file(save)
         except (OSError, IgDistError) as error:
-            failure, record = error, {"problem": self._explained(error)}
+            failure = error
+            record = {"problem": self._explained(error), "away": isinstance(error, StorageError)}
             patience = Patience(patience.stall_s, min(patience.deadline_s, _LAST_WORD_S), patience.stop)
         try:
             packed = json.dumps(sealed(record)).encode()
@@ -218,7 +219,8 @@ class Saver:
                 if record is None:  # it suffered on the way: the next look reads it again
                     continue
                 if "problem" in record:
-                    raise DataError(f"rank {rank}: {record['problem']}")
+                    kind = StorageError if record.get("away") else DataError
+                    raise kind(f"rank {rank}: {record['problem']}")
                 records[rank] = record
             missing -= records.keys()
             if missing and (time.monotonic() > give_up or store.patience.stop.wait(pause)):

@@ -185,8 +185,6 @@ class CheckpointStore:
         passed: set[int] = set()
         while True:
             found = self._on_main(partial(self._newest, passed), dist)
-            if isinstance(found, str):
-                raise DataError(found)
             if found is None:
                 return None
             checkpoint, problem = self._loaded(found, dist, keep, fits, beat)
@@ -211,8 +209,6 @@ class CheckpointStore:
             DataError: the storage fails beyond the deadline.
         """
         found = self._on_main(partial(self._at, step), dist)
-        if isinstance(found, str):
-            raise DataError(found)
         manifest, problem, steps = found
         checkpoint = None
         if manifest is not None:
@@ -237,17 +233,16 @@ class CheckpointStore:
         read = partial(read_share, url, manifest, dist.rank, dist.world_size, self.patience, keep=keep)
         work = in_background(read)
         meet(work, dist, beat)
-        share, damage, failure = {}, "", ""
+        share, problem = {}, None
         try:
             share = work.result()
-        except DamagedError as error:
-            damage = str(error)
         except DataError as error:
-            failure = str(error)
-        problems = gather_objects((failure, damage), dist)
-        if failed := next((failure for failure, _ in problems if failure), ""):
-            raise DataError(failed)
-        return replace(checkpoint, share=share), next((damage for _, damage in problems if damage), "")
+            problem = error
+        problems = [problem for problem in gather_objects(problem, dist) if problem is not None]
+        for problem in problems:
+            if not isinstance(problem, DamagedError):
+                raise problem
+        return replace(checkpoint, share=share), str(problems[0]) if problems else ""
 
     def agreed_steps(self, dist: Dist) -> list[int]:
         """``steps``, as rank 0 sees them. COLLECTIVE.
@@ -255,10 +250,8 @@ class CheckpointStore:
         Raises:
             DataError: the storage fails beyond the deadline.
         """
-        found: list[int] | str = self._on_main(self.steps, dist)
-        if isinstance(found, str):
-            raise DataError(found)
-        return found
+        steps: list[int] = self._on_main(self.steps, dist)
+        return steps
 
     def steps(self) -> list[int]:
         """Steps that have a manifest, ascending; they need not be whole."""
@@ -318,22 +311,31 @@ class CheckpointStore:
         self.abort_orphans(folder)
 
     def _on_main(self, function: Any, dist: Dist) -> Any:
-        """What a function finds on rank 0, or the words of its DataError. COLLECTIVE, however long it takes."""
+        """What a function finds on rank 0. COLLECTIVE, however long it takes.
+
+        Raises:
+            DataError: the function's own, on every rank.
+        """
         work = in_background(function) if dist.is_main else None
         meet(work, dist)
+        found: tuple[Any, DataError | None] = None, None
         try:
-            found = None if work is None else work.result()
+            found = None if work is None else work.result(), None
         except DataError as error:
-            found = str(error)
+            found = None, error
         except OSError as error:
-            found = f"{self.url}: {error.strerror or error}: see that the folder can be read"
-        return from_main(found, dist)
+            found = None, DataError(f"{self.url}: {error.strerror or error}: see that the folder can be read")
+        result, problem = from_main(found, dist)
+        if problem is not None:
+            problem.everywhere = True
+            raise problem
+        return result
 
     def _at(self, step: int) -> tuple[dict[str, Any] | None, str, list[int]]:
         manifest, problem = inspect(self.fs, self.folder(step), step, self.patience)
         return manifest, problem, self.steps()
 
-    def _newest(self, passed: set[int]) -> dict[str, Any] | str | None:
+    def _newest(self, passed: set[int]) -> dict[str, Any] | None:
         """The newest manifest that may be of a whole checkpoint, but those that were passed over."""
         for step in reversed([step for step in self.steps() if step not in passed]):
             manifest, problem = inspect(self.fs, self.folder(step), step, self.patience)
@@ -341,7 +343,7 @@ class CheckpointStore:
                 return manifest
             self._pass_over(step, problem, passed, said=True)
         if passed:
-            return (
+            raise DataError(
                 f"none of the {len(passed)} checkpoints in {self.url} is whole: restore one,"
                 " or delete that folder to start from the beginning"
             )

@@ -91,7 +91,7 @@ class DataConfig(Group):
     stall_s: PositiveFloat = 60.0
     """A request to the storage (32 MiB at most) that takes longer is made again."""
     retry_s: PositiveFloat = 600.0
-    """Requests that fail are made again for this long; then the run ends with exit code 4."""
+    """Requests that fail are made again for this long; then the run ends with exit code 8."""
 
 
 class TrainConfig(Group):
@@ -223,7 +223,7 @@ class CheckpointConfig(Group):
     """Export every so many checkpoints, as ``ig-dist export`` does; 0: only the one at the end of the run."""
     retry_s: PositiveFloat = 600.0
     """Requests to the storage that fail are made again for this long. Then that save is given up and the run goes on;
-    at the start and at the end of a run it ends with exit code 4."""
+    at the start and at the end of a run it ends with exit code 8."""
 
 
 class LogConfig(Group):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ig_dist.background import in_background
-from ig_dist.errors import ConfigError, DataError
+from ig_dist.errors import ConfigError, DataError, StorageError
 from ig_dist.storage.urls import full_url, is_local
 from ig_dist.terminal import console
 
@@ -74,7 +74,8 @@ def retried(fs: Any, path: str, operation: Callable[[], T], patience: Patience =
     A local file system is tried once.
 
     Raises:
-        DataError: the deadline passed, or access is denied.
+        StorageError: the deadline passed.
+        DataError: access is denied.
         OSError: a fault that no repetition mends, such as FileNotFoundError.
     """
     if is_local(fs):
@@ -119,7 +120,7 @@ def retried(fs: Any, path: str, operation: Callable[[], T], patience: Patience =
                 remedy = "check the URL, AWS_ENDPOINT_URL, AWS_PROFILE and ~/.aws (with SSO, log in again), or ~/.netrc"
                 raise ConfigError(f"{url}: {_words(error)}: {remedy}") from None
             raise
-        raise DataError(
+        raise StorageError(
             f"{url}: the storage has failed for {patience.deadline_s:g} s, last with: {_words(error)}: see that it is"
             " up and reachable, then run the same command again"
         ) from None

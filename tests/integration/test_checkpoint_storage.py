@@ -249,7 +249,7 @@ def test_a_run_goes_on_through_an_outage_and_a_lost_end_is_an_error(
     fault_proxy.add(Fault("flip", next=2, method="GET", path=r"rank_00001\.[0-9a-f]{12}\.json", after_bytes=99))
     done = run_command(local(config, 2))
     said = [line for line in done.stdout.splitlines() if "not saved" in line]
-    assert done.returncode == 4, done.stderr
+    assert done.returncode == 8, done.stderr
     assert len(said) == 2, done.stdout
     assert said[0].startswith(f"the checkpoint of step 5 was not saved: rank 1: {url}/step_0000000005/rank_00001")
     assert said[1].startswith("the checkpoint of step 20 was not saved: ")

@@ -69,6 +69,7 @@ def test_all_ranks_together_say_what_comes_next() -> None:
     assert judge({0: None, 1: None}, 143, "node1: tasks 0-1: Terminated")[:2] == ("requeue", STOPPED)
     assert judge({0: 1, 1: None}, 143, "node1: task 1: Terminated").next == "failed"
     assert judge({0: 1, 1: 1}, 1, "") == Verdict("failed", 1, "exit code 1")
+    assert judge({0: 8, 1: 1}, 8, "") == Verdict("failed", 8, "exit code 8")  # the storage may come back
     told = "rank 1: out of memory at step 7"
     assert judge({0: 1, 1: 7}, 7, "node2: task 1: Exited", told).reason.endswith(f"does not mend ({told})")
     assert judge({0: 1, 1: 1}, 1, "node2: task 1: Exited", "rank 1: a bug").reason == "rank 1: a bug"
