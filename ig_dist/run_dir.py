@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from ig_dist.config import Config
 from ig_dist.errors import ConfigError
@@ -41,6 +43,8 @@ FREE_KEYS = {
     "train.activation_checkpointing",
     "train.max_nonfinite_steps",
     "train.peak_tflops",
+    "train.preflight",
+    "train.preflight_min_speed",
     "train.timeout_s",
 }
 
@@ -101,7 +105,10 @@ def changed_keys(path: Path, config: Config) -> list[str]:
         if path.exists() and not path.is_dir():
             raise ConfigError(f"run.dir {path} is a file: choose another run.dir")
         return []
-    old = _flatten(absolute_paths(moved_paths(yaml.safe_load(file.read_text(encoding="utf-8")) or {}, path)))
+    tree = absolute_paths(moved_paths(yaml.safe_load(file.read_text(encoding="utf-8")) or {}, path))
+    with contextlib.suppress(ValidationError):  # of a key that is gone since: it differs
+        tree = Config.model_validate(tree).model_dump(mode="json")  # a key that was not there yet had its default
+    old = _flatten(tree)
     new = _flatten(absolute_paths(config.model_dump(mode="json")))
     free = FREE_KEYS | ({"train.steps", "train.epochs"} if config.optimizer.schedule == "constant" else set())
     return [

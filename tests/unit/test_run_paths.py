@@ -72,3 +72,17 @@ def test_overrides_are_paths_of_the_folder_one_stands_in(project: Path) -> None:
 def test_a_config_of_ones_own_called_config_yaml_is_no_run(project: Path) -> None:
     shutil.copy(project / "runs/a/config.yaml", "config.yaml")
     assert load_config("config.yaml").run.dir == f"{project}/runs/a"
+
+
+def test_a_key_that_came_later_does_not_refuse_a_run(tmp_path: Path) -> None:
+    run = tmp_path / "runs/a"
+    config = load_config("digits", [f"run.dir={run}"])
+    with claim(config):
+        pass
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    del tree["loss"]["aux_weight"], tree["train"]["preflight"]
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert changed_keys(run, config) == []
+    assert changed_keys(run, load_config("digits", [f"run.dir={run}", "train.preflight=false"])) == []
+    changed = load_config("digits", [f"run.dir={run}", "loss.aux_weight=0.25"])
+    assert changed_keys(run, changed) == ["loss.aux_weight (0.5 -> 0.25)"]
