@@ -131,10 +131,12 @@ def read_class_names(url: str) -> tuple[list[str], list[str] | None]:
 
 
 def index(
-    tokenizer: Annotated[str, typer.Option(help="The tokenizer that made the latents: name, or path of its weights.")],
+    tokenizer: Annotated[
+        str, typer.Option(metavar="NAME", help="The tokenizer that made the latents: name, or path of its weights.")
+    ],
     shards: Annotated[
         str | None,
-        typer.Option(help="Needed: folder, glob or brace expression of the tars, in one folder: path or fsspec URL."),
+        typer.Option(metavar="URL", help="Needed: the tars' folder, or a glob or brace expression of them in one."),
     ] = None,
     tokenizer_sha256: Annotated[
         str | None,
@@ -143,27 +145,42 @@ def index(
     print_hash: Annotated[
         bool, typer.Option("--hash", help="Only print the tokenizer's hash, where its weights are.")
     ] = False,
-    latent_key: Annotated[str, typer.Option(help="What follows a sample's key and a dot.")] = "latent.npy",
+    latent_key: Annotated[
+        str, typer.Option(metavar="NAME", help="What follows a sample's key and a dot.")
+    ] = "latent.npy",
     flip_key: Annotated[
-        str | None, typer.Option(help="The same of the mirrored image. Default: latent_flip.npy if there; '': none.")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The same of the mirrored image. Default: latent_flip.npy if there; '': none."
+        ),
     ] = None,
-    label_key: Annotated[str, typer.Option(help="The same of the class number, a text.")] = "cls",
+    label_key: Annotated[str, typer.Option(metavar="NAME", help="The same of the class number, a text.")] = "cls",
     kind: Annotated[
-        str | None, typer.Option(help="`sample`, or `moments`: mean and std stacked. Default: by the tokenizer.")
+        str | None,
+        typer.Option(metavar="KIND", help="`sample`, or `moments`: mean and std stacked. Default: by the tokenizer."),
     ] = None,
     shift: Annotated[
-        str | None, typer.Option(help="The model sees (latent - shift) * scale: number(s), or `statistics`.")
+        str | None,
+        typer.Option(metavar="X", help="The model sees (latent - shift) * scale: number(s), or `statistics`."),
     ] = None,
-    scale: Annotated[str | None, typer.Option(help="See --shift. Default of both: the tokenizer's.")] = None,
+    scale: Annotated[
+        str | None, typer.Option(metavar="X", help="See --shift. Default of both: the tokenizer's.")
+    ] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the images. Default: by the tokenizer.")
+        int | None, typer.Option(min=1, metavar="N", help="Side of the images. Default: by the tokenizer.")
     ] = None,
     class_names: Annotated[
         str | None, typer.Option(metavar="FILE", help="A name per line, or synset and words; line i is class i.")
     ] = None,
-    num_classes: Annotated[int | None, typer.Option(min=1, help="Default: the highest label and 1.")] = None,
-    source: Annotated[str | None, typer.Option(help="What the data are called. Default: the folder.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Threads, a shard each.")] = min(16, 2 * (os.cpu_count() or 1)),
+    num_classes: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Default: the highest label and 1.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What the data are called. Default: the folder.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, metavar="N", help="Threads, a shard each.")] = min(
+        16, 2 * (os.cpu_count() or 1)
+    ),
     force: Annotated[bool, typer.Option("--force", help="Replace an index that is there.")] = False,
 ) -> None:
     """Index WebDataset shards of latents that were made elsewhere."""

@@ -259,7 +259,8 @@ def test_a_sweep_by_two_processes_with_seeds_and_intervals(trained: Trained) -> 
     axes = ["--ig-scale", "1,1.5", "--ig-interval", "0,1", "--ig-interval", "0.3,1", "--seeds", "2"]
     done = run_command([*command, "sample.num=40", "--metrics", "fd_pixel", *axes])
     assert done.returncode == 0, done.stderr
-    rows = json.loads((trained.run / "sweep.json").read_text())["rows"]
+    (sweep,) = trained.run.glob("sweeps/*/sweep.json")
+    rows = json.loads(sweep.read_text())["rows"]
     assert [(row["ig_scale"], row["ig_interval"]) for row in rows] == [
         (1, [0, 1]), (1.5, [0, 1]), (1, [0.3, 1]), (1.5, [0.3, 1])
     ]  # fmt: skip

@@ -107,7 +107,8 @@ def test_from_idx_files_to_a_score(real: dict[str, Images], tmp_path: Path) -> N
     for command in commands:
         done = run_command(command)
         assert done.returncode == 0, done.stderr
-    sweep = json.loads((run / "sweep.json").read_text())
+    (file,) = run.glob("sweeps/*/sweep.json")
+    sweep = json.loads(file.read_text())
     assert [row["ig_scale"] for row in sweep["rows"]] == [1, 1.5] and sweep["target"] == "fd_efficientnet"
     assert all(row["scores"]["fd_efficientnet"] > 0 for row in sweep["rows"])
     assert sweep["protocol"]["reference"].endswith("real.npz") and sweep["protocol"]["reference_images"] == NUM

@@ -125,11 +125,12 @@ def test_the_walk_through_encodes_trains_and_scores(place: Path, outputs: dict[s
     assert list(outputs) == ["encode", "train", "sweep", "sample"]
     run = place / "runs/pictures"
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 20
-    sweep = json.loads((run / "sweep.json").read_text())
+    (folder,) = (run / "sweeps").iterdir()
+    sweep = json.loads((folder / "sweep.json").read_text())
     assert len(sweep["rows"]) == 3 and all(row["scores"]["fd_pixel"] > 0 for row in sweep["rows"])
     assert sweep["protocol"]["reference"].startswith("folder pictures, 243 files, sha256 ")
     for name in ("sweep.png", "grid.png"):
-        assert (run / name).read_bytes().startswith(b"\x89PNG")
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
     (samples,) = (found for found in map(np.load, run.glob("samples/*/samples.npz")) if len(found["arr_0"]) == 64)
     assert samples["arr_0"].shape == (64, 16, 16, 3) and set(samples["arr_1"]) == {0, 1, 2}
 
