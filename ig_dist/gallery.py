@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,17 @@ class Images(list[Image.Image]):
         super().__init__(images)
         self.labels = list(labels)
         """Number of the class of each image."""
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> Images: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> Image.Image | Images:
+        return (
+            Images(super().__getitem__(index), self.labels[index])
+            if isinstance(index, slice)
+            else super().__getitem__(index)
+        )
 
     def grid(self, columns: int | None = None, side: int | None = None) -> Image.Image:
         """All of them in one picture, see ``ig_dist.grid``."""

@@ -75,7 +75,7 @@ def test_labels_are_classes_by_number_or_name_and_every_output_holds_the_same(ru
     picture = ig_dist.grid([images[:2], images[2:]])  # rows
     assert picture.size == (3 * 48 + 4, 2 * 48 + 2) and picture.getpixel((147, 0)) == 255
     assert np.array_equal(np.asarray(images.grid(columns=2))[3:48:6, 53:98:6], expected[1, ..., 0])
-    assert images._repr_png_().startswith(b"\x89PNG")
+    assert images._repr_png_().startswith(b"\x89PNG") and images[1:3].labels == [7, 7]
     large = [Image.new("RGB", (256, 256), colour) for colour in ("red", "blue")]
     assert ig_dist.grid(large, side=100).size == (202, 100)
 
