@@ -207,6 +207,7 @@ def find_weights(
     raw: bool = False,
     step: int | None = None,
     overrides: Sequence[str] = (),
+    config: Config | None = None,
 ) -> Weights:
     """The weights that ``source`` names; those of a checkpoint are exported, once.
 
@@ -217,11 +218,13 @@ def find_weights(
         raw: the weights themselves instead.
         step: of another checkpoint of the same run.
         overrides: ``a.b=c`` for the config.
+        config: one that ``find_run`` gave, with more changes.
 
     Raises:
         ConfigError: no weights there, or none of that average or step.
     """
-    config, run, named = find_run(source, overrides)
+    theirs, run, named = find_run(source, overrides)
+    config = config or theirs
     folder = Path(source)
     if (folder / INFO_NAME).is_file():
         if raw or ema is not None or step is not None:

@@ -73,13 +73,9 @@ def sample(
         cfg_interval=interval("--cfg-interval", cfg_interval),
         auto_interval=interval("--auto-interval", auto_interval),
     )
-    if weak is not None and auto_scale is None and all(term.kind != "auto" for term in config.guidance):
-        raise ConfigError(f"--weak {weak} guides nothing without a scale: give --auto-scale too, e.g. 2 (1 is off)")
     check_places(config, out)
-    export, metrics = (
-        find_weights(run, ema=ema, raw=raw).export,
-        config.evaluate.metrics if score or score_if_fit else [],
-    )
+    export = find_weights(run, ema=ema, raw=raw, config=config).export
+    metrics = config.evaluate.metrics if score or score_if_fit else []
     if metrics:
         try:
             refuse_unfit(config, export, metrics)

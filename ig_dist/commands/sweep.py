@@ -68,7 +68,7 @@ def sweep(
         seeds=seeds,
         target=target,
         halving=halving,
-        weights=lambda ema, step: find_weights(run, ema=ema, step=step, overrides=options).export,
+        weights=lambda ema, step: find_weights(run, ema=ema, step=step, config=config).export,
         out=out,
     )
     if not result:  # not the first of several processes

@@ -34,7 +34,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    src: str,
+    src: str | Path,
     *,
     reference: str | None = None,
     metrics: Sequence[str] = (),
@@ -62,7 +62,7 @@ def evaluate(
     Raises:
         ConfigError: nothing there to score, or nothing to hold it against.
     """
-    device, share = sampling_device(), this_worker()
+    src, device, share = str(src), sampling_device(), this_worker()
     samples = run = None
     asked = EvaluateConfig()
     if found := find_samples(src):

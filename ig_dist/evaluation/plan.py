@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -84,7 +85,7 @@ class Plan(BaseModel):
         labels = f"classes {', '.join(map(str, self.classes[:6]))}" if self.classes else ""
         labels += f" and {len(self.classes) - 6} more" if len(self.classes) > 6 else ""
         parts = [
-            ", ".join(map(_describe_term, self.guidance)) or "unguided",
+            describe_guidance(self.guidance),
             self.solver if self.solver == "dopri5" else f"{self.solver} {self.steps}",
             f"time shift {self.time_shift:.3g}" if self.time_shift != 1 else "",
             "" if self.correct_last_step else "last step not corrected",
@@ -167,6 +168,11 @@ def _classes(config: Config, info: ModelInfo) -> list[int]:
         return find_classes(asked, info.classes, _words(config, info)) if asked else []
     except ConfigError as error:
         raise ConfigError(f"sample.classes: {error}") from None
+
+
+def describe_guidance(terms: Sequence[GuidanceConfig]) -> str:
+    """Guidance in words."""
+    return ", ".join(map(_describe_term, terms)) or "unguided"
 
 
 def _describe_term(term: GuidanceConfig) -> str:

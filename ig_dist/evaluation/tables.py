@@ -1,50 +1,79 @@
-"""Scores and sweeps as tables on the terminal."""
+"""Scores, sweeps and plans as tables on the terminal: nothing is cut, at 80 columns either."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ig_dist.config.sampling import GuidanceConfig
 from ig_dist.evaluation.catalogue import best_row, lower_is_better
+from ig_dist.evaluation.plan import describe_guidance
 from ig_dist.evaluation.referee import Verdict
+from ig_dist.evaluation.samples import Listed
 from ig_dist.terminal import console
+
+SHORT = {
+    "inception_score": "IS",
+    "precision": "prec",
+    "recall": "rec",
+    "label_agreement": "agree",
+    "efficientnet": "effnet",
+}
+AXES = {
+    "ig_scale": "IG scale",
+    "cfg_scale": "CFG scale",
+    "auto_scale": "autoguidance scale",
+    "ig_interval": "IG times",
+    "cfg_interval": "CFG times",
+    "auto_interval": "autoguidance times",
+    "ema": "EMA",
+    "step": "step",
+    "num": "images",
+}
 
 
 def print_result(result: dict[str, Any]) -> None:
     """Scores, then their protocol."""
-    table = Table("what", "value", show_header=False)
+    table = _table("what", "value", show_header=False)
     spread = result.get("spread", {})
     for name, value in result["scores"].items():
-        table.add_row(name, f"{value:.4f}" + (f" +- {spread[name]:.4f}" if name in spread else ""), style="bold")
+        table.add_row(name, _score(value, spread.get(name)), style="bold")
     table.add_section()
     for key, value in result["protocol"].items():
-        table.add_row(key, str(value))
+        told = describe_guidance([GuidanceConfig(**term) for term in value]) if key == "guidance" else str(value)
+        table.add_row(key, told)
     console.print(table)
 
 
 def print_sweep(result: dict[str, Any]) -> None:
-    """A row per point; the best one stands out, and what is as good within the noise."""
+    """A row per point, a column for what varies; the best one stands out, and what is as good within the noise."""
     rows, target = result["rows"], result["target"]
     names = list(rows[0]["scores"])
-    shown = [
-        key for key in ("auto_scale", "cfg_interval", "ema", "step", "num") if len({str(row[key]) for row in rows}) > 1
-    ]
-    heads = {"auto_scale": "autoguidance", "cfg_interval": "CFG interval", "num": "images"}
-    extra = [heads.get(key, key) for key in shown]
-    table = Table("IG scale", "CFG scale", *extra, "IG interval", *names, f"{target} / first")
+    varied = [key for key in AXES if key == "ig_scale" or len({str(row.get(key)) for row in rows}) > 1]
+    heads = {name: name for name in names}
+    for long, short in SHORT.items() if len(names) > 2 else ():
+        heads = {name: head.replace(long, short) for name, head in heads.items()}
+    table = _table(*(AXES[key] for key in varied), *heads.values(), f"{heads[target]} / first")
     best = best_row(rows, target)
     for row in rows:
         scores, deviations = row["scores"], row.get("std", {})
-        cells = [f"{row['ig_scale']:g}", f"{row['cfg_scale']:g}", *(_cell(row[key]) for key in shown)]
-        cells.append(_cell(row["ig_interval"]))
-        cells += [f"{scores[n]:.4f}" + (f" +- {deviations[n]:.4f}" if n in deviations else "") for n in names]
+        cells = [_cell(row[key]) for key in varied]
+        cells += [_score(scores[name], deviations.get(name), narrow=len(names) > 3) for name in names]
         alike = row["num"] == rows[0]["num"]  # scores of other numbers of images cannot be compared
         first = rows[0]["scores"][target]
         ratio = f"{scores[target] / first:.2f}" if alike and first else ""
         table.add_row(*cells, ratio, style="bold green" if row is best else None)
     console.print(table)
+    if legend := [f"{head}: {name}" for name, head in heads.items() if head != name]:
+        console.print("; ".join(legend))
+    scale_of = {key: key.replace("_interval", "_scale") for key in AXES if key.endswith("interval")}
+    fixed = [key for key in AXES if key not in varied and rows[0].get(key) is not None]
+    fixed = [key for key in fixed if any(row[scale_of.get(key, key)] != 1 for row in rows)]
+    if fixed:
+        console.print("in every row: " + ", ".join(f"{AXES[key]} {_cell(rows[0][key])}" for key in fixed))
     better = "lower" if lower_is_better(target) else "higher"
     alike = [rows[i] for i in result["flat"] or []]
     if result["flat"] is None:
@@ -56,7 +85,7 @@ def print_sweep(result: dict[str, Any]) -> None:
 
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
     """What ADM published beside what was found."""
-    table = Table("images", "score", "published", "found", "")
+    table = _table("images", "score", "published", "found", "")
     for verdict in verdicts:
         numbers = (f"{verdict.published:.5f}", f"{verdict.found:.5f}")
         table.add_row(
@@ -65,7 +94,31 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
     console.print(table)
 
 
+def print_plans(plans: Sequence[Listed]) -> None:
+    """A run's plans: the folder's name, how many images, what they are, and the scores that are known."""
+    table = _table("folder", "images", "what", "scores")
+    for listed in plans:
+        scores = ", ".join(f"{name} {value:.4g}" for name, value in listed.scores.items())
+        what = listed.plan.describe().rpartition("; ")[0] if listed.plan else "not finished: sample again to go on"
+        table.add_row(listed.url.rsplit("/", 1)[-1], f"{listed.images:,}" if listed.plan else "", what, scores)
+    console.print(table)
+
+
+def _table(*heads: str, show_header: bool = True) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_header=show_header)
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    return table
+
+
+def _score(value: float, deviation: float | None = None, *, narrow: bool = False) -> str:
+    text = f"{value:.4f}" if abs(value) < 10 else f"{value:#.5g}" if abs(value) < 1e4 else f"{value:.0f}"
+    if deviation is None:
+        return text
+    return f"{text}\n+-{deviation:.2g}" if narrow else f"{text} +- {deviation:.4f}"
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, list):
-        return "{:g} to {:g}".format(*value)
+        return "{:g}-{:g}".format(*value)
     return f"{value:,}" if isinstance(value, int) else f"{value:g}" if value is not None else ""

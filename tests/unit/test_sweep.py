@@ -17,12 +17,13 @@ from ig_dist.errors import ConfigError
 from ig_dist.evaluation import generate
 from ig_dist.evaluation import sweep as sweeps
 from ig_dist.evaluation.catalogue import order
+from ig_dist.evaluation.samples import Listed
 from ig_dist.evaluation.sweep import Axes, Point, _real_by_class, _rounds, flat_rows, sweep_run
-from ig_dist.evaluation.tables import print_sweep
+from ig_dist.evaluation.tables import print_plans, print_result, print_sweep
 from ig_dist.terminal import console
 from ig_dist.training.trainer import train
 from tests.conftest import TINY
-from tests.scoring import in_memory, noise
+from tests.scoring import in_memory, make_plan, noise
 
 SCALES = (1.0, 1.5, 3.0, 6.0)
 
@@ -268,6 +269,30 @@ def test_the_table(target: str, capsys: pytest.CaptureFixture[str], monkeypatch:
     said = capsys.readouterr().out
     assert "1.5000 +- 0.1000" in said and f"{target} / first" in said and "--seeds 3 would tell" in said
     assert ("lower" if target == "fid" else "higher") + " is better" in said
+
+
+def test_tables_lose_nothing_at_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(console, "_width", 80)
+    names = ["fid", "sfid", "inception_score", "precision", "recall"]
+    rows = rows_of([12.345, 11.5, 10.25], [0.0123] * 3)
+    for row, interval in zip(rows, ([0.0, 1.0], [0.0, 0.7], [0.0, 0.7]), strict=True):
+        row |= {"scores": dict.fromkeys(names, row["scores"]["fid"]), "std": dict.fromkeys(names, 0.0123)}
+        row |= {"cfg_scale": 1.35 * interval[1], "cfg_interval": interval}
+    print_sweep({"rows": rows, "target": "fid", "flat": [2]})
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80 and "\u2026" not in said and said.count("+-0.012 ") == 15
+    assert all(word in said for word in ("12.345", "0-0.7", "CFG", "IS: inception_score; prec: precision"))
+    assert "in every row: IG times 0-1, images 100" in said
+    term = {"kind": "cfg", "scale": 1.35, "interval": [0, 0.7], "branches": "both"}
+    print_result({"scores": {"fid": 1.5}, "protocol": {"guidance": [term], "reference": "r" * 100}})
+    said = capsys.readouterr().out
+    assert "CFG 1.35 for t in [0, 0.7]" in said and said.count("r") >= 100 and "\u2026" not in said
+    plans = [Listed("a/1234", make_plan(), 40, {"fid": 2.5}), Listed("a/5678", None, 3, {})]
+    print_plans(plans)
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("1234", "40", "IG 1.5, heun 3, seed 0", "fid 2.5", "5678", "not finished"))
 
 
 def test_real_pictures_above_the_grid_are_of_the_columns_classes(tmp_path: Path) -> None:
