@@ -105,7 +105,7 @@ def print_plans(plans: Sequence[Listed]) -> None:
 
 
 def _table(*heads: str, show_header: bool = True) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_header=show_header)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, show_header=show_header)
     for head in heads:
         table.add_column(head, overflow="fold")
     return table

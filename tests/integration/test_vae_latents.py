@@ -88,7 +88,7 @@ def test_a_run_on_moments(tiny_config: Callable[..., Path], tmp_path: Path) -> N
     for where in (moved, shutil.copytree(moved, tmp_path / "copy")):
         done = run_command(["ig-dist", "sample", run, f"sample.tokenizer={where}", "sample.num=20"])
         assert done.returncode == 0, done.stderr
-        (plan,) = (path for path in (run / "samples").iterdir() if path.is_dir())
+        (plan,) = (file.parent for file in run.glob("samples/*/plan.json"))
         plans.append(plan)
     assert plans[0] == plans[1]
     images = np.load(plan / "samples.npz")["arr_0"]
