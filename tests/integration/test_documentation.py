@@ -103,10 +103,13 @@ def test_every_other_block_of_a_page(page: str, place: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_verb_and_option_in_a_sentence(page: str) -> None:
-    for text in re.findall(r"`ig-dist ([a-z][^`]*)`", (ROOT / page).read_text()):
-        words = text.split()
+    text = (ROOT / page).read_text()
+    for script, arguments in re.findall(r"`python ((?:launchers|data_prep)/\w+\.py) ([^`]+)`", text):
+        parse([DOORS[script], *arguments.split()])
+    for typed in re.findall(r"`ig-dist ([a-z][^`]*)`", text):
+        words = typed.split()
         known = options(words[0])
-        assert {word.split("=")[0] for word in words if word.startswith("--")} <= known, f"{page}: ig-dist {text}"
+        assert {word.split("=")[0] for word in words if word.startswith("--")} <= known, f"{page}: ig-dist {typed}"
 
 
 def test_every_rule_that_leaves_a_command_unrun_has_a_command() -> None:
