@@ -156,7 +156,7 @@ def sample(
     )
     folder = None if out is None else str(out)
     check_places(config, folder)
-    return sample_run(config, find_weights(source, ema=ema, raw=raw).export, out=folder).samples.url
+    return sample_run(config, find_weights(source, ema=ema, raw=raw, config=config).export, out=folder).samples.url
 
 
 def sweep(
@@ -208,7 +208,7 @@ def sweep(
         seeds=seeds,
         target=target,
         halving=halving,
-        weights=lambda decay, step: find_weights(source, ema=decay, step=step, overrides=overrides).export,
+        weights=lambda decay, step: find_weights(source, ema=decay, step=step, config=config).export,
         out=None if out is None else str(out),
     )
 
