@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -179,6 +180,23 @@ def test_a_training_that_is_interrupted_leaves_the_process_as_it_was(
     run = ig_dist.train(config)  # goes on
     assert ig_dist.load(run).info.step == 30
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)] == before
+
+
+def test_a_hang_is_said_and_left_to_the_user(
+    tiny_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from ig_dist.training.trainer import _train_step as train_step
+
+    def slow(*arguments: Any) -> Any:
+        if arguments[7] == 2:  # steps done
+            arguments[-1].phases.enter("forward")
+            time.sleep(1.6)
+        return train_step(*arguments)
+
+    monkeypatch.setattr("ig_dist.training.trainer._train_step", slow)
+    run = ig_dist.train(tiny_config(train={"steps": 4, "timeout_s": 1}))
+    assert "no progress for" in capfd.readouterr().err and list((run / "hang").iterdir())
+    assert ig_dist.load(run).info.step == 4
 
 
 def test_helper_processes_do_not_run_the_users_script_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
