@@ -53,6 +53,8 @@ def provenance() -> dict[str, Any]:
 
 def command() -> str:
     """What was typed, as a shell takes it."""
+    if "ipykernel" in sys.modules:  # whose own command says nothing
+        return "a notebook"
     ours = Path(sys.argv[0]).name in ("ig-dist", "cli.py", "ig_dist.cli")
     return shlex.join(["ig-dist" if ours else sys.argv[0], *sys.argv[1:]])
 

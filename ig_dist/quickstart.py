@@ -153,8 +153,7 @@ Try next{activate}
 
 def _newest_sweep(run: Path) -> Path:
     """The folder of the sweep that was written last: this quickstart's."""
-    found = [*run.glob("sweeps/*/sweep.json"), *run.glob("sweep.json")]
-    return max(found, key=lambda file: file.stat().st_mtime).parent
+    return max(run.glob("sweeps/*/sweep.json"), key=lambda file: file.stat().st_mtime).parent
 
 
 def _sampling_precision() -> str:

@@ -9,7 +9,7 @@ import typer
 
 
 def quickstart(
-    out: Annotated[Path, typer.Option(help="Folder for everything that it makes.")] = Path("quickstart"),
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="For all that it makes.")] = Path("quickstart"),
     short: Annotated[bool, typer.Option("--short", help="A fifth of the training, a third of the images.")] = False,
 ) -> None:
     """The whole system on real digits, in about six minutes on two cores."""

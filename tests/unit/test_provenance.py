@@ -75,3 +75,5 @@ def test_the_command_as_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert provenance.command() == "ig-dist train digits 'run.dir=my run'"
     monkeypatch.setattr(sys, "argv", ["mine.py", "1"])
     assert provenance.command() == "mine.py 1"
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    assert provenance.command() == "a notebook"
