@@ -71,6 +71,7 @@ def test_a_jobs_copy_knows_its_commit(tmp_path: Path) -> None:
 
 
 def test_the_command_as_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
     monkeypatch.setattr(sys, "argv", ["/a b/bin/ig-dist", "train", "digits", "run.dir=my run"])
     assert provenance.command() == "ig-dist train digits 'run.dir=my run'"
     monkeypatch.setattr(sys, "argv", ["mine.py", "1"])
