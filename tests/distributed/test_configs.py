@@ -23,11 +23,11 @@ from tests.distributed.test_training import metrics
 
 WHOLE = {"digits", "fashion_mnist_ig"}  # trained on their own pixels elsewhere
 PUBLISHED = sorted({p.stem for p in (ROOT / "configs").glob("*.yaml")} - WHOLE)
-SAMPLES, STEPS = 32, 20
+SAMPLES, STEPS = 32, 12
 REDUCED = [
     *("model.depth=3", "model.hidden_size=32", "model.num_heads=2", "train.epochs=null", f"train.steps={STEPS}"),
     *("train.global_batch_size=4", "data.streams=4", "data.workers=0", "train.compile=false", "log.every_steps=1"),
-    "optimizer.lr=0.01",  # so that 20 steps show
+    "optimizer.lr=0.01",  # so that 12 steps show
 ]
 
 
@@ -64,7 +64,7 @@ def write_latents(folder: Path, shape: tuple[int, int, int], *, moments: bool) -
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 steps of every config under both engines, all of one launch."""
+    """12 steps of every config under both engines, all of one launch."""
     folder = tmp_path_factory.mktemp("configs")
     sit = write_latents(folder / "sd-vae", (4, 32, 32), moments=True)
     lightning = write_latents(folder / "va-vae", (32, 16, 16), moments=False)

@@ -15,9 +15,16 @@ import pytest
 from ig_dist.parallel.blame import VARIABLE, blamed, noted_failure
 from tests import forked
 from tests.conftest import write_tiny_config
-from tests.distributed.test_training import GRACE_S, faulty, hurry, last_step, local, metrics, start_faulty
+from tests.distributed.test_training import GRACE_S, hurry, last_step, local, metrics, start_faulty
 
 TIMEOUT_S = 4
+# fault: the rank that it befalls, and the settings of its run
+HANGS = {"sleep": (1, {"timeout_s": TIMEOUT_S}), "read": (1, {"timeout_s": TIMEOUT_S})}
+OTHERS = {
+    "raise": (0, {"timeout_s": 60}),
+    "memory": (1, {"timeout_s": 60}),
+    "late": (1, {"steps": 12, "timeout_s": TIMEOUT_S}),
+}
 Write = Callable[..., Path]
 
 
@@ -83,62 +90,66 @@ def test_a_stopped_process_is_named_by_the_other(stops: list[Stopped], stopped: 
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
+class Ended(NamedTuple):
+    code: int
+    errors: str
+    run: Path
+    blame: Path
+    seconds: float
+
+
 @pytest.fixture(scope="module")
-def hung(tmp_path_factory: pytest.TempPathFactory, digits_index: Path) -> tuple[Path, dict[str, forked.Process]]:
-    """Two runs side by side, of which rank 1 hung."""
-    folder, processes = tmp_path_factory.mktemp("hung"), {}
-    for fault in ("sleep", "read"):
-        config = write_tiny_config(folder, digits_index, fault, train={"timeout_s": TIMEOUT_S})
-        blame = {VARIABLE: str(folder / f"{fault}-blame")}
-        processes[fault] = start_faulty(config, fault, rank=1, steps="7", **blame)
-    for process in processes.values():
-        process.wait(120)
-    return folder, processes
+def faults(tmp_path_factory: pytest.TempPathFactory, digits_index: Path) -> dict[str, Ended]:
+    """Runs whose time passes in waiting, some side by side: a rank hangs at step 7, waits for its data, or fails."""
+    folder, ended = tmp_path_factory.mktemp("faults"), {}
+    for together in (HANGS, OTHERS):
+        processes, began = {}, time.monotonic()
+        for fault, (rank, train) in together.items():
+            config = write_tiny_config(folder, digits_index, fault, train=train)
+            (folder / fault).mkdir()
+            environment = {VARIABLE: str(folder / fault / "blame"), "FAULT_S": str(2 * TIMEOUT_S)}
+            processes[fault] = start_faulty(config, fault, rank, "7", **environment)
+        for fault, process in processes.items():
+            errors, run, blame = process.communicate(120)[1], folder / "runs" / fault, folder / fault / "blame"
+            ended[fault] = Ended(process.wait(), errors, run, blame, time.monotonic() - began)
+    return ended
 
 
-@pytest.mark.parametrize("fault", ["sleep", "read"])
-def test_a_rank_that_hangs_ends_all_and_is_named_by_all(
-    hung: tuple[Path, dict[str, forked.Process]], fault: str
-) -> None:
-    folder, process = hung[0], hung[1][fault]
-    errors = process.communicate()[1]
-    assert process.returncode == 5, errors
+@pytest.mark.parametrize("fault", HANGS)
+def test_a_rank_that_hangs_ends_all_and_is_named_by_all(faults: dict[str, Ended], fault: str) -> None:
+    code, errors, run, blame, _ = faults[fault]
+    assert code == 5, errors
     lines = hang_lines(errors)
     assert sorted(lines) == [0, 1]
     assert "rank 1: no progress for " in lines[1] and "at step 7, forward; behind: rank 1 (step 7, forward" in lines[1]
-    assert blamed(folder / f"{fault}-blame") == {1}
+    assert blamed(blame) == {1}
     assert re.search(r"at step 7, backward; behind: rank 1 \(step 7, forward, for \d+ s\)", lines[0])
-    culprit = (folder / "runs" / fault / "hang" / "rank_00001.txt").read_text()
+    culprit = (run / "hang" / "rank_00001.txt").read_text()
     assert "training_loss" in culprit and "faulty.py" in culprit
 
 
 @pytest.mark.parametrize("fault,rank", [("raise", 0), ("memory", 1)])
-def test_an_error_of_one_rank_is_no_hang(tiny_config: Write, tmp_path: Path, fault: str, rank: int) -> None:
+def test_an_error_of_one_rank_is_no_hang(faults: dict[str, Ended], fault: str, rank: int) -> None:
     """Also where nothing can be closed after it: the groups of NCCL wait for peers, a stream for its storage."""
-    config = tiny_config(fault, train={"timeout_s": 60})
-    file = tmp_path / "blame"
-    began = time.monotonic()
-    done = faulty(config, fault, rank=rank, steps="7", **{VARIABLE: str(file)})
-    assert time.monotonic() - began < 50  # a hang of 60 s is none that the watchdog sees
-    assert "behind" not in done.stderr and not blamed(file)
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith(f"error: rank {rank}: ")]
-    noted = noted_failure(file)
+    code, errors, _, blame, seconds = faults[fault]
+    assert seconds < 50  # a hang of 60 s is none that the watchdog sees
+    assert "behind" not in errors and not blamed(blame)
+    (line,) = [line for line in errors.splitlines() if line.startswith(f"error: rank {rank}: ")]
+    noted = noted_failure(blame)
     if fault == "memory":
-        assert done.returncode == 7 and "Traceback" not in done.stderr, done.stderr
+        assert code == 7 and "Traceback" not in errors, errors
         assert "out of memory at step 7, forward, with 16 rows" in line and "train.accumulation=2" in line
     else:
-        assert done.returncode == 1 and done.stderr.count("Traceback") == 1, done.stderr
-        assert "failed at step 7, forward: RuntimeError: a planted error" in line and "of two lines" in done.stderr
-        assert f"error: rank {1 - rank} ends: {noted}" in done.stderr
+        assert code == 1 and errors.count("Traceback") == 1, errors
+        assert "failed at step 7, forward: RuntimeError: a planted error" in line and "of two lines" in errors
+        assert f"error: rank {1 - rank} ends: {noted}" in errors
     assert line == f"error: {noted}"
 
 
-def test_a_long_wait_for_a_storage_is_no_hang(tiny_config: Write, tmp_path: Path) -> None:
+def test_a_long_wait_for_a_storage_is_no_hang(faults: dict[str, Ended]) -> None:
     """The storage has a deadline of its own; the ranks that wait for this one see that it is within it."""
-    config = tiny_config("late", train={"steps": 12, "timeout_s": TIMEOUT_S})
-    done = faulty(config, "late", rank=1, steps="7", FAULT_S=str(2 * TIMEOUT_S))
-    assert done.returncode == 0, done.stderr
-    line = next(line for line in metrics(tmp_path / "runs" / "late") if line["step"] == 7)
+    assert faults["late"].code == 0, faults["late"].errors
+    line = next(line for line in metrics(faults["late"].run) if line["step"] == 7)
     assert line["data_wait_s"] > 1.9 * TIMEOUT_S  # of the rank that waited, not of the first
 
 

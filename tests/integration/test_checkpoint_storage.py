@@ -7,8 +7,6 @@ import pickle
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +22,8 @@ from ig_dist.errors import DataError
 from ig_dist.export import ALONE
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import open_url
-from tests.conftest import ROOT, run_command
+from tests import forked
+from tests.conftest import run_command
 from tests.distributed.test_training import local, metrics
 from tests.fault_proxy import Fault, FaultProxy
 from tests.unit.test_checkpoint import Hostile
@@ -320,9 +319,7 @@ def test_sigkill_within_a_save_leaves_no_trace(
 def kill_at_write(command: list[str], proxy: FaultProxy, number: int, extra_s: float) -> None:
     """Start the command and SIGKILL all of it at its so many-th request that changes something."""
     proxy.requests.clear()
-    process = subprocess.Popen(
-        [sys.executable, *command[1:]], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL
-    )
+    process = forked.Process(command[1:], new_session=True)
     deadline = time.monotonic() + 120
     while sum(method != "GET" and method != "HEAD" for method, _ in list(proxy.requests)) < number:
         assert process.poll() is None and time.monotonic() < deadline
