@@ -16,6 +16,7 @@ from ig_dist.commands.evaluate import evaluate
 from ig_dist.commands.examples import epilog
 from ig_dist.commands.export import export
 from ig_dist.commands.index import index
+from ig_dist.commands.plans import plans
 from ig_dist.commands.quickstart import quickstart
 from ig_dist.commands.reference import reference
 from ig_dist.commands.report import report
@@ -34,6 +35,7 @@ VERBS: dict[Callable[..., Any], str] = {
     sample: "Make images.",
     evaluate: "Score images.",
     sweep: "Score many guidance scales.",
+    plans: "List the samples of a run.",
     report: "Write all about a run into one HTML file.",
     export: "Export the weights of a run.",
     reference: "Make statistics of real images, to score against.",

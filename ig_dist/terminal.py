@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import os
 import select
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -138,3 +140,7 @@ def say(error: IgDistError) -> None:
     if not error.everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         where = f"rank {rank}: " if rank is not None and not error.everywhere else ""
         print(f"{'stopped' if error.exit_code == 75 else 'error'}: {where}{error}", file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun repeats below its own traceback
+        told = {"message": f"{error}", "extraInfo": {"timestamp": f"{time.time():.0f}"}}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": told}), encoding="utf-8")

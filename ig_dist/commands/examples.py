@@ -26,6 +26,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "ig-dist evaluate theirs.npz --reference VIRTUAL_imagenet256_labeled.npz --metrics fid,precision,recall",
     ),
     "sweep": ("ig-dist sweep runs/digits --ig-scale 1.0,1.4,1.7,2.0 --halving",),
+    "plans": ("ig-dist plans runs/digits",),
     "reference": ("ig-dist reference runs/digits-data --out digits.npz",),
     "report": ("ig-dist report runs/digits",),
     "convert": (

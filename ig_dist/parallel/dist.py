@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ig_dist.errors import ConfigError, HangError, LostPeerError
 from ig_dist.parallel.blame import blame
-from ig_dist.terminal import say, without_teardown
+from ig_dist.terminal import is_first_process, say, without_teardown
 
 SAME_SIGNAL_S = 1.0
 _PEER_IS_GONE = (
@@ -204,10 +204,11 @@ def begin_any(flags: Sequence[bool], dist: Dist) -> Callable[[], list[bool]]:
 
 
 class StopFlag:
-    """SIGTERM and SIGUSR2 ask the run to stop: this process knows of it, and its ranks agree on when.
+    """SIGTERM, SIGUSR2 and Ctrl-C ask the run to stop: this process knows of it, and its ranks agree on when.
 
-    The handler only sets a flag. A second SIGTERM ends the process at once; one that follows within a moment is the
-    first one again: ``timeout``, systemd and scancel signal the launcher and its ranks, and the launcher passes on.
+    The handler only sets a flag. A second SIGTERM or Ctrl-C ends the process at once; one that follows within a moment
+    is the first one again: ``timeout``, systemd and scancel signal the launcher and its ranks, as a terminal does, and
+    the launcher passes on.
     """
 
     def __init__(self) -> None:
@@ -216,8 +217,9 @@ class StopFlag:
         self._asked_at = 0.0
         self._former: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere there are no signals
-            for number in (signal.SIGTERM, signal.SIGUSR2):
-                self._former[number] = signal.signal(number, self._handle)
+            for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+                if signal.getsignal(number) != signal.SIG_IGN:  # as a shell has Ctrl-C for what runs in the background
+                    self._former[number] = signal.signal(number, self._handle)
 
     def restore(self) -> None:
         """Hand the signals back to whoever had them, in a process that lives on."""
@@ -227,6 +229,11 @@ class StopFlag:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.asked:
             self._asked_at = time.monotonic()
-        elif number == signal.SIGTERM and time.monotonic() - self._asked_at > SAME_SIGNAL_S:
-            os._exit(128 + number)
+            if number == signal.SIGINT and is_first_process():  # not by print, which this may have interrupted
+                os.write(2, b"\nstopping: saves first; Ctrl-C once more ends at once, without\n")
+        elif time.monotonic() - self._asked_at > SAME_SIGNAL_S:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
         self.asked = True

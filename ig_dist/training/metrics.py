@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -124,7 +125,9 @@ class RunLog:
         status = f"loss {metrics['loss']:.4f}  {metrics['images_per_s']:.0f} images/s"
         self._progress.update(self._task, completed=step, status=status)
         if not console.is_terminal:
-            console.print(f"step {step}/{self._total}  {status}")
+            images = (self._total - step) * metrics["images_seen"] / step
+            left = timedelta(seconds=round(images / metrics["images_per_s"]))
+            console.print(f"step {step}/{self._total}  {status}" + (f"  {left} left" if images else ""))
 
 
 def cut_back(file: Path, step: int) -> None:

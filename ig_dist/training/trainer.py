@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ig_dist.checkpoints.saving import Saver
-from ig_dist.checkpoints.store import Piece
+from ig_dist.checkpoints.store import Checkpoint, Piece
 from ig_dist.config import Config
 from ig_dist.data.index import ShardIndex, read_index
 from ig_dist.data.latents import check_latents
@@ -93,7 +93,8 @@ def train(config: Config, *, force: bool = False, lives_on: bool = False) -> Non
             state = find_checkpoint(store, config, index, dist, phases.beat)
         start, total = state.checkpoint.step if state else 0, config.total_steps(order.num_samples)
         if dist.is_main:
-            console.print(f"{config.run.dir}: {'resume at' if start else 'start from'} step {start} of {total}")
+            doing = "finished at" if start >= total else "resume at" if start else "start from"
+            console.print(f"{config.run.dir}: {doing} step {start} of {total}", markup=False)
         if start >= total:
             return
         if dist.is_main:
@@ -143,7 +144,7 @@ def train(config: Config, *, force: bool = False, lives_on: bool = False) -> Non
             phases.enter("checkpoint")
             with meter.saving():
                 pieces, meta = _snapshot(engine, ema, model, config, index, step, dist)
-                saver.save(step, pieces, meta, partial(export_checkpoint, config=config) if exported else None)
+                saver.save(step, pieces, meta, partial(_saved, export=config if exported else None))
             ledger.note(step)
 
         batches = Awaited(stream.get, stop_flag, dist, beat=phases.beat)
@@ -205,6 +206,13 @@ def _end(ending: Ending, saver: Saver, done: int, total: int) -> NoReturn:
     error = type(ending.error)(f"{ending.error} ({where})")
     error.everywhere = True
     raise error from None
+
+
+def _saved(checkpoint: Checkpoint, *, export: Config | None) -> None:
+    """What follows a save, on rank 0."""
+    console.print(f"saved step {checkpoint.step}")
+    if export is not None:
+        export_checkpoint(checkpoint, config=export)
 
 
 def _due(step: int, every: int, last: bool) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -75,6 +76,15 @@ def test_a_run_is_no_config_and_says_what_to_type(tmp_path: Path, capsys: pytest
     (run / "config.yaml").touch()
     code, errors = call(["ig-dist", "train", str(run)], capsys)
     assert code == 2 and f"ig-dist train '{run}/config.yaml'" in errors
+
+
+def test_torchrun_is_told_what_it_repeats_below_its_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    _, errors = call(["ig-dist", "trian"], capsys)
+    told = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert errors == f"error: {told['message']}\n" and int(told["extraInfo"]["timestamp"]) > 0
 
 
 def test_the_hints_know_every_key_of_the_config() -> None:

@@ -24,6 +24,8 @@ print("asked", flag.asked, flush=True)
         ("SIGUSR2", [0, 1.2], 0, "asked True"),
         ("SIGTERM", [0, 0.1], 0, "asked True"),
         ("SIGTERM", [0, 1.2], 143, ""),
+        ("SIGINT", [0, 0.1], 0, "asked True"),
+        ("SIGINT", [0, 1.2], -2, ""),
     ],
 )
 def test_signals(name: str, pauses: list[float], code: int, output: str) -> None:

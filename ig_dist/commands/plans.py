@@ -1,0 +1,42 @@
+"""``ig-dist plans``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ig_dist.commands.options import AsJson, print_json
+from ig_dist.terminal import console
+
+
+def plans(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of `ig-dist train`.")],
+    as_json: AsJson = False,
+) -> None:
+    """List the plans that a run has samples of: how they were made, how many, their scores and their folder."""
+    from ig_dist.evaluation.samples import list_plans
+    from ig_dist.evaluation.tables import print_plans
+
+    found = list_plans(run)
+    if not as_json and not found:
+        return console.print(f"no samples yet; make some with: ig-dist sample {shlex.quote(str(run))}", markup=False)
+    if not as_json:
+        return print_plans(found)
+    print_json(
+        {
+            "run": str(run),
+            "plans": [
+                {
+                    "folder": listed.url,
+                    "plan": None if listed.plan is None else listed.plan.model_dump(mode="json"),
+                    "finished": listed.plan is not None,
+                    "images" if listed.plan else "units": listed.images,
+                    "scores": dict(listed.scores),
+                }
+                for listed in found
+            ],
+        }
+    )
