@@ -27,6 +27,8 @@ from ig_dist.training.beginning import checkpoint_store
 
 WEIGHTS_NAME = "model.safetensors"
 INFO_NAME = "export.json"
+UNKNOWN_DATA = "unknown"
+"""``data.index`` of an export that has no run."""
 ALONE = Dist(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
 
 
@@ -273,5 +275,5 @@ def _config_of(folder: Path, overrides: Sequence[str]) -> Config:
     model = {name: value for name, value in dataclasses.asdict(info.model).items() if name != "mlp_ratio"}
     tree: dict[str, Any] = {"run": {"dir": str(folder)}, "model": model, "train": {"steps": max(1, info.step)}}
     tree |= {"loss": {"path": info.path, "label_drop": 0.1 if info.trained_with_null_label else 0.0}}
-    tree |= {"data": {"index": "the data is not known"}}  # no command that reads it is of use without its run
+    tree |= {"data": {"index": UNKNOWN_DATA}}
     return config_from_tree(apply_overrides(tree, overrides), source=str(folder))

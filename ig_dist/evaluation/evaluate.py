@@ -18,7 +18,7 @@ from ig_dist.evaluation.features import FeatureFiles, make_features
 from ig_dist.evaluation.images import find_images, plan_images
 from ig_dist.evaluation.nearest import picture_of, show_nearest, with_pictures
 from ig_dist.evaluation.references import Reference, open_reference
-from ig_dist.evaluation.samples import find_samples, read_samples
+from ig_dist.evaluation.samples import find_samples, read_samples, reference_of
 from ig_dist.evaluation.sampling import config_extractor, sampling_device
 from ig_dist.evaluation.scores import Protocol, Scores, check_dimensions, score_plan, write_result
 from ig_dist.export import read_info
@@ -93,33 +93,38 @@ def evaluate(
         return None
     if nearest is not None and shown is not None:
         show_nearest(files, shown, nearest, picture_of(src, samples.plan.digest if samples else None, run), num)
-    out = None
+    scores = Scores(files, real, num, rules, device)
     if samples is None or run is None:
-        result = Scores(files, real, num, rules, device).score(names)
-        result["protocol"] = {
-            "images": src,
-            "images_sha256": files.images_sha256(result["protocol"]["num"]),
-            **result["protocol"],
-        }
+        result = scores.score(names)
+        told = {"images": src, "images_sha256": files.images_sha256(result["protocol"]["num"])}
+        result["protocol"] = {**told, **result["protocol"]}
+        name, folders = Path(src).stem, _evaluations_above(src)
     else:
-        result = score_plan(samples, Scores(files, real, num, rules, device), names)
-        if out_folder := _results(samples.url, run):
-            asked_for = (reference, list(metrics), protocol, num)
-            tag = (
-                ""
-                if asked_for == (None, [], None, None)
-                else "_" + hashlib.sha256(repr(asked_for).encode()).hexdigest()[:8]
-            )
-            out = out_folder / f"{samples.plan.digest}{tag}.json"
-            write_result(result, out)
+        result = score_plan(samples, scores, names)
+        name, folders = samples.plan.digest, _evaluations_of(samples.url, run)
+    place = next((place for place in folders if not why_unwritable(place)), None)
+    if place is None:
+        return Evaluation(result, None)
+    asked_for = (reference, list(metrics), protocol, num)
+    plain = samples is not None and asked_for == (None, [], None, None)
+    tag = (
+        ""
+        if plain
+        else "_" + hashlib.sha256(repr(asked_for if samples else (src, *asked_for)).encode()).hexdigest()[:8]
+    )
+    write_result(result, out := place / f"{name}{tag}.json")
     return Evaluation(result, out)
 
 
-def _results(url: str, run: Path) -> Path | None:
+def _evaluations_of(url: str, run: Path) -> list[Path]:
     """Where scores of a plan go: into its run, or beside the samples where that is not here or cannot be written."""
-    places = [run / "evaluations"] if run.is_dir() else []
-    places += [Path(url)] if "://" not in url else []
-    return next((place for place in places if not why_unwritable(place)), None)
+    return [*([run / "evaluations"] if run.is_dir() else []), *([Path(url)] if "://" not in url else [])]
+
+
+def _evaluations_above(src: str) -> list[Path]:
+    """Where scores of other images go: into the run that they lie in, if any."""
+    above = [] if "://" in src else Path(src).absolute().parents
+    return [folder / "evaluations" for folder in above if (folder / "config.yaml").is_file()][:1]
 
 
 def refuse_unfit(config: Config, export: Path, metrics: Sequence[str]) -> None:
@@ -134,9 +139,10 @@ def refuse_unfit(config: Config, export: Path, metrics: Sequence[str]) -> None:
     extractors = {name: config_extractor(config, name, device) for name in extractors_of(metrics)}
     if "pixel" in extractors:
         extractors["pixel"](black)  # for small pictures only
-    against = config.evaluate.reference or config.data.index
     if all(METRICS[name].kind == "inception_score" for name in metrics):
         return
+    if not (against := reference_of(config)):
+        raise ConfigError(f"{export} does not say what to hold its samples against: set evaluate.reference")
     options: dict[str, Any] = {"tokenizer": config.sample.tokenizer, "device": device, "share": this_worker()}
     reference = open_reference(against, metrics, extractors.__getitem__, side=side, **options)
     for (extractor, feature), moments in reference.statistics.items():

@@ -15,7 +15,7 @@ from ig_dist.config_file import load_run
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.plan import Plan
 from ig_dist.evaluation.units import Samples, existing, unit_name, write_file
-from ig_dist.export import ExportInfo
+from ig_dist.export import UNKNOWN_DATA, ExportInfo
 from ig_dist.run_paths import moved_path
 from ig_dist.storage.files import open_url, read_file
 from ig_dist.terminal import console
@@ -26,6 +26,11 @@ PLAN_NAME = "plan.json"
 def samples_url(config: Config) -> str:
     """Folder of the plans of a run."""
     return config.sample.url.rstrip("/") or f"{config.run.dir}/samples"
+
+
+def reference_of(config: Config) -> str:
+    """What samples are held against; empty: an export without its run does not say."""
+    return config.evaluate.reference or ("" if config.data.index == UNKNOWN_DATA else config.data.index)
 
 
 def write_plan(samples: Samples, config: Config) -> None:
@@ -40,7 +45,7 @@ def write_plan(samples: Samples, config: Config) -> None:
         "tokenizer": _absolute(samples.tokenizer),
         "evaluate": {
             **config.evaluate.model_dump(mode="json"),
-            "reference": _absolute(config.evaluate.reference or config.data.index),
+            "reference": _absolute(reference_of(config)),
             "weights": {name: _absolute(place) for name, place in config.evaluate.weights.items()},
         },
     }

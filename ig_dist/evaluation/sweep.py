@@ -23,6 +23,7 @@ from ig_dist.evaluation.images import ImageSet
 from ig_dist.evaluation.pictures import pictures_in_rows, save_sweep_plot, save_tradeoff_plot
 from ig_dist.evaluation.plan import class_names, make_plan
 from ig_dist.evaluation.references import Reference, open_reference
+from ig_dist.evaluation.samples import reference_of
 from ig_dist.evaluation.sampling import check_places, config_extractor, sample_run, sampling_device
 from ig_dist.evaluation.scores import Scores, score_plan
 from ig_dist.export import export_run, load_export, read_info
@@ -120,8 +121,10 @@ def sweep_run(
     exports = {key: export(*key) for key in product(axes.emas, axes.steps)}
     config = config if out is None else config.model_copy(update={"run": config.run.model_copy(update={"dir": out})})
     check_places(config)
+    if not reference_of(config):
+        raise ConfigError(f"{place} does not say what to hold samples against: set evaluate.reference")
     reference = open_reference(
-        config.evaluate.reference or config.data.index,
+        reference_of(config),
         metrics,
         lambda name: config_extractor(config, name, device),
         tokenizer=config.sample.tokenizer,
@@ -180,7 +183,7 @@ def _name(axes: Axes, asked: Sequence[Any], config: Config) -> str:
     apart = {"url", "tokenizer", "keep_images", "png"}  # they say where, not what
     groups = [config.sample.model_dump(mode="json", exclude=apart), [term.model_dump() for term in config.guidance]]
     scores = config.evaluate.model_dump(mode="json", include={"metrics", "protocol"})
-    reference = Path(config.evaluate.reference or config.data.index).name
+    reference = Path(reference_of(config)).name
     told = json.dumps([*asked, *groups, scores, reference])
     return f"{'-'.join(swept)}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
 

@@ -246,8 +246,10 @@ def test_samples_in_every_form_have_one_score(
         told = result["protocol"]
         assert told["images"] == str(form) and told["num"] == 40 and told["extractor_sha256"]
         assert told["reference_sha256"] == expected["protocol"]["reference_sha256"]
+    (kept,) = (place.run / "evaluations").glob("png_*.json")  # of pictures in a run, for its report
+    assert json.loads(kept.read_text()) == result
     hashes = [scored(capsys, form, "--reference", digits_index, "--metrics", "fd_pixel")[0]["protocol"]["images_sha256"]
-              for form in (place.plan / "samples.npz", place.plan / "png")]  # fmt: skip
+              for form in (npz, place.plan / "png")]  # fmt: skip
     assert hashes[0] == hashes[1]
 
     command = ["reference", digits_index, "--out", tmp_path / "real.npz", "--extractors", "pixel"]
