@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ig_dist.commands.options import AsJson, print_json
 from ig_dist.terminal import console
 
 
@@ -17,21 +18,26 @@ def convert(
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder to make; or the file, to go back.")],
     format: Annotated[
         str | None,
-        typer.Option(help="sit, repa, ig-sit, lightningdit or ig-lightningdit, where the weights do not tell."),
+        typer.Option(
+            metavar="KIND", help="sit, repa, ig-sit, lightningdit or ig-lightningdit, where the weights do not tell."
+        ),
     ] = None,
     aux_depth: Annotated[
-        int | None, typer.Option(min=1, help="Block whose output the auxiliary head reads; of XL models: 8.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Block whose output the auxiliary head reads; of XL models: 8."),
     ] = None,
     num_heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads of a size that is not published.")
+        int | None, typer.Option(min=1, metavar="N", help="Attention heads of a size that is not published.")
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Take `model` of a checkpoint instead of `ema`.")] = False,
     data: Annotated[
         str | None, typer.Option(metavar="INDEX", help="Its latents' index: DEST can then be sampled from like a run.")
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Instead of --data, of latents with a fixed scale: sd-vae-ft-ema.")
+        str | None,
+        typer.Option(metavar="NAME", help="Instead of --data, of latents with a fixed scale: sd-vae-ft-ema."),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Convert published weights (SiT, REPA, IG, LightningDiT) to ours, or ours back; nothing in a file is run."""
     from ig_dist.convert import convert_back, convert_published
@@ -50,6 +56,17 @@ def convert(
             raw=raw,
             index=data,
             tokenizer=tokenizer,
+        )
+    if as_json:
+        return print_json(
+            {
+                "format": done.published,
+                "model": done.describe(),
+                "parameters": done.parameters,
+                "weights_sha256": done.weights_sha256,
+                "difference": done.difference,
+                "written": str(dest),
+            }
         )
     console.print(f"{done.published}: {done.describe()}", markup=False)
     console.print(f"{done.parameters:,} parameters, sha256 {done.weights_sha256}")

@@ -15,13 +15,17 @@ def reference(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Index, folder, npz or tars of real pictures.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The npz to write; FILE.json beside it says of what.")],
     extractors: Annotated[
-        str, typer.Option(help="Comma separated: inception, dinov2, efficientnet_lite0.")
+        str, typer.Option(metavar="NAME,...", help="Of inception, dinov2, efficientnet_lite0.")
     ] = "inception",
-    image_size: Annotated[int | None, typer.Option(min=1, help="Cut pictures of files to this side, as ADM.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Cut pictures of files to this side, as ADM.")
+    ] = None,
     weights: Annotated[
         list[str] | None, typer.Option(metavar="EXTRACTOR=PATH", help="Weights of an extractor that lie elsewhere.")
     ] = None,
-    tokenizer: Annotated[str, typer.Option(help="Of an index, where it is not found under its name.")] = "",
+    tokenizer: Annotated[
+        str, typer.Option(metavar="PLACE", help="Of an index, where it is not found under its name.")
+    ] = "",
 ) -> None:
     """Make statistics of real pictures, as ADM's files have them. Any number of processes may share the work."""
     from ig_dist.evaluation.making_references import make_reference

@@ -13,7 +13,7 @@ from ig_dist.terminal import console
 
 def report(
     run: Run,
-    out: Annotated[Path | None, typer.Option(help="The HTML file; default: RUN/report.html.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The HTML file; default: RUN/report.html.")] = None,
 ) -> None:
     """Write one HTML file of a run: curves, pictures, scores with their protocol, config."""
     from ig_dist.report.page import write_report

@@ -23,7 +23,7 @@ import yaml
 
 from ig_dist.commands.examples import epilog
 from ig_dist.commands.launch import CONTEXT, Launch
-from ig_dist.commands.options import complete_config, complete_keys
+from ig_dist.commands.options import AsJson, complete_config, complete_keys, print_json
 from ig_dist.errors import ConfigError
 from ig_dist.jobs import JOBS, Job, refuse_verb
 from ig_dist.usage import unknown_option
@@ -177,10 +177,12 @@ def submit(
 
 
 @app.command(epilog=epilog("slurm status"))
-def status(run: Run, follow: Follow = False) -> None:
+def status(run: Run, follow: Follow = False, as_json: AsJson = False) -> None:
     """Say what a run's jobs do, how often they were started, and why each start ended."""
     from ig_dist.slurm import watch
 
+    if as_json:
+        return print_json(watch.describe(run))
     watch.show_status(run)
     if follow:
         raise typer.Exit(watch.follow(*watch.found_folders(run)[-1]))

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
+from ig_dist.commands.options import AsJson
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.terminal import console
 
@@ -157,13 +158,15 @@ def verify(
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Decode random samples into this picture (PNG).")
     ] = None,
-    decode: Annotated[int, typer.Option(min=1, help="Samples in the picture.")] = 32,
+    decode: Annotated[int, typer.Option(min=1, metavar="N", help="Samples in the picture.")] = 32,
     tokenizer: Annotated[
         str | None, typer.Option(metavar="PLACE", help="Weights for the picture. Default: by the index's name.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Chooses the samples of --picture and --fast.")] = 0,
-    workers: Annotated[int, typer.Option(min=1, help="Threads, a shard each.")] = min(16, 2 * (os.cpu_count() or 1)),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    seed: Annotated[int, typer.Option(min=0, metavar="SEED", help="Chooses the samples of --picture and --fast.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, metavar="N", help="Threads, a shard each.")] = min(
+        16, 2 * (os.cpu_count() or 1)
+    ),
+    as_json: AsJson = False,
 ) -> None:
     """Hold shards of latents against their index."""
     from ig_dist.data.index import ShardIndex, read_index_file, read_table

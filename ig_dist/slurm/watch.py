@@ -58,6 +58,30 @@ def show_status(run: Path) -> None:
         console.print(f"last step in {run}/metrics.jsonl: {step}", markup=False)
 
 
+def describe(run: Path) -> dict[str, Any]:
+    """What ``show_status`` prints, for a program."""
+    told = []
+    for folder, submission in found_folders(run):
+        jobs = queued([folder.id] if folder.id else [])
+        active = {job.id for job in jobs if job.active}
+        starts = {
+            task: history(folder, task, any(job.endswith(f"_{task}") if task else True for job in active))
+            for task in folder.tasks()
+        }
+        told.append(
+            {
+                "kind": submission.kind,
+                "id": folder.id,
+                "state": _state(jobs),
+                "active": bool(active),
+                "tasks": starts if submission.array else None,
+                "starts": None if submission.array else next(iter(starts.values()), []),
+                "log": str(folder.log),
+            }
+        )
+    return {"run": str(run), "jobs": told, "last_step": last_step(run)}
+
+
 def history(folder: Folder, task: str, active: bool) -> list[dict[str, Any]]:
     """The starts of a job, each with its end, if it had one."""
     starts: list[dict[str, Any]] = []

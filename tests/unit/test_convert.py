@@ -121,8 +121,11 @@ def test_a_converted_golden_checkpoint_gives_the_published_numbers(file: str, na
     output = model(golden["forward.x_t"], t, golden["forward.labels"])
     for key, velocity in (("forward.velocity", output.velocity), ("forward.aux_velocity", output.aux_velocity)):
         torch.testing.assert_close(-velocity if reverse else velocity, golden[key], rtol=1e-5, atol=1e-5)
-    done = run_command(["ig-dist", "convert", tmp_path / "ours", tmp_path / "back.pt"])
+    done = run_command(["ig-dist", "convert", tmp_path / "ours", tmp_path / "back.pt", "--json"])
     assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["format"], told["parameters"]) == (name, record.parameters)
+    assert told["written"] == str(tmp_path / "back.pt")
     assert same_bits(torch.load(tmp_path / "back.pt", weights_only=True)["ema"], weights)
 
 

@@ -19,6 +19,7 @@ from ig_dist.config import Config
 from ig_dist.config_file import to_yaml
 from ig_dist.errors import ConfigError
 from ig_dist.jobs import Job, job_folder
+from ig_dist.slurm import watch
 from ig_dist.slurm.commands import Partition, minutes, partition
 from ig_dist.slurm.rank import STOPPED
 from ig_dist.slurm.record import Folder, Submission, World
@@ -371,3 +372,21 @@ def test_no_task_of_an_array_does_what_one_process_alone_does(tmp_path: Path, ar
         check=True,
     )
     assert (tmp_path / "said").read_text() == said
+
+
+def test_the_status_for_a_program_is_that_of_the_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    (run / "slurm/first/log").mkdir(parents=True)
+    folder = Folder(run / "slurm/first")
+    folder.write(submission(run=str(run)))
+    folder.add_event("start", nodes=["node1"], log=0)
+    folder.add_event("end", code=STOPPED, reason="time limit", next="requeue", checkpoint=7, blame=[])
+    (run / "metrics.jsonl").write_text('{"step": 9}\n')
+    told = json.loads(json.dumps(watch.describe(run)))
+    (job,) = told["jobs"]
+    assert (told["last_step"], job["kind"], job["active"], job["tasks"]) == (9, "train", False, None)
+    (start,) = job["starts"]
+    assert start["nodes"] == ["node1"] and (start["end"]["reason"], start["end"]["next"]) == ("time limit", "requeue")
+    watch.show_status(run)
+    said = capsys.readouterr().out
+    assert job["state"] in said and "node1: time limit -> requeue" in said
