@@ -169,7 +169,7 @@ def test_a_training_that_is_interrupted_leaves_the_process_as_it_was(
     assert not torch.distributed.is_initialized()
 
     def stopped(*arguments: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)  # the kernel is interrupted
         return train_step(*arguments)
 
     from ig_dist.training.trainer import _train_step as train_step
