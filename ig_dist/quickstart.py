@@ -53,7 +53,7 @@ def run_quickstart(out: Path, *, short: bool) -> None:
     done, stop_at = _last_step(run / "metrics.jsonl"), steps // 3
     if done >= stop_at:
         _say(
-            "2. Train with Internal Guidance",
+            "2, 3. Train with Internal Guidance",
             f"{model} An earlier quickstart took it to step {done} of {steps}: the same command "
             + ("finds nothing to do." if done >= steps else "goes on from the newest checkpoint."),
         )

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import time
 import venv
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from PIL import Image
 
 import ig_dist
 from tests.conftest import ROOT
@@ -142,7 +144,7 @@ def use(made: Installed) -> None:
     start = json.loads(line)
     assert start["command"].startswith("ig-dist train digits 'data.index=my data'") and "commit" not in start
     assert start["versions"]["ig_dist"] == ig_dist.__version__ and start["cwd"] == str(made.folder)
-    made.run("ig-dist", "launch", "--processes", "2", "--job", "sample", "my run", "sample.num=4", "sample.steps=2")
+    made.run("ig-dist", "launch", "--processes", "1", "--job", "sample", "my run", "sample.num=4", "sample.steps=2")
     made.run("ig-dist", "report", "my run")
     assert (made.folder / "my run/report.html").stat().st_size > 10_000
     script = made.run("ig-dist", "slurm", "--nodes", "2", "--tasks-per-node", "1", "--dry-run", *train)
@@ -187,6 +189,13 @@ def test_from_a_wheel_with_what_pip_gets_for_it(built: Built, tmp_path: Path) ->
     """No extras: 40 s and 1.4 GB with torch for CPUs at hand."""
     made = make_environment(tmp_path, built.wheel)
     use(made)
+    for name in "abab":
+        picture = made.folder / "my pictures" / name / f"{time.monotonic_ns()}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), "red").save(picture)
+    made.run(
+        "ig-dist", "encode", "--source", "my pictures", "--dest", "b", "--tokenizer", "pixel", "--image-size", "16"
+    )
     made.run("ig-dist", "quickstart", "--short")
     text = made.run("ig-dist", "quickstart", "--short")
     assert "finds nothing to do" in text and "SIGTERM" not in text
