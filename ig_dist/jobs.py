@@ -140,7 +140,7 @@ def _scored_run(given: dict[str, Any]) -> Path | None:
     if samples is not None:
         _, run, _ = read_samples(samples)
         return run if run.is_dir() else None
-    _refuse_missing(src)
+    refuse_missing(src)
     alone = not given["nearest"] and all(METRICS[name].kind == "inception_score" for name in metrics)
     if given["reference"] is None and not alone:
         raise ConfigError(f"{src} holds no plan's samples (no {PLAN_NAME}): give --reference, what to hold it against")
@@ -151,10 +151,11 @@ def _refuse_reference(given: dict[str, Any]) -> None:
     from ig_dist.evaluation.making_references import check_arguments
 
     check_arguments(given["out"], given["extractors"].split(","))
-    _refuse_missing(given["source"])
+    refuse_missing(given["source"])
 
 
-def _refuse_missing(src: str) -> None:
+def refuse_missing(src: str) -> None:
+    """Raise ConfigError if real pictures are nowhere, before anything else is looked for."""
     from ig_dist.data.sources import is_name
 
     pattern = "://" in src or glob.has_magic(src) or "{" in src

@@ -67,9 +67,9 @@ def unknown_option(option: str, context: Any, typed: Sequence[str]) -> str:
         return f"{text} of `ig-dist {verb}`; did you mean {key}={'...' if value is None else shlex.quote(value)}?"
     for launcher in LAUNCHERS:
         found = getattr(context.find_root().command, "commands", {}).get(launcher)
-        for command in (found, *getattr(found, "commands", {}).values()):
-            if verb not in LAUNCHERS and option in options(command):
-                return f"{text} of `ig-dist {verb}`; `ig-dist {launcher}` has it, see `ig-dist {launcher} --help`"
+        starts = getattr(found, "commands", {}).get("submit", found)
+        if verb not in LAUNCHERS and option in options(starts):
+            return f"{text} of `ig-dist {verb}`; `ig-dist {launcher}` has it, see `ig-dist {launcher} --help`"
     return f"{text}; did you mean {difflib.get_close_matches(option, known, n=1, cutoff=0.0)[0]}?"
 
 

@@ -29,7 +29,9 @@ def reference(
 ) -> None:
     """Make statistics of real pictures, as ADM's files have them. Any number of processes may share the work."""
     from ig_dist.evaluation.making_references import make_reference
+    from ig_dist.jobs import refuse_missing
 
+    refuse_missing(source)
     places = dict(pair("--weights", text) for text in weights or [])
     made = make_reference(
         source, out, extractors=extractors.split(","), image_size=image_size, weights=places, tokenizer=tokenizer

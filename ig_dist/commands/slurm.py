@@ -143,6 +143,8 @@ def submit(
         refuse_verb(arguments[0], job)
     if job is Job.train:
         _refuse_options(context, arguments)
+        if tasks is not None and getattr(context.get_parameter_source("tasks"), "name", "") == "COMMANDLINE":
+            raise ConfigError("--tasks is for arrays, e.g. --job sample: give --nodes, or --tasks-per-node")
         chosen, words = _config_first(config, arguments)
     elif nodes != "1":
         raise ConfigError(f"--nodes is for --job train: give --tasks, the number of GPUs that {job.value} at once")
