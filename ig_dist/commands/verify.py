@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
 from ig_dist.commands.options import AsJson
@@ -46,6 +45,7 @@ def remedy(info: IndexFile, shards: int) -> str:
 
 def draw_picture(index: ShardIndex, verdict: Verdict, number: int, seed: int, file: Path, place: str | None) -> str:
     """Decode samples of the sound shards into a picture; says what became of it."""
+    import numpy as np
     import torch
 
     from ig_dist.data.reader import ShardReader
@@ -97,6 +97,8 @@ def draw_picture(index: ShardIndex, verdict: Verdict, number: int, seed: int, fi
 
 def facts(info: IndexFile, table: SampleTable | None, verdict: Verdict, fast: bool, seconds: float) -> dict[str, Any]:
     """The result as JSON holds it."""
+    import numpy as np
+
     from ig_dist.data.verify import TOLERANCE, class_counts
 
     counts = None if table is None else class_counts(info, table)
