@@ -15,21 +15,30 @@ from ig_dist.terminal import console, is_main_process
 def evaluate(
     samples: Annotated[
         str | None,
-        typer.Argument(metavar="SAMPLES", help="Folder of a plan's samples, an npz (arr_0), or a folder of pictures."),
+        typer.Argument(metavar="SAMPLES", help="A run, a plan's folder, an npz (arr_0), or a folder of pictures."),
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(help="Real images: an npz of statistics (ADM's), an index, pictures. Default: the training data."),
+        typer.Option(
+            metavar="SRC",
+            help="Real images: an npz of statistics (ADM's), an index, pictures. Default: the training data.",
+        ),
     ] = None,
-    metrics: Annotated[str | None, typer.Option(help="Scores, comma separated (evaluate.metrics).")] = None,
-    protocol: Annotated[str | None, typer.Option(help="adm or torch-fidelity, where the two differ.")] = None,
-    num: Annotated[int | None, typer.Option(min=2, help="Score the first so many images only.")] = None,
+    metrics: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Scores, comma separated (evaluate.metrics).")
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option(metavar="KIND", help="adm or torch-fidelity, where the two differ.")
+    ] = None,
+    num: Annotated[int | None, typer.Option(metavar="N", min=2, help="Score the first so many images only.")] = None,
     weights: Annotated[
         list[str] | None, typer.Option(metavar="EXTRACTOR=PATH", help="Weights of an extractor that lie elsewhere.")
     ] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Cut pictures of files to this side, as ADM.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Cut pictures of files to this side, as ADM.")
+    ] = None,
     nearest: Annotated[
-        int | None, typer.Option(min=1, help="Draw so many samples above the nearest real pictures.")
+        int | None, typer.Option(metavar="N", min=1, help="Draw so many samples above the nearest real pictures.")
     ] = None,
     check_against_adm: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Score ADM's own files; they must give what ADM published.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 import typer
@@ -9,34 +10,54 @@ import typer
 from ig_dist.commands.evaluate import evaluate
 from ig_dist.commands.options import Ema, Overrides, Raw, Run, Weak, interval
 from ig_dist.errors import ConfigError
-from ig_dist.terminal import console
+from ig_dist.terminal import console, is_main_process
 
 
 def sample(
     run: Run,
     overrides: Overrides = None,
     preset: Annotated[
-        str | None, typer.Option(help="Sample as published: paper, or paper-ig (no CFG). Other options come on top.")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Sample as published: paper, or paper-ig (no CFG). Other options come on top."
+        ),
     ] = None,
-    num: Annotated[int | None, typer.Option(min=1, help="Number of images (sample.num).")] = None,
+    num: Annotated[int | None, typer.Option(metavar="N", min=1, help="Number of images (sample.num).")] = None,
     classes: Annotated[
-        str | None, typer.Option("--class", help="Only these classes, e.g. 207,golden_retriever (sample.classes).")
+        str | None,
+        typer.Option(
+            "--class", metavar="CLASS,...", help="Only these classes, e.g. 207,golden_retriever (sample.classes)."
+        ),
     ] = None,
-    labels: Annotated[str | None, typer.Option(help="balanced or random (sample.labels).")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Image i depends on (seed, i) only (sample.seed).")] = None,
-    solver: Annotated[str | None, typer.Option(help="euler, heun, euler_maruyama or dopri5 (sample.solver).")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the solver (sample.steps).")] = None,
-    ig_scale: Annotated[float | None, typer.Option(help="Internal Guidance scale; 1: off.")] = None,
-    cfg_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1: off.")] = None,
-    ig_interval: Annotated[str | None, typer.Option(help="Times LOW,HIGH at which IG is on (t = 1 is noise).")] = None,
-    cfg_interval: Annotated[str | None, typer.Option(help="Times LOW,HIGH at which CFG is on.")] = None,
+    labels: Annotated[str | None, typer.Option(metavar="KIND", help="balanced or random (sample.labels).")] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="SEED", min=0, help="Image i depends on (seed, i) only (sample.seed).")
+    ] = None,
+    solver: Annotated[
+        str | None, typer.Option(metavar="KIND", help="euler, heun, euler_maruyama or dopri5 (sample.solver).")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Steps of the solver (sample.steps).")] = None,
+    ig_scale: Annotated[float | None, typer.Option(metavar="X", help="Internal Guidance scale; 1: off.")] = None,
+    cfg_scale: Annotated[
+        float | None, typer.Option(metavar="X", help="Classifier-free guidance scale; 1: off.")
+    ] = None,
+    ig_interval: Annotated[
+        str | None, typer.Option(metavar="LOW,HIGH", help="Times LOW,HIGH at which IG is on (t = 1 is noise).")
+    ] = None,
+    cfg_interval: Annotated[
+        str | None, typer.Option(metavar="LOW,HIGH", help="Times LOW,HIGH at which CFG is on.")
+    ] = None,
     weak: Weak = None,
-    auto_scale: Annotated[float | None, typer.Option(help="Scale of autoguidance by --weak; 1: off.")] = None,
-    auto_interval: Annotated[str | None, typer.Option(help="Times LOW,HIGH at which autoguidance is on.")] = None,
+    auto_scale: Annotated[
+        float | None, typer.Option(metavar="X", help="Scale of autoguidance by --weak; 1: off.")
+    ] = None,
+    auto_interval: Annotated[
+        str | None, typer.Option(metavar="LOW,HIGH", help="Times LOW,HIGH at which autoguidance is on.")
+    ] = None,
     ema: Ema = None,
     raw: Raw = False,
     png: Annotated[
-        int | None, typer.Option(min=0, help="Write the first so many as PNG files too (sample.png).")
+        int | None, typer.Option(metavar="N", min=0, help="Write the first so many as PNG files too (sample.png).")
     ] = None,
     drop_images: Annotated[
         bool, typer.Option("--drop-images", help="With --evaluate: keep features only (sample.keep_images=false).")
@@ -87,3 +108,5 @@ def sample(
     made = sample_run(config, export, metrics, out=out)
     if metrics:
         evaluate(made.samples.url)
+    elif is_main_process():
+        console.print(f"next: ig-dist evaluate {shlex.quote(made.samples.url)}", markup=False)

@@ -14,25 +14,43 @@ from ig_dist.terminal import console
 def sweep(
     run: Run,
     overrides: Overrides = None,
-    ig_scale: Annotated[str, typer.Option(help="IG scales, comma separated.")] = "1.0,1.2,1.4,1.7,2.0,2.5",
-    cfg_scale: Annotated[str, typer.Option(help="CFG scales, comma separated.")] = "1.0",
+    ig_scale: Annotated[
+        str, typer.Option(metavar="X,...", help="IG scales, comma separated.")
+    ] = "1.0,1.2,1.4,1.7,2.0,2.5",
+    cfg_scale: Annotated[str, typer.Option(metavar="X,...", help="CFG scales, comma separated.")] = "1.0",
     ig_interval: Annotated[
-        list[str] | None, typer.Option(help="Times LOW,HIGH at which IG is on; give it again for more.")
+        list[str] | None,
+        typer.Option(metavar="LOW,HIGH", help="Times LOW,HIGH at which IG is on; give it again for more."),
     ] = None,
     cfg_interval: Annotated[
-        list[str] | None, typer.Option(help="Times LOW,HIGH at which CFG is on; give it again for more.")
+        list[str] | None,
+        typer.Option(metavar="LOW,HIGH", help="Times LOW,HIGH at which CFG is on; give it again for more."),
     ] = None,
     weak: Weak = None,
-    auto_scale: Annotated[str, typer.Option(help="Scales of autoguidance by --weak, comma separated.")] = "1.0",
-    auto_interval: Annotated[str | None, typer.Option(help="Times LOW,HIGH at which autoguidance is on.")] = None,
-    emas: Annotated[str | None, typer.Option("--ema", help="Decays of averages, comma separated.")] = None,
-    steps: Annotated[str | None, typer.Option("--checkpoint", help="Steps of checkpoints, comma separated.")] = None,
-    metrics: Annotated[str | None, typer.Option(help="Scores, comma separated (evaluate.metrics).")] = None,
-    target: Annotated[str | None, typer.Option(help="The score to search for. Default: the first one.")] = None,
+    auto_scale: Annotated[
+        str, typer.Option(metavar="X,...", help="Scales of autoguidance by --weak, comma separated.")
+    ] = "1.0",
+    auto_interval: Annotated[
+        str | None, typer.Option(metavar="LOW,HIGH", help="Times LOW,HIGH at which autoguidance is on.")
+    ] = None,
+    emas: Annotated[
+        str | None, typer.Option("--ema", metavar="DECAY,...", help="Decays of averages, comma separated.")
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option("--checkpoint", metavar="STEP,...", help="Steps of checkpoints, comma separated.")
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Scores, comma separated (evaluate.metrics).")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The score to search for. Default: the first one.")
+    ] = None,
     halving: Annotated[
         bool, typer.Option("--halving", help="All points on few images, the better half on twice as many, and so on.")
     ] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds per point; scores become means with deviations.")] = 1,
+    seeds: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Seeds per point; scores become means with deviations.")
+    ] = 1,
     out: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Folder of samples, scores and sweep. Default: the run.")
     ] = None,

@@ -59,6 +59,9 @@ def test_weights_have_one_way_to_be_named(home: Path, tmp_path: Path) -> None:
         done = run_command(["ig-dist", "export", source], cwd=tmp_path)
         assert done.stdout.strip() == f"{run}/export/step_0000000002_ema_0.99", done.stderr
     export = Path(done.stdout.strip())
+    done = run_command(["ig-dist", "export", f"{run}@2", "--ema", "0.9", "--json"], cwd=tmp_path)
+    told = {"export": f"{run}/export/step_0000000002_ema_0.9", "ema": 0.9, "step": 2}
+    assert json.loads(done.stdout) == told, done.stderr
     alone, checkpoints = tmp_path / "alone", tmp_path / "checkpoints"
     shutil.copytree(export, alone)
     shutil.copytree(run / "checkpoints", checkpoints)

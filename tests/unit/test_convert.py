@@ -289,7 +289,7 @@ def test_converted_weights_are_sampled_from_like_a_run(tmp_path: Path, digits_in
     done = run_command(["ig-dist", "sample", tmp_path / "run", *small, "--ig-scale", "1.4"])
     assert done.returncode == 0 and "8 images" in done.stdout, done.stderr
     done = run_command(["ig-dist", "sample", tmp_path / "run", *small, "--raw"])
-    assert done.returncode == 2 and "holds converted weights, and only these" in done.stderr
+    assert done.returncode == 2 and "holds exported weights, and only these" in done.stderr
     assert run_command(["ig-dist", "report", tmp_path / "run"]).returncode == 0
     page = (tmp_path / "run/report.html").read_text()
     assert "<dt>Published as</dt><dd>ig-sit</dd>" in page and 'id="training"' not in page
