@@ -94,6 +94,8 @@ class Listed(NamedTuple):
     """That are there; of an unfinished plan, units instead."""
     scores: Mapping[str, float]
     """Those that were written into the run."""
+    step: int | None = None
+    """Of the checkpoint."""
 
 
 def list_plans(run: str | Path) -> list[Listed]:
@@ -140,8 +142,9 @@ def _listed(url: str, run: Path) -> Iterator[Listed]:
     for folder in sorted(entry["name"] for entry in entries if entry["type"] == "directory"):
         name, files = folder.rstrip("/").rsplit("/", 1)[-1], existing(fs, folder)
         if PLAN_NAME in files:
-            plan = Plan(**json.loads(read_file(fs, f"{folder}/{PLAN_NAME}"))["plan"])
-            yield Listed(f"{url}/{name}", plan, plan.num, _scores(run / "evaluations" / f"{plan.digest}.json"))
+            told = json.loads(read_file(fs, f"{folder}/{PLAN_NAME}"))
+            plan, step = Plan(**told["plan"]), int(told["export"]["step"])
+            yield Listed(f"{url}/{name}", plan, plan.num, _scores(run / "evaluations" / f"{plan.digest}.json"), step)
         elif units := [file for file in files if file.startswith("unit_")]:
             yield Listed(f"{url}/{name}", None, len(units), {})
 

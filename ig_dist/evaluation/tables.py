@@ -96,11 +96,12 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
 
 def print_plans(plans: Sequence[Listed]) -> None:
     """A run's plans: the folder's name, how many images, what they are, and the scores that are known."""
-    table = _table("folder", "images", "what", "scores")
+    table = _table("folder", "step", "images", "what", "scores")
     for listed in plans:
         scores = ", ".join(f"{name} {value:.4g}" for name, value in listed.scores.items())
         what = listed.plan.describe().rpartition("; ")[0] if listed.plan else "not finished: sample again to go on"
-        table.add_row(listed.url.rsplit("/", 1)[-1], f"{listed.images:,}" if listed.plan else "", what, scores)
+        step, images = (f"{listed.step:,}", f"{listed.images:,}") if listed.step is not None else ("", "")
+        table.add_row(listed.url.rsplit("/", 1)[-1], step, images, what, scores)
     console.print(table)
 
 

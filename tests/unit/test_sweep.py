@@ -289,10 +289,12 @@ def test_tables_lose_nothing_at_80_columns(
     print_result({"scores": {"fid": 1.5}, "protocol": {"guidance": [term], "reference": "r" * 100}})
     said = capsys.readouterr().out
     assert "CFG 1.35 for t in [0, 0.7]" in said and said.count("r") >= 100 and "\u2026" not in said
-    plans = [Listed("a/1234", make_plan(), 40, {"fid": 2.5}), Listed("a/5678", None, 3, {})]
+    plans = [Listed("a/1234", make_plan(), 40, {"fid": 2.5}, 1200), Listed("a/5678", None, 3, {})]
     print_plans(plans)
     said = capsys.readouterr().out
-    assert all(word in said for word in ("1234", "40", "IG 1.5, heun 3, seed 0", "fid 2.5", "5678", "not finished"))
+    assert all(
+        word in said for word in ("1234", "1,200", "40", "IG 1.5, heun 3, seed 0", "fid 2.5", "5678", "not finished")
+    )
 
 
 def test_real_pictures_above_the_grid_are_of_the_columns_classes(tmp_path: Path) -> None:
