@@ -88,9 +88,11 @@ def train(config: Config, *, force: bool = False, lives_on: bool = False) -> Non
         store = checkpoint_store(config)
         seen = store.agreed_steps(dist)
         state = find_checkpoint(store, config, index, dist, phases.beat)
+        model = _first_model(config, state is not None)
         path = cleanup.enter_context(_claimed_by_main(config, dist, force))
         if store.agreed_steps(dist) != seen:  # whoever held the run until now has saved once more
             state = find_checkpoint(store, config, index, dist, phases.beat)
+            model = _first_model(config, state is not None)
         start, total = state.checkpoint.step if state else 0, config.total_steps(order.num_samples)
         if dist.is_main:
             doing = "finished at" if start >= total else "resume at" if start else "start from"
@@ -100,12 +102,6 @@ def train(config: Config, *, force: bool = False, lives_on: bool = False) -> Non
         if dist.is_main:
             note_start(path, step=start)
             store.abort_orphans()
-        with torch.device("cpu" if state is None else "meta"):  # whose weights the checkpoint has
-            model = DiT(config.model.to_dit())
-        if state is None:
-            initialize(model, config.run.seed)
-            if config.train.init_from:
-                load_weights(model, config.train.init_from)
         saver = Saver(store, dist, phases.beat)
         cleanup.callback(saver.close)
         stop_flag = StopFlag()
@@ -190,6 +186,21 @@ def train(config: Config, *, force: bool = False, lives_on: bool = False) -> Non
             if done > saved:
                 save(done, exported=done == total)
             _end(ending, saver, done, total)
+
+
+def _first_model(config: Config, saved: bool) -> DiT:
+    """The model as a run begins; without memory for its weights where a checkpoint has them.
+
+    Raises:
+        ConfigError: ``train.init_from`` is no such weights.
+    """
+    with torch.device("meta" if saved else "cpu"):
+        model = DiT(config.model.to_dit())
+    if not saved:
+        initialize(model, config.run.seed)
+        if config.train.init_from:
+            load_weights(model, config.train.init_from)
+    return model
 
 
 def _end(ending: Ending, saver: Saver, done: int, total: int) -> NoReturn:
