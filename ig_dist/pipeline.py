@@ -6,7 +6,6 @@ The same functions as `ig-dist sample` make the images, in the same batches: the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
 
@@ -15,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ig_dist.arithmetic import Precision, arithmetic
 from ig_dist.config import Config
 from ig_dist.diffusion.guidance import GuidanceTerm, guided_velocity
 from ig_dist.errors import ConfigError
@@ -51,7 +51,7 @@ class Asked(TypedDict, total=False):
     correct_last_step: bool | None
     rtol: float | None
     atol: float | None
-    precision: Literal["fp32", "bf16"] | None
+    precision: Precision | None
     batch_size: int | None
     unit_size: int | None
 
@@ -226,7 +226,7 @@ class Pipeline:
             function = guided_velocity(self.model, wanted, terms)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        with self._arithmetic():
+        with arithmetic(self.config.sample.precision, self.device):
             return function(x, float(t))
 
     def _numbers(self, labels: list[int | str]) -> list[int]:
@@ -258,9 +258,6 @@ class Pipeline:
             return images
         pixels = images.cpu().numpy()
         return Images(pil_images(pixels)) if output == "pil" else pixels
-
-    def _arithmetic(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.sample.precision == "bf16")
 
     def __repr__(self) -> str:
         info, dit, sample = self.info, self.info.model, self.config.sample

@@ -40,6 +40,7 @@ FREE_KEYS = {
     "optimizer.implementation",
     "train.accumulation",
     "train.compile",
+    "train.deterministic",
     "train.activation_checkpointing",
     "train.max_nonfinite_steps",
     "train.peak_tflops",

@@ -60,8 +60,8 @@ class SampleConfig(Group):
     """Images at a time; a batch never crosses a unit."""
     unit_size: Positive = 512
     """Images per unit, the piece of work that one worker claims and writes whole."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the model; the solver's state is float64."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Arithmetic of the model; the solver's state is float64. tf32 (of GPUs) is that of the published SiT sampler."""
     url: Url = ""
     """Folder of the plans' samples: a path or any fsspec URL. Empty: ``samples`` in the run directory."""
     tokenizer: str = ""

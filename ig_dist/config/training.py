@@ -106,7 +106,10 @@ class TrainConfig(Group):
     accumulation: Positive = 1
     """Micro-batches a step on each rank."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Arithmetic of forward and backward; weights, moments and EMAs are fp32 always."""
+    """Arithmetic of forward and backward; weights, moments and EMAs are fp32 always, and fp32 is never TF32."""
+    deterministic: bool = False
+    """On GPUs: the same bits in each run of the same job, also of attention and weight gradients, which costs speed.
+    CPUs give them in any case."""
     compile: bool = False
     """torch.compile each block."""
     activation_checkpointing: bool = False

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ig_dist.arithmetic import arithmetic
 from ig_dist.background import in_background
 from ig_dist.data.latents import tokenizer_latents
 from ig_dist.diffusion.guidance import guided_velocity
@@ -193,7 +194,7 @@ def solve(models: Models, plan: Plan, numbers: Tensor, labels: Tensor) -> tuple[
         return normal(plan.seed, Purpose.SAMPLE_STEP, numbers, shape, step=step)
 
     x = normal(plan.seed, Purpose.SAMPLE_NOISE, numbers, shape).double()
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
+    with arithmetic(plan.precision, x.device):
         x = run_solver(plan, velocity, x, Path(models.info.path), noise)
     forwards = [0 if model is None else model.rows // len(numbers) for model in (counted, weak)]
     return x, (evaluations, forwards[0], forwards[1])

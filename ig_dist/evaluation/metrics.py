@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ig_dist.arithmetic import switches
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.moments import Moments
 
@@ -247,12 +248,8 @@ def _points(features: Features, half: bool, device: torch.device | str) -> _Poin
 
 def _piece(u: _Points, v: _Points, rows: slice) -> Tensor:
     """Squared distances (R, N) of some rows of ``u`` from all of ``v``, in the type of their norms."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
+    with switches("fp32"):
         products = u.values[rows] @ v.values.T
-    finally:
-        torch.set_float32_matmul_precision(precision)
     return products.to(u.norms.dtype).mul_(-2).add_(u.norms[rows, None]).add_(v.norms)
 
 

@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
+from ig_dist.arithmetic import Precision
 from ig_dist.config import Config
 from ig_dist.config.sampling import GuidanceConfig
 from ig_dist.data.classes import class_words, find_classes
@@ -38,7 +39,7 @@ class Plan(BaseModel):
     rtol: float = 1e-3
     atol: float = 1e-6
     guidance: tuple[GuidanceConfig, ...]
-    precision: Literal["fp32", "bf16"]
+    precision: Precision
     unit_size: int
     batch_size: int
     weights_sha256: str

@@ -32,7 +32,7 @@ _RECIPES: dict[str, dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]] = {
 
 
 def recipe(name: str, model: ModelConfig) -> list[str]:
-    """The overrides that sample a model as published: 50,000 images of random classes, from fp32 forwards.
+    """The overrides that sample a model as published: 50,000 images of random classes, in TF32 as published samplers.
 
     Raises:
         ConfigError: no such recipe, or none for a model of this size.
@@ -48,7 +48,7 @@ def recipe(name: str, model: ModelConfig) -> list[str]:
         )
     sampler, guidance = _RECIPES[name][size]
     plain = {"time_shift": 1.0, "correct_last_step": True}  # of another solver that a run's config may have
-    settings = {"num": 50_000, "labels": "random", "precision": "fp32", **plain, **sampler}
+    settings = {"num": 50_000, "labels": "random", "precision": "tf32", **plain, **sampler}
     return [*(f"sample.{key}={value}" for key, value in settings.items()), f"guidance={guidance}"]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ig_dist.arithmetic import arithmetic
 from ig_dist.errors import ConfigError
 from ig_dist.latents.ldm import ldm_name, ldm_settings, read_checkpoint
 from ig_dist.latents.tokenizer import Precision, Tokenizer
@@ -230,10 +231,8 @@ def _laid_out(values: Tensor) -> Tensor:
 
 @contextmanager
 def _inference(device: torch.device) -> Iterator[None]:
-    """No gradients, no autocast of a caller's, and fp32 that is fp32: by default cuDNN multiplies in TF32."""
-    cudnn = torch.backends.cudnn
-    kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), cudnn.flags(**kept, allow_tf32=False):
+    """No gradients, no autocast of a caller's, and fp32 that is fp32."""
+    with torch.no_grad(), arithmetic("fp32", device):
         yield
 
 

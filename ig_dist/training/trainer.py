@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ig_dist.arithmetic import switches
 from ig_dist.checkpoints.saving import Saver
 from ig_dist.checkpoints.store import Checkpoint, Piece
 from ig_dist.config import Config
@@ -80,6 +81,7 @@ def train(config: Config, *, force: bool = False, lives_on: bool = False) -> Non
         cleanup.enter_context(failures_told(config, dist, phases, watchdog))
         cleanup.enter_context(lost_peers_explained(dist))
         check_engine(config)
+        cleanup.enter_context(switches(config.train.precision, deterministic=config.train.deterministic))
         index = read_everywhere(partial(read_index, config.data.index), dist)
         config = config.with_data(index.info.latent.shape, len(index.info.classes))
         if config.log.sample_every_steps:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ig_dist.arithmetic import arithmetic
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.extractors.weights import PUBLISHED, Published, check_hash, find_weights
 
@@ -66,19 +67,15 @@ class Extractor:
 
 @contextmanager
 def exact_fp32(device: torch.device) -> Iterator[None]:
-    """No gradients, no autocast of a caller's, no TF32, and cuDNN's deterministic algorithms.
-
-    PyTorch keeps these switches per process: another thread that wants TF32 goes without while this lasts, and two
-    threads in here at once, or one beside another's ``cudnn.flags``, would restore each other's.
-    """
-    cudnn, precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
-    settings = {"enabled": cudnn.enabled, "benchmark": False, "deterministic": True, "allow_tf32": False}
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.inference_mode(), torch.autocast(device.type, enabled=False), cudnn.flags(**settings):
+    """No gradients, no autocast of a caller's, no TF32, and cuDNN's deterministic algorithms."""
+    cudnn = torch.backends.cudnn
+    with torch.inference_mode(), arithmetic("fp32", device):
+        kept = cudnn.deterministic, cudnn.benchmark
+        cudnn.deterministic, cudnn.benchmark = True, False
+        try:
             yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+        finally:
+            cudnn.deterministic, cudnn.benchmark = kept
 
 
 EXTRACTORS: Mapping[str, Published | None] = {"pixel": None, **PUBLISHED}
