@@ -10,6 +10,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -108,6 +109,7 @@ class Watchdog:
         self._failure = self._others_failure = ""
         self._failure_told = threading.Event()
         self._answered = time.monotonic()
+        self._launcher = os.getppid() if "RANK" in os.environ else None
         self._prefix = f"watchdog/{from_main(uuid.uuid4().hex, dist)}"  # a store may outlive a start: torchrun's does
 
     def start(self) -> None:
@@ -143,6 +145,8 @@ class Watchdog:
             limit = self._limits.get(now.phase, self._timeout_s * (1 if self._phases.warm else FIRST_TIMES))
             if self._others_failure:
                 self._leave()
+            if self._launcher not in (None, os.getppid()):
+                self._stop_alone()
             self._word = _Word(now.entered, now.phase, now.step, idle, limit - idle, ticks)
             self._asking = idle > min(limit, self._timeout_s) / 2
             # whatever this rank waits for, it will not come from one that does not even answer
@@ -213,6 +217,12 @@ class Watchdog:
         if named:
             return f"; behind: {', '.join([*named.values()][:_MOST_NAMED])}{more}", list(named)
         return "; no rank is behind another" if self._dist.world_size > 1 else "", []
+
+    def _stop_alone(self) -> None:
+        """Whoever started the ranks is gone: nobody would signal them, nor see them end. They save and stop."""
+        self._launcher = None
+        print(f"rank {self._dist.rank}: the launcher is gone, the run saves and stops", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _leave(self) -> None:
         """Another rank has failed: if this one's main thread does not find out by itself, it ends here."""

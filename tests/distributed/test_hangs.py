@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from ig_dist.checkpoints.store import CheckpointStore
+from ig_dist.export import ALONE
 from ig_dist.parallel.blame import VARIABLE, blamed, noted_failure
 from tests import forked
 from tests.conftest import write_tiny_config
@@ -57,6 +59,28 @@ def hang_lines(errors: str) -> dict[int, str]:
         assert int(found[1]) not in lines, errors
         lines[int(found[1])] = line
     return lines
+
+
+def test_ranks_without_their_launcher_save_and_stop(tiny_config: Write, tmp_path: Path) -> None:
+    """torchrun that was killed, or that SIGUSR2 ended, leaves its ranks with the run locked."""
+    run = tmp_path / "runs" / "orphans"
+    process, ranks = started(tiny_config("orphans", train={"steps": 100000}), run, 5)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 60
+    while any(alive(rank) for rank in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    checkpoint = CheckpointStore(str(run / "checkpoints")).latest(ALONE)
+    assert checkpoint is not None and checkpoint.step == last_step(run) >= 5
+
+
+def alive(process: int) -> bool:
+    """Whether a process runs; one that ended may have no parent that asks for its end."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 @pytest.fixture(scope="module")
