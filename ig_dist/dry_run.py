@@ -19,6 +19,7 @@ from ig_dist.data.index import read_index
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT, DiTConfig, count_parameters
 from ig_dist.models.presets import forward_flops
+from ig_dist.parallel.deepspeed import BUCKET_ELEMENTS
 from ig_dist.terminal import console
 
 IMAGENET_IMAGES, IMAGENET_CLASSES, SD_LATENT = 1_281_167, 1000, (4, 32, 32)
@@ -30,13 +31,15 @@ class Memory(NamedTuple):
     """Bytes on each GPU."""
 
     state: int
-    """Weights, gradients, moments and averages."""
+    """Weights, gradients, moments and averages, between a backward pass and its step."""
+    working: int
+    """Copies of weights that a pass makes, and buffers."""
     activations: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.state + self.activations
+        return self.state + self.working + self.activations
 
 
 def dry_run(config: Config, *, gpus: int, mfu: float, peak_tflops: float) -> dict[str, Any]:
@@ -59,7 +62,8 @@ def dry_run(config: Config, *, gpus: int, mfu: float, peak_tflops: float) -> dic
     model, batch = config.model.to_dit(), config.train.global_batch_size
     parameters, moments = count_state(model, config)
     acceleration = config.loss.acceleration
-    passes = 4 if acceleration.weight and acceleration.source == "ema" else 3  # backward costs twice the forward
+    passes = 3  # backward costs twice the forward
+    passes += bool(acceleration.weight and acceleration.source == "ema") + config.train.activation_checkpointing
     flops, steps = passes * forward_flops(model), config.total_steps(images)
     micro = batch // gpus // config.train.accumulation
     engines = {}
@@ -67,6 +71,7 @@ def dry_run(config: Config, *, gpus: int, mfu: float, peak_tflops: float) -> dic
         memory = memory_per_gpu(engine, model, parameters, moments, config, gpus, micro)
         engines[engine] = {
             "state_bytes": memory.state,
+            "working_bytes": memory.working,
             "activation_bytes": memory.activations,
             "total_bytes": memory.total,
             "sent_bytes_per_step": communication_bytes(engine, parameters, config, gpus),
@@ -110,7 +115,7 @@ def print_dry_run(told: dict[str, Any]) -> None:
         f"{seconds / 86400:.2f} days on {gpus} GPUs at {told['mfu']:.0%} of {told['peak_tflops']:g} TFLOP/s"
         f" ({seconds * gpus / 3600:,.0f} GPU hours)"
     )
-    columns = ("engine", "state", "activations", "total", "sent a step")
+    columns = ("engine", "state", "working", "activations", "total", "sent a step")
     table = Table(*columns, title="GiB of each GPU: memory, and what it sends", title_justify="left")
     for engine, sizes in told["engines"].items():
         table.add_row(engine, *(f"{size / GIB:.2f}" for size in sizes.values()))
@@ -130,8 +135,8 @@ def memory_per_gpu(
 ) -> Memory:
     """Bytes on each GPU under an engine.
 
-    Masters, moments and averages are fp32 always, as are the gradients of DDP and FSDP2. ZeRO keeps
-    weights and gradients in the precision of the forward pass, and shards what its stage says.
+    Weights, gradients, moments and averages are fp32 under every engine, ours of ZeRO too. What they share is held
+    against memory measured under each engine by a test.
 
     Args:
         engine: ddp, fsdp2, zero1, zero2 or zero3.
@@ -142,25 +147,38 @@ def memory_per_gpu(
         gpus: number of GPUs.
         micro: images of a micro-batch on each GPU.
     """
-    low = 2 if config.train.precision == "bf16" else 4
-    cast = low if config.train.precision == "bf16" else 0  # autocast keeps low-precision copies of the weights
+    bf16 = config.train.precision == "bf16"
+    cast = 2 * parameters if bf16 else 0  # autocast's copies, for the backward pass
     kept = 4 * parameters * (1 + len(config.ema.decays)) + 4 * moments
-    block = -(-parameters // model.depth) * low * 2  # FSDP2 and ZeRO-3 hold the block in use and the next one whole
     state = {
-        "ddp": kept + parameters * (4 + cast),
-        "fsdp2": (kept + parameters * 4) // gpus + block,
-        "zero1": parameters * (2 * low) + kept // gpus,
-        "zero2": parameters * low + (kept + parameters * low) // gpus,
-        "zero3": (kept + parameters * 2 * low) // gpus + block,
+        "ddp": kept + 4 * parameters,
+        "fsdp2": (kept + 4 * parameters) // gpus,
+        "zero1": 4 * parameters + (kept + 4 * parameters) // gpus,  # the weights are whole beside their masters
+        "zero2": 4 * parameters + (kept + 4 * parameters) // gpus,
+        "zero3": (kept + 8 * parameters) // gpus,  # what is gathered from lies beside the masters
     }[engine]
-    return Memory(state, micro * activation_bytes(model, config.train.precision == "bf16"))
+    block = -(-parameters // model.depth)
+    gathered = (2 if bf16 else 4) * (parameters if config.engine.reshard_after_forward is False else 2 * block)
+    working = {
+        "ddp": cast,
+        "fsdp2": gathered,  # the block in use and the next one
+        "zero1": cast + 4 * parameters,  # gradients, until they are shared out
+        "zero2": cast + 4 * BUCKET_ELEMENTS,
+        "zero3": (8 + 2 * bf16) * block + 4 * BUCKET_ELEMENTS,
+    }[engine]
+    kept_of_image = activation_bytes(model, bf16)
+    if config.train.activation_checkpointing:  # the input of each block, and what is kept of the one computed again
+        tokens = (model.input_size // model.patch_size) ** 2
+        kept_of_image = kept_of_image // model.depth + 4 * model.depth * tokens * model.hidden_size
+    return Memory(state, working, micro * kept_of_image)
 
 
 def communication_bytes(engine: str, parameters: int, config: Config, gpus: int) -> int:
     """What each GPU sends in a step (rings: an all-reduce is a reduce-scatter and an all-gather).
 
-    DDP and FSDP2 reduce fp32 gradients once a step, ZeRO in the precision of the forward pass: stage 1 once, 2 and 3
-    after each micro-batch. FSDP2 and ZeRO-3 gather the weights for each micro-batch twice, or once where they are kept.
+    Gradients are reduced in fp32: by DDP, FSDP2 and ZeRO-1 once a step, by ZeRO-2 and 3 after each micro-batch. FSDP2
+    gathers weights in the precision of the forward pass, ZeRO in fp32: for each micro-batch twice, or once where FSDP2
+    keeps them.
 
     Args:
         engine: ddp, fsdp2, zero1, zero2 or zero3.
@@ -169,13 +187,13 @@ def communication_bytes(engine: str, parameters: int, config: Config, gpus: int)
         gpus: number of GPUs.
     """
     low, micro = 2 if config.train.precision == "bf16" else 4, config.train.accumulation
-    gathers = 2 if config.engine.reshard_after_forward else 1
+    gathers = 1 if config.engine.reshard_after_forward is False else 2
     per_parameter = {
         "ddp": 4 + 4,
         "fsdp2": 4 + low * gathers * micro,
-        "zero1": low + low,
-        "zero2": low * micro + low,
-        "zero3": low * micro + 2 * low * micro,
+        "zero1": 4 + 4,
+        "zero2": 4 * micro + 4,
+        "zero3": 4 * micro + 2 * 4 * micro,
     }[engine]
     return parameters * per_parameter * (gpus - 1) // gpus
 

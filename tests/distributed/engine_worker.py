@@ -3,17 +3,19 @@
     RANK=0 WORLD_SIZE=2 ... python -m tests.distributed.engine_worker jobs.json
 
 A job is ``{"config": FILE, "overrides": [...]}``: a training run. With ``source``, ``step`` and ``dest`` an engine
-starts from that checkpoint and saves what it then holds.
+starts from that checkpoint and saves what it then holds. With ``measure`` an engine's memory is written to that file.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from ig_dist.checkpoints.exchange import Loaded
 from ig_dist.checkpoints.saving import Saver
@@ -21,7 +23,7 @@ from ig_dist.checkpoints.store import CheckpointStore
 from ig_dist.config_file import load_config
 from ig_dist.data.index import read_index
 from ig_dist.errors import NonFiniteError
-from ig_dist.models.dit import DiT
+from ig_dist.models.dit import DiT, initialize
 from ig_dist.parallel.build import build_engine
 from ig_dist.parallel.dist import Dist, init_distributed, shut_down
 from ig_dist.terminal import leave
@@ -44,14 +46,48 @@ def reload(job: dict[str, Any], dist: Dist) -> None:
     saver.close()
 
 
+def measure(job: dict[str, Any], dist: Dist) -> None:
+    """Bytes that an engine with its averages holds between a backward pass and its step."""
+    config = load_config(job["config"], job["overrides"])
+    index = read_index(config.data.index)
+    config = config.with_data(index.info.latent.shape, len(index.info.classes))
+    before = live_bytes()
+    model = DiT(config.model.to_dit())
+    initialize(model, 0)
+    engine = build_engine(model, config, None, dist)
+    ema = trainer._build_ema(engine, config, None)
+    size, channels = model.config.input_size, model.config.in_channels
+    for step in range(2):  # the moments come with the first step
+        with engine.microbatch(last=True):
+            output = engine.module(torch.randn(2, channels, size, size), torch.rand(2), torch.zeros(2).long())
+            engine.backward(sum(v.float().square().mean() for v in output if v is not None))
+        if step == 0:
+            ema.update(engine.step(1e-4).finite)
+    del output
+    if dist.is_main:
+        Path(job["measure"]).write_text(str(live_bytes() - before))
+
+
+def live_bytes() -> int:
+    """Memory of all tensors that Python knows of, and of their gradients; of sharded ones what this rank has."""
+    gc.collect()
+    sizes = {}
+    for tensor in [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]:
+        for held in (tensor, tensor.grad if tensor.is_leaf else None):
+            if held is not None and not held.is_meta:
+                storage = (held.to_local() if isinstance(held, DTensor) else held).untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist = init_distributed(120, 120)
     trainer.init_distributed = lambda *_: dist
     trainer.shut_down = lambda: None
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        if "source" in job:
-            reload(job, dist)
+        if "source" in job or "measure" in job:
+            (reload if "source" in job else measure)(job, dist)
             continue
         try:
             trainer.train(load_config(job["config"], job["overrides"]))

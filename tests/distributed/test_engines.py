@@ -21,9 +21,11 @@ import yaml
 from ig_dist.checkpoints.store import CheckpointStore
 from ig_dist.config_file import load_config
 from ig_dist.data.index import read_index
+from ig_dist.dry_run import count_state, memory_per_gpu
 from ig_dist.errors import ConfigError
 from ig_dist.export import ALONE
 from ig_dist.parallel.build import check_engine
+from ig_dist.parallel.deepspeed import BUCKET_ELEMENTS
 from ig_dist.training.beginning import checkpoint_store, find_checkpoint
 from tests.conftest import ROOT, TINY, run_command
 from tests.distributed.kills import carry_out, kills
@@ -109,6 +111,31 @@ def two(folder: Path) -> Path:
             jobs.append({**run(folder, f"{name}-blown", *engine, *BLOWN), "blows_up": True})
     launch(jobs, 2, folder)
     return folder
+
+
+WIDE = ["model.hidden_size=128", "model.depth=4"]
+
+
+@pytest.fixture(scope="module")
+def measured(folder: Path) -> Path:
+    """Memory of a model of 1.2 M weights under every engine on two processes."""
+    jobs = [
+        {**run(folder, f"{name}-measured", *engine, *WIDE), "measure": str(folder / f"{name}.bytes")}
+        for name, engine in ENGINES.items()
+    ]
+    launch(jobs, 2, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_memory_is_as_the_dry_run_tells(measured: Path, name: str) -> None:
+    config = load_config(measured / "engines.yaml", [*ENGINES[name], *WIDE])
+    index = read_index(config.data.index)
+    config = config.with_data(index.info.latent.shape, len(index.info.classes))
+    model = config.model.to_dit()
+    told = memory_per_gpu(name, model, *count_state(model, config), config, gpus=2, micro=2)
+    found = int((measured / f"{name}.bytes").read_text()) - 4 * BUCKET_ELEMENTS * (name == "zero3")
+    assert found == pytest.approx(told.state, rel=0.02)
 
 
 LIGHTNING = ["model.norm=rmsnorm", "model.mlp=swiglu", "model.rope=true", "model.qk_norm=true", "train.steps=12"]

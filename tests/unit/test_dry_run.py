@@ -1,6 +1,7 @@
 """The dry run counts what a real model keeps, and tells the published costs."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -48,13 +49,27 @@ def test_the_published_run_is_told_without_data_and_without_weights() -> None:
     assert "4,003,647 steps of 256 images (800.0 epochs): 8 GPUs x 32 images x 1 micro-batches" in text
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
     rows = {engine: [float(number) for number in numbers] for engine, *numbers in cells}
-    assert rows["ddp"][0] > rows["zero1"][0] > rows["zero2"][0] > rows["zero3"][0] > 0
-    assert len({row[1] for row in rows.values()}) == 1
+    totals = [rows[engine][3] for engine in ("ddp", "zero1", "zero2", "zero3", "fsdp2")]
+    assert totals == sorted(totals, reverse=True) and totals[-1] > 0
+    assert len({row[2] for row in rows.values()}) == 1
     told = json.loads(as_json.stdout)
     assert told["assumed_imagenet"] and told["steps"] == 4_003_647
     assert {name: round(sizes["total_bytes"] / 2**30, 2) for name, sizes in told["engines"].items()} == {
-        name: row[2] for name, row in rows.items()
+        name: row[3] for name, row in rows.items()
     }
+
+
+def test_what_engine_and_checkpointing_change_is_told() -> None:
+    def told(*overrides: str) -> dict[str, Any]:
+        return dry_run(load_config("sit_xl2_ig", [*overrides, "engine.kind=fsdp2"]), gpus=8, mfu=0.4, peak_tflops=989.0)
+
+    plain, kept = told(), told("engine.reshard_after_forward=false")
+    sizes, whole = plain["engines"]["fsdp2"], kept["engines"]["fsdp2"]
+    assert whole["working_bytes"] == 2 * plain["parameters"] > 10 * sizes["working_bytes"]
+    assert whole["sent_bytes_per_step"] == pytest.approx(6 / 8 * sizes["sent_bytes_per_step"], rel=1e-6)
+    again = told("train.activation_checkpointing=true")
+    assert again["engines"]["fsdp2"]["activation_bytes"] < 0.15 * sizes["activation_bytes"]
+    assert again["seconds"] == pytest.approx(4 / 3 * plain["seconds"])
 
 
 def test_muon_keeps_one_moment_of_a_matrix() -> None:
