@@ -52,7 +52,9 @@ def hang_lines(errors: str) -> dict[int, str]:
     lines = {}
     for line in errors.splitlines():
         # torch's store, whose server is stopped; the launcher, of the stopped process
-        if line.startswith("[W") or re.fullmatch(r"error: rank \d did not end within 3 s of .* was killed", line):
+        if re.match(r"(\[rank\d\]:)?\[W", line) or re.fullmatch(
+            r"error: rank \d did not end within 3 s of .* was killed", line
+        ):
             continue
         found = re.match(r"error: rank (\d): no progress for \d+ s at ", line)
         assert found, errors
