@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import uuid
@@ -25,6 +26,10 @@ from tests.slurm_cluster import SlurmCluster
 
 # Small tensors gain nothing from threads, and tests that share the cores lose a lot. Also for the processes they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell that starts the tests in the background ignores SIGINT, in all that comes of it: Ctrl-C could not be tried.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 

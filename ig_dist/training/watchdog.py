@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -103,7 +103,8 @@ class Watchdog:
         self._folder = Path(config.run.dir) / "hang"
         self.stop = threading.Event()
         self._word = _Word(0, "start-up", 0, 0.0, 1.0, 0)
-        self._heard: dict[int, tuple[_Word, float]] = {}
+        unheard = replace(self._word, ticks=-1), time.monotonic()
+        self._heard = {rank: unheard for rank in range(dist.world_size) if rank != dist.rank}
         """The others' last words, and when they came."""
         self.ending = self._asking = self._told = False
         self._failure = self._others_failure = ""
@@ -159,9 +160,8 @@ class Watchdog:
 
     def _talk(self) -> None:
         """Tell and read the store; it may not answer, which is why the other thread never waits for it."""
-        ranks = [rank for rank in range(self._dist.world_size) if rank != self._dist.rank]
         store, ended, failed = None, f"{self._prefix}/ended", f"{self._prefix}/failed"
-        while not self.stop.wait(self._poll_s):
+        while not self.stop.is_set():  # at once, or one that is stopped early would never have said a word
             try:
                 if store is None:
                     store = TCPStore(
@@ -181,13 +181,15 @@ class Watchdog:
                     self._others_failure = store.get(failed).decode()
                 self._told = self._told or store.check([ended])
                 if self._asking or self._told:
+                    ranks = [rank for rank in self._heard if store.check([self._key(rank)])]
                     for rank, text in zip(ranks, store.multi_get([self._key(rank) for rank in ranks]), strict=True):
                         word = _Word(**json.loads(text))
-                        if rank not in self._heard or self._heard[rank][0].ticks != word.ticks:
+                        if self._heard[rank][0].ticks != word.ticks:
                             self._heard[rank] = word, time.monotonic()
                 self._answered = time.monotonic()
             except (RuntimeError, ValueError):  # of the store: a time-out, or a connection that broke
                 store = None
+            self.stop.wait(self._poll_s)
 
     def _key(self, rank: int) -> str:
         return f"{self._prefix}/{rank}"
