@@ -175,7 +175,7 @@ def verify(
     from ig_dist.data.verify import verify_shards
 
     console.stderr = as_json  # stdout is the JSON alone
-    folder, info, sha256 = read_index_file(url)
+    folder, info, sha256 = read_index_file(url, "INDEX")
     table, table_problem = None, []
     try:
         table = read_table(folder, info)

@@ -191,20 +191,20 @@ def read_index(url: str) -> ShardIndex:
     return ShardIndex(folder, info, table, sha256)
 
 
-def read_index_file(url: str) -> tuple[str, IndexFile, str]:
-    """Folder, contents and sha256 of ``index.json``, by its URL or that of its folder.
+def read_index_file(url: str, name: str = "data.index") -> tuple[str, IndexFile, str]:
+    """Folder, contents and sha256 of ``index.json``, by its URL or that of its folder; ``name`` is the setting's.
 
     Raises:
         ConfigError: no index there, or not an index.
     """
     folder = str(url).removesuffix("index.json").rstrip("/") or "."
-    fs, path = open_url(folder, "data.index")
+    fs, path = open_url(folder, name)
     try:
         raw = read_file(fs, f"{path}/index.json")
     except (FileNotFoundError, NotADirectoryError):
         what = "is a folder without an index.json" if fs.isdir(path) else "does not exist"
         raise ConfigError(
-            f"data.index: {folder} {what}; write shards there with"
+            f"{name}: {folder} {what}; write shards there with"
             " `ig-dist encode --source SRC --dest FOLDER --tokenizer T`,"
             " or index those that are there with ig-dist index"
         ) from None

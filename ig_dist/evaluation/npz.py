@@ -178,7 +178,7 @@ def open_npz(url: str, what: str = "npz", *, images: bool = True) -> NpzFile:
                 if info.filename.endswith(".npy")
             }
     except FileNotFoundError:
-        raise ConfigError(f"{what} {url}: there is no such file") from None
+        raise ConfigError(f"{what} {url}: there is no such file: give one that is there") from None
     except OSError as error:
         raise unreadable(fs, path, error) from None
     except (zipfile.BadZipFile, zlib.error) as error:

@@ -254,13 +254,14 @@ def test_samples_in_every_form_have_one_score(
 
     command = ["reference", digits_index, "--out", tmp_path / "real.npz", "--extractors", "pixel"]
     finished(start(command, log), log)
+    before = set((place.run / "evaluations").iterdir())  # of other tests, too
     made, _ = scored(capsys, place.plan, "--reference", tmp_path / "real.npz", "--metrics", "fd_pixel")
     assert made["scores"]["fd_pixel"] == expected["scores"]["fd_pixel"]
     assert made["protocol"]["reference_images"] == 1797
     first, _ = scored(capsys, place.plan, "--num", "20", "--metrics", "fd_pixel")
     assert first["protocol"]["num"] == 20 and first["scores"] != made["scores"]
-    kept = {file.name for file in (place.run / "evaluations").iterdir()}
-    assert f"{place.plan.name}.json" in kept and len([n for n in kept if n.startswith(f"{place.plan.name}_")]) >= 2
+    new = set((place.run / "evaluations").iterdir()) - before  # each way of scoring has a file of its own
+    assert len(new) == 2 and all(file.name.startswith(f"{place.plan.name}_") for file in new)
     assert json.loads((place.run / f"evaluations/{place.plan.name}.json").read_text()) == expected
 
 

@@ -50,7 +50,7 @@ def test_the_published_run_is_told_without_data_and_without_weights() -> None:
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
     rows = {engine: [float(number) for number in numbers] for engine, *numbers in cells}
     totals = [rows[engine][3] for engine in ("ddp", "zero1", "zero2", "zero3", "fsdp2")]
-    assert totals == sorted(totals, reverse=True) and totals[-1] > 0
+    assert totals == sorted(set(totals), reverse=True) and totals[-1] > 0
     assert len({row[2] for row in rows.values()}) == 1
     told = json.loads(as_json.stdout)
     assert told["assumed_imagenet"] and told["steps"] == 4_003_647
