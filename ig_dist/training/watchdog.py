@@ -224,7 +224,7 @@ class Watchdog:
         """Whoever started the ranks is gone: nobody would signal them, nor see them end. They save and stop."""
         self._launcher = None
         print(f"rank {self._dist.rank}: the launcher is gone, the run saves and stops", file=sys.stderr, flush=True)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR2)  # of ig-dist launch a SIGTERM may have come before, and a second one kills
 
     def _leave(self) -> None:
         """Another rank has failed: if this one's main thread does not find out by itself, it ends here."""
