@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the S3 server of the tests
 
@@ -82,7 +82,7 @@ def report_stalls(name: str, measured: list[tuple[float, float, float]]) -> None
 
 
 @contextmanager
-def object_store() -> Iterator[str]:
+def object_store(kind: Literal["memstore", "bluestore"] = "memstore") -> Iterator[str]:
     """A folder on a real S3 server, in this process's environment; empty where there can be none."""
     from tests.object_store import ObjectStore, available
 
@@ -90,7 +90,7 @@ def object_store() -> Iterator[str]:
         print(f"no S3: {reason}")
         yield ""
         return
-    with tempfile.TemporaryDirectory() as folder, ObjectStore(Path(folder)) as store:
+    with tempfile.TemporaryDirectory() as folder, ObjectStore(Path(folder), kind) as store:
         os.environ.update(store.environment())
         store.create_bucket("benchmark")
         yield "s3://benchmark/checkpoints"

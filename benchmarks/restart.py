@@ -51,14 +51,19 @@ def saved_by(engine: str, ranks: int, tensors: Mapping[str, Tensor]) -> Iterator
             mine = shared_out(tensors, rank, ranks)
             yield {name: Piece(tuple(tensors[name].shape), 0, tensors[name]) for name in mine}
             continue
-        pieces = {}
-        for name, tensor in tensors.items():  # fsdp2: rows, rounded up
-            rows = -(-tensor.shape[0] // ranks)
-            first = min(rank * rows, tensor.shape[0])
-            if first < tensor.shape[0]:
-                part = tensor[first : first + rows]
-                pieces[name] = Piece(tuple(tensor.shape), first * tensor[0].numel(), part)
-        yield pieces
+        yield cut_by_rows(tensors, rank, ranks)
+
+
+def cut_by_rows(tensors: Mapping[str, Tensor], rank: int, ranks: int) -> dict[str, Piece]:
+    """A rank's pieces under FSDP2: rows of each tensor, their number rounded up."""
+    pieces = {}
+    for name, tensor in tensors.items():
+        rows = -(-tensor.shape[0] // ranks)
+        first = min(rank * rows, tensor.shape[0])
+        if first < tensor.shape[0]:
+            part = tensor[first : first + rows]
+            pieces[name] = Piece(tuple(tensor.shape), first * tensor[0].numel(), part)
+    return pieces
 
 
 def manifest(engine: str, ranks: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
