@@ -23,12 +23,12 @@ from ig_dist.data.index import LatentInfo, TokenizerInfo
 from ig_dist.evaluation.extractors.extractor import get_extractor
 from ig_dist.evaluation.generate import Models, generate_units, solve
 from ig_dist.evaluation.plan import Plan, image_numbers
-from ig_dist.evaluation.sampling import sampling_device
 from ig_dist.evaluation.units import Samples
 from ig_dist.export import ExportInfo
 from ig_dist.latents.tokenizers import get_tokenizer
 from ig_dist.models.dit import DiT
 from ig_dist.terminal import console, run_app
+from ig_dist.this_process import this_device
 
 
 def build(
@@ -90,7 +90,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds after a first one that does not count.")] = 5,
 ) -> None:
     """Compare whole sampling with the solver alone."""
-    device = sampling_device()
+    device = this_device()
     models, info = build(preset, size, channels, tokenizer, device)
     features = get_extractor(extractor, weights=weights, device=device, allow_other=bool(weights))
     ratios, rates = [], []

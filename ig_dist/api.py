@@ -13,11 +13,12 @@ from ig_dist.config import Config
 from ig_dist.config_file import apply_overrides, config_from_tree, load_config
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.asking import Interval, sample_config
-from ig_dist.evaluation.sampling import check_places, sample_run, sampling_device
+from ig_dist.evaluation.sampling import check_places, sample_run
 from ig_dist.evaluation.sweep import Axes, sweep_run
 from ig_dist.export import find_run, find_weights
 from ig_dist.pipeline import Pipeline
 from ig_dist.terminal import is_main_process, warn
+from ig_dist.this_process import this_device
 
 
 def load(
@@ -47,7 +48,7 @@ def load(
     given = {"precision": precision, "tokenizer": tokenizer or None}
     overrides = [f"sample.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     weights = find_weights(source, ema=ema, raw=raw, overrides=overrides)
-    return Pipeline(weights, sampling_device() if device is None else torch.device(device))
+    return Pipeline(weights, this_device() if device is None else torch.device(device))
 
 
 def train(config: str | Path | Mapping[str, Any] | Config, *overrides: str, force: bool = False, **groups: Any) -> Path:

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import shlex
-import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ig_dist import __version__
-from ig_dist.terminal import this_worker
+from ig_dist.this_process import host, this_process
 
 FILE_NAME = "provenance.jsonl"
 COMMIT_NAME = "commit.json"
@@ -42,9 +41,9 @@ def provenance() -> dict[str, Any]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command(),
         "cwd": _cwd(),
-        "host": os.environ.get("IG_DIST_NODE") or socket.gethostname(),
+        "host": host(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
-        "processes": this_worker()[1],
+        "processes": this_process().world_size,
         **_hardware(),
         **commit(),
     }

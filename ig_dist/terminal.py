@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 
-from ig_dist.errors import IgDistError
+from ig_dist.errors import ConfigError, IgDistError
+from ig_dist.this_process import Process, this_process
 from ig_dist.usage import UsageError, explained
 
 # in a notebook plain lines: its kernel asks for colours, which rich takes for a terminal; each line would be a block
@@ -30,7 +31,7 @@ MERGED_LATER = "IG_DIST_MERGED_LATER"
 
 def is_first_process() -> bool:
     """Whether this process shows what all of them do: rank 0, or alone."""
-    return os.environ.get("RANK", "0") == "0"
+    return _me().rank == 0
 
 
 def is_main_process() -> bool:
@@ -38,9 +39,12 @@ def is_main_process() -> bool:
     return is_first_process() and MERGED_LATER not in os.environ
 
 
-def this_worker() -> tuple[int, int]:
-    """Number of this process and of all that share its work (RANK, WORLD_SIZE)."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+def _me() -> Process:
+    """This process, for what it says: where that is wrong too, each speaks for itself."""
+    try:
+        return this_process()
+    except ConfigError:
+        return Process(0, 1, 0, 1, 0)
 
 
 def warn(text: str) -> None:
@@ -136,9 +140,9 @@ def say(error: IgDistError) -> None:
         return
     error.said = True
     # What all processes of a job end with is said by the first of a machine. Others name their rank.
-    rank = os.environ.get("RANK")
-    if not error.everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
-        where = f"rank {rank}: " if rank is not None and not error.everywhere else ""
+    me = _me()
+    if not error.everywhere or me.local_rank == 0:
+        where = f"rank {me.rank}: " if me.world_size > 1 and not error.everywhere else ""
         print(f"{'stopped' if error.exit_code == 75 else 'error'}: {where}{error}", file=sys.stderr, flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun repeats below its own traceback
         told = {"message": f"{error}", "extraInfo": {"timestamp": f"{time.time():.0f}"}}

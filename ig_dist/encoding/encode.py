@@ -19,10 +19,11 @@ from ig_dist.encoding.loader import ImageBatch, image_batches
 from ig_dist.encoding.records import PARTS, Dest, Ledger, Rejected, refuse_others
 from ig_dist.encoding.settings import Settings, settings_of, shard_count, shard_places
 from ig_dist.encoding.shards import OpenShard, finish_shard, rejected_of
-from ig_dist.encoding.walk import Worker, requests
+from ig_dist.encoding.walk import requests
 from ig_dist.latents.tokenizer import Tokenizer
 from ig_dist.progress import progress
 from ig_dist.rng import Purpose, permutation
+from ig_dist.this_process import Process
 
 STOP_S = 5.0
 """That a stopped worker waits for the shard that is being written."""
@@ -43,7 +44,7 @@ class Job:
     device: torch.device
     shape: tuple[int, int, int]
     """Of a latent that the model sees, (C, h, w)."""
-    worker: Worker
+    worker: Process
     decoders: int
     """Processes that decode images; 0: this one does."""
     batch_size: int

@@ -13,21 +13,14 @@ from rich.filesize import decimal
 from ig_dist.data.sources import Native, is_name
 from ig_dist.encoding.records import Dest
 from ig_dist.encoding.settings import Settings, Store
-from ig_dist.encoding.walk import Worker
 from ig_dist.errors import ConfigError
 from ig_dist.latents.tokenizer import Precision, Tokenizer
 from ig_dist.storage.urls import is_local
+from ig_dist.this_process import Process
 
 MAX_DECODERS = 16
 FEW_IMAGES = 2000  # decoded sooner than processes start
 VAE_IMAGE_SIZE = 256
-
-
-def choose_device(worker: Worker) -> torch.device:
-    """This worker's GPU; the CPU where there is none."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", worker.local_rank % torch.cuda.device_count())
 
 
 def choose_precision(precision: str | None, tokenizer: str, device: torch.device) -> Precision:
@@ -98,7 +91,7 @@ def choose_image_size(source: str, native: Native | None, image_size: int | None
     return image_size
 
 
-def choose_decoders(workers: int | None, worker: Worker, images: int) -> int:
+def choose_decoders(workers: int | None, worker: Process, images: int) -> int:
     """Processes that decode: this worker's share of the cores, 16 at most; none for few images."""
     if workers is not None:
         return workers

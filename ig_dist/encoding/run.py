@@ -13,11 +13,11 @@ from ig_dist.encoding.encode import Job, existing_settings, finished_index
 from ig_dist.encoding.encode import encode as make_shards
 from ig_dist.encoding.records import Dest, refuse_others
 from ig_dist.encoding.settings import Settings, default_samples_per_shard, sample_tar_bytes
-from ig_dist.encoding.walk import this_worker
 from ig_dist.errors import ConfigError
 from ig_dist.latents import tokenizers
 from ig_dist.storage.faults import Patience
 from ig_dist.terminal import console, is_first_process
+from ig_dist.this_process import this_device, this_process
 
 
 def encode(
@@ -74,8 +74,8 @@ def encode(
     refuse_missing(source)
     patience = Patience()
     folder = Dest(dest, patience)
-    me = this_worker(worker)
-    device = prepare.choose_device(me)
+    me = this_process(worker, arrays=True)
+    device = this_device(me)
     arithmetic = prepare.choose_precision(precision, tokenizer, device)
     encoder = tokenizers.get_tokenizer(tokenizer, device=device, precision=arithmetic)
     native = native_format(source)

@@ -19,11 +19,12 @@ from ig_dist.evaluation.images import find_images, plan_images
 from ig_dist.evaluation.nearest import picture_of, show_nearest, with_pictures
 from ig_dist.evaluation.references import Reference, open_reference
 from ig_dist.evaluation.samples import find_samples, read_samples, reference_of
-from ig_dist.evaluation.sampling import config_extractor, sampling_device
+from ig_dist.evaluation.sampling import config_extractor
 from ig_dist.evaluation.scores import Protocol, Scores, check_dimensions, score_plan, write_result
 from ig_dist.export import read_info
 from ig_dist.storage.writable import why_unwritable
-from ig_dist.terminal import is_main_process, this_worker
+from ig_dist.terminal import is_main_process
+from ig_dist.this_process import this_device, this_process
 
 
 class Evaluation(NamedTuple):
@@ -62,7 +63,7 @@ def evaluate(
     Raises:
         ConfigError: nothing there to score, or nothing to hold it against.
     """
-    src, device, share = str(src), sampling_device(), this_worker()
+    src, device, share = str(src), this_device(), this_process()[:2]
     samples = run = None
     asked = EvaluateConfig()
     if found := find_samples(src):
@@ -133,7 +134,7 @@ def refuse_unfit(config: Config, export: Path, metrics: Sequence[str]) -> None:
     Raises:
         ConfigError: a score is not for pictures like these, or the reference lacks what one needs.
     """
-    info, device = read_info(export), sampling_device()
+    info, device = read_info(export), this_device()
     side, channels = info.tokenizer.image_size, info.latent.shape[0] if info.tokenizer.name == "pixel" else 3
     black = np.zeros((1, side, side, channels), np.uint8)
     extractors = {name: config_extractor(config, name, device) for name in extractors_of(metrics)}
@@ -143,7 +144,7 @@ def refuse_unfit(config: Config, export: Path, metrics: Sequence[str]) -> None:
         return
     if not (against := reference_of(config)):
         raise ConfigError(f"{export} does not say what to hold its samples against: set evaluate.reference")
-    options: dict[str, Any] = {"tokenizer": config.sample.tokenizer, "device": device, "share": this_worker()}
+    options: dict[str, Any] = {"tokenizer": config.sample.tokenizer, "device": device, "share": this_process()[:2]}
     reference = open_reference(against, metrics, extractors.__getitem__, side=side, **options)
     for (extractor, feature), moments in reference.statistics.items():
         ours = extractors[extractor].dimensions[feature] or black.size

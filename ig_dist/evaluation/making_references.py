@@ -21,10 +21,10 @@ from ig_dist.evaluation.images import find_images
 from ig_dist.evaluation.moments import streamed_moments
 from ig_dist.evaluation.npz_writing import Streamed, write_npz
 from ig_dist.evaluation.references import MANIFOLD_IMAGES, statistics_keys
-from ig_dist.evaluation.sampling import sampling_device
 from ig_dist.run_dir import replace_text
 from ig_dist.storage.files import open_url
-from ig_dist.terminal import is_main_process, this_worker
+from ig_dist.terminal import is_main_process
+from ig_dist.this_process import this_device, this_process
 
 STATISTICS_OF = ("pool", "spatial")
 
@@ -58,12 +58,12 @@ def make_reference(
         ConfigError: nothing there, an unknown extractor, or ``out`` is no npz.
     """
     check_arguments(out, extractors)
-    device = sampling_device()
+    device = this_device()
     chosen = [get_extractor(name, weights=(weights or {}).get(name, ""), device=device) for name in extractors]
     images = find_images(src, image_size=image_size, tokenizer=tokenizer, device=device)
     parts = Path(f"{out}.parts")
     files = FeatureFiles(replace(images, features_url=str(parts)), chosen)
-    worker, workers = this_worker()
+    worker, workers = this_process()[:2]
     make_features(files, worker, workers, what="reference features")
     if not is_main_process():
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +27,8 @@ from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.progress import progress
 from ig_dist.storage.files import open_url
 from ig_dist.storage.writable import why_unwritable
-from ig_dist.terminal import console, is_first_process, is_main_process, this_worker
+from ig_dist.terminal import console, is_first_process, is_main_process
+from ig_dist.this_process import this_device, this_process
 
 LIST_EVERY_S = 1.0  # the folder, for the units of other workers
 
@@ -52,7 +52,7 @@ def sample_run(
 ) -> Made:
     """Make all images of the config's plan with exported weights, and the features that scores need of them.
 
-    Under several processes (RANK, WORLD_SIZE) each is a worker; the first one collects the images into
+    Under several processes each is a worker; the first one collects the images into
     ``samples.npz`` and a picture. Workers need not start together, and may die and be started again.
 
     Args:
@@ -66,7 +66,7 @@ def sample_run(
     Raises:
         ConfigError: the config asks for what these weights cannot do, or ``out`` holds samples of another plan.
     """
-    device = sampling_device()
+    device = this_device()
     extractors = [config_extractor(config, name, device) for name in extractors_of(metrics)]
     model, info = load_export(export, device)
     tokenizer = index_tokenizer(info.tokenizer, info.latent, config.sample.tokenizer, device=device)
@@ -85,7 +85,7 @@ def sample_run(
     if out:
         _claim(samples)
     counted_by = unit_name if keep_images else lambda number: feature_name(number, extractors[-1].name)
-    worker, workers = this_worker()
+    worker, workers = this_process()[:2]
     with _plan_progress(samples, counted_by, num) as on_progress:
         files = generate_units(
             Models(model, info, tokenizer, weak_model),
@@ -118,13 +118,6 @@ def check_places(config: Config, out: str | None = None) -> None:
 def config_extractor(config: Config, name: str, device: torch.device) -> Extractor:
     """An extractor with the weights that the config says."""
     return get_extractor(name, weights=config.evaluate.weights.get(name, ""), device=device)
-
-
-def sampling_device() -> torch.device:
-    """This process's GPU, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def _weak_export(source: str) -> Path:

@@ -24,13 +24,14 @@ from ig_dist.evaluation.pictures import pictures_in_rows, save_sweep_plot, save_
 from ig_dist.evaluation.plan import class_names, make_plan
 from ig_dist.evaluation.references import Reference, open_reference
 from ig_dist.evaluation.samples import reference_of
-from ig_dist.evaluation.sampling import check_places, config_extractor, sample_run, sampling_device
+from ig_dist.evaluation.sampling import check_places, config_extractor, sample_run
 from ig_dist.evaluation.scores import Scores, score_plan
 from ig_dist.export import export_run, load_export, read_info
 from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.run_dir import replace_text
 from ig_dist.storage.writable import why_unwritable
-from ig_dist.terminal import console, is_first_process, is_main_process, this_worker
+from ig_dist.terminal import console, is_first_process, is_main_process
+from ig_dist.this_process import this_device, this_process
 
 Interval = tuple[float, float]
 COLUMNS = 20
@@ -115,7 +116,7 @@ def sweep_run(
         )
     if reason := why_unwritable(place):
         raise ConfigError(f"{place} cannot be written ({reason}): give --out FOLDER, one that can")
-    device, share = sampling_device(), this_worker()
+    device, share = this_device(), this_process()[:2]
     # once: a run that goes on meanwhile must not change the weights between points
     export = weights or (lambda ema, step: export_run(config, ema=ema, step=step))
     exports = {key: export(*key) for key in product(axes.emas, axes.steps)}
@@ -240,7 +241,7 @@ def _score_point(
         return {}
     tag = "" if num == config.sample.num else f"_{num}"
     out = Path(config.run.dir) / "evaluations" / f"{samples.plan.digest}{tag}.json" if is_main_process() else None
-    scores = Scores(files, reference, num, config.evaluate.protocol, sampling_device())
+    scores = Scores(files, reference, num, config.evaluate.protocol, this_device())
     return score_plan(samples, scores, metrics, out)
 
 
@@ -278,7 +279,7 @@ def _save_scale_grid(
     config: Config, export: Path, ig_scales: Sequence[float], reference: Reference, file: Path
 ) -> None:
     """Real images above generated ones at every scale, the same noise in each column, without CFG and autoguidance."""
-    device = sampling_device()
+    device = this_device()
     model, info = load_export(export, device)
     models = Models(model, info, index_tokenizer(info.tokenizer, info.latent, config.sample.tokenizer, device=device))
     sample = config.sample.model_copy(

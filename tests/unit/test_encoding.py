@@ -1,34 +1,12 @@
-"""Which worker this is, which shards it makes, and how large they are."""
+"""Which shards a worker makes, and how large they are."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-import pytest
-
 from ig_dist.encoding.settings import Settings, default_samples_per_shard, sample_tar_bytes
-from ig_dist.encoding.walk import Worker, shards_to_make, this_worker
-
-
-def test_torchrun_and_slurm_tell_a_worker_which_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.startswith("SLURM") or "RANK" in name or name == "WORLD_SIZE":
-            monkeypatch.delenv(name)
-
-    def told(option: str | None = None, **environment: int) -> Worker:
-        with monkeypatch.context() as patch:
-            for name, value in environment.items():
-                patch.setenv(name, str(value))
-            return this_worker(option)
-
-    assert told() == (0, 1, 0, 1)
-    assert told("3/5", RANK=1, WORLD_SIZE=2) == (3, 5, 0, 1)
-    assert told(RANK=9, WORLD_SIZE=16, LOCAL_RANK=1, LOCAL_WORLD_SIZE=8) == (9, 16, 1, 8)
-    array = {"SLURM_ARRAY_TASK_MIN": 10, "SLURM_ARRAY_TASK_MAX": 16, "SLURM_ARRAY_TASK_COUNT": 4}
-    assert [told(SLURM_ARRAY_TASK_ID=i, **array)[:2] for i in (10, 12, 14, 16)] == [(0, 4), (1, 4), (2, 4), (3, 4)]
-    assert told(SLURM_ARRAY_TASK_ID=12, SLURM_PROCID=1, SLURM_NTASKS=2, SLURM_LOCALID=1, **array) == (3, 8, 1, 1)
-    assert told(SLURM_PROCID=3, SLURM_NTASKS=8, SLURM_LOCALID=3) == (3, 8, 3, 1)
+from ig_dist.encoding.walk import shards_to_make
+from ig_dist.this_process import Process
 
 
 class Shared:
@@ -45,7 +23,7 @@ class Shared:
 def test_workers_share_the_shards_and_take_over_those_of_the_dead() -> None:
     shared: Any = Shared()
     made: list[list[int]] = [[], [], []]
-    walks = [shards_to_make(shared, 100, Worker(rank, 3, 0, 1)) for rank in range(3)]
+    walks = [shards_to_make(shared, 100, Process(rank, 3, 0, 1, 0)) for rank in range(3)]
     for turn in range(200):
         for rank, walk in enumerate(walks):
             if rank == 1 and turn >= 10:  # it has died
@@ -60,7 +38,7 @@ def test_workers_share_the_shards_and_take_over_those_of_the_dead() -> None:
 
 def test_a_walk_ends_with_the_index() -> None:
     shared: Any = Shared()
-    walk = shards_to_make(shared, 10, Worker(0, 1, 0, 1))
+    walk = shards_to_make(shared, 10, Process(0, 1, 0, 1, 0))
     assert next(walk) == 0
     shared.ended = True
     assert next(walk, None) is None
