@@ -82,6 +82,27 @@ def test_a_void_step_changes_nothing() -> None:
     assert all(not torch.equal(p, weight) for p, weight in zip(parameters, kept, strict=True))
 
 
+def in_bf16(matrix: torch.Tensor) -> torch.Tensor:
+    """One line of the paper at a time, each product and sum rounded to bf16; rows <= columns."""
+    x = matrix.to(torch.bfloat16)
+    x = torch.div(x, torch.linalg.matrix_norm(x).add(1e-7))
+    for _ in range(5):
+        gram = torch.mm(x, x.T)
+        squared = torch.mm(gram, gram)
+        polynomial = torch.mul(gram, -4.7750) + torch.mul(squared, 2.0315)
+        x = torch.mul(x, 3.4445) + torch.mm(polynomial, x)
+    return x.to(matrix.dtype)
+
+
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20), (96, 96)])
+def test_the_bf16_iteration_of_gpus_rounds_in_the_published_order(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = in_bf16(matrix.T).T if shape[0] > shape[1] else in_bf16(matrix)
+    found = orthogonalised(matrix, torch.bfloat16)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    assert not torch.equal(found, orthogonalised(matrix))  # fp32 on a CPU
+
+
 @pytest.mark.parametrize("shape", [(20, 50), (50, 20), (30, 30)])
 def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
