@@ -46,6 +46,8 @@ class Muon(Optimizer):
         weight_decay: of matrices; vectors have none.
         shapes: of the whole parameters, where these are parts; None: they are whole.
         orthogonalise: replaces the directions of all matrices by orthogonal ones; engines share its work out.
+        decayed: tensors that no gradient moves and that decay as matrices do: the published run has its table of
+            positions among the optimizer's matrices, where only the decay reaches it.
     """
 
     found_inf: Tensor | None = None
@@ -59,11 +61,12 @@ class Muon(Optimizer):
         weight_decay: float = WEIGHT_DECAY,
         shapes: Sequence[Sequence[int]] | None = None,
         orthogonalise: Callable[[Sequence[Tensor]], None] = orthogonalise_each,
+        decayed: Sequence[Tensor] = (),
     ) -> None:
         matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
         vectors = [parameter for parameter in parameters if parameter.ndim < 2]
         super().__init__([{"params": matrices}, {"params": vectors}], {"lr": lr})
-        self._weight_decay, self._orthogonalise = weight_decay, orthogonalise
+        self._weight_decay, self._orthogonalise, self._decayed = weight_decay, orthogonalise, decayed
         whole = shapes or [parameter.shape for parameter in parameters]
         self._scales = {parameter: scale(shape) for parameter, shape in zip(parameters, whole, strict=True)}
         self._adam = AdamW(vectors, lr=lr, betas=betas, eps=eps, weight_decay=0.0, fused=True) if vectors else None
@@ -81,8 +84,9 @@ class Muon(Optimizer):
         for weight in matrices:
             self._to_direction(weight, finite)
         self._orthogonalise([weight.grad for weight in matrices])
+        for tensor in (*matrices, *self._decayed):
+            tensor.mul_(1 - finite * (lr * self._weight_decay))
         for weight in matrices:
-            weight.mul_(1 - finite * (lr * self._weight_decay))
             weight.sub_(weight.grad * (finite * (lr * self._scales[weight])))
             self.state[weight]["step"] += finite
         if self._adam:

@@ -21,6 +21,7 @@ def build_optimizer(
     config: OptimizerConfig,
     shapes: Sequence[Sequence[int]] | None = None,
     orthogonalise: Callable[[Sequence[Tensor]], None] = orthogonalise_each,
+    decayed: Sequence[Tensor] = (),
 ) -> Optimizer:
     """AdamW with the fused kernels of torch, on CPU and GPU alike, or of apex; or Muon.
 
@@ -29,11 +30,13 @@ def build_optimizer(
         config: its settings.
         shapes: as for ``Muon``.
         orthogonalise: as for ``Muon``.
+        decayed: as for ``Muon``.
     """
     if config.implementation == "apex":
         return apex_adam(parameters, config)
     if config.kind == "muon":
-        return Muon(parameters, config.lr, config.betas, config.eps, config.weight_decay, shapes, orthogonalise)
+        adam = (config.lr, config.betas, config.eps)
+        return Muon(parameters, *adam, config.weight_decay, shapes, orthogonalise, decayed)
     return AdamW(
         parameters,
         lr=config.lr,

@@ -82,6 +82,22 @@ def test_a_void_step_changes_nothing() -> None:
     assert all(not torch.equal(p, weight) for p, weight in zip(parameters, kept, strict=True))
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_position_table_decays_to_the_published_number(gated: bool) -> None:
+    """Recorded from the published optimizer: a parameter of ones without a gradient, after 20 steps at 2e-3."""
+    weight, table = nn.Parameter(torch.randn(3, 4)), torch.ones(1, 4, 6)
+    optimizer = Muon([weight], lr=2e-3, betas=(0.9, 0.95), eps=1e-8, decayed=[table])
+    for _ in range(20):
+        weight.grad = torch.randn(3, 4)
+        optimizer.found_inf = torch.tensor(0.0) if gated else None
+        optimizer.step()
+    assert (table == torch.tensor(0.99959946)).all()  # 0.99960008 in exact arithmetic
+    optimizer.found_inf = torch.tensor(1.0)
+    weight.grad = torch.full((3, 4), torch.nan)
+    optimizer.step()
+    assert (table == torch.tensor(0.99959946)).all()
+
+
 def in_bf16(matrix: torch.Tensor) -> torch.Tensor:
     """One line of the paper at a time, each product and sum rounded to bf16; rows <= columns."""
     x = matrix.to(torch.bfloat16)
