@@ -28,7 +28,7 @@ from ig_dist.checkpoints.snapshot import Piece, described, layout
 from ig_dist.config_file import load_config
 from ig_dist.dry_run import IMAGENET_CLASSES, SD_LATENT
 from ig_dist.models.dit import DiT
-from ig_dist.parallel.ddp import shared_out
+from ig_dist.parallel.sharded import shared_out
 from ig_dist.terminal import console, run_app
 
 MIB = 2**20

@@ -24,7 +24,8 @@ from ig_dist.terminal import console
 
 IMAGENET_IMAGES, IMAGENET_CLASSES, SD_LATENT = 1_281_167, 1000, (4, 32, 32)
 GIB = 2**30
-ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+PER_NODE = 8  # GPUs
+ENGINES = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 
 
 class Memory(NamedTuple):
@@ -40,6 +41,19 @@ class Memory(NamedTuple):
     def total(self) -> int:
         """All of it."""
         return self.state + self.working + self.activations
+
+
+class Sent(NamedTuple):
+    """Bytes that each GPU sends in a step."""
+
+    total: int
+    """All of them."""
+    between: int
+    """Of these, from node to node."""
+
+    def plus(self, other: Sent) -> Sent:
+        """Both."""
+        return Sent(self.total + other.total, self.between + other.between)
 
 
 def dry_run(config: Config, *, gpus: int, mfu: float, peak_tflops: float) -> dict[str, Any]:
@@ -58,7 +72,7 @@ def dry_run(config: Config, *, gpus: int, mfu: float, peak_tflops: float) -> dic
         shape, classes, images, assumed = index.info.latent.shape, len(index.info.classes), index.num_samples, False
     where = config.data.index
     config = config.with_data(shape, classes)
-    config.check_world_size(gpus)
+    config.check_world_size(gpus, min(PER_NODE, gpus))
     model, batch = config.model.to_dit(), config.train.global_batch_size
     parameters, moments = count_state(model, config)
     acceleration = config.loss.acceleration
@@ -67,14 +81,16 @@ def dry_run(config: Config, *, gpus: int, mfu: float, peak_tflops: float) -> dic
     flops, steps = passes * forward_flops(model), config.total_steps(images)
     micro = batch // gpus // config.train.accumulation
     engines = {}
-    for engine in ENGINES[: 2 if config.optimizer.kind == "muon" else None]:
+    for engine in engines_of(config, gpus):
         memory = memory_per_gpu(engine, model, parameters, moments, config, gpus, micro)
+        sent = sent_per_gpu(engine, parameters, moments, config, gpus)
         engines[engine] = {
             "state_bytes": memory.state,
             "working_bytes": memory.working,
             "activation_bytes": memory.activations,
             "total_bytes": memory.total,
-            "sent_bytes_per_step": communication_bytes(engine, parameters, config, gpus),
+            "sent_bytes_per_step": sent.total,
+            "sent_between_nodes_bytes_per_step": sent.between,
         }
     return {
         "index": where,
@@ -90,6 +106,8 @@ def dry_run(config: Config, *, gpus: int, mfu: float, peak_tflops: float) -> dic
         "micro_batch_size": micro,
         "accumulation": config.train.accumulation,
         "gpus": gpus,
+        "gpus_per_node": min(PER_NODE, gpus),
+        "replicate": groups_of(config, gpus),
         "mfu": mfu,
         "peak_tflops": peak_tflops,
         "seconds": steps * batch * flops / (gpus * peak_tflops * 1e12 * mfu),
@@ -115,11 +133,25 @@ def print_dry_run(told: dict[str, Any]) -> None:
         f"{seconds / 86400:.2f} days on {gpus} GPUs at {told['mfu']:.0%} of {told['peak_tflops']:g} TFLOP/s"
         f" ({seconds * gpus / 3600:,.0f} GPU hours)"
     )
-    columns = ("engine", "state", "working", "activations", "total", "sent a step")
-    table = Table(*columns, title="GiB of each GPU: memory, and what it sends", title_justify="left")
+    columns = ("engine", "state", "working", "activations", "total", "sent a step", "between nodes")
+    nodes = f" ({told['gpus_per_node']} GPUs a node)" if gpus > told["gpus_per_node"] else ""
+    table = Table(*columns, title=f"GiB of each GPU: memory, and what it sends{nodes}", title_justify="left")
     for engine, sizes in told["engines"].items():
         table.add_row(engine, *(f"{size / GIB:.2f}" for size in sizes.values()))
     console.print(table)
+    if told["replicate"] > 1:
+        console.print(f"hsdp: engine.kind=fsdp2 engine.replicate={told['replicate']}", markup=False)
+
+
+def engines_of(config: Config, gpus: int) -> tuple[str, ...]:
+    """Engines that the config could run under."""
+    engines = ENGINES[: 3 if config.optimizer.kind == "muon" else None]
+    return tuple(engine for engine in engines if engine != "hsdp" or groups_of(config, gpus) > 1)
+
+
+def groups_of(config: Config, gpus: int) -> int:
+    """Groups that HSDP would hold everything in: those of the config, else the machines."""
+    return config.engine.replicate if config.engine.replicate > 1 else max(1, gpus // PER_NODE)
 
 
 def count_state(model: DiTConfig, config: Config) -> tuple[int, int]:
@@ -139,7 +171,7 @@ def memory_per_gpu(
     against memory measured under each engine by a test.
 
     Args:
-        engine: ddp, fsdp2, zero1, zero2 or zero3.
+        engine: one of ``ENGINES``.
         model: the model.
         parameters: number of its parameters.
         moments: numbers that the optimizer keeps.
@@ -150,9 +182,12 @@ def memory_per_gpu(
     bf16 = config.train.precision == "bf16"
     cast = 2 * parameters if bf16 else 0  # autocast's copies, for the backward pass
     kept = 4 * parameters * (1 + len(config.ema.decays)) + 4 * moments
+    accumulated = 4 * parameters if config.train.accumulation > 1 else 0
+    size = gpus // groups_of(config, gpus)
     state = {
         "ddp": kept + 4 * parameters,
         "fsdp2": (kept + 4 * parameters) // gpus,
+        "hsdp": (kept + 4 * parameters) // size,
         "zero1": 4 * parameters + (kept + 4 * parameters) // gpus,  # the weights are whole beside their masters
         "zero2": 4 * parameters + (kept + 4 * parameters) // gpus,
         "zero3": (kept + 8 * parameters) // gpus,  # what is gathered from lies beside the masters
@@ -161,7 +196,9 @@ def memory_per_gpu(
     gathered = (2 if bf16 else 4) * (parameters if config.engine.reshard_after_forward is False else 2 * block)
     working = {
         "ddp": cast,
-        "fsdp2": gathered,  # the block in use and the next one
+        # the block in use and the next one; and gradients, which are shared out after the last micro-batch
+        "fsdp2": gathered + accumulated * (gpus - 1) // gpus,
+        "hsdp": gathered,
         "zero1": cast + 4 * parameters,  # gradients, until they are shared out
         "zero2": cast + 4 * BUCKET_ELEMENTS,
         "zero3": (8 + 2 * bf16) * block + 4 * BUCKET_ELEMENTS,
@@ -173,29 +210,43 @@ def memory_per_gpu(
     return Memory(state, working, micro * kept_of_image)
 
 
-def communication_bytes(engine: str, parameters: int, config: Config, gpus: int) -> int:
+def sent_per_gpu(engine: str, parameters: int, moments: int, config: Config, gpus: int) -> Sent:
     """What each GPU sends in a step (rings: an all-reduce is a reduce-scatter and an all-gather).
 
-    Gradients are reduced in fp32: by DDP, FSDP2 and ZeRO-1 once a step, by ZeRO-2 and 3 after each micro-batch. FSDP2
-    gathers weights in the precision of the forward pass, ZeRO in fp32: for each micro-batch twice, or once where FSDP2
-    keeps them.
+    Gradients are reduced in fp32: by DDP, FSDP2 and ZeRO-1 once a step, by ZeRO-2 and 3 after each micro-batch, by HSDP
+    within a group after each micro-batch and between groups once. FSDP2 gathers weights in the precision of the forward
+    pass, ZeRO in fp32: for each micro-batch twice, or once where FSDP2 keeps them. Of Muon ranks exchange the matrices.
 
     Args:
-        engine: ddp, fsdp2, zero1, zero2 or zero3.
+        engine: one of ``ENGINES``.
         parameters: number of the model's parameters.
+        moments: numbers that the optimizer keeps.
         config: the run's config.
         gpus: number of GPUs.
     """
     low, micro = 2 if config.train.precision == "bf16" else 4, config.train.accumulation
     gathers = 1 if config.engine.reshard_after_forward is False else 2
-    per_parameter = {
-        "ddp": 4 + 4,
-        "fsdp2": 4 + low * gathers * micro,
-        "zero1": 4 + 4,
-        "zero2": 4 * micro + 4,
-        "zero3": 4 * micro + 2 * 4 * micro,
+    matrices = 2 * parameters - moments  # that Muon makes orthogonal; Adam none
+    if engine == "hsdp":
+        groups = groups_of(config, gpus)
+        size = gpus // groups
+        inside = parameters * (4 + low * gathers) * micro + 8 * matrices // gpus
+        between = (8 * parameters + 4 * matrices) // size
+        return _ring(inside, size, PER_NODE).plus(_ring(between, groups, max(1, PER_NODE // size)))
+    payload = {
+        "ddp": (4 + 4) * parameters + 4 * matrices,
+        "fsdp2": (4 + low * gathers * micro) * parameters + 8 * matrices // gpus,
+        "zero1": (4 + 4) * parameters,
+        "zero2": (4 * micro + 4) * parameters,
+        "zero3": (4 * micro + 2 * 4 * micro) * parameters,
     }[engine]
-    return parameters * per_parameter * (gpus - 1) // gpus
+    return _ring(payload, gpus, PER_NODE)
+
+
+def _ring(payload: int, ranks: int, neighbours: int) -> Sent:
+    """What each rank of a ring sends; of ``neighbours`` in a node one sends to the next node, and they take turns."""
+    total = payload * (ranks - 1) // ranks
+    return Sent(total, total // neighbours if ranks > neighbours else 0)
 
 
 @lru_cache

@@ -132,8 +132,11 @@ class Config(Group):
         assert self.train.epochs is not None
         return math.ceil(self.train.epochs * num_samples / self.train.global_batch_size)
 
-    def check_world_size(self, world_size: int) -> None:
-        """Raise ConfigError unless ``world_size`` processes can share the streams and the batch."""
+    def check_world_size(self, world_size: int, per_node: int | None = None) -> None:
+        """Raise ConfigError unless ``world_size`` processes, ``per_node`` of them a machine, can share the work.
+
+        That is the streams, the batch, and the model where the engine cuts it.
+        """
         streams, batch, accumulation = (
             self.data.streams,
             self.train.global_batch_size,
@@ -151,3 +154,16 @@ class Config(Group):
                 f" {world_size} processes has of train.global_batch_size {batch}:"
                 f" use train.accumulation={math.gcd(batch // world_size, accumulation)}"
             )
+        layouts = _layouts(world_size, per_node or world_size)
+        if self.engine.replicate not in layouts:
+            machines = "" if per_node is None else f", {per_node} on each machine,"
+            raise ConfigError(
+                f"engine.replicate {self.engine.replicate} does not cut {world_size} processes{machines} into equal"
+                f" groups that fit the machines: use engine.replicate={' or '.join(map(str, layouts))}"
+            )
+
+
+def _layouts(world_size: int, per_node: int) -> list[int]:
+    """Numbers of groups of neighbours that have whole machines, or share one with other whole groups."""
+    groups = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    return [n for n in groups if n == 1 or per_node % (world_size // n) == 0 or (world_size // n) % per_node == 0]

@@ -153,6 +153,9 @@ class OptimizerConfig(Group):
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Decoupled weight decay: of adamw on every parameter, of muon on matrices."""
+    decay_pos_embed: bool = False
+    """Of muon: ``weight_decay`` shrinks the table of positions too, which no gradient reaches, as in the published run
+    (of whose table 0.1% is left after 680 epochs, beside RoPE). false: the table is constant."""
     grad_clip: PositiveFloat | None = 1.0
     """Global gradient norm is clipped to this; null: no clipping."""
     warmup_steps: NonNegative = 0
@@ -161,6 +164,15 @@ class OptimizerConfig(Group):
     """Learning rate after warm-up."""
     min_lr: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """End of the cosine schedule."""
+
+    @model_validator(mode="after")
+    def _keys_of_muon(self) -> Self:
+        if self.decay_pos_embed and self.kind != "muon":
+            raise ValueError(
+                f"optimizer.decay_pos_embed is muon's, optimizer.kind is {self.kind}: set optimizer.kind=muon or"
+                " optimizer.decay_pos_embed=false"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -193,6 +205,9 @@ class EngineConfig(Group):
     reshard_after_forward: bool | None = None
     """Of fsdp2: free a block's weights after its forward and gather them again for its backward (null: true); false
     keeps them, which costs memory and saves communication."""
+    replicate: Positive = 1
+    """Of fsdp2 (HSDP): cut the state over the ranks of a group only, and hold it in so many groups of neighbours;
+    typically the number of machines. More memory than 1, and weights no longer cross the network."""
     zero_stage: Literal[1, 2, 3] | None = None
     """Of deepspeed: cut averages and moments (1), gradients too (2), weights too (3). null: 2."""
 
@@ -207,6 +222,10 @@ class EngineConfig(Group):
             raise ValueError(
                 f"engine.reshard_after_forward is FSDP2's, engine.kind is {self.kind}: set engine.kind=fsdp2 or"
                 " engine.reshard_after_forward=null"
+            )
+        if self.replicate != 1 and self.kind != "fsdp2":
+            raise ValueError(
+                f"engine.replicate is FSDP2's, engine.kind is {self.kind}: set engine.kind=fsdp2 or engine.replicate=1"
             )
         return self
 

@@ -45,7 +45,8 @@ def build_engine(model: DiT, config: Config, state: LoadedState | None, dist: Di
         from ig_dist.parallel.fsdp2 import FSDP2Engine  # 1.3 s, for DTensor, that DDP need not wait for
 
         reshard = config.engine.reshard_after_forward is not False
-        return FSDP2Engine(model, config.optimizer, config.train.precision, reshard, state, dist)
+        precision, replicate = config.train.precision, config.engine.replicate
+        return FSDP2Engine(model, config.optimizer, precision, reshard, replicate, state, dist)
     if config.engine.kind == "deepspeed":
         from ig_dist.parallel.deepspeed import DeepSpeedEngine
 

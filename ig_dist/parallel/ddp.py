@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch.distributed as torch_dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,7 +19,7 @@ from ig_dist.optim.optimizer import build_optimizer, steps_of
 from ig_dist.parallel.dist import Dist
 from ig_dist.parallel.engine import LoadedState, StepResult
 from ig_dist.parallel.orthogonalise import orthogonalise_replicas
-from ig_dist.parallel.sharded import load_moments, moments_by_name, update
+from ig_dist.parallel.sharded import decayed_buffers, load_moments, moments_by_name, shared_out, update
 
 
 class DDPEngine:
@@ -31,16 +32,19 @@ class DDPEngine:
         self.module: nn.Module = model
         self.forward_alone = True
         self._ddp: DistributedDataParallel | None = None
-        if dist.world_size > 1:
+        if torch_dist.is_initialized():
             devices = [dist.device.index] if dist.device.type == "cuda" else None
-            # The buffers are constant: no broadcast in every forward. torch 2.13 renamed the option.
+            # The buffers are alike on all ranks: no broadcast in every forward. torch 2.13 renamed the option.
             renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
             no_broadcast: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
             self._ddp = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **no_broadcast)
             self.module = self._ddp
-        self._whole = {name: Piece(tuple(p.shape), 0, p.detach()) for name, p in self._parameters.items()}
-        shared_out = partial(orthogonalise_replicas, dist=dist)
-        self._optimizer = build_optimizer(list(self._parameters.values()), config, orthogonalise=shared_out)
+        self._decayed = decayed_buffers(model, config)
+        self._whole = {name: Piece(tuple(held.shape), 0, held) for name, held in self.masters().items()}
+        orthogonalise = partial(orthogonalise_replicas, dist=dist)
+        self._optimizer = build_optimizer(
+            list(self._parameters.values()), config, None, orthogonalise, list(self._decayed.values())
+        )
         load_moments(self._optimizer, self._parameters, self._whole, state)
 
     @contextmanager
@@ -59,7 +63,7 @@ class DDPEngine:
         return update(self._optimizer, nn.utils.get_total_norm(grads), self._grad_clip, lr)
 
     def masters(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self._parameters.items()}
+        return {name: parameter.detach() for name, parameter in self._parameters.items()} | self._decayed
 
     def masters_written(self) -> None:
         pass  # forward uses the masters themselves
@@ -78,15 +82,3 @@ class DDPEngine:
         tensors = {f"{group}/{name}": tensor for group, members in groups.items() for name, tensor in members.items()}
         mine = shared_out(tensors, self._dist.rank, self._dist.world_size)
         return {name: Piece(tuple(tensors[name].shape), 0, tensors[name].detach()) for name in mine}
-
-
-def shared_out(tensors: Mapping[str, Tensor], rank: int, world_size: int) -> list[str]:
-    """Which of the tensors a rank writes: the largest first, each to the rank that has the least until then."""
-    load = [0] * world_size
-    mine = []
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].numel(), item[0])):
-        writer = load.index(min(load))
-        load[writer] += tensor.numel()
-        if writer == rank:
-            mine.append(name)
-    return mine

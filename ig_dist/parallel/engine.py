@@ -58,7 +58,10 @@ class Engine(Protocol):
         ...
 
     def masters(self) -> dict[str, Tensor]:
-        """This rank's fp32 shards of the trained weights by canonical name, in stable order; no empty ones."""
+        """This rank's fp32 shards of what training changes by canonical name, in stable order; no empty ones.
+
+        The trained weights; and the table of positions, whole on every rank, where it decays.
+        """
         ...
 
     def masters_written(self) -> None:

@@ -1,4 +1,8 @@
-"""FSDP2: weights, gradients, moments and averages are cut over the ranks; a block is whole only while it is at work."""
+"""FSDP2: weights, gradients, moments and averages are cut over the ranks; a block is whole only while it is at work.
+
+With ``engine.replicate`` (HSDP) they are cut over the ranks of a group, neighbours that share a machine, and each group
+holds them once more: weights are gathered within a group, and only gradients, 1/size of them a rank, cross the network.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -21,7 +25,16 @@ from ig_dist.optim.optimizer import build_optimizer, steps_of
 from ig_dist.parallel.dist import Dist, ensure_process_group
 from ig_dist.parallel.engine import LoadedState, StepResult
 from ig_dist.parallel.orthogonalise import orthogonalise_shards
-from ig_dist.parallel.sharded import Shards, load_moments, moments_by_name, norm_over_ranks, to_pieces, update
+from ig_dist.parallel.sharded import (
+    Shards,
+    decayed_buffers,
+    load_moments,
+    moments_by_name,
+    norm_over_ranks,
+    shared_out,
+    to_pieces,
+    update,
+)
 
 
 class FSDP2Engine:
@@ -35,6 +48,7 @@ class FSDP2Engine:
         config: the optimizer's.
         precision: of the forward, which runs under autocast (``apply_precision``).
         reshard_after_forward: free a block's weights after its forward and gather them again for its backward.
+        replicate: number of groups that hold everything.
         state: what to start from; its weights are in the model already.
         dist: this process.
     """
@@ -45,25 +59,36 @@ class FSDP2Engine:
         config: OptimizerConfig,
         precision: Literal["fp32", "bf16"],
         reshard_after_forward: bool,
+        replicate: int,
         state: LoadedState | None,
         dist: Dist,
     ) -> None:
-        self._dist, self._grad_clip = dist, config.grad_clip
+        self._dist, self._grad_clip, self._replicate = dist, config.grad_clip, replicate
         self.module: nn.Module = model
         self.forward_alone = False  # it gathers the weights of each block
-        self._root = shard_blocks(model, precision, reshard_after_forward, dist)
-        self._shards = local_shards(model, dist)
+        mesh = build_mesh(replicate, dist)
+        self._replica, self._place = dist.rank // mesh["shard"].size(), mesh.get_local_rank("shard")
+        self._root = shard_blocks(model, precision, reshard_after_forward, mesh)
+        self._shards = local_shards(model, mesh)
         self._sharded = {name: p for name, p in model.named_parameters() if name in self._shards}
         self._parameters = {name: nn.Parameter(shard.data) for name, shard in self._shards.items()}
         matrices = [p.shape for p in model.parameters() if p.ndim >= 2]
         shapes = [shard.shape for shard in self._shards.values()]
-        shared_out = partial(orthogonalise_shards, shapes=matrices, dist=dist)
-        self._optimizer = build_optimizer(list(self._parameters.values()), config, shapes, shared_out)
+        across = mesh.get_group("replicate") if replicate > 1 else None
+        orthogonalise = partial(orthogonalise_shards, shapes=matrices, within=mesh.get_group("shard"), across=across)
+        self._decayed = decayed_buffers(model, config)
+        self._held = {**self._shards, **{name: Piece(tuple(t.shape), 0, t) for name, t in self._decayed.items()}}
+        self._optimizer = build_optimizer(
+            list(self._parameters.values()), config, shapes, orthogonalise, list(self._decayed.values())
+        )
         load_moments(self._optimizer, self._parameters, self._shards, state)
 
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
-        self._root.set_requires_gradient_sync(last)
+        if self._replicate > 1:  # within the group, which is fast, after each micro-batch: none is kept whole
+            self._root.set_requires_all_reduce(last)
+        else:
+            self._root.set_requires_gradient_sync(last)
         yield
 
     def backward(self, loss: Tensor) -> None:
@@ -75,12 +100,12 @@ class FSDP2Engine:
             assert isinstance(grad, DTensor)
             parameter.grad = grad.to_local()
         grads = [p.grad for p in self._parameters.values() if p.grad is not None]
-        result = update(self._optimizer, norm_over_ranks(grads, self._dist), self._grad_clip, lr)
+        result = update(self._optimizer, norm_over_ranks(grads, self._dist, self._replicate), self._grad_clip, lr)
         self.module.zero_grad()
         return result
 
     def masters(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self._parameters.items()}
+        return {name: parameter.detach() for name, parameter in self._parameters.items()} | self._decayed
 
     def masters_written(self) -> None:
         # The root and, without reshard_after_forward, the blocks stay whole after a forward that no backward follows:
@@ -96,13 +121,29 @@ class FSDP2Engine:
         return steps_of(self._optimizer)
 
     def parts(self, state: LoadedState, group: str) -> dict[str, Tensor]:
-        return state.parts(group, self._shards)
+        return state.parts(group, self._held)
 
     def canonical(self, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Piece]:
-        return to_pieces(groups, self._shards)
+        """What the ranks of the other groups hold too, they share the writing of; of what all hold, the first ranks."""
+        if self._place:
+            groups = {group: {name: t for name, t in m.items() if name in self._shards} for group, m in groups.items()}
+        pieces = to_pieces(groups, self._held)
+        held = {name: piece.data for name, piece in pieces.items()}
+        return {name: pieces[name] for name in shared_out(held, self._replica, self._replicate)}
 
 
-def shard_blocks(model: DiT, precision: Literal["fp32", "bf16"], reshard_after_forward: bool, dist: Dist) -> FSDPModule:
+def build_mesh(replicate: int, dist: Dist) -> DeviceMesh:
+    """The ranks, cut into ``replicate`` groups of neighbours. COLLECTIVE."""
+    ensure_process_group(dist)
+    if replicate == 1:
+        return init_device_mesh(dist.device.type, (dist.world_size,), mesh_dim_names=("shard",))
+    sides = (replicate, dist.world_size // replicate)
+    return init_device_mesh(dist.device.type, sides, mesh_dim_names=("replicate", "shard"))
+
+
+def shard_blocks(
+    model: DiT, precision: Literal["fp32", "bf16"], reshard_after_forward: bool, mesh: DeviceMesh
+) -> FSDPModule:
     """Shard each block, and what is left with the root.
 
     Weights of blocks are gathered in bf16 where autocast would round them to bf16 anyway: forward and backward are
@@ -111,8 +152,6 @@ def shard_blocks(model: DiT, precision: Literal["fp32", "bf16"], reshard_after_f
     """
     # the velocities may be views of the last layer's output; nobody writes into them
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-    ensure_process_group(dist)
-    mesh = init_device_mesh(dist.device.type, (dist.world_size,))
     gathered = torch.bfloat16 if precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
@@ -122,15 +161,16 @@ def shard_blocks(model: DiT, precision: Literal["fp32", "bf16"], reshard_after_f
     return fully_shard(model, mesh=mesh, mp_policy=root_policy, reshard_after_forward=False)
 
 
-def local_shards(model: DiT, dist: Dist) -> Shards:
+def local_shards(model: DiT, mesh: DeviceMesh) -> Shards:
     """This rank's rows of each sharded weight: FSDP2 cuts dimension 0 into parts of equal, rounded up, length."""
+    rank, size = mesh.get_local_rank("shard"), mesh["shard"].size()
     shards = {}
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         with torch.no_grad():
             local = parameter.to_local().detach()
-        rows = -(-parameter.shape[0] // dist.world_size)
-        first = min(dist.rank * rows, parameter.shape[0])
+        rows = -(-parameter.shape[0] // size)
+        first = min(rank * rows, parameter.shape[0])
         assert local.shape[0] == min(rows, parameter.shape[0] - first), name
         if local.numel():
             shards[name] = Piece(tuple(parameter.shape), first * local[0].numel(), local)

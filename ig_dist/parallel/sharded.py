@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ig_dist.checkpoints.store import Piece
+from ig_dist.config.training import OptimizerConfig
+from ig_dist.models.dit import DiT
 from ig_dist.optim.optimizer import MOMENTS, moment_names, moments_of, set_learning_rate, set_state
 from ig_dist.parallel.dist import Dist, sum_over_ranks
 from ig_dist.parallel.engine import LoadedState, StepResult
@@ -17,6 +19,11 @@ Shards = Mapping[str, Piece]
 
 Parameters = Mapping[str, nn.Parameter]
 """What the optimizer works on, each of the shape of its shard."""
+
+
+def decayed_buffers(model: DiT, config: OptimizerConfig) -> dict[str, Tensor]:
+    """Buffers that the optimizer changes, by name: alike on every rank, which each holds whole."""
+    return {"pos_embed": model.pos_embed} if config.decay_pos_embed else {}
 
 
 def update(optimizer: Optimizer, grad_norm: Tensor, grad_clip: float | None, lr: float) -> StepResult:
@@ -50,11 +57,15 @@ def clip_and_gate(optimizer: Optimizer, grad_norm: Tensor, grad_clip: float | No
     return finite
 
 
-def norm_over_ranks(grads: Iterable[Tensor], dist: Dist) -> Tensor:
-    """Norm, () fp32, of a gradient of which every rank holds another part. COLLECTIVE."""
+def norm_over_ranks(grads: Iterable[Tensor], dist: Dist, replicate: int = 1) -> Tensor:
+    """Norm, () fp32, of a gradient of which every rank holds a part, and ``replicate`` ranks the same. COLLECTIVE.
+
+    Summed over all ranks also where some hold the same: groups that sum by themselves might round otherwise, clip
+    otherwise, and drift apart.
+    """
     local = nn.utils.get_total_norm(list(grads)).to(dist.device)
     # squares of fp32 norms overflow from 1e19 on: such a step would be skipped that is taken on one rank
-    return sum_over_ranks(local.double().square(), dist).sqrt().float()
+    return (sum_over_ranks(local.double().square(), dist) / replicate).sqrt().float()
 
 
 def load_moments(optimizer: Optimizer, parameters: Parameters, shards: Shards, state: LoadedState | None) -> None:
@@ -87,3 +98,15 @@ def to_pieces(groups: Mapping[str, Mapping[str, Tensor]], shards: Shards) -> dic
         for group, members in groups.items()
         for name, tensor in members.items()
     }
+
+
+def shared_out(tensors: Mapping[str, Tensor], number: int, count: int) -> list[str]:
+    """Which of the tensors one of ``count`` writers writes: the largest first, each to whoever has the least so far."""
+    load = [0] * count
+    mine = []
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].numel(), item[0])):
+        writer = load.index(min(load))
+        load[writer] += tensor.numel()
+        if writer == number:
+            mine.append(name)
+    return mine

@@ -3,7 +3,7 @@
     RANK=0 WORLD_SIZE=2 ... python -m tests.distributed.engine_worker jobs.json
 
 A job is ``{"config": FILE, "overrides": [...]}``: a training run. With ``source``, ``step`` and ``dest`` an engine
-starts from that checkpoint and saves what it then holds. With ``measure`` an engine's memory is written to that file.
+starts from that checkpoint and saves what it then holds. With ``measure`` an engine's memory is written beside the run.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def reload(job: dict[str, Any], dist: Dist) -> None:
 
 
 def measure(job: dict[str, Any], dist: Dist) -> None:
-    """Bytes that an engine with its averages holds between a backward pass and its step."""
+    """Bytes that an engine with its averages holds between a backward pass and its step, or the next micro-batch."""
     config = load_config(job["config"], job["overrides"])
     index = read_index(config.data.index)
     config = config.with_data(index.info.latent.shape, len(index.info.classes))
@@ -58,14 +58,14 @@ def measure(job: dict[str, Any], dist: Dist) -> None:
     ema = trainer._build_ema(engine, config, None)
     size, channels = model.config.input_size, model.config.in_channels
     for step in range(2):  # the moments come with the first step
-        with engine.microbatch(last=True):
+        with engine.microbatch(last=step == 0 or config.train.accumulation == 1):
             output = engine.module(torch.randn(2, channels, size, size), torch.rand(2), torch.zeros(2).long())
             engine.backward(sum(v.float().square().mean() for v in output if v is not None))
         if step == 0:
             ema.update(engine.step(1e-4).finite)
     del output
     if dist.is_main:
-        Path(job["measure"]).write_text(str(live_bytes() - before))
+        Path(f"{config.run.dir}.bytes").write_text(str(live_bytes() - before))
 
 
 def live_bytes() -> int:

@@ -7,6 +7,7 @@ table has eleven, which nothing divides.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from ig_dist.data.index import read_index
 from ig_dist.dry_run import count_state, memory_per_gpu
 from ig_dist.errors import ConfigError
 from ig_dist.export import ALONE
+from ig_dist.models.layers import sincos_pos_embed
 from ig_dist.parallel.build import check_engine
 from ig_dist.parallel.deepspeed import BUCKET_ELEMENTS
 from ig_dist.training.beginning import checkpoint_store, find_checkpoint
@@ -37,8 +39,11 @@ ENGINES = {
     "ddp": ["engine.kind=ddp"],
     "fsdp2": ["engine.kind=fsdp2"],
     **{f"zero{stage}": ["engine.kind=deepspeed", f"engine.zero_stage={stage}"] for stage in (1, 2, 3)},
+    "hsdp": ["engine.kind=fsdp2", "engine.replicate=2"],
 }
 SHARDED = [name for name in ENGINES if name != "ddp"]
+CHAIN = list(zip(ENGINES, [*list(ENGINES)[1:], "ddp"], strict=True))
+ON_TWO = [name for name in ENGINES if name != "hsdp"]  # which is of two groups of two
 LOSSES = ("loss", "loss_final", "loss_aux")
 STEPS, SAVED = 50, 20
 Job = dict[str, Any]
@@ -94,48 +99,74 @@ BLOWN = ["optimizer.lr=1e30", "optimizer.warmup_steps=0", "train.max_nonfinite_s
 ACCELERATED = ["loss.acceleration={weight: 0.8, source: ema, start_step: 5}", "ema.decays=[0.5]", "train.steps=20"]
 
 
+WATCHED = ["log.validate_every_steps=10", "log.sample_every_steps=10", "train.activation_checkpointing=true"]
+WATCHED += ["log.score_every_steps=10", "evaluate.training_num=75", "evaluate.training_steps=2"]
+
+
+def runs_of(folder: Path, name: str) -> list[Job]:
+    """All that is looked at of an engine."""
+    engine, few = ENGINES[name], f"train.steps={SAVED}"
+    jobs = [
+        run(folder, name, *engine),
+        run(folder, f"{name}-bf16", *engine, few, "train.precision=bf16"),
+        run(folder, f"{name}-watched", *engine, few, *WATCHED),
+        run(folder, f"{name}-ema", *engine, *ACCELERATED, f"train.accumulation={1 + (name != 'ddp')}"),
+    ]
+    if name != "ddp":
+        jobs.append(run(folder, f"{name}-accumulated", *engine, "train.steps=10", "train.accumulation=2"))
+        jobs.append(run(folder, f"{name}-restarted", *engine, f"run.fork_from={folder / name}@{2 * SAVED}"))
+        jobs.append({**run(folder, f"{name}-blown", *engine, *BLOWN), "blows_up": True})
+    return jobs
+
+
 @pytest.fixture(scope="module")
 def two(folder: Path) -> Path:
-    """Runs of every engine on two processes, all of one launch."""
-    few, jobs = f"train.steps={SAVED}", []
-    watched = ["log.validate_every_steps=10", "log.sample_every_steps=10", "train.activation_checkpointing=true"]
-    watched += ["log.score_every_steps=10", "evaluate.training_num=75", "evaluate.training_steps=2"]
-    for name, engine in ENGINES.items():
-        jobs.append(run(folder, name, *engine))
-        jobs.append(run(folder, f"{name}-bf16", *engine, few, "train.precision=bf16"))
-        jobs.append(run(folder, f"{name}-watched", *engine, few, *watched))
-        jobs.append(run(folder, f"{name}-ema", *engine, *ACCELERATED, f"train.accumulation={1 + (name != 'ddp')}"))
-        if name != "ddp":
-            jobs.append(run(folder, f"{name}-accumulated", *engine, "train.steps=10", "train.accumulation=2"))
-            jobs.append(run(folder, f"{name}-restarted", *engine, f"run.fork_from={folder / name}@{2 * SAVED}"))
-            jobs.append({**run(folder, f"{name}-blown", *engine, *BLOWN), "blows_up": True})
-    launch(jobs, 2, folder)
+    """Runs on two processes, all of one launch."""
+    launch([job for name in ON_TWO for job in runs_of(folder, name)], 2, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def runs(two: Path) -> Path:
+    """Runs on four processes, and each engine going on from another."""
+    jobs = [*runs_of(two, "hsdp"), *muon_runs(two, "hsdp"), *measurements(two, "hsdp")]
+    launch([*jobs, *(job for pair in CHAIN for job in reload_and_go_on(two, *pair, 4, steps=10))], 4, two)
+    return two
 
 
 WIDE = ["model.hidden_size=128", "model.depth=4"]
 
 
+def measurements(folder: Path, name: str) -> list[Job]:
+    """Memory of a model of 1.2 M weights before a step, and between two micro-batches."""
+    return [
+        {**run(folder, f"{name}-{count}", *ENGINES[name], *WIDE, f"train.accumulation={count}"), "measure": True}
+        for count in ((1, 2) if "fsdp2" in ENGINES[name][0] else (1,))
+    ]
+
+
 @pytest.fixture(scope="module")
 def measured(folder: Path) -> Path:
-    """Memory of a model of 1.2 M weights under every engine on two processes."""
-    jobs = [
-        {**run(folder, f"{name}-measured", *engine, *WIDE), "measure": str(folder / f"{name}.bytes")}
-        for name, engine in ENGINES.items()
-    ]
-    launch(jobs, 2, folder)
+    """Memory under engines on two processes."""
+    launch([job for name in ON_TWO for job in measurements(folder, name)], 2, folder)
     return folder
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_memory_is_as_the_dry_run_tells(measured: Path, name: str) -> None:
-    config = load_config(measured / "engines.yaml", [*ENGINES[name], *WIDE])
+def test_memory_is_as_the_dry_run_tells(measured: Path, runs: Path, name: str) -> None:
+    config = load_config(runs / "engines.yaml", [*ENGINES[name], *WIDE])
     index = read_index(config.data.index)
     config = config.with_data(index.info.latent.shape, len(index.info.classes))
-    model = config.model.to_dit()
-    told = memory_per_gpu(name, model, *count_state(model, config), config, gpus=2, micro=2)
-    found = int((measured / f"{name}.bytes").read_text()) - 4 * BUCKET_ELEMENTS * (name == "zero3")
+    model, gpus = config.model.to_dit(), 4 if name == "hsdp" else 2
+    counts = count_state(model, config)
+    told = memory_per_gpu(name, model, *counts, config, gpus=gpus, micro=2)
+    found = int((runs / f"{name}-1.bytes").read_text()) - 4 * BUCKET_ELEMENTS * (name == "zero3")
     assert found == pytest.approx(told.state, rel=0.02)
+    if ENGINES[name][0] == "engine.kind=fsdp2":  # only HSDP shares out the gradients of each micro-batch
+        config.train.accumulation = 2
+        between = int((runs / f"{name}-2.bytes").read_text())
+        more = memory_per_gpu(name, model, *counts, config, gpus=gpus, micro=2).working - told.working
+        assert between == pytest.approx(told.state + more, rel=0.02) and (more > 0) == (name == "fsdp2")
 
 
 LIGHTNING = ["model.norm=rmsnorm", "model.mlp=swiglu", "model.rope=true", "model.qk_norm=true", "train.steps=12"]
@@ -175,7 +206,16 @@ def test_on_one_process_bf16_of_fsdp2_is_ddps_to_the_bit(folder: Path) -> None:
 
 
 MUON_STEPS = 30
-MUON = ["optimizer.kind=muon", "optimizer.lr=0.02", f"train.steps={MUON_STEPS}"]
+MUON = ["optimizer.kind=muon", "optimizer.lr=0.02", "optimizer.decay_pos_embed=true", f"train.steps={MUON_STEPS}"]
+
+
+def muon_runs(folder: Path, name: str) -> list[Job]:
+    engine = [*MUON, *ENGINES[name]]
+    return [
+        run(folder, f"{name}-muon", *engine),
+        run(folder, f"{name}-muon-restarted", *engine, f"run.fork_from={folder / name}-muon@{SAVED}"),
+        {**run(folder, f"{name}-muon-blown", *engine, *BLOWN), "blows_up": True},
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -184,10 +224,7 @@ def muon(folder: Path) -> Path:
     launch([run(folder, "muon-one", *MUON)], 1, folder)
     jobs = []
     for name in ("ddp", "fsdp2"):
-        engine = [*MUON, *ENGINES[name]]
-        jobs.append(run(folder, f"{name}-muon", *engine))
-        jobs.append(run(folder, f"{name}-muon-restarted", *engine, f"run.fork_from={folder / name}-muon@{SAVED}"))
-        jobs.append({**run(folder, f"{name}-muon-blown", *engine, *BLOWN), "blows_up": True})
+        jobs += muon_runs(folder, name)
     for source, target in (("ddp", "fsdp2"), ("fsdp2", "ddp")):
         whole = [*MUON, *ENGINES[target], f"run.fork_from={folder / source}-muon@{SAVED}"]
         store = {
@@ -199,17 +236,26 @@ def muon(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_muon_of_two_processes_follows_muon_of_one(muon: Path, engine: str) -> None:
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "hsdp"])
+def test_muon_of_several_processes_follows_muon_of_one(muon: Path, runs: Path, engine: str) -> None:
     assert_curve(muon / f"{engine}-muon", muon / "muon-one", rel=1e-5)
     lines = metrics(muon / "muon-one")
     assert len(lines) == MUON_STEPS and lines[-1]["loss"] < 0.9 * lines[0]["loss"]
-    groups = [name.split("/")[0] for name in saved(muon / f"{engine}-muon", MUON_STEPS)]
+    held = saved(muon / f"{engine}-muon", MUON_STEPS)
+    groups = [name.split("/")[0] for name in held]
     assert 0 < groups.count("exp_avg_sq") < groups.count("exp_avg")  # matrices have one moment
+    table = average = sincos_pos_embed(held["model/pos_embed"].shape[2], 8)
+    (averaged,) = (name for name in held if name.startswith("ema/") and name.endswith("/pos_embed"))
+    for line in lines:  # weight decay is all that reaches the table of positions
+        table = table * (1 - 0.01 * line["lr"])
+        average = average.lerp(table, 1 - float(averaged.split("/")[1]))
+    assert table.abs().max() < 0.996
+    torch.testing.assert_close(held["model/pos_embed"], table, rtol=1e-5, atol=0)
+    torch.testing.assert_close(held[averaged], average, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_a_restart_of_muon_is_exact(muon: Path, engine: str) -> None:
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "hsdp"])
+def test_a_restart_of_muon_is_exact(muon: Path, runs: Path, engine: str) -> None:
     assert_equal(saved(muon / f"{engine}-muon-restarted", MUON_STEPS), saved(muon / f"{engine}-muon", MUON_STEPS))
 
 
@@ -218,8 +264,8 @@ def test_a_checkpoint_of_muon_is_loaded_under_the_other_engine(muon: Path, sourc
     assert_equal(saved(muon / f"{source}-{target}-muon", SAVED), saved(muon / f"{source}-muon", SAVED))
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_muon_skips_a_non_finite_step(muon: Path, engine: str) -> None:
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "hsdp"])
+def test_muon_skips_a_non_finite_step(muon: Path, runs: Path, engine: str) -> None:
     steps = CheckpointStore(str(muon / f"{engine}-muon-blown" / "checkpoints")).steps()
     first = next(line["step"] for line in metrics(muon / f"{engine}-muon-blown") if line["nonfinite_steps"])
     assert steps[-1] > first
@@ -233,6 +279,14 @@ def test_the_state_of_another_optimizer_is_refused(muon: Path) -> None:
     config = config.with_data(index.info.latent.shape, len(index.info.classes))
     with pytest.raises(ConfigError, match=r"has the state of optimizer\.kind=muon, this config has adamw: use that"):
         find_checkpoint(checkpoint_store(config), config, index, ALONE, lambda: None)
+
+
+def test_groups_share_the_writing_of_what_they_all_hold(runs: Path) -> None:
+    manifest = CheckpointStore(str(runs / "hsdp" / "checkpoints")).at(SAVED, ALONE).manifest
+    for name, entry in manifest["tensors"].items():
+        assert sum(stop - start for _, start, stop, *_ in entry["pieces"]) == math.prod(entry["shape"]), name
+    sizes = [file["bytes"] for file in manifest["files"]]
+    assert len(sizes) == 4 and max(sizes) < 1.2 * sum(sizes) / 4
 
 
 def saved(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -261,60 +315,60 @@ def assert_curve(found: Path, expected: Path, rel: float) -> None:
 
 
 @pytest.mark.parametrize("engine", SHARDED)
-def test_every_engine_follows_ddp(two: Path, engine: str) -> None:
-    assert_curve(two / engine, two / "ddp", rel=1e-5)
-    assert len(metrics(two / engine)) == STEPS
-    assert metrics(two / engine)[-1]["loss"] < 0.9 * metrics(two / engine)[0]["loss"]
+def test_every_engine_follows_ddp(runs: Path, engine: str) -> None:
+    assert_curve(runs / engine, runs / "ddp", rel=1e-5)
+    assert len(metrics(runs / engine)) == STEPS
+    assert metrics(runs / engine)[-1]["loss"] < 0.9 * metrics(runs / engine)[0]["loss"]
 
 
 @pytest.mark.parametrize("engine", SHARDED)
-def test_bf16_follows_bf16_of_ddp(two: Path, engine: str) -> None:
+def test_bf16_follows_bf16_of_ddp(runs: Path, engine: str) -> None:
     """Autocast rounds the same numbers under every engine; sums in another order make some of them round otherwise."""
-    assert_curve(two / f"{engine}-bf16", two / "ddp-bf16", rel=1e-3)
-    assert metrics(two / f"{engine}-bf16")[-1]["loss"] != metrics(two / engine)[19]["loss"]
+    assert_curve(runs / f"{engine}-bf16", runs / "ddp-bf16", rel=1e-3)
+    assert metrics(runs / f"{engine}-bf16")[-1]["loss"] != metrics(runs / engine)[19]["loss"]
 
 
 @pytest.mark.parametrize("engine", SHARDED)
-def test_accumulation_changes_nothing(two: Path, engine: str) -> None:
-    assert_curve(two / f"{engine}-accumulated", two / engine, rel=1e-5)
+def test_accumulation_changes_nothing(runs: Path, engine: str) -> None:
+    assert_curve(runs / f"{engine}-accumulated", runs / engine, rel=1e-5)
 
 
 @pytest.mark.parametrize("engine", SHARDED)
-def test_acceleration_by_the_ema_is_that_of_ddp(two: Path, engine: str) -> None:
+def test_acceleration_by_the_ema_is_that_of_ddp(runs: Path, engine: str) -> None:
     """Every step runs the average's weights between forward passes of the trained ones, here with accumulation."""
-    assert_curve(two / f"{engine}-ema", two / "ddp-ema", rel=1e-5)
-    plain, accelerated = ([line["loss"] for line in metrics(two / name)[:20]] for name in ("ddp", "ddp-ema"))
+    assert_curve(runs / f"{engine}-ema", runs / "ddp-ema", rel=1e-5)
+    plain, accelerated = ([line["loss"] for line in metrics(runs / name)[:20]] for name in ("ddp", "ddp-ema"))
     assert plain[:5] == accelerated[:5] and accelerated[19] != pytest.approx(plain[19], rel=1e-3)
 
 
 @pytest.mark.parametrize("engine", SHARDED)
-def test_a_restart_is_exact(two: Path, engine: str) -> None:
-    assert_equal(saved(two / f"{engine}-restarted", STEPS), saved(two / engine, STEPS))
+def test_a_restart_is_exact(runs: Path, engine: str) -> None:
+    assert_equal(saved(runs / f"{engine}-restarted", STEPS), saved(runs / engine, STEPS))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_neither_watching_nor_activation_checkpointing_changes_a_bit(two: Path, engine: str) -> None:
+def test_neither_watching_nor_activation_checkpointing_changes_a_bit(runs: Path, engine: str) -> None:
     losses, expected = (
-        [line["val_loss"] for line in metrics(two / f"{name}-watched") if "val_loss" in line]
+        [line["val_loss"] for line in metrics(runs / f"{name}-watched") if "val_loss" in line]
         for name in (engine, "ddp")
     )
     assert losses == pytest.approx(expected, rel=1e-5) and losses[1] < losses[0]
     scores, expected = (
-        [line["score_fd_pixel"] for line in metrics(two / f"{name}-watched") if "score_fd_pixel" in line]
+        [line["score_fd_pixel"] for line in metrics(runs / f"{name}-watched") if "score_fd_pixel" in line]
         for name in (engine, "ddp")
     )
     assert (
         scores == pytest.approx(expected, rel=1e-4) and len(scores) == SAVED // 10 and len(set(scores)) == len(scores)
     )
-    assert_equal(saved(two / f"{engine}-watched", SAVED), saved(two / engine, SAVED))
+    assert_equal(saved(runs / f"{engine}-watched", SAVED), saved(runs / engine, SAVED))
 
 
 @pytest.mark.parametrize("engine", SHARDED)
-def test_a_non_finite_step_is_skipped_on_all_ranks_alike(two: Path, engine: str) -> None:
-    steps = CheckpointStore(str(two / f"{engine}-blown" / "checkpoints")).steps()
-    first = next(line["step"] for line in metrics(two / f"{engine}-blown") if line["nonfinite_steps"])
+def test_a_non_finite_step_is_skipped_on_all_ranks_alike(runs: Path, engine: str) -> None:
+    steps = CheckpointStore(str(runs / f"{engine}-blown" / "checkpoints")).steps()
+    first = next(line["step"] for line in metrics(runs / f"{engine}-blown") if line["nonfinite_steps"])
     assert steps[-1] > first
-    assert_equal(saved(two / f"{engine}-blown", steps[-1]), saved(two / f"{engine}-blown", first - 1))
+    assert_equal(saved(runs / f"{engine}-blown", steps[-1]), saved(runs / f"{engine}-blown", first - 1))
 
 
 def test_engines_say_nothing_of_their_own(two: Path) -> None:
@@ -323,20 +377,22 @@ def test_engines_say_nothing_of_their_own(two: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [6, pytest.param(30, marks=[pytest.mark.full, pytest.mark.timeout(1800)])])
-def test_sigkill_at_any_moment_leaves_no_trace_in_the_weights(two: Path, count: int) -> None:
+def test_sigkill_at_any_moment_leaves_no_trace_in_the_weights(runs: Path, count: int) -> None:
     """Killed and started again with the same job list, in which what is finished is left alone."""
     names = {f"{engine}-killed{count}": engine for engine in ENGINES}
-    jobs = [run(two, name, *ENGINES[engine], "checkpoint.every_steps=7") for name, engine in names.items()]
+    jobs = [run(runs, name, *ENGINES[engine], "checkpoint.every_steps=7") for name, engine in names.items()]
+    launches = {name: (jobs[: place + 1], 2) for place, name in enumerate(names)}
+    launches[f"hsdp-killed{count}"] = jobs[-1:], 4
     resumed, torn = dict.fromkeys(names, 0), 0
     for number, kill in enumerate(kills(list(names), count, STEPS - 10, 2)):
-        file = two / f"killed{count}_{number}.json"
-        ranks = start(jobs[: list(names).index(kill.run) + 1], 2, file)
+        file = runs / f"killed{count}_{number}.json"
+        ranks = start(*launches[kill.run], file)
         try:
-            left = carry_out(kill, ranks, log_of(file, 0), two / kill.run)
+            left = carry_out(kill, ranks, log_of(file, 0), runs / kill.run)
         finally:
             for rank in ranks:
                 rank.kill()
-        store = CheckpointStore(str(two / kill.run / "checkpoints"))
+        store = CheckpointStore(str(runs / kill.run / "checkpoints"))
         checkpoint = store.latest(ALONE)
         step = checkpoint.step if checkpoint else 0
         assert not store.damaged and step >= resumed[kill.run], kill  # nothing that was whole is lost
@@ -344,10 +400,11 @@ def test_sigkill_at_any_moment_leaves_no_trace_in_the_weights(two: Path, count: 
         resumed[kill.run] = step
         torn += left and kill.kind == "save"
     assert torn  # the moments are in saves indeed
-    launch(jobs, 2, two)
+    launch(jobs[:-1], 2, runs)
+    launch(jobs[-1:], 4, runs)
     for name, engine in names.items():
-        assert_equal(saved(two / name, STEPS), saved(two / engine, STEPS))
-        for mine, theirs in zip(metrics(two / name), metrics(two / engine), strict=True):
+        assert_equal(saved(runs / name, STEPS), saved(runs / engine, STEPS))
+        for mine, theirs in zip(metrics(runs / name), metrics(runs / engine), strict=True):
             assert all(mine[key] == theirs[key] for key in ("step", "batch_fingerprint", *LOSSES)), (name, mine)
 
 
@@ -370,22 +427,19 @@ def assert_went_on(folder: Path, source: str, target: str, processes: int) -> No
     assert_curve(folder / name, folder / source, rel=1e-4)
 
 
-def test_each_engine_goes_on_from_another_on_four_processes(two: Path) -> None:
-    names = list(ENGINES)
-    pairs = list(zip(names, [*names[1:], names[0]], strict=True))
-    launch([job for pair in pairs for job in reload_and_go_on(two, *pair, 4, steps=10)], 4, two)
-    for pair in pairs:
-        assert_went_on(two, *pair, 4)
+@pytest.mark.parametrize("pair", CHAIN)
+def test_each_engine_goes_on_from_another_on_four_processes(runs: Path, pair: tuple[str, str]) -> None:
+    assert_went_on(runs, *pair, 4)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_any_checkpoint_under_any_engine(two: Path, tmp_path: Path, processes: int) -> None:
-    pairs = [(source, target) for source in ENGINES for target in ENGINES]
+def test_any_checkpoint_under_any_engine(runs: Path, tmp_path: Path, processes: int) -> None:
+    pairs = [(source, target) for source in ENGINES for target in (ENGINES if processes > 1 else ON_TWO)]
     folder = tmp_path
-    (folder / "engines.yaml").write_bytes((two / "engines.yaml").read_bytes())
+    (folder / "engines.yaml").write_bytes((runs / "engines.yaml").read_bytes())
     for name in ENGINES:
-        (folder / name).symlink_to(two / name)
+        (folder / name).symlink_to(runs / name)
     launch([job for pair in pairs for job in reload_and_go_on(folder, *pair, processes)], processes, folder)
     for pair in pairs:
         assert_went_on(folder, *pair, processes)

@@ -80,6 +80,28 @@ def test_world_sizes_that_do_not_divide_name_those_that_do(file: Path) -> None:
         config.check_world_size(2)
 
 
+@pytest.mark.parametrize(
+    ("replicate", "processes", "per_node", "fitting"),
+    [
+        (3, 16, 8, "1 or 2 or 4 or 8 or 16"),
+        (16, 8, 8, "1 or 2 or 4 or 8"),
+        (2, 24, 8, "1 or 3 or 6 or 12 or 24"),  # groups of 12 would lie in one machine and a half
+        (4, 24, 6, "1 or 2 or 4 or 8 or 12 or 24"),
+    ],
+)
+def test_groups_that_do_not_fit_the_machines_name_those_that_do(
+    file: Path, replicate: int, processes: int, per_node: int, fitting: str
+) -> None:
+    config = load_config(file, ["data.streams=48", "train.global_batch_size=48", "engine.kind=fsdp2"])
+    config.check_world_size(24, 8)
+    config.engine.replicate = replicate
+    if str(replicate) in fitting.split(" or "):
+        return config.check_world_size(processes, per_node)
+    with pytest.raises(ConfigError, match=rf"{processes} processes, {per_node} on each .*engine\.replicate={fitting}$"):
+        config.check_world_size(processes, per_node)
+    return None
+
+
 keys = st.sampled_from(
     [
         "train.steps",
@@ -109,6 +131,8 @@ def test_keys_of_another_engine_are_refused(file: Path) -> None:
         load_config(file, ["engine.reshard_after_forward=false"])
     with pytest.raises(ConfigError, match=r"set engine\.kind=deepspeed or engine\.zero_stage=null"):
         load_config(file, ["engine.kind=fsdp2", "engine.zero_stage=3"])
+    with pytest.raises(ConfigError, match=r"set engine\.kind=fsdp2 or engine\.replicate=1"):
+        load_config(file, ["engine.replicate=2"])
     assert load_config(file, ["engine.kind=deepspeed", "engine.zero_stage=3"]).engine.zero_stage == 3
     assert load_config(file, ["engine.kind=fsdp2", "engine.reshard_after_forward=false"]).engine.kind == "fsdp2"
 

@@ -67,9 +67,32 @@ def test_what_engine_and_checkpointing_change_is_told() -> None:
     sizes, whole = plain["engines"]["fsdp2"], kept["engines"]["fsdp2"]
     assert whole["working_bytes"] == 2 * plain["parameters"] > 10 * sizes["working_bytes"]
     assert whole["sent_bytes_per_step"] == pytest.approx(6 / 8 * sizes["sent_bytes_per_step"], rel=1e-6)
+    micro = told("train.accumulation=2")["engines"]["fsdp2"]  # gradients are whole until the last micro-batch
+    assert micro["working_bytes"] - sizes["working_bytes"] == 4 * 7 / 8 * plain["parameters"]
     again = told("train.activation_checkpointing=true")
     assert again["engines"]["fsdp2"]["activation_bytes"] < 0.15 * sizes["activation_bytes"]
     assert again["seconds"] == pytest.approx(4 / 3 * plain["seconds"])
+
+
+def test_hsdp_shards_within_nodes_and_sends_gradients_between_them() -> None:
+    def told(gpus: int, *overrides: str) -> dict[str, Any]:
+        asked = ["train.global_batch_size=1024", "data.streams=512", *overrides]
+        return dry_run(load_config("sit_xl2_ig", asked), gpus=gpus, mfu=0.4, peak_tflops=989.0)
+
+    one, eight = told(8), told(64)
+    assert "hsdp" not in one["engines"] and eight["replicate"] == 8
+    p, sizes = eight["parameters"], eight["engines"]["hsdp"]
+    assert sizes["state_bytes"] == one["engines"]["fsdp2"]["state_bytes"]  # a node is what one node alone is
+    within = sizes["sent_bytes_per_step"] - sizes["sent_between_nodes_bytes_per_step"]
+    assert within == pytest.approx(one["engines"]["fsdp2"]["sent_bytes_per_step"], rel=1e-6)
+    assert sizes["sent_between_nodes_bytes_per_step"] == pytest.approx(7 / 8 * 8 * p / 8, rel=1e-6)
+    ddp = eight["engines"]["ddp"]  # a ring through all nodes: each GPU's turn is one in eight
+    assert ddp["sent_between_nodes_bytes_per_step"] == pytest.approx(63 / 64 * 8 * p / 8, rel=1e-6)
+    two = told(64, "engine.kind=fsdp2", "engine.replicate=2", "train.accumulation=2")["engines"]  # groups of four nodes
+    assert two["hsdp"]["state_bytes"] == sizes["state_bytes"] // 4
+    assert two["hsdp"]["sent_bytes_per_step"] == pytest.approx(31 / 32 * 16 * p + 1 / 2 * 8 * p / 32, rel=1e-6)
+    muon = told(64, "optimizer.kind=muon")["engines"]
+    assert muon["ddp"]["sent_bytes_per_step"] == pytest.approx(1.5 * ddp["sent_bytes_per_step"], rel=1e-2)
 
 
 def test_muon_keeps_one_moment_of_a_matrix() -> None:
