@@ -268,7 +268,7 @@ def build_order(config: Config, index: ShardIndex, dist: Dist) -> SampleOrder:
     Raises:
         ConfigError: streams, processes, memory or held-out shards do not fit the data.
     """
-    config.check_world_size(dist.world_size)
+    config.check_world_size(dist.world_size, dist.local_world_size)
     check_latents(index.info.latent, config.data.posterior, config.data.flip)
     check_window_memory(
         index,
