@@ -10,6 +10,7 @@ import itertools
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,8 +22,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ig_dist import cli
-from ig_dist.commands import launch
 from ig_dist.evaluation import collecting
+from ig_dist.launching import ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 CLI = ("-m", "ig_dist.cli")
@@ -92,8 +93,8 @@ class Process(_LikePopen, ForkServerProcess):
 class _Rank(_LikePopen, ForkProcess):
     """Stands for ``subprocess.Popen`` in a launcher."""
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
-        super().__init__(target=_run, args=(list(command[1:]), dict(env)))
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], preexec_fn: Callable[[], None]) -> None:
+        super().__init__(target=_run, args=(list(command[1:]), dict(env), preexec_fn))
         self.start()
 
 
@@ -149,11 +150,16 @@ def _begin(
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if before is not None:
         before()
-    launch.subprocess = SimpleNamespace(Popen=_Rank)  # type: ignore[assignment]
+    ranks.subprocess = SimpleNamespace(Popen=_Rank)  # type: ignore[assignment]
     _run(arguments, environment)
 
 
-def _run(arguments: list[str], environment: dict[str, str]) -> None:
+def _run(arguments: list[str], environment: dict[str, str], before: Callable[[], None] | None = None) -> None:
+    if before is not None:
+        before()
+        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):  # a launcher's handlers do not outlive exec
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     os.environ.clear()  # the server's is of the time when it began
     os.environ |= environment
     if tuple(arguments[:2]) == CLI:

@@ -1,6 +1,7 @@
-"""Start a job on the processes of this machine.
+"""Start a job on the processes of this machine, alone or as one of several machines.
 
     ig-dist launch --processes 2 digits run.dir=runs/two
+    ig-dist launch --nodes 4 --node-rank 0 --master 10.0.0.1:29500 --restarts 8 sit_xl2_ig
     ig-dist launch --processes 3 --job sample runs/two --ig-scale 1.4
     ig-dist launch --processes 3 --job evaluate runs/two/samples/PLAN
     ig-dist launch --processes 3 --job reference runs/data --out reference.npz
@@ -13,82 +14,12 @@ the job's own (docs/running.md, "Exit codes").
 from __future__ import annotations
 
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
-from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
 from ig_dist.commands.options import complete_config, complete_keys
 from ig_dist.jobs import JOBS, Job, own_options_first, program, refuse_verb
-
-GRACE_S = 10.0
-
-
-def run_processes(arguments: Sequence[str], processes: int) -> int:
-    """Run ``python ARGUMENTS`` in ``processes`` ranks; the exit code that explains a failure, else 0."""
-    with socket.socket() as probe:  # a free port for the rendezvous
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
-    # `python -m` would put the working directory first, and a random.py there before the real one
-    safe_path = {} if {"", str(Path.cwd())} & set(sys.path) else {"PYTHONSAFEPATH": "1"}
-    children = []
-    for rank in range(processes):
-        environment = {
-            "OMP_NUM_THREADS": threads,  # or every rank would start a thread per core
-            "GLOO_SOCKET_IFNAME": "lo",
-            **safe_path,
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        children.append(subprocess.Popen([sys.executable, *arguments], env=environment))
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        for child in children:
-            child.send_signal(number)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-        signal.signal(number, forward)
-    return _wait(children)
-
-
-def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for all; after the first failure the others get a moment, then they are killed."""
-    deadline = float("inf")
-    # each is asked every time: of a child that is not asked it is not known that it ended
-    while None in [child.poll() for child in children] and time.monotonic() < deadline:
-        if deadline == float("inf") and any(child.returncode for child in children):
-            deadline = time.monotonic() + GRACE_S  # they may be saving, or about to report the same error
-        time.sleep(0.05)
-    codes = {rank: child.returncode for rank, child in enumerate(children) if child.returncode}
-    late = [rank for rank, child in enumerate(children) if child.poll() is None]
-    for rank in late:
-        children[rank].kill()
-        children[rank].wait()
-    # What cannot speak for itself: who was killed from outside, and who did not end when another one had.
-    said = [f"rank {rank} was killed by signal {-code}{_hint(-code)}" for rank, code in codes.items() if code < 0]
-    said += [f"rank {rank} did not end within {GRACE_S:.0f} s of the first failure and was killed" for rank in late]
-    if said:
-        print(f"error: {'; '.join(said)}", file=sys.stderr, flush=True)
-    # A rank that was killed explains the others; a code of our own explains the bare 1 of those who lost their peer.
-    code = min(codes.values(), key=lambda code: (code > 0, code == 1), default=0)
-    return 128 - code if code < 0 else code
-
-
-def _hint(number: int) -> str:
-    return " (SIGKILL: out of memory?)" if number == signal.SIGKILL else ""
 
 
 class Launch(typer.core.TyperCommand):
@@ -115,12 +46,67 @@ def launch(
         list[str] | None,
         typer.Argument(metavar="a.b=c|...", help="Arguments and options of the job.", autocompletion=complete_keys),
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, metavar="N", help="One per GPU if there are GPUs.")] = 1,
+    processes: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="On each machine. Default: one per GPU, or 1 without GPUs.")
+    ] = None,
     job: Annotated[Job, typer.Option(metavar="JOB", help=f"What to run: {', '.join(JOBS)}.")] = Job.train,
+    nodes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Machines; the same command runs on each. Default: what Kubeflow, SkyPilot or dstack say, or 1.",
+        ),
+    ] = None,
+    node_rank: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="Its number. Default: what they or a Kubernetes Job say."),
+    ] = None,
+    master: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="The first machine. Default: what they say.")
+    ] = None,
+    restarts: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Failures in a row after which it starts again, if the exit code says that this may help."
+            " Default: 0; on several machines 8.",
+        ),
+    ] = None,
+    grace: Annotated[
+        float,
+        typer.Option(min=1, metavar="SECONDS", help="For a save, after a signal; what still runs then is killed."),
+    ] = 300,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run here; start nothing.")] = False,
+    kubernetes: Annotated[
+        str | None,
+        typer.Option(metavar="IMAGE", help="Print a manifest for Kubernetes (docs/kubernetes.md); start nothing."),
+    ] = None,
 ) -> None:
     """Start a job on the processes of this machine, a training if not said otherwise.
+
+    With --nodes it is one of several machines, on each of which the same command runs.
 
     The first process that fails ends the others; the exit code is the job's own.
     """
     refuse_verb(target, job)
-    raise typer.Exit(run_processes(program(job, [target, *(rest or [])]), processes))
+    arguments = [target, *(rest or [])]
+    if kubernetes is not None:
+        from ig_dist.launching.kubernetes import manifest
+
+        nodes, processes = nodes or 1, processes or 8
+        tries = 8 if restarts is None else restarts
+        print(
+            manifest(kubernetes, job, arguments, nodes=nodes, processes=processes, restarts=tries, grace_s=grace),
+            end="",
+        )
+        return
+    from ig_dist.launching.node import this_node
+    from ig_dist.launching.supervisor import describe, supervise
+
+    node = this_node(os.environ, nodes=nodes, rank=node_rank, processes=processes, master=master)
+    tries = restarts if restarts is not None else 8 if node.nodes > 1 else 0
+    if dry_run:
+        return print(describe(program(job, arguments), node))
+    raise typer.Exit(supervise(program(job, arguments), node, restarts=tries, grace_s=grace))

@@ -7,6 +7,9 @@
 | ``nan`` | gives a loss that is not a number, for its first sample |
 | ``sleep`` | does not return, in Python |
 | ``read`` | does not return, in a system call without end |
+| ``mute`` | returns, but its backward pass does not come to its first collective |
+| ``stall`` | returns, but a device stands still from here on; the host waits for it before the next metrics |
+| ``stalls`` | the same on all ranks |
 | ``die`` | kills the process, while the other's threads do not end when they are told to |
 | ``raise`` | raises an error, no group of processes can be destroyed any more, and the other rank waits for ever |
 | ``memory`` | asks for too much memory, and no group of processes can be destroyed any more |
@@ -20,20 +23,25 @@ and ``unmounted`` (the index too).
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import sys
+import threading
 import time
 from typing import Any
 
 import torch
 
 from ig_dist import cli
-from ig_dist.commands.launch import run_processes
 from ig_dist.data.index import ShardIndex
 from ig_dist.data.reader import ShardReader
 from ig_dist.data.stream import BatchStream
 from ig_dist.errors import DataError
-from ig_dist.training import trainer
+from ig_dist.launching.node import Node
+from ig_dist.launching.supervisor import supervise
+from ig_dist.training import trainer, watchdog
+from ig_dist.training.marks import Marks
+from ig_dist.training.meter import Meter
 
 KIND = os.environ["FAULT"]
 MINE = os.environ["FAULT_RANK"] == os.environ.get("RANK", "0")
@@ -42,7 +50,34 @@ STEPS = [int(step) for step in os.environ["FAULT_STEPS"].split(",")]
 whole = trainer.training_loss
 get = BatchStream.get
 product = torch.mm
+read = Meter.read
 step, handed, late_since = 0, 0, 0.0
+
+
+class Device(threading.Thread):
+    """Does what stands in its queue, in order, beside the host."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        while True:
+            self.queue.get()()
+
+
+class Event:
+    """A place in the queue, as of ``torch.cuda``."""
+
+    def record(self) -> None:
+        self._come = threading.Event()
+        device.queue.put(self._come.set)
+
+    def synchronize(self) -> None:
+        self._come.wait()
+
+
+device = Device()
 
 
 def training_loss(*arguments: Any, **named: Any) -> torch.Tensor:
@@ -51,12 +86,18 @@ def training_loss(*arguments: Any, **named: Any) -> torch.Tensor:
     losses = whole(*arguments, **named)
     if KIND == "raise" and step in STEPS and not MINE:
         time.sleep(3600)
+    if KIND == "stalls" and step in STEPS:
+        device.queue.put(lambda: time.sleep(3600))
     if not MINE or step not in STEPS:
         return losses
     if KIND == "nan":
         losses = losses * torch.tensor([float("nan"), *[1.0] * (losses.shape[1] - 1)])
     elif KIND == "sleep":
         time.sleep(3600)
+    elif KIND == "mute":
+        losses.register_hook(lambda gradient: time.sleep(3600))
+    elif KIND == "stall":
+        device.queue.put(lambda: time.sleep(3600))
     elif KIND == "raise":
         raise RuntimeError("a planted error\nof two lines")
     elif KIND == "memory":
@@ -87,6 +128,13 @@ def unreadable(self: ShardReader, *arguments: Any, **named: Any) -> Any:
     raise DataError(f"{self._path}/shard-00000.tar cannot be read (Input/output error)")
 
 
+def read_after_device(self: Meter, *arguments: Any) -> Any:
+    event = Event()
+    event.record()
+    event.synchronize()
+    return read(self, *arguments)
+
+
 def slow_get(self: BatchStream, timeout_s: float | None = None) -> Any:
     global late_since, handed
     if KIND == "late" and MINE and handed + 1 in STEPS:
@@ -101,9 +149,13 @@ def slow_get(self: BatchStream, timeout_s: float | None = None) -> Any:
 
 if __name__ == "__main__":
     if "RANK" not in os.environ:
-        sys.exit(run_processes(["-m", "tests.distributed.faulty", "train", *sys.argv[1:]], 2))
+        sys.exit(supervise(["-m", "tests.distributed.faulty", "train", *sys.argv[1:]], Node(processes=2)))
     trainer.training_loss = training_loss
     BatchStream.get = slow_get  # type: ignore[method-assign]
+    if KIND in ("stall", "stalls"):
+        device.start()
+        watchdog.device_marks = lambda device, every_s, stop: Marks(Event, every_s, stop)
+        Meter.read = read_after_device  # type: ignore[method-assign]
     if KIND in ("raise", "memory"):  # as NCCL, which waits for the peers
         trainer.shut_down = lambda: time.sleep(3600)
         BatchStream.close = lambda self: time.sleep(3600)  # type: ignore[method-assign]

@@ -17,10 +17,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from ig_dist.commands import launch
 from ig_dist.config_file import load_config
 from ig_dist.data.index import read_index
 from ig_dist.export import ALONE
+from ig_dist.launching import ranks
 from ig_dist.training.goodput import read_goodput
 from ig_dist.training.trainer import build_order
 from tests import forked
@@ -64,7 +64,7 @@ def start_faulty(config: Path, fault: str, rank: int, steps: str, **environment:
 
 
 def hurry() -> None:
-    launch.GRACE_S = GRACE_S
+    ranks.GRACE_S = GRACE_S
 
 
 def test_world_size_and_accumulation_change_neither_batches_nor_losses(tiny_config: Write, tmp_path: Path) -> None:

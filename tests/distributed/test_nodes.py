@@ -1,0 +1,62 @@
+"""Several machines, each with its launcher: here as two on loopback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ig_dist.launching.line import free_port
+from tests import forked
+from tests.conftest import run_command
+from tests.distributed.test_training import final_tensors, last_step, local, metrics
+
+Write = Callable[..., Path]
+
+
+def begin(config: Path, port: int, rank: int, *options: str) -> forked.Process:
+    where = ["--nodes", "2", "--node-rank", str(rank), "--master", f"127.0.0.1:{port}", "--processes", "1"]
+    return forked.Process([*forked.CLI, "launch", *where, *options, config])
+
+
+def ranks_of(launcher: forked.Process) -> list[int]:
+    return [*map(int, Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split())]
+
+
+def test_a_killed_rank_starts_all_nodes_again_and_leaves_no_trace(tiny_config: Write, tmp_path: Path) -> None:
+    whole, killed = (tiny_config(name, checkpoint={"every_steps": 7}) for name in ("whole", "killed"))
+    run, port = tmp_path / "runs" / "killed", free_port("127.0.0.1")
+    launchers = [begin(killed, port, rank, "--restarts", "2") for rank in (0, 1)]
+    deadline = time.monotonic() + 60
+    while last_step(run) < 10:
+        assert time.monotonic() < deadline and all(launcher.poll() is None for launcher in launchers)
+        time.sleep(0.002)
+    (victim,) = ranks_of(launchers[1])
+    os.kill(victim, signal.SIGKILL)
+    assert run_command(local(whole, 2)).returncode == 0
+    for launcher in launchers:
+        _, errors = launcher.communicate(120)
+        assert launcher.returncode == 0 and "exit code 137: started again, 1 of 2\n" in errors, errors
+        assert ("error: rank 1 was killed by signal 9" in errors) == (launcher is launchers[1])
+    expected, found = final_tensors(tmp_path / "runs" / "whole"), final_tensors(run)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert [line["step"] for line in metrics(run)] == list(range(1, 51))
+
+
+def test_a_signal_to_one_node_saves_and_stops_all(tiny_config: Write, tmp_path: Path) -> None:
+    run, port = tmp_path / "runs" / "stopped", free_port("127.0.0.1")
+    config = tiny_config("stopped", train={"steps": 100000}, checkpoint={"every_steps": 100000})
+    launchers = [begin(config, port, rank, "--restarts", "2") for rank in (0, 1)]
+    deadline = time.monotonic() + 60
+    while last_step(run) < 5:
+        assert time.monotonic() < deadline and all(launcher.poll() is None for launcher in launchers)
+        time.sleep(0.01)
+    assert launchers[1].pid is not None
+    os.kill(launchers[1].pid, signal.SIGTERM)
+    assert [launcher.wait(60) for launcher in launchers] == [75, 75]
+    assert len(list((run / "checkpoints").glob("*/manifest.json"))) == 1
