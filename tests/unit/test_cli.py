@@ -41,7 +41,6 @@ MISTAKES = {
     "train digits --batch-size": "did you mean train.global_batch_size=...?",
     "train digits --processes 2": "`ig-dist launch` has it, see `ig-dist launch --help`",
     "train digits --nodes 2": "`ig-dist launch` has it",
-    "train digits --partition a": "`ig-dist slurm` has it",
     "train run.dir=x digits": "run.dir=x stands where the config stands: give the config first",
     "train digts": "no config file at digts: did you mean digits?",
     "train digits steps=5": "unknown key 'steps'; did you mean 'train.steps'?",
@@ -153,34 +152,9 @@ def parse(typed: list[str]) -> dict[str, Any]:
 
 
 WORDS = {"RUN", "CONFIG", "INDEX", "SAMPLES", "URL", "SRC", "DEST", "FILE", "FOLDER", "PATH", "STEP", "DECAY", "JOB"}
-WORDS |= {
-    "N",
-    "X",
-    "NAME",
-    "NAMES",
-    "TIME",
-    "SIZE",
-    "SECONDS",
-    "COMMAND",
-    "LOW,HIGH",
-    "EXTRACTOR=PATH",
-    "a.b=c",
-    "HOST:PORT",
-}
-WORDS |= {
-    "...",
-    "i/W",
-    "X,...",
-    "NAME,...",
-    "STEP,...",
-    "DECAY,...",
-    "CLASS,...",
-    "HEX",
-    "SEED",
-    "KIND",
-    "PLACE",
-    "IMAGE",
-}
+WORDS |= {"N", "X", "NAME", "NAMES", "TIME", "SIZE", "SECONDS", "COMMAND", "LOW,HIGH", "EXTRACTOR=PATH", "a.b=c"}
+WORDS |= {"...", "i/W", "X,...", "NAME,...", "STEP,...", "DECAY,...", "CLASS,...", "HEX", "SEED", "KIND", "PLACE"}
+WORDS |= {"HOST:PORT", "IMAGE"}
 
 
 @pytest.mark.parametrize("verb", COMMANDS)
