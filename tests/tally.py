@@ -1,6 +1,8 @@
 """The tiers of the tests, one after the other, those after a failing one too; the last line counts all of them.
 
 python -m tests.tally [TIER ...]
+
+``TIER@ENVIRONMENT`` runs a tier with the packages of another environment: ``unit@.venv-lowest``.
 """
 
 from __future__ import annotations
@@ -26,19 +28,21 @@ def run_tiers(tiers: Sequence[str], root: Path = ROOT) -> int:
     for tier in tiers:
         print(f"=== {root.name}/{tier}", flush=True)
         began = time.monotonic()
-        sums += run_tier(root / tier)
-        times.append(f"{root.name}/{tier:<16} {time.monotonic() - began:4.0f} s")
+        sums += run_tier(root, tier)
+        times.append(f"{root.name}/{tier:<20} {time.monotonic() - began:4.0f} s")
     print("=== time of each tier", *times, sep="\n")
     print(f"{sums['passed']} passed, {sums['failed']} failed, {sums['skipped']} skipped", flush=True)
     return int(sums["failed"] > 0)
 
 
-def run_tier(folder: Path) -> Counter[str]:
-    """How many tests of a folder passed, failed and were skipped; one that pytest gives up counts as a failure."""
+def run_tier(root: Path, tier: str) -> Counter[str]:
+    """How many tests of a tier passed, failed and were skipped; one that pytest gives up counts as a failure."""
+    folder, _, environment = tier.partition("@")
+    python = root.parent / environment / "bin" / "python" if environment else sys.executable
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch, "report.xml")
-        command = [sys.executable, "-m", "pytest", folder, f"--junitxml={report}"]
-        code = subprocess.run(command, cwd=folder.parents[1], check=False).returncode
+        command = [str(python), "-m", "pytest", str(root / folder), f"--junitxml={report}"]
+        code = subprocess.run(command, cwd=root.parent, check=False).returncode
         suites = list(ElementTree.parse(report).iter("testsuite")) if report.exists() else []
     keys = ("tests", "errors", "failures", "skipped")
     tests, errors, failures, skipped = (sum(int(suite.get(key, 0)) for suite in suites) for key in keys)

@@ -22,6 +22,12 @@ from ig_dist.terminal import console
 PEAK_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0}
 
 
+def peak_tflops_of(device: torch.device) -> float | None:
+    """Dense bf16 peak of a GPU; None where it is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
 def model_flops_utilisation(
     flops_per_image: float,
     images_per_s: float,
@@ -30,9 +36,7 @@ def model_flops_utilisation(
     peak_tflops: float | None,
 ) -> float | None:
     """Achieved FLOP/s over the peak of all devices (2 FLOP per MAC); None where the peak is not known."""
-    if peak_tflops is None and device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        peak_tflops = next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    peak_tflops = peak_tflops or peak_tflops_of(device)
     if peak_tflops is None:
         return None
     return flops_per_image * images_per_s / (world_size * peak_tflops * 1e12)

@@ -1,9 +1,16 @@
 """The commands that measure run, at a size that measures nothing."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from benchmarks.gpu_checks import CHECKS
+from benchmarks.gpu_speed import SPEED
+from tests import golden
 from tests.conftest import run_command
 
 
@@ -11,6 +18,10 @@ from tests.conftest import run_command
     ("command", "said"),
     [
         (["benchmarks/checkpoint.py", "--megabytes", "2", "--rounds", "1", "--folder", "DISK"], "disk  stall"),
+        (
+            ["benchmarks/startup.py", "digits", "--ranks", "2", "--rounds", "1", "--on", "disk", "--folder", "DISK"],
+            "disk",
+        ),
         pytest.param(
             ["benchmarks/loader.py", "--samples", "768", "--repeats", "1", "--steps", "40"],
             "training from S3, 40 steps",
@@ -24,9 +35,41 @@ from tests.conftest import run_command
             "1 rounds of 1 steps",
         ),
     ],
-    ids=["checkpoint", "loader", "train_step"],
+    ids=["checkpoint", "startup", "loader", "train_step"],
 )
 def test_it_runs(command: list[str], said: str, tmp_path: Path) -> None:
     done = run_command(["python", *(str(tmp_path / "disk") if word == "DISK" else word for word in command)])
     assert done.returncode == 0, done.stderr[-2000:]
     assert said in done.stdout
+
+
+def test_the_gpu_report_runs_in_its_small_form_on_a_cpu(tmp_path: Path) -> None:
+    done = run_command(["python", "benchmarks/gpu.py", "--out", tmp_path])
+    assert done.returncode == 0, done.stdout
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert [row["check"] for row in rows] == ["machine", *CHECKS, *SPEED]
+    unknown = {row["check"]: row["said"] for row in rows if row["result"] != "passed" and "GPU" not in row["said"]}
+    assert unknown.keys() <= {"apex"}, unknown  # all else says that it needs a GPU
+    table = (tmp_path / "gpu.md").read_text()
+    assert all(f"\n| {row['check']} | {row['result']} | " in table for row in rows)
+
+
+def test_the_gpu_report_fails_with_a_check(tmp_path: Path) -> None:
+    """A number that was not recorded so, and a check that takes too long."""
+    numbers = tmp_path / "numbers"
+    shutil.copytree(golden.FOLDER, numbers)
+    file = numbers / "sit_ig_tiny.safetensors"
+    with safe_open(file, "pt") as opened:
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        meta = opened.metadata()
+    tensors["forward.velocity"][0, 0, 0, 0] += 1e-3
+    save_file(tensors, file, meta)
+    only = ("--only", "fp32", "--only", "recompiles")
+    done = run_command(
+        ["python", "benchmarks/gpu.py", "--out", tmp_path, "--numbers", numbers, *only, "--limit-s", "4"]
+    )
+    assert done.returncode == 1, done.stdout
+    machine, wrong, slow = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert machine["result"] == "passed" and wrong["result"] == slow["result"] == "failed"
+    assert wrong["said"].startswith("AssertionError: SiT, velocity: off by ")
+    assert slow["said"].startswith("not done in ")

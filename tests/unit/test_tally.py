@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,10 @@ def test_all_tiers_run_and_are_counted(
     assert capfd.readouterr().out.splitlines()[-1] == "3 passed, 3 failed, 1 skipped"
     assert run_tiers(["last"], root) == 0
     assert capfd.readouterr().out.splitlines()[-1] == "2 passed, 0 failed, 0 skipped"
+    python = tmp_path / "other" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\ntouch {tmp_path}/used\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    assert run_tiers(["last", "last@other"], root) == 0
+    assert capfd.readouterr().out.splitlines()[-1] == "4 passed, 0 failed, 0 skipped"
+    assert (tmp_path / "used").exists()

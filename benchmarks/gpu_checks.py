@@ -1,0 +1,309 @@
+"""What a GPU must show before hours are spent on it. ``benchmarks/gpu.py`` runs the checks, ``tests/gpu`` too.
+
+A check raises AssertionError with what is wrong, ``NotHereError`` with what is missing, and returns what it has found.
+On a CPU most of them run in a small form, which shows that they run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import ig_dist
+from benchmarks.train_step import synthetic_info
+from ig_dist.arithmetic import Precision, arithmetic, switches
+from ig_dist.config.training import EngineConfig, OptimizerConfig
+from ig_dist.config_file import config_from_tree
+from ig_dist.diffusion.loss import ig_loss
+from ig_dist.errors import ConfigError
+from ig_dist.models.dit import DiT, initialize
+from ig_dist.optim.apex_adam import check_apex
+from ig_dist.optim.optimizer import build_optimizer, moments_of, set_state, steps_of
+from ig_dist.parallel.build import build_engine
+from ig_dist.parallel.dist import Dist, ensure_process_group, shut_down, sum_over_ranks
+from ig_dist.parallel.sharded import update
+from ig_dist.rng import Purpose, integers, normal, uniform
+from tests import golden
+
+Found = dict[str, float | int | str]
+"""Figures by what they are of."""
+
+FP32, BF16 = 1e-4, 2e-2
+"""Bounds on the error against the recorded numbers: of each number, absolute or relative; of each tensor's norm."""
+HALF, WHOLE = 8, 16
+"""Steps of a training run."""
+
+
+class Case(NamedTuple):
+    """Where a check runs, and on what."""
+
+    device: torch.device
+    golden: Path
+    """Folder of the recorded numbers."""
+    folder: Path
+    """Scratch space that the checks of one report share."""
+
+    @property
+    def small(self) -> bool:
+        """Whether this is the form for a CPU."""
+        return self.device.type != "cuda"
+
+    @property
+    def dist(self) -> Dist:
+        """This process, alone."""
+        return Dist(0, 1, 0, 1, self.device)
+
+
+class NotHereError(Exception):
+    """The check means nothing on this machine, or what it tries is not installed."""
+
+
+def needs_a_gpu(case: Case) -> None:
+    """Raise NotHereError on a CPU."""
+    if case.small:
+        raise NotHereError("needs a GPU")
+
+
+def recorded_numbers(case: Case, precision: Precision) -> Found:
+    """Forward and losses of the published SiT + IG and LightningDiT + IG against their recorded numbers."""
+    found: Found = {}
+    for name, published, answers in (
+        ("SiT", golden.sit(case.golden), golden.sit_answers),
+        ("LightningDiT", golden.lightningdit(case.golden), golden.lightningdit_answers),
+    ):
+        published.model.to(case.device)
+        with arithmetic(precision, case.device):
+            errors = {what: distance(ours, recorded, precision) for what, ours, recorded in answers(published)}
+        worst = max(errors, key=errors.__getitem__)
+        bound = BF16 if precision == "bf16" else FP32
+        assert errors[worst] <= bound, f"{name}, {worst}: off by {errors[worst]:.1e}, more than {bound:g}"
+        found[f"{name}, largest error"] = errors[worst]
+    return found
+
+
+def distance(ours: Tensor, recorded: Tensor, precision: Precision) -> float:
+    """Of bf16 the relative error of the norm, else the largest of one number."""
+    ours, recorded = ours.double(), recorded.double()
+    if precision == "bf16":
+        return float((ours - recorded).norm() / recorded.norm())
+    return float(((ours - recorded).abs() / (1 + recorded.abs())).max())
+
+
+def draws(case: Case) -> Found:
+    """Philox on the GPU is that of the CPU: bits and uniforms equal, normals at most one ulp apart in 1e-6 of them."""
+    needs_a_gpu(case)
+    ids = torch.arange(64) * 12345678901
+    there = ids.to(case.device)
+    assert torch.equal(integers(1, Purpose.NOISE, ids, 1000), integers(1, Purpose.NOISE, there, 1000).cpu())
+    assert torch.equal(uniform(1, Purpose.TIME, ids, (9,)), uniform(1, Purpose.TIME, there, (9,)).cpu())
+    cpu, gpu = normal(1, Purpose.NOISE, ids, (65536,)), normal(1, Purpose.NOISE, there, (65536,)).cpu()
+    differ = cpu != gpu
+    share = float(differ.double().mean())
+    assert share <= 1e-6, f"{share:.1e} of the normals differ"
+    assert torch.equal(torch.nextafter(cpu[differ], gpu[differ]), gpu[differ]), "normals are more than an ulp apart"
+    return {"normals an ulp apart": int(differ.sum()), "of": differ.numel()}
+
+
+def train(case: Case, name: str, *overrides: str) -> Path:
+    """A training run on the digits, compiled and deterministic; goes on where it is. On a GPU of B/2's width."""
+    data = ig_dist.encode("digits", case.folder / "digits")
+    size = (3, 32, 2) if case.small else (6, 768, 12)
+    tree: dict[str, Any] = {
+        "run": {"dir": str(case.folder / name)},
+        "model": {**dict(zip(("depth", "hidden_size", "num_heads"), size, strict=True)), "patch_size": 4},
+        "data": {"index": data, "streams": 8, "window_samples": 32, "workers": 1, "validation_shards": 2},
+        "train": {"steps": WHOLE, "global_batch_size": 32, "precision": "bf16", "compile": True, "deterministic": True},
+        "optimizer": {"lr": 1e-3},
+        "ema": {"decays": [0.99, 0.9]},
+        "checkpoint": {"every_steps": HALF, "keep_last": 9},
+        "sample": {"num": 8, "steps": 2, "batch_size": 8, "unit_size": 8},
+        "log": {"every_steps": 4, "validate_every_steps": 6, "sample_every_steps": WHOLE},
+    }
+    tree["model"]["aux_depth"] = 1
+    with small_compiler() if case.small else contextlib.nullcontext():
+        return ig_dist.train(tree, *overrides)
+
+
+@contextlib.contextmanager
+def small_compiler() -> Iterator[None]:
+    """torch.compile for graphs and guards only: its C++ compiler would take longer than all else on a CPU."""
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend="eager")):
+        yield
+
+
+def tensors(run: Path, step: int) -> dict[str, Tensor]:
+    """Weights, averages and moments that a run saved at a step."""
+    (file,) = (run / "checkpoints" / f"step_{step:010d}").glob("rank_*.safetensors")
+    return safetensors.torch.load_file(file)
+
+
+def assert_equal(expected: dict[str, Tensor], found: dict[str, Tensor]) -> Found:
+    """Bitwise."""
+    assert expected.keys() == found.keys()
+    wrong = [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])]
+    assert not wrong, f"{len(wrong)} of {len(expected)} tensors differ: {', '.join(wrong[:3])}"
+    return {"tensors": len(expected), "MB": round(sum(tensor.nbytes for tensor in expected.values()) / 1e6, 1)}
+
+
+def recompiles(case: Case) -> Found:
+    """A run compiles in its first step only, validation and sampling beside it, under DDP and FSDP2."""
+    count = 0
+    for engine in ("ddp", "fsdp2"):
+        run = train(case, "whole" if engine == "ddp" else engine, f"engine.kind={engine}")
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = [line for line in lines if "loss" in line]
+        assert len(lines) == WHOLE // 4
+        assert all(math.isfinite(line["loss"]) for line in lines)
+        count += sum(line["recompiles"] for line in lines)
+        if not case.small:  # of the GPU, not of the process
+            assert all(2**20 < line["peak_memory_bytes"] < 2**34 for line in lines)
+    assert count == 0, f"{count} recompiles after the first step"
+    return {"recompiles": 0, "steps": 2 * WHOLE}
+
+
+def snapshot(case: Case) -> Found:
+    """What was saved while steps went on is what a run holds that ends there."""
+    return assert_equal(
+        tensors(train(case, "whole"), HALF), tensors(train(case, "stopped", f"train.steps={HALF}"), HALF)
+    )
+
+
+def resume(case: Case) -> Found:
+    """A run that was stopped in the middle ends like one that was not, bitwise."""
+    train(case, "stopped", f"train.steps={HALF}")
+    return assert_equal(tensors(train(case, "whole"), WHOLE), tensors(train(case, "stopped"), WHOLE))
+
+
+def follows(case: Case, kind: str, **engine: Any) -> Found:
+    """An engine of one rank, over NCCL on a GPU, makes the steps that are made without any group of processes.
+
+    Args:
+        case: where.
+        kind: of the engine.
+        engine: more keys of its config.
+    """
+    if kind == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise NotHereError("deepspeed is not installed")
+    if missing := engine.keys() - EngineConfig.model_fields.keys():
+        raise NotHereError(f"there is no engine.{', '.join(missing)}")
+    alone = {precision: losses(case, precision, "ddp") for precision in ("fp32", "bf16")}
+    ensure_process_group(case.dist)
+    found: Found = {}
+    try:
+        total = torch.ones(3, device=case.device)
+        torch.distributed.all_reduce(total)
+        assert total.tolist() == [1.0] * 3
+        for precision, bound in (("fp32", 1e-5), ("bf16", BF16)):
+            pairs = list(zip(alone[precision], losses(case, precision, kind, **engine), strict=True))
+            worst = max(abs(theirs / mine - 1) for mine, theirs in pairs)
+            assert worst <= bound, f"{precision}: losses {pairs} differ by {worst:.1e}"
+            assert pairs[-1][1] < 0.9 * pairs[0][1], f"{precision}: it does not learn: {pairs}"
+            found[f"{precision} losses, largest relative difference"] = worst
+    finally:
+        shut_down()
+    return found
+
+
+def losses(case: Case, precision: str, kind: str, **engine: Any) -> list[float]:
+    """Losses of six steps of a small model."""
+    info = synthetic_info(4, 8, 10)
+    tree: dict[str, Any] = {
+        "model": {"depth": 3, "hidden_size": 64, "num_heads": 2, "patch_size": 2, "aux_depth": 1},
+        "data": {"index": "synthetic", "streams": 1},
+        "train": {"steps": 1, "global_batch_size": 8, "precision": precision},
+        "engine": {"kind": kind, **engine},
+    }
+    config = config_from_tree(tree, "benchmark").with_data(info.latent.shape, len(info.classes))
+    model = DiT(config.model.to_dit())
+    initialize(model, 0)
+    ids = torch.arange(8, device=case.device)
+    x_t, velocity = (normal(0, purpose, ids, (4, 8, 8)) for purpose in (Purpose.NOISE, Purpose.POSTERIOR))
+    t = uniform(0, Purpose.TIME, ids).float()
+    with switches("fp32"):
+        built = build_engine(model, config, None, case.dist)
+        found = []
+        for _ in range(6):
+            with built.microbatch(last=True):
+                loss = ig_loss(built.module(x_t, t, ids), velocity, aux_weight=0.5).total.mean()
+                built.backward(loss)
+            assert built.step(1e-2).finite
+            found.append(float(sum_over_ranks(loss.detach(), case.dist)))
+    return found
+
+
+def apex(case: Case) -> Found:
+    """FusedAdam of apex makes the steps of torch's fused Adam, leaves out the same ones, and goes on from a state."""
+    try:
+        check_apex()
+    except ConfigError as error:
+        raise NotHereError(str(error)) from None
+    made = {}
+    for kind in ("fused", "apex"):
+        torch.manual_seed(0)
+        parameter = torch.nn.Parameter(torch.randn(1000, device=case.device))
+        config = OptimizerConfig.model_validate({"implementation": kind, "lr": 1e-3, "weight_decay": 0.1})
+        optimizer = build_optimizer([parameter], config)
+        for step in range(8):
+            kept = parameter.detach().clone()
+            parameter.grad = torch.randn(1000, device=case.device)
+            if step in (0, 5):
+                parameter.grad[3] = float("inf")
+            update(optimizer, torch.nn.utils.get_total_norm([parameter.grad]), 1.0, 1e-3 * (step + 1))
+            assert torch.equal(parameter, kept) == (step in (0, 5))
+            assert steps_of(optimizer) == step + 1 - (step >= 0) - (step >= 5)
+            if step == 5:  # as if it were loaded: the next step goes on from here
+                state = {name: moment.clone() for name, moment in moments_of(optimizer, parameter).items()}
+                optimizer = build_optimizer([parameter], config)
+                set_state(optimizer, parameter, 4, state)
+        made[kind] = parameter.detach()
+    torch.testing.assert_close(made["apex"], made["fused"], rtol=1e-5, atol=1e-7)
+    return {"largest difference": float((made["apex"] - made["fused"]).abs().max())}
+
+
+def muon(case: Case) -> Found:
+    """Muon, whose iteration is in bf16 on a GPU, follows Muon on the CPU."""
+    needs_a_gpu(case)
+    made = []
+    for device in (torch.device("cpu"), case.device):
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(96, 32), (32, 96), (7,)]
+        parameters = [torch.nn.Parameter(torch.randn(s, generator=generator).to(device)) for s in shapes]
+        start = [parameter.detach().cpu().clone() for parameter in parameters]
+        optimizer = build_optimizer(parameters, OptimizerConfig.model_validate({"kind": "muon", "lr": 1e-2}))
+        for _ in range(5):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            update(optimizer, norm, 1.0, 1e-2)
+        made.append([p.detach().cpu() - first for p, first in zip(parameters, start, strict=True)])
+    errors = [float((gpu - cpu).norm() / cpu.norm()) for cpu, gpu in zip(*made, strict=True)]
+    assert max(errors) < 0.05, errors
+    return {"largest relative difference": max(errors)}
+
+
+CHECKS: dict[str, tuple[int, Callable[[Case], Found]]] = {
+    "golden numbers, fp32 without TF32": (30, partial(recorded_numbers, precision="fp32")),
+    "golden numbers, bf16": (20, partial(recorded_numbers, precision="bf16")),
+    "Philox on CPU and GPU": (20, draws),
+    "recompiles after the first step": (120, recompiles),
+    "snapshot while steps go on": (60, snapshot),
+    "resume, bitwise": (60, resume),
+    "DDP of one rank": (40, partial(follows, kind="ddp")),
+    "FSDP2 of one rank": (40, partial(follows, kind="fsdp2")),
+    "HSDP of one rank": (40, partial(follows, kind="fsdp2", replicate=1)),
+    "DeepSpeed of one rank": (60, partial(follows, kind="deepspeed")),
+    "apex": (30, apex),
+    "Muon in bf16": (20, muon),
+}
+"""Seconds that each may take on an H100, and the check; in the order in which they run."""
