@@ -222,7 +222,7 @@ def index(
 
     raw = raw_statistics(content.sums for content in contents)
     latent = normalise(latent, raw, shifts, scales)
-    table = SampleTable.from_rows([row for content in contents for row in content.rows])
+    table = SampleTable.joined([content.rows for content in contents])
     info = {
         "source": source or PurePosixPath(found.folder).name,
         "seed": 0,
@@ -264,16 +264,14 @@ def normalise(latent: LatentInfo, raw: Statistics, shifts: Coefficients, scales:
 
 def summary(folder: str, info: dict[str, Any], table: SampleTable) -> list[str]:
     """Lines that say what was indexed, and what to type next."""
-    import numpy as np
-
     latent, seen = info["latent"], info["statistics"]
-    counts = np.bincount(table.label, minlength=len(info["classes"]))
+    counts = table.class_counts(len(info["classes"]))
     empty = f", {(counts == 0).sum()} of them without a sample" if not counts.all() else ""
     what = "moments" if latent.kind == "moments" else "latents"
     flips = ", and those of the mirrored images" if latent.flips else ""
     mean, std = (f"{min(values):.3f} to {max(values):.3f}" for values in (seen.mean, seen.std))
     return [
-        f"{len(table.label)} samples of {len(counts)} classes ({counts.min()} to {counts.max()} a class{empty}) in"
+        f"{len(table)} samples of {len(counts)} classes ({counts.min()} to {counts.max()} a class{empty}) in"
         f" {len(info['shards'])} shards of {latent.dtype} {'x'.join(map(str, latent.shape))} {what}{flips}",
         f"as the model sees them, per channel: mean {mean}, std {std}",
         f"written: {folder}/index.json; check it with: ig-dist verify {folder}",

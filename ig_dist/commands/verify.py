@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ig_dist.commands.options import AsJson
-from ig_dist.errors import ConfigError, DataError
+from ig_dist.errors import ConfigError, DamagedError, DataError
 from ig_dist.terminal import console
 
 if TYPE_CHECKING:
@@ -59,15 +59,16 @@ def draw_picture(index: ShardIndex, verdict: Verdict, number: int, seed: int, fi
         return f"no picture: {error}"
     if tokenizer.sha256 != info.tokenizer.sha256:
         return f"no picture: {tokenizer.name} on this machine is not the tokenizer of the index (sha256 differs)"
-    first = np.concatenate([[0], np.cumsum(index.shard_sizes)])
-    sound = [i for i, shard in enumerate(verdict.shards) if not shard.problems]
-    ids = np.concatenate([np.arange(first[i], first[i + 1]) for i in sound]) if sound else np.empty(0, np.int64)
-    ids = np.random.default_rng(seed).permutation(ids)[:number]
+    sound = np.array([i for i, shard in enumerate(verdict.shards) if not shard.problems], np.int64)
+    ends, first = np.cumsum(index.shard_sizes[sound]), index.first_ids
+    total = int(ends[-1]) if len(ends) else 0
     reader = ShardReader(index, "skip")
     stored, labels = [], []
-    for sample in ids:
-        shard = int(np.searchsorted(first, sample, side="right")) - 1
-        begin = int(sample - first[shard])
+    for place in np.random.default_rng(seed).choice(total, min(number, total), replace=False):
+        at = int(np.searchsorted(ends, place, side="right"))
+        shard = int(sound[at])
+        begin = int(place - ends[at] + index.shard_sizes[shard])
+        sample = int(first[shard]) + begin
         latent, good = reader.read(shard, begin, begin + 1)
         if good[0]:
             stored.append(latent)
@@ -99,9 +100,9 @@ def facts(info: IndexFile, table: SampleTable | None, verdict: Verdict, fast: bo
     """The result as JSON holds it."""
     import numpy as np
 
-    from ig_dist.data.verify import TOLERANCE, class_counts
+    from ig_dist.data.verify import TOLERANCE
 
-    counts = None if table is None else class_counts(info, table)
+    counts = None if table is None else table.class_counts(len(info.classes))
     read = sum(shard.bytes_read for shard in verdict.shards)
     return {
         "good": not (verdict.damaged or verdict.index_problems),
@@ -171,7 +172,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Hold shards of latents against their index."""
-    from ig_dist.data.index import ShardIndex, read_index_file, read_table
+    from ig_dist.data.index import ShardIndex, check_table, read_index_file, read_table
     from ig_dist.data.verify import verify_shards
 
     console.stderr = as_json  # stdout is the JSON alone
@@ -179,8 +180,9 @@ def verify(
     table, table_problem = None, []
     try:
         table = read_table(folder, info)
-    except ConfigError as error:
-        table_problem = [str(error)]
+        check_table(folder, info, table)
+    except (ConfigError, DamagedError) as error:
+        table, table_problem = None, [str(error)]
     began = time.perf_counter()
     verdict = verify_shards(folder, info, table, fast=fast, seed=seed, workers=workers)
     verdict.index_problems[:0] = table_problem

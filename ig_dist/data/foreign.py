@@ -154,15 +154,16 @@ def choose_classes(
     """
     if names is not None and number not in (None, len(names)):
         raise ConfigError(f"--class-names has {len(names)} lines, --num-classes is {number}: leave one of them out")
-    highest = max(row.label for content in contents for row in content.rows)
+    highest = max(int(content.rows.label[:].max()) for content in contents)
     if names is None and number is None and highest >= _MOST_CLASSES:
         raise ConfigError(f"the highest label is {highest}: give --num-classes if that is right")
     count = len(names) if names is not None else highest + 1 if number is None else number
     for name, content in zip(shards.sizes, contents, strict=True):
-        for place, row in enumerate(content.rows):
-            if not 0 <= row.label < count:
-                raise ConfigError(
-                    f"{name}: sample {place} has label {row.label}, the classes are 0 to {count - 1}: give another"
-                    " --num-classes or --class-names, or mend the shards (labels count from 0)"
-                )
+        labels = content.rows.label[:]
+        bad = np.flatnonzero((labels < 0) | (labels >= count))
+        if len(bad):
+            raise ConfigError(
+                f"{name}: sample {bad[0]} has label {labels[bad[0]]}, the classes are 0 to {count - 1}: give another"
+                " --num-classes or --class-names, or mend the shards (labels count from 0)"
+            )
     return names if names is not None else [str(label) for label in range(count)]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -17,14 +19,19 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ig_dist.data import table as side_file
 from ig_dist.data.shards import SampleRow
+from ig_dist.data.table import Blocks, Column, StoredColumn, Sums
 from ig_dist.errors import ConfigError
 from ig_dist.storage.faults import PATIENCE, Patience, unreadable
 from ig_dist.storage.files import list_sizes, open_url, read_file, write_whole
 from ig_dist.storage.urls import full_url
+from ig_dist.storage.writes import write_stream
 
 FORMAT = "ig-dist-index/1"
 TABLE_NAME = "index.samples.safetensors"
+
+_AT_ONCE = 2**20  # rows
 
 
 class _Record(BaseModel):
@@ -117,6 +124,8 @@ class IndexFile(_Record):
     """Images that were smaller than ``tokenizer.image_size`` before they were cut."""
     statistics: Statistics
     table_sha256: str
+    table_crc32: str | None = None
+    """CRC-32 of each 128 KiB of a side file that is too large to be read whole, one after the other in hexadecimal."""
     shards: list[ShardInfo] = Field(min_length=1)
 
     @property
@@ -129,23 +138,57 @@ class IndexFile(_Record):
 class SampleTable:
     """One row per sample, in index order: shard by shard, as in the tars."""
 
-    offset: NDArray[np.int64]
-    """Byte offset of the latent's array data in its shard."""
-    label: NDArray[np.int32]
-    crc32: NDArray[np.uint32]
-    """CRC-32 of the array data."""
-    flip_offset: NDArray[np.int64] | None = None
+    offset: Column
+    """int64: byte offset of the latent's array data in its shard."""
+    label: Column
+    """int32."""
+    crc32: Column
+    """uint32: CRC-32 of the array data."""
+    flip_offset: Column | None = None
     """The same for the latent of the mirrored image, where shards have it."""
-    flip_crc32: NDArray[np.uint32] | None = None
+    flip_crc32: Column | None = None
 
     @classmethod
-    def from_rows(cls, rows: Sequence[SampleRow]) -> SampleTable:
-        """Columns from the rows of all shards, in index order."""
-        offset, label, crc32, flip_offset, flip_crc32 = zip(*rows, strict=True)
-        columns = np.asarray(offset, np.int64), np.asarray(label, np.int32), np.asarray(crc32, np.uint32)
-        if flip_offset[0] < 0:
-            return cls(*columns)
-        return cls(*columns, np.asarray(flip_offset, np.int64), np.asarray(flip_crc32, np.uint32))
+    def from_rows(cls, rows: Sequence[SampleRow | Sequence[int]]) -> SampleTable:
+        """Columns from rows, in index order."""
+        columns = np.array(rows, np.int64).reshape(-1, len(SampleRow._fields)).T
+        flips = bool((columns[3] >= 0).any())
+        kinds = zip(cls.__dataclass_fields__, (np.int64, np.int32, np.uint32, np.int64, np.uint32), strict=True)
+        made = {name: columns[number].astype(kind) for number, (name, kind) in enumerate(kinds) if number < 3 or flips}
+        return cls(**made)
+
+    @classmethod
+    def joined(cls, tables: Sequence[SampleTable]) -> SampleTable:
+        """All rows, one table after the other."""
+        return cls(**{name: np.concatenate([table.columns[name] for table in tables]) for name in tables[0].columns})
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def __getitem__(self, rows: slice) -> SampleTable:
+        """Some rows, as arrays."""
+        return SampleTable(**{name: column[rows] for name, column in self.columns.items()})
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """Those that there are, by name."""
+        return {name: column for name, column in vars(self).items() if column is not None}
+
+    def under(self, patience: Patience) -> SampleTable:
+        """The same table, whose file is read under another patience."""
+        columns = self.columns.items()
+        return SampleTable(**{name: c.under(patience) if isinstance(c, StoredColumn) else c for name, c in columns})
+
+    def labels(self) -> Iterator[NDArray[np.int32]]:
+        """All labels, some at a time."""
+        return (self.label[start : start + _AT_ONCE] for start in range(0, len(self), _AT_ONCE))
+
+    def class_counts(self, classes: int) -> NDArray[np.int64]:
+        """Samples of each class, (classes,); labels that are none do not count."""
+        counts = np.zeros(classes, np.int64)
+        for labels in self.labels():
+            counts += np.bincount(labels[(labels >= 0) & (labels < classes)], minlength=classes)
+        return counts
 
 
 @dataclass(frozen=True)
@@ -162,21 +205,35 @@ class ShardIndex:
     @property
     def num_samples(self) -> int:
         """Samples in all shards."""
-        return len(self.table.label)
+        return len(self.table)
 
-    @property
-    def shard_sizes(self) -> list[int]:
+    @cached_property
+    def shard_sizes(self) -> NDArray[np.int64]:
         """Samples of each shard."""
-        return [shard.samples for shard in self.info.shards]
+        return np.fromiter((shard.samples for shard in self.info.shards), np.int64, len(self.info.shards))
+
+    @cached_property
+    def first_ids(self) -> NDArray[np.int64]:
+        """Id of the first sample of each shard, and, last, the number of samples."""
+        return np.concatenate([[0], np.cumsum(self.shard_sizes)])
 
 
 def write_index(folder: str, info: dict[str, Any], table: SampleTable, patience: Patience = PATIENCE) -> None:
     """Write the side file, then ``index.json`` (last: what has no index does not exist)."""
     fs, path = open_url(folder, "--dest", patience)
-    packed = safetensors.numpy.save({name: column for name, column in vars(table).items() if column is not None})
-    file = IndexFile(format=FORMAT, table_sha256=hashlib.sha256(packed).hexdigest(), **info)
-    write_whole(fs, f"{path}/{TABLE_NAME}", packed, patience)
-    write_whole(fs, f"{path}/index.json", (json.dumps(file.model_dump(), indent=1) + "\n").encode(), patience)
+    sums = Sums()
+    pieces = sums.passing(side_file.pack(table.columns))
+    first = next(pieces)
+    second = next(pieces, None)
+    if second is None:
+        write_whole(fs, f"{path}/{TABLE_NAME}", bytes(first), patience)
+    else:
+        write_stream(fs, f"{path}/{TABLE_NAME}", chain([first, second], pieces), patience)
+    # an index that needs no CRCs stays, byte for byte, what it was before there were any
+    crcs = {"table_crc32": sums.crcs} if sums.size > side_file.HELD_BYTES else {}
+    file = IndexFile(**{**info, "format": FORMAT, "table_sha256": sums.sha256, "table_crc32": None, **crcs})
+    text = json.dumps(file.model_dump(exclude=set() if crcs else {"table_crc32"}), indent=1) + "\n"
+    write_whole(fs, f"{path}/index.json", text.encode(), patience)
 
 
 def read_index(url: str) -> ShardIndex:
@@ -222,26 +279,47 @@ def read_index_file(url: str, name: str = "data.index") -> tuple[str, IndexFile,
 
 
 def read_table(folder: str, info: IndexFile) -> SampleTable:
-    """The side file.
+    """The side file: a small one is read and checked whole, of a large one only what is asked for, when it is.
 
     Raises:
         ConfigError: it is missing, or not the one of the index.
+        DataError: it is damaged, or the storage fails.
     """
     fs, path = open_url(f"{folder}/{TABLE_NAME}", "data.index")
     try:
-        packed = read_file(fs, path)
+        if info.table_crc32 is not None:
+            blocks = Blocks(fs, path, fs.size(path), info.table_crc32, info.remake)
+            table = SampleTable(**side_file.stored_columns(blocks))
+        else:
+            packed = read_file(fs, path)
+            if hashlib.sha256(packed).hexdigest() != info.table_sha256:
+                raise ConfigError(
+                    f"{path} does not match index.json (sha256 differs): copy both again or {info.remake}"
+                )
+            table = SampleTable(**safetensors.numpy.load(packed))
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing: it belongs to index.json; copy it there or {info.remake}") from None
     except OSError as error:
         raise unreadable(fs, path, error) from None
-    if hashlib.sha256(packed).hexdigest() != info.table_sha256:
-        raise ConfigError(f"{path} does not match index.json (sha256 differs): copy both again or {info.remake}")
-    table = SampleTable(**safetensors.numpy.load(packed))
     if info.latent.flips != (table.flip_offset is not None):
         raise ConfigError(f"{path} and index.json disagree about latent_flip: {info.remake}")
-    if len(table.label) != sum(shard.samples for shard in info.shards):
-        raise ConfigError(f"{path} holds {len(table.label)} samples, index.json another number: {info.remake}")
+    if len(table) != sum(shard.samples for shard in info.shards):
+        raise ConfigError(f"{path} holds {len(table)} samples, index.json another number: {info.remake}")
     return table
+
+
+def check_table(folder: str, info: IndexFile, table: SampleTable) -> None:
+    """Read the whole side file, also a large one.
+
+    Raises:
+        ConfigError: it is not the one of the index.
+        DamagedError: parts of it are not.
+        DataError: the storage fails.
+    """
+    if isinstance(table.label, StoredColumn) and table.label.blocks.sha256() != info.table_sha256:
+        raise ConfigError(
+            f"{folder}/{TABLE_NAME} does not match index.json (sha256 differs): copy both again or {info.remake}"
+        )
 
 
 def _check_shards(folder: str, info: IndexFile) -> None:

@@ -59,14 +59,15 @@ class SampleOrder:
 
     def __init__(
         self,
-        shard_sizes: Sequence[int],
+        shard_sizes: Sequence[int] | NDArray[np.int64],
         *,
         streams: int,
         global_batch_size: int,
         window_samples: int,
         seed: int,
     ) -> None:
-        self.num_samples = sum(shard_sizes)
+        self._sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self.num_samples = int(self._sizes.sum())
         if streams > self.num_samples:
             raise ConfigError(
                 f"data.streams {streams} is more than the {self.num_samples} samples of the data:"
@@ -75,7 +76,6 @@ class SampleOrder:
         self.streams, self.window_samples, self.seed = streams, window_samples, seed
         self.global_batch_size = global_batch_size
         self.samples_per_stream = global_batch_size // streams
-        self._sizes = np.asarray(shard_sizes, dtype=np.int64)
         self._first_id = np.concatenate([[0], np.cumsum(self._sizes)])
         self._layout = lru_cache(maxsize=4)(self._epoch_layout)
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from zlib_ng import zlib_ng
 
 from ig_dist.data.cache import BlockCache
-from ig_dist.data.index import ShardIndex
+from ig_dist.data.index import SampleTable, ShardIndex
 from ig_dist.errors import DataError
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import REQUEST_BYTES, open_url, read_range
@@ -20,6 +21,16 @@ from ig_dist.storage.urls import full_url
 Samples = NDArray[Any]
 
 _READ_AGAIN = 3
+_SHARDS_CUT = 256  # whose blocks are remembered
+
+
+class _Part(NamedTuple):
+    """Consecutive samples of a shard that are read at once, and the bytes that hold them."""
+
+    start: int
+    stop: int
+    begin: int
+    end: int
 
 
 class _Rows:
@@ -71,14 +82,11 @@ class ShardReader:
         self._fs, self._path = open_url(index.folder, "data.index", self.patience)
         self._shape, self._dtype = index.info.latent.stored_shape, np.dtype(index.info.latent.dtype)
         self._size = index.info.latent.stored_bytes
-        table = index.table
-        self._first_id = np.concatenate([[0], np.cumsum(index.shard_sizes)])
-        # where a sample begins and ends, both of its latents
-        flips = table.offset if table.flip_offset is None else table.flip_offset
-        self._begins = np.minimum(table.offset, flips)
-        self._ends = np.maximum(table.offset, flips) + self._size
+        self.table = index.table.under(self.patience)
+        """That of the index, read under the same patience."""
+        self._first_id = index.first_ids
         self._request_bytes = request_bytes
-        self._blocks: dict[int, list[range]] = {}  # of shards that the cache keeps
+        self._blocks = lru_cache(_SHARDS_CUT)(self._cut_shard)  # of shards that the cache keeps
         self._memory = threading.local()  # new memory for each request would cost the kernel as much as the reading
 
     def read(
@@ -113,16 +121,20 @@ class ShardReader:
         rows = np.empty((count, *self._shape), self._dtype) if out is None else out
         to = np.arange(count) if places is None else places
         good = np.empty(count, dtype=bool)
-        for part in self._parts(shard, start, stop):
+        table = self._rows(shard, start, stop)
+        parts = self._cut(table, start)
+        if self._cache and self._cache.holds(shard):  # it keeps whole blocks
+            parts = (block for block in self._blocks(shard) if block.start < stop and block.stop > start)
+        for part in parts:
             wanted = range(max(part.start, start), min(part.stop, stop))
             here = slice(wanted.start - start, wanted.stop - start)
-            good[here] = self._fetch(shard, part, wanted, flips[here], rows, to[here])
+            good[here] = self._fetch(shard, part, table[here], flips[here], rows, to[here])
             for _ in range(_READ_AGAIN):
                 # it may have suffered on the way, or in the cache; what was good stays
                 bad = np.flatnonzero(~good[here])
                 if not len(bad):
                     break
-                again = self._fetch(shard, part, wanted, flips[here], rows, to[here], only=bad)
+                again = self._fetch(shard, part, table[here], flips[here], rows, to[here], only=bad)
                 good[here.start + bad] = again
             for i in np.flatnonzero(~good[here]):
                 self._quarantine(shard, wanted[i])
@@ -131,39 +143,44 @@ class ShardReader:
     def read_ids(self, start: int, stop: int) -> tuple[Samples, NDArray[np.bool_]]:
         """Samples of consecutive ids, ``start`` to ``stop`` (exclusive), of one shard or several; as ``read``."""
         rows, good = np.empty((stop - start, *self._shape), self._dtype), np.empty(stop - start, dtype=bool)
-        for shard in range(len(self._index.shard_sizes)):
-            first, after = max(start, int(self._first_id[shard])), min(stop, int(self._first_id[shard + 1]))
-            if first < after:
-                places, begin = np.arange(first - start, after - start), int(self._first_id[shard])
-                good[places] = self.read(shard, first - begin, after - begin, out=rows, places=places)[1]
+        at = start
+        while at < stop:
+            shard = int(np.searchsorted(self._first_id, at, side="right")) - 1
+            begin, after = int(self._first_id[shard]), min(stop, int(self._first_id[shard + 1]))
+            places = np.arange(at - start, after - start)
+            good[places] = self.read(shard, at - begin, after - begin, out=rows, places=places)[1]
+            at = after
         return rows, good
 
-    def _parts(self, shard: int, start: int, stop: int) -> Iterator[range]:
-        """The samples that are read at once: exactly those asked for, or whole blocks where the cache keeps them."""
-        if not (self._cache and self._cache.holds(shard)):
-            yield from self._cut(shard, start, stop)
-            return
-        if shard not in self._blocks:
-            self._blocks[shard] = list(self._cut(shard, 0, self._index.shard_sizes[shard]))
-        yield from (block for block in self._blocks[shard] if block.start < stop and block.stop > start)
+    def _rows(self, shard: int, start: int, stop: int) -> SampleTable:
+        """Rows of the table, of samples ``start`` to ``stop`` (exclusive) of a shard."""
+        first = int(self._first_id[shard])
+        return self.table[first + start : first + stop]
 
-    def _cut(self, shard: int, start: int, stop: int) -> Iterator[range]:
-        """Consecutive samples whose bytes fit into one request, with whatever lies between them in the shard."""
-        rows = slice(self._first_id[shard] + start, self._first_id[shard] + stop)
-        begins = np.minimum.accumulate(self._begins[rows][::-1])[::-1]  # of it and all after it
-        ends = np.maximum.accumulate(self._ends[rows])
+    def _cut_shard(self, shard: int) -> list[_Part]:
+        return list(self._cut(self._rows(shard, 0, int(self._index.shard_sizes[shard])), 0))
+
+    def _cut(self, table: SampleTable, start: int) -> Iterator[_Part]:
+        """Consecutive samples, from ``start`` on, whose bytes fit into one request, with whatever lies between them."""
+        offsets = np.asarray(table.offset)
+        flips = offsets if table.flip_offset is None else np.asarray(table.flip_offset)
+        # where a sample begins and ends, both of its latents
+        begins, ends = np.minimum(offsets, flips), np.maximum(offsets, flips) + self._size
+        lowest = np.minimum.accumulate(begins[::-1])[::-1]  # of it and all after it
+        highest = np.maximum.accumulate(ends)
         first = 0
         while first < len(ends):
-            fits = int(np.searchsorted(ends, begins[first] + self._request_bytes, side="right"))
+            fits = int(np.searchsorted(highest, lowest[first] + self._request_bytes, side="right"))
             after = max(first + 1, fits)
-            yield range(start + first, start + after)
+            span = slice(first, after)
+            yield _Part(start + first, start + after, int(begins[span].min()), int(ends[span].max()))
             first = after
 
     def _fetch(
         self,
         shard: int,
-        part: range,
-        wanted: range,
+        part: _Part,
+        table: SampleTable,
         flips: NDArray[np.bool_],
         out: Samples,
         places: NDArray[np.int64],
@@ -171,27 +188,24 @@ class ShardReader:
     ) -> NDArray[np.bool_]:
         """Read a part of a shard and put its wanted samples into their places; which of them have the right CRC.
 
-        ``only``: those of the wanted that are read once more, not from the cache.
+        ``table``: rows of the wanted. ``only``: those of them that are read once more, not from the cache.
         """
-        table, chosen = self._index.table, np.arange(len(wanted)) if only is None else only
-        ids, flips = int(self._first_id[shard]) + wanted.start + chosen, flips[chosen]
-        offsets, crcs = table.offset[ids], table.crc32[ids]
+        chosen = np.arange(len(table)) if only is None else only
+        flips, offsets, crcs = flips[chosen], table.offset[chosen], table.crc32[chosen]
         if table.flip_offset is not None and table.flip_crc32 is not None:
-            offsets = np.where(flips, table.flip_offset[ids], offsets)
-            crcs = np.where(flips, table.flip_crc32[ids], crcs)
-        span = slice(self._first_id[shard] + part.start, self._first_id[shard] + part.stop)
-        begin, end = int(self._begins[span].min()), int(self._ends[span].max())
+            offsets = np.where(flips, table.flip_offset[chosen], offsets)
+            crcs = np.where(flips, table.flip_crc32[chosen], crcs)
         to = out.view(np.uint8).reshape(len(out), self._size)
-        filling = _Rows((offsets - begin).tolist(), places[chosen].tolist(), to)
+        filling = _Rows((offsets - part.begin).tolist(), places[chosen].tolist(), to)
 
         cache = self._cache if self._cache and self._cache.holds(shard) else None
         if cache and only is not None:
             cache.drop(shard, part.start)
-        kept = cache.get(shard, part.start, end - begin) if cache else None
+        kept = cache.get(shard, part.start, part.end - part.begin) if cache else None
         if kept is not None:
             filling.fill(kept, len(kept))
         else:
-            data = self._request(shard, begin, end, filling)
+            data = self._request(shard, part.begin, part.end, filling)
             if cache:
                 cache.put(shard, part.start, data)
         return np.asarray(np.array(filling.crcs, np.uint32) == crcs)
@@ -213,7 +227,7 @@ class ShardReader:
         sample = int(self._first_id[shard]) + number
         if self._on_corrupt == "fail":
             raise DataError(
-                f"{self._url(shard)}: sample {sample} at byte {self._index.table.offset[sample]} is damaged (its CRC"
+                f"{self._url(shard)}: sample {sample} at byte {self.table.offset[sample]} is damaged (its CRC"
                 " differs): restore the shard, or train without such samples (data.on_corrupt=skip)"
             )
         self.quarantined.add(sample)

@@ -10,8 +10,8 @@ from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
-from ig_dist.data.index import KeyInfo, LatentInfo
-from ig_dist.data.shards import SampleRow, scan_shard
+from ig_dist.data.index import KeyInfo, LatentInfo, SampleTable
+from ig_dist.data.shards import scan_shard
 from ig_dist.data.statistics import ChannelSums
 from ig_dist.data.tar import DamagedTar
 from ig_dist.errors import ConfigError
@@ -71,7 +71,7 @@ class ShardFile:
 class ShardContent(NamedTuple):
     """What is in a shard."""
 
-    rows: list[SampleRow]
+    rows: SampleTable
     sha256: str
     sums: ChannelSums
     problem: ConfigError | DamagedTar | None
@@ -86,10 +86,9 @@ def read_shard(file: ShardFile, latent: LatentInfo, keys: KeyInfo) -> ShardConte
         OSError: the file cannot be read.
     """
     sums = ChannelSums(latent.kind, latent.shape[0])
-    rows: list[SampleRow] = []
-    problem = None
+    rows, problem = SampleTable.from_rows([]), None
     try:
-        rows = scan_shard(
+        found = scan_shard(
             cast(IO[bytes], file),
             np.dtype(latent.dtype),
             latent.stored_shape,
@@ -98,6 +97,7 @@ def read_shard(file: ShardFile, latent: LatentInfo, keys: KeyInfo) -> ShardConte
             label_suffix=f".{keys.label}",
             visit=sums.add,
         )
+        rows = SampleTable.from_rows(found)
     except (ConfigError, DamagedTar) as error:
         problem = error
     sums.close()

@@ -19,6 +19,8 @@ LATENT_SUFFIX = ".latent.npy"
 FLIP_SUFFIX = ".latent_flip.npy"
 LABEL_SUFFIX = ".cls"
 
+_MOST_LABELS = 2**31  # of an index
+
 
 class SampleRow(NamedTuple):
     """Where a sample's latents lie in its shard, and what the index keeps of it."""
@@ -156,9 +158,11 @@ def _npy(array: NDArray[Any]) -> bytes:
 
 def _label(name: str, data: bytes) -> int:
     try:
-        return int(data)
+        if abs(label := int(data)) < _MOST_LABELS:
+            return label
     except ValueError:
-        raise ConfigError(f"{name} holds {data[:20]!r}, not a class number") from None
+        pass
+    raise ConfigError(f"{name} holds {data[:20]!r}, not a class number")
 
 
 def _line(error: BaseException) -> str:

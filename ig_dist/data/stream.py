@@ -57,6 +57,7 @@ class _LoadedWindow:
     window: Window
     latents: NDArray[Any]  # (n, *stored shape)
     ids: NDArray[np.int64]  # (n,)
+    labels: NDArray[np.int32]  # (n,)
 
 
 class _Cursor:
@@ -176,27 +177,26 @@ class BatchStream:
         streams = [_Cursor(partial(self._fetch, stream), self._start * per_stream) for stream in self._streams]
         rows = len(streams) * per_stream
         number = self._start
-        dtype: torch.dtype = getattr(torch, self._index.info.latent.dtype)
-        shape, pin = (rows, *self._index.info.latent.stored_shape), torch.cuda.is_available()
+        shape, dtype = (rows, *self._index.info.latent.stored_shape), self._index.info.latent.dtype
         while True:
-            if pin:
-                latents = torch.empty(shape, dtype=dtype, pin_memory=True)
-            else:  # numpy asks for huge pages, torch does not
-                latents = torch.from_numpy(np.empty(shape, self._index.info.latent.dtype))
-            view = latents.numpy()
+            # what goes to the device: pinned, it is copied there while the processor does something else
+            tensors = _new(shape, dtype), _new((rows,), "int64"), _new((rows,), "int64")
+            latents, labels, positions = (tensor.numpy() for tensor in tensors)
             ids, epochs = np.empty(rows, dtype=np.int64), np.empty(rows, dtype=np.int64)
             row = 0
             for stream in streams:
                 for loaded, part in stream.take(per_stream):
                     to = slice(row, row + part.stop - part.start)
-                    view[to], ids[to], epochs[to] = loaded.latents[part], loaded.ids[part], loaded.window.epoch
+                    latents[to], labels[to] = loaded.latents[part], loaded.labels[part]
+                    ids[to], epochs[to] = loaded.ids[part], loaded.window.epoch
                     row = to.stop
             first = number * self._order.global_batch_size + self._streams.start * per_stream
+            positions[:] = np.arange(first, first + rows)
             yield Batch(
-                latents=latents,
-                labels=torch.from_numpy(self._index.table.label[ids].astype(np.int64)),
+                latents=tensors[0],
+                labels=tensors[1],
                 ids=torch.from_numpy(ids),
-                positions=torch.arange(first, first + rows),
+                positions=tensors[2],
                 epochs=torch.from_numpy(epochs),
             )
             number += 1
@@ -229,7 +229,7 @@ class BatchStream:
                 )
             stand_in = whole[np.searchsorted(whole, np.arange(count)) % len(whole)]  # the next good one, around
             latents, ids = latents[stand_in], ids[stand_in]
-        return _LoadedWindow(window, latents, ids)
+        return _LoadedWindow(window, latents, ids, self.reader.table.label[ids])
 
     def _flips(self, stream: int, window: Window) -> NDArray[np.bool_]:
         """Which samples of the window are wanted mirrored, in the order of its pieces."""
@@ -238,6 +238,17 @@ class BatchStream:
             positions = self._order.positions(stream, np.arange(window.first, window.stop))
             flips[window.permutation] = bernoulli(self._order.seed, Purpose.FLIP, torch.from_numpy(positions), 0.5)
         return flips
+
+
+def _new(shape: tuple[int, ...], dtype: str) -> Tensor:
+    """A tensor that is to be filled, pinned where there is a GPU.
+
+    The pinned tensor itself must go to the device, not one made of an array on it: its memory is used again as soon as
+    no copy is under way that began from it.
+    """
+    if torch.cuda.is_available():
+        return torch.empty(shape, dtype=getattr(torch, dtype), pin_memory=True)
+    return torch.from_numpy(np.empty(shape, dtype))  # numpy asks for huge pages, torch does not
 
 
 def check_window_memory(index: ShardIndex, *, streams: int, window_samples: int, window_bytes: int, nodes: int) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ig_dist.background import in_parallel
 from ig_dist.data.index import TABLE_NAME, IndexFile, SampleTable, ShardIndex
@@ -93,7 +92,7 @@ def verify_shards(
     total = len(info.shards) if fast else sum(sizes.get(shard.name, 0) for shard in info.shards)
     with progress("verify", total, "shards" if fast else "bytes") as advance:
         if fast:
-            check = _fast_check(ShardIndex(folder, info, table, ""), seed, patience) if table else None
+            check = _fast_check(ShardIndex(folder, info, table, ""), seed, patience) if table is not None else None
         else:
             check = _full_check(fs, path, info, table, patience, advance)
 
@@ -127,7 +126,7 @@ def _full_check(
 ) -> Callable[[ShardCheck, int, int], None]:
     """A check that reads a whole shard."""
     owners = {shard.sha256: shard.name for shard in info.shards}
-    firsts = np.concatenate([[0], np.cumsum([shard.samples for shard in info.shards])])
+    firsts = np.cumsum([0, *(shard.samples for shard in info.shards)])
 
     def examine(number: int, size: int, advance: Callable[[int], None]) -> tuple[ShardContent, list[str]]:
         shard = info.shards[number]
@@ -162,11 +161,11 @@ def _differences(content: ShardContent, samples: int, table: SampleTable | None,
     elif len(content.rows) != samples:
         problems.append(f"holds {len(content.rows)} samples, the index says {samples}")
     elif table is not None:
-        for name, found in vars(SampleTable.from_rows(content.rows)).items():
-            expected = getattr(table, name)
-            if found is None or expected is None:
+        expected = table[first : first + samples].columns
+        for name, found in content.rows.columns.items():
+            if name not in expected:
                 continue
-            bad = np.flatnonzero(found != expected[first : first + samples])
+            bad = np.flatnonzero(found[:] != expected[name][:])
             if len(bad):
                 problems.append(f"{_samples(len(bad))} with another {_COLUMNS[name]} (the first: {first + bad[0]})")
     for keys, what in ((content.sums.not_finite, "NaN or infinity"), (content.sums.negative_std, "a negative std")):
@@ -190,7 +189,7 @@ def _fast_check(index: ShardIndex, seed: int, patience: Patience) -> Callable[[S
         for flipped in [False, True] if index.info.latent.flips else [False]:
             stored, good = reader.read(number, place, place + 1, flipped=np.array([flipped]))
             found.bytes_read += stored.nbytes
-            sample = sum(sizes[:number]) + place
+            sample = index.first_ids[number] + place
             if not good[0]:
                 found.problems.append(f"sample {sample} has another CRC")
             elif not np.isfinite(stored).all():
@@ -216,12 +215,8 @@ def _index_problems(info: IndexFile, table: SampleTable | None, drift: Drift | N
             f"its statistics are not those of the latents: means differ by up to {drift.mean:.2g} standard deviations,"
             f" standard deviations by up to {drift.std:.2g} of them (tolerance {TOLERANCE:g})"
         )
-    if table is not None and not (table.label.min() >= 0 and table.label.max() < len(info.classes)):
-        problems.append(f"labels are {table.label.min()} to {table.label.max()}, of {len(info.classes)} classes")
+    if table is not None:
+        lowest, highest = np.array([(labels.min(), labels.max()) for labels in table.labels()]).T
+        if lowest.min() < 0 or highest.max() >= len(info.classes):
+            problems.append(f"labels are {lowest.min()} to {highest.max()}, of {len(info.classes)} classes")
     return problems
-
-
-def class_counts(info: IndexFile, table: SampleTable) -> NDArray[np.int64]:
-    """Samples of each class, (classes,)."""
-    inside = table.label[(table.label >= 0) & (table.label < len(info.classes))]
-    return np.bincount(inside, minlength=len(info.classes))

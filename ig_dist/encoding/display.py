@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from pathlib import PurePosixPath
 
-import numpy as np
 from rich.filesize import decimal
 
 from ig_dist.data.index import ShardIndex
@@ -16,7 +15,7 @@ _LISTED_CHANNELS = 8  # more are summed up
 def summary(index: ShardIndex) -> list[str]:
     """Lines that say what an index holds, and what to type next."""
     info = index.info
-    counts = np.bincount(index.table.label, minlength=len(info.classes))
+    counts = index.table.class_counts(len(info.classes))
     stored = sum(shard.bytes for shard in info.shards)
     shape = "x".join(map(str, info.latent.shape))
     kind = "posterior moments of " if info.latent.kind == "moments" else ""

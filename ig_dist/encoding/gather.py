@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 from zlib_ng import zlib_ng
 
 from ig_dist.background import in_parallel
 from ig_dist.data.images import KINDS
 from ig_dist.data.index import LatentInfo, SampleTable, write_index
-from ig_dist.data.shards import SampleRow
 from ig_dist.data.sources import Source
+from ig_dist.data.table import Spool
 from ig_dist.encoding.records import Dest, Rejected, ShardRecord, Superseded, TooManyRejected
 from ig_dist.encoding.settings import Settings
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, DataError
 from ig_dist.latents.tokenizer import Tokenizer
 from ig_dist.storage.files import read_range
+from ig_dist.storage.urls import is_local
 
 _THREADS = 8
+_AT_ONCE = 64  # records in memory
 _CHECKED_SAMPLES = 4  # of each shard
 
 
@@ -49,28 +53,77 @@ def gather(
     Raises:
         ConfigError: a class without a picture.
     """
-    records = in_parallel(dest.read_record, range(shards), _THREADS, dest.patience.stop)
-    sound = in_parallel(partial(_is_sound, dest, shape, dest.sizes()), records, _THREADS, dest.patience.stop)
-    if not all(sound):
-        for number, good in enumerate(sound):
-            if not good:
-                dest.remove_record(number)
-        return False
-    whole = [record for record in records if record is not None]
-    rows = [row for record in whole for row in record.rows]
-    rejected = [row for record in whole for row in record.rejected]
-    labels = np.array([row.label for row in rows], np.int64)
+    sizes, damaged = dest.sizes(), []
+    totals = _Totals(len(source.classes), dest.path if is_local(dest.fs) else None)
     try:
-        dest.write_rejected(rejected)
-        refuse_empty_classes(source, labels, rejected, where)
-        # the first record's settings: a tokenizer may have another name (a path) for each worker
-        info = _index(whole[0].settings, source, tokenizer, shape, whole)
+        for first in range(0, shards, _AT_ONCE):
+            numbers = range(first, min(first + _AT_ONCE, shards))
+            sound = in_parallel(partial(_sound_record, dest, shape, sizes), numbers, _THREADS, dest.patience.stop)
+            damaged += [number for number, record in zip(numbers, sound, strict=True) if record is None]
+            for record in sound:
+                if record is not None and not damaged:
+                    totals.add(record)
+        if damaged:
+            for number in damaged:
+                dest.remove_record(number)
+            return False
+        dest.write_rejected(totals.rejected)
+        refuse_empty_classes(source, totals.class_counts, totals.rejected, where)
         if not dest.has_index():  # one that is there stays
             with dest.writing("index.json"):
-                write_index(dest.url, info, SampleTable.from_rows(rows), dest.patience)
+                write_index(dest.url, _index(source, tokenizer, shape, totals), totals.table, dest.patience)
     except Superseded:
         pass
     return True
+
+
+class _Totals:
+    """What all records say together, but for their rows, which are in a file.
+
+    Args:
+        classes: how many there are.
+        folder: on whose disk the file is; None: the system's for temporary files.
+    """
+
+    def __init__(self, classes: int, folder: str | None) -> None:
+        self._folder = folder
+        self.class_counts = np.zeros(classes, np.int64)
+        self.settings: Settings | None = None
+        """Of the first record: a tokenizer may have another name (a path) for each worker."""
+        self.shards: list[dict[str, Any]] = []
+        self.rejected: list[Rejected] = []
+        self.samples = self.upscaled = 0
+        self.sums: Any = 0.0
+        """Per channel, of the latents and of their squares."""
+        self._spool: Spool | None = None
+
+    def add(self, record: ShardRecord) -> None:
+        """Take the next record."""
+        self.settings = self.settings or record.settings
+        self.rejected += record.rejected
+        self.upscaled += record.upscaled
+        if not record.samples:
+            return
+        self.samples += record.samples
+        self.class_counts += record.rows.class_counts(len(self.class_counts))
+        self.sums = self.sums + np.array([record.sums, record.square_sums])
+        self.shards.append(record.model_dump(include={"name", "bytes", "samples", "sha256"}))
+        columns = {name: np.asarray(column) for name, column in record.rows.columns.items()}
+        try:
+            if self._spool is None:
+                self._spool = Spool({name: column.dtype for name, column in columns.items()}, self._folder)
+            self._spool.add(columns)
+        except OSError as error:
+            remedy = "free space there" if self._folder else "free space there, or set TMPDIR"
+            raise DataError(
+                f"{self._folder or tempfile.gettempdir()}: the rows of {self.samples} samples cannot be kept for the"
+                f" index ({error.strerror}): {remedy}, and run the same command again"
+            ) from None
+
+    @property
+    def table(self) -> SampleTable:
+        """The rows of all records."""
+        return SampleTable(**self._spool.columns()) if self._spool else SampleTable.from_rows([])
 
 
 def too_many(rejected: Sequence[Rejected], total: int, max_rejected: float) -> bool:
@@ -97,13 +150,12 @@ def refuse(
     )
 
 
-def refuse_empty_classes(source: Source, labels: Any, rejected: Sequence[Rejected], where: str) -> None:
-    """Every class must have a picture.
+def refuse_empty_classes(source: Source, counts: NDArray[np.int64], rejected: Sequence[Rejected], where: str) -> None:
+    """Every class must have a picture; ``counts`` of each.
 
     Raises:
         ConfigError: one has none.
     """
-    counts = np.bincount(labels, minlength=len(source.classes))
     if counts.all():
         return
     label = int(np.argmin(counts))
@@ -115,34 +167,29 @@ def refuse_empty_classes(source: Source, labels: Any, rejected: Sequence[Rejecte
     )
 
 
-def _is_sound(dest: Dest, shape: tuple[int, int, int], sizes: dict[str, int], record: ShardRecord | None) -> bool:
-    """Whether there is a record, and its tar is as it says: its size, and the CRCs of a few samples."""
+def _sound_record(dest: Dest, shape: tuple[int, int, int], sizes: dict[str, int], number: int) -> ShardRecord | None:
+    """The record of a shard, if its tar is as it says: its size, and the CRCs of a few samples."""
+    record = dest.read_record(number)
     if record is None or record.samples == 0:
-        return record is not None
-    if sizes.get(record.name) != record.bytes:
-        return False
+        return record
+    if sizes.get(record.name) != record.bytes or len(record.rows) != record.samples:
+        return None
     count = int(np.prod(shape)) * (2 if record.settings.store == "moments" else 1) * np.dtype(np.float16).itemsize
-    chosen = np.linspace(0, record.samples - 1, min(_CHECKED_SAMPLES, record.samples)).astype(int)
-    return all(_crc(dest, record.name, row, count) == row.crc32 for row in (record.rows[i] for i in chosen))
+    path, rows = f"{dest.path}/{record.name}", record.rows
+    for place in np.linspace(0, record.samples - 1, min(_CHECKED_SAMPLES, record.samples)).astype(int):
+        begin = int(rows.offset[place])
+        if zlib_ng.crc32(read_range(dest.fs, path, begin, begin + count, dest.patience)) != rows.crc32[place]:
+            return None
+    return record
 
 
-def _crc(dest: Dest, name: str, row: SampleRow, count: int) -> int:
-    return zlib_ng.crc32(read_range(dest.fs, f"{dest.path}/{name}", row.offset, row.offset + count, dest.patience))
-
-
-def _index(
-    settings: Settings,
-    source: Source,
-    tokenizer: Tokenizer,
-    shape: tuple[int, int, int],
-    records: Sequence[ShardRecord],
-) -> dict[str, Any]:
+def _index(source: Source, tokenizer: Tokenizer, shape: tuple[int, int, int], totals: _Totals) -> dict[str, Any]:
     """The contents of ``index.json``."""
+    settings = totals.settings
+    assert settings is not None  # there is a shard, and each has a record
     channels, height, width = shape
-    full = [record for record in records if record.samples]
-    arrays = sum(record.samples for record in full) * (2 if settings.flips else 1)
-    sums = np.sum([[record.sums, record.square_sums] for record in full], axis=0)
-    mean, square = sums / (arrays * height * width)
+    arrays = totals.samples * (2 if settings.flips else 1)
+    mean, square = totals.sums / (arrays * height * width)
     std = np.sqrt(np.maximum(square - mean**2, 0))
     shift, scale = np.zeros(channels), np.full(channels, tokenizer.scale or 1.0)
     if tokenizer.scale is None:
@@ -169,8 +216,8 @@ def _index(
         "latent": latent,
         "classes": source.classes,
         "class_names": source.class_names,
-        "rejected": sum(len(record.rejected) for record in records),
-        "upscaled": sum(record.upscaled for record in records),
+        "rejected": len(totals.rejected),
+        "upscaled": totals.upscaled,
         "statistics": {"mean": ((mean - shift) * scale).tolist(), "std": (std * scale).tolist()},
-        "shards": [record.model_dump(include={"name", "bytes", "samples", "sha256"}) for record in full],
+        "shards": totals.shards,
     }

@@ -13,11 +13,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import numpy as np
+from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError
 
-from ig_dist.data.shards import SampleRow
+from ig_dist.data.index import SampleTable
 from ig_dist.encoding.settings import Settings, shard_name
 from ig_dist.errors import ConfigError, DataError, IgDistError
 from ig_dist.storage.faults import Patience, unreadable
@@ -50,6 +51,20 @@ class Rejected(NamedTuple):
     reason: str
 
 
+def _rows(table: SampleTable) -> list[list[int]]:
+    """As they are written down: offset, label, CRC, offset and CRC of the mirrored latent (-1 and 0: none)."""
+    none = {"flip_offset": np.full(len(table), -1), "flip_crc32": np.zeros(len(table), int)}
+    columns = none | table.columns
+    return np.stack([np.asarray(columns[name], np.int64) for name in vars(table)], axis=1).tolist()  # type: ignore[no-any-return]
+
+
+def _table(rows: Any) -> SampleTable:
+    try:
+        return rows if isinstance(rows, SampleTable) else SampleTable.from_rows(rows)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"no rows: {error}") from None
+
+
 class ShardRecord(BaseModel):
     """One finished shard. Without samples (all files rejected) there is no tar."""
 
@@ -60,7 +75,8 @@ class ShardRecord(BaseModel):
     bytes: int
     samples: int
     sha256: str
-    rows: list[SampleRow]
+    rows: Annotated[SampleTable, PlainValidator(_table), PlainSerializer(_rows)]
+    """As columns, for they may be many; a list of ``SampleRow`` in the file."""
     rejected: list[Rejected]
     upscaled: int
     """Images that were smaller than they are now."""

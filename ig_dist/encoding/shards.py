@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from ig_dist.data.index import SampleTable
 from ig_dist.data.shards import FLIP_SUFFIX, pack_shard, scan_shard
 from ig_dist.data.sources import Source
 from ig_dist.data.statistics import ChannelSums
@@ -87,7 +88,7 @@ def finish_shard(shard: OpenShard, dest: Dest, settings: Settings, labels: NDArr
             bytes=len(data),
             samples=len(rows),
             sha256=sha256,
-            rows=rows,
+            rows=SampleTable.from_rows(rows),
             rejected=shard.rejected,
             upscaled=shard.upscaled,
             sums=sums.sums[0].tolist(),

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -61,6 +61,45 @@ def write_hashed(fs: Any, folder: str, prefix: str, chunks: Sequence[memoryview]
             digest.update(chunk)
         _upload(fs, f"{folder}/{name()}", chunks, patience)
     return {"name": name(), "bytes": sum(map(len, chunks)), "sha256": digest.hexdigest()}
+
+
+def write_stream(fs: Any, path: str, pieces: Iterable[memoryview], patience: Patience) -> None:
+    """Write a file that is whole or not there, of which only some pieces are in memory at a time.
+
+    Args:
+        fs: file system.
+        path: the file, replaced if it is there.
+        pieces: the content; all but the last of 5 MiB at least and 10,000 at most.
+        patience: how long faults are borne.
+    """
+    if is_local(fs):
+        temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                for piece in pieces:
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(str(temporary.parent))
+    elif "s3" in fs.protocol:
+        size = 0
+
+        def bodies() -> Iterator[bytes]:
+            nonlocal size
+            for piece in pieces:
+                size += len(piece)
+                yield bytes(piece)
+
+        upload_parts(fs, path, bodies(), patience)
+        if fs.size(path) != size:  # it is another writer's, or the upload is lost
+            raise OSError(f"{fs.size(path)} of {size} bytes are there")
+    else:
+        with once(fs).open(path, "wb") as file:
+            for piece in pieces:
+                file.write(piece)
 
 
 def create_file(fs: Any, path: str, data: bytes, patience: Patience) -> bool:

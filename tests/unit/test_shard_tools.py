@@ -70,7 +70,7 @@ def test_foreign_shards_are_indexed_and_streamed(tmp_path: Path, run: Run, kind:
     assert ran.code == 0, ran.err
     assert f"24 samples of 10 classes (0 to {np.bincount(truth['labels']).max()} a class" in ran.out
     index = read_index(str(tmp_path))
-    assert (index.shard_sizes, index.info.latent.kind, index.info.latent.dtype) == (SIZES, kind, dtype)
+    assert (index.shard_sizes.tolist(), index.info.latent.kind, index.info.latent.dtype) == (SIZES, kind, dtype)
     assert index.info.foreign and index.info.latent.shape == ((2 if kind == "moments" else 4), 3, 3)
     latents, labels, ids = stream(index)
     assert (latents == truth["latents"][ids]).all() and (labels == truth["labels"][ids]).all()

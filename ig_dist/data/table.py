@@ -1,0 +1,296 @@
+"""The side file of an index: one row per sample, in columns, read in checked blocks and written as it comes.
+
+The file is plain safetensors. A large one is never read whole: rows are taken out of blocks, whose CRCs stand in
+``index.json``, when they are asked for, and the blocks that were used last are held. So what an index costs depends on
+what is looked at, and not on how many samples there are, on a disk and on an object store alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from zlib_ng import zlib_ng
+
+from ig_dist.errors import ConfigError, DamagedError
+from ig_dist.storage.faults import PATIENCE, Patience, unreadable
+from ig_dist.storage.files import REQUEST_BYTES, read_range
+from ig_dist.storage.urls import full_url
+
+BLOCK = 2**17
+"""Bytes under one CRC: some shards' worth of a column; no row straddles two."""
+HELD_BYTES = REQUEST_BYTES
+"""Of blocks that a process holds; a file of no more is read whole."""
+PIECE = 2**23
+"""Bytes that are written, or looked through, at once."""
+
+_READ_AGAIN = 3
+_DTYPES: dict[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "U32": np.dtype("<u4")}
+
+
+class Column(Protocol):
+    """A number of each sample: an array, or what gives arrays for slices and arrays of row numbers."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: Any, /) -> Any: ...
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of its numbers."""
+
+
+class Blocks:
+    """A file that is read in blocks, checked as they come. Safe to use from several threads.
+
+    Args:
+        fs: the file system.
+        path: the file in it.
+        size: its bytes.
+        crcs: CRC-32 of each block, in hexadecimal.
+        remedy: for damage.
+
+    Raises:
+        ConfigError: the CRCs are of another file.
+    """
+
+    def __init__(self, fs: Any, path: str, size: int, crcs: str, remedy: str) -> None:
+        self.size = size
+        self._fs, self._path, self._remedy = fs, path, remedy
+        self._crcs = np.frombuffer(bytes.fromhex(crcs), ">u4")
+        if len(self._crcs) != -(-size // BLOCK):
+            raise ConfigError(
+                f"{full_url(fs, path)} does not match index.json (it has {size} bytes): copy both again or {remedy}"
+            )
+        self._held: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, start: int, stop: int, patience: Patience = PATIENCE) -> NDArray[np.uint8]:
+        """Bytes ``start`` to ``stop`` (exclusive), in new memory.
+
+        Raises:
+            DamagedError: they are not what index.json says.
+            DataError: the storage fails.
+        """
+        out, after = np.empty(stop - start, np.uint8), -(-stop // BLOCK)
+        with self._lock:
+            ready = {number: self._held[number] for number in range(start // BLOCK, after) if number in self._held}
+            for number in ready:
+                self._held.move_to_end(number)
+        for number in range(start // BLOCK, after):
+            if number not in ready:
+                most = min(after, number + PIECE // BLOCK)
+                ready |= self._fetch(
+                    number, next((other for other in range(number, most) if other in ready), most), patience
+                )
+            block, begin = ready.pop(number), number * BLOCK
+            first, last = max(start, begin), min(stop, begin + BLOCK)
+            out[first - start : last - start] = block[first - begin : last - begin]
+        return out
+
+    def sha256(self) -> str:
+        """Hash of the whole file, all of whose blocks are checked on the way."""
+        digest = hashlib.sha256()
+        for start in range(0, self.size, PIECE):
+            digest.update(self.read(start, min(start + PIECE, self.size)).data)
+        return digest.hexdigest()
+
+    def _fetch(self, first: int, after: int, patience: Patience) -> dict[int, NDArray[np.uint8]]:
+        """Blocks ``first`` to ``after`` (exclusive), read in one request; they are held from now on."""
+        read = self._checked(first, after, patience)
+        with self._lock:
+            self._held |= read
+            while len(self._held) * BLOCK > max(HELD_BYTES, BLOCK):
+                self._held.popitem(last=False)
+        return read
+
+    def _checked(self, first: int, after: int, patience: Patience) -> dict[int, NDArray[np.uint8]]:
+        for _ in range(1 + _READ_AGAIN):  # they may have suffered on the way
+            try:
+                data = read_range(self._fs, self._path, first * BLOCK, min(after * BLOCK, self.size), patience)
+            except OSError as error:
+                raise unreadable(self._fs, self._path, error) from None
+            blocks = {number: data[(number - first) * BLOCK :][:BLOCK] for number in range(first, after)}
+            bad = [number for number, block in blocks.items() if zlib_ng.crc32(block) != self._crcs[number]]
+            if not bad:
+                # copies: a block that is held must not hold the others of its request
+                return {number: np.array(block, np.uint8) for number, block in blocks.items()}
+        where = f"from byte {bad[0] * BLOCK} on (its CRC differs)"
+        raise DamagedError(
+            f"{full_url(self._fs, self._path)} is damaged {where}: copy it again with index.json, or {self._remedy}"
+        )
+
+
+@dataclass(frozen=True)
+class StoredColumn:
+    """A column in the side file, of which only what is asked for is read."""
+
+    blocks: Blocks
+    begin: int
+    """Of its first byte in the file."""
+    count: int
+    dtype: np.dtype[Any]
+    patience: Patience
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, rows: Any) -> Any:
+        """The numbers of a slice without steps, of an array of rows, or of one row."""
+        size = self.dtype.itemsize
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(self.count)
+            if step != 1:
+                raise IndexError("a stored column has no slices with steps")
+            return self._read(self.begin + start * size, self.begin + max(start, stop) * size)
+        numbers = np.asarray(rows)
+        if numbers.size and not (-self.count <= numbers.min() and numbers.max() < self.count):
+            raise IndexError(f"rows {numbers.min()} to {numbers.max()} of {self.count}")
+        at = self.begin + np.where(numbers < 0, numbers + self.count, numbers) * size
+        out, blocks = np.empty(numbers.shape, self.dtype), at // BLOCK
+        for block in np.unique(blocks):
+            here = blocks == block
+            first = int(at[here].min())
+            out[here] = self._read(first, int(at[here].max()) + size)[(at[here] - first) // size]
+        return out[()]
+
+    def _read(self, start: int, stop: int) -> NDArray[Any]:
+        return self.blocks.read(start, stop, self.patience).view(self.dtype)
+
+    def under(self, patience: Patience) -> StoredColumn:
+        """The same column, read under another patience."""
+        return replace(self, patience=patience)
+
+
+def stored_columns(blocks: Blocks) -> dict[str, StoredColumn]:
+    """The columns of a side file, by its header."""
+    length = int.from_bytes(blocks.read(0, 8).tobytes(), "little")
+    header = json.loads(blocks.read(8, 8 + length).tobytes())
+    columns = {}
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            begin = 8 + length + tensor["data_offsets"][0]
+            columns[name] = StoredColumn(blocks, begin, tensor["shape"][0], _DTYPES[tensor["dtype"]], PATIENCE)
+    return columns
+
+
+def pack(columns: Mapping[str, Column]) -> Iterator[memoryview]:
+    """The bytes of a side file, in pieces of ``PIECE`` but the last: as the safetensors library writes them."""
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    kinds = list(_DTYPES)
+    # wide numbers first: then every number lies at a multiple of its size
+    ordered = sorted(columns, key=lambda name: (kinds.index(names[columns[name].dtype]) > 0, name))
+    header, at = {}, 0
+    for name in ordered:
+        column = columns[name]
+        end = at + len(column) * column.dtype.itemsize
+        header[name] = {"dtype": names[column.dtype], "shape": [len(column)], "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return _pieces(len(text).to_bytes(8, "little") + text, (columns[name] for name in ordered))
+
+
+def _pieces(header: bytes, columns: Iterable[Column]) -> Iterator[memoryview]:
+    def parts() -> Iterator[bytes]:
+        yield header
+        for column in columns:
+            rows = PIECE // column.dtype.itemsize
+            for start in range(0, len(column), rows):
+                yield column[start : start + rows].tobytes()
+
+    piece, filled = bytearray(PIECE), 0
+    for part in parts():
+        taken = 0
+        while taken < len(part):
+            now = min(len(part) - taken, PIECE - filled)
+            piece[filled : filled + now] = part[taken : taken + now]
+            taken, filled = taken + now, filled + now
+            if filled == PIECE:
+                yield memoryview(piece)
+                piece, filled = bytearray(PIECE), 0
+    if filled:
+        yield memoryview(piece)[:filled]
+
+
+class Sums:
+    """The hash of a file that passes by in pieces, and the CRCs of its blocks."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.crcs = ""
+        self._digest = hashlib.sha256()
+
+    def passing(self, pieces: Iterable[memoryview]) -> Iterator[memoryview]:
+        """The pieces (of whole blocks, but the last), unchanged."""
+        for piece in pieces:
+            self.size += len(piece)
+            self._digest.update(piece)
+            crcs = (zlib_ng.crc32(piece[start : start + BLOCK]) for start in range(0, len(piece), BLOCK))
+            self.crcs += "".join(f"{crc:08x}" for crc in crcs)
+            yield piece
+
+    @property
+    def sha256(self) -> str:
+        """Of what has passed."""
+        return self._digest.hexdigest()
+
+
+class Spool:
+    """Columns that are added to shard by shard and read one by one, in a temporary file that nobody sees.
+
+    Args:
+        dtypes: of the columns.
+        folder: on whose disk the file is; None: the system's for temporary files.
+    """
+
+    def __init__(self, dtypes: Mapping[str, np.dtype[Any]], folder: str | None) -> None:
+        self._row = np.dtype(list(dtypes.items()))
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (closed with this object)
+        self._count = 0
+
+    def add(self, columns: Mapping[str, NDArray[Any]]) -> None:
+        """Append rows."""
+        rows = np.empty(len(next(iter(columns.values()))), self._row)
+        for name, column in columns.items():
+            rows[name] = column
+        self._file.seek(0, 2)
+        self._file.write(rows.tobytes())
+        self._count += len(rows)
+
+    def columns(self) -> dict[str, SpooledColumn]:
+        """What was added so far."""
+        return {name: SpooledColumn(self, name, self._count) for name in self._row.names or ()}
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Rows ``start`` to ``stop`` (exclusive)."""
+        self._file.seek(start * self._row.itemsize)
+        return np.frombuffer(self._file.read((stop - start) * self._row.itemsize), self._row)
+
+
+@dataclass(frozen=True)
+class SpooledColumn:
+    """A column of a spool."""
+
+    spool: Spool
+    name: str
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        start, stop, _ = rows.indices(self.count)
+        return np.ascontiguousarray(self.spool.read(start, stop)[self.name])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of its numbers."""
+        found: np.dtype[Any] = self.spool._row[self.name]
+        return found
