@@ -117,6 +117,18 @@ def config_from_tree(tree: dict[str, Any], source: str) -> Config:
         raise ConfigError(f"{source}: {_explain(error)}") from None
 
 
+def saved_config(tree: dict[str, Any], where: str) -> Config:
+    """The config that stands in a checkpoint.
+
+    Raises:
+        ConfigError: it has what this version does not know.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{where} was saved by another version of ig-dist, use that one: {_explain(error)}") from None
+
+
 def _refuse_credentials(node: Any, path: list[str]) -> None:
     """Of all values, since any may be a URL and is stored with the run."""
     if isinstance(node, str):

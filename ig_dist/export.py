@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ig_dist.checkpoints.store import MANIFEST, Checkpoint, CheckpointStore
 from ig_dist.config import Config
-from ig_dist.config_file import apply_overrides, config_from_tree, load_run
+from ig_dist.config_file import apply_overrides, config_from_tree, load_run, saved_config
 from ig_dist.data.index import LatentInfo, ShardIndex, TokenizerInfo, read_index
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.models.dit import DiT, DiTConfig
@@ -100,7 +100,7 @@ def export_run(config: Config, *, ema: float | None = None, raw: bool = False, s
 
 def export_checkpoint(checkpoint: Checkpoint, config: Config, *, ema: float | None = None, raw: bool = False) -> Path:
     """Export one checkpoint of a run, of one that cannot be written into the cache; otherwise as ``export_run``."""
-    saved = Config.model_validate(checkpoint.meta["config"])
+    saved = saved_config(checkpoint.meta["config"], checkpoint.url)
     if not raw and ema is None:
         ema = saved.ema.decays[0]
     if ema is not None and ema not in saved.ema.decays:

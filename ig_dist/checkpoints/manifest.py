@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ig_dist.checkpoints.snapshot import DTYPE_NAMES
-from ig_dist.errors import DamagedError
+from ig_dist.errors import ConfigError, DamagedError
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import list_sizes, read_file
 from ig_dist.storage.urls import is_local
@@ -98,6 +98,7 @@ def inspect(fs: Any, folder: str, step: int, patience: Patience) -> tuple[dict[s
     """The manifest in a folder when it is whole and files of its sizes are there, else the reason why not.
 
     Raises:
+        ConfigError: it is of a later format than this version knows.
         DataError: the storage fails beyond the deadline.
     """
     manifest, problem = _inspect_once(fs, folder, step, patience)
@@ -106,11 +107,22 @@ def inspect(fs: Any, folder: str, step: int, patience: Patience) -> tuple[dict[s
     return manifest, problem
 
 
+def _is_later(found: str) -> bool:
+    family, _, number = found.partition("/")
+    ours, _, newest = FORMAT.partition("/")
+    return family == ours and number.isdecimal() and int(number) > int(newest)
+
+
 def _inspect_once(fs: Any, folder: str, step: int, patience: Patience) -> tuple[dict[str, Any] | None, str]:
     try:
         manifest = unsealed(read_file(fs, f"{folder}/{MANIFEST}", patience))
         if manifest is None:
             return None, f"{MANIFEST} has changed"
+        if _is_later(manifest["format"]):  # nor is it passed over: it would be written over
+            raise ConfigError(
+                f"{folder} is of format {manifest['format']}, this version of ig-dist knows {FORMAT} and older: use the"
+                " version that saved it"
+            )
         if manifest["format"] not in FORMATS or manifest["step"] != step:
             return None, f"{MANIFEST} is of another format or step"
         sizes = list_sizes(fs, folder, patience)

@@ -26,7 +26,7 @@ from ig_dist.checkpoints.manifest import MANIFEST as MANIFEST
 from ig_dist.checkpoints.manifest import folder_name, inspect
 from ig_dist.checkpoints.reading import read_share
 from ig_dist.checkpoints.snapshot import Piece as Piece
-from ig_dist.errors import ConfigError, DamagedError, DataError
+from ig_dist.errors import ConfigError, DamagedError, DataError, IgDistError
 from ig_dist.parallel.agreement import meet
 from ig_dist.parallel.dist import Dist, from_main, gather_objects
 from ig_dist.storage.faults import Patience, retried
@@ -73,6 +73,7 @@ class CheckpointStore:
             beat: called now and then while it is read.
 
         Raises:
+            ConfigError: the newest is of a later format than this version knows.
             DataError: there are checkpoints and none of them is whole, or the storage fails beyond the deadline.
         """
         passed: set[int] = set()
@@ -98,7 +99,7 @@ class CheckpointStore:
         """The checkpoint of one step. COLLECTIVE. Arguments as for ``latest``.
 
         Raises:
-            ConfigError: there is none, or it is damaged.
+            ConfigError: there is none, or it is damaged, or of a later format.
             DataError: the storage fails beyond the deadline.
         """
         found = self._on_main(partial(self._at, step), dist)
@@ -207,14 +208,14 @@ class CheckpointStore:
         """What a function finds on rank 0. COLLECTIVE, however long it takes.
 
         Raises:
-            DataError: the function's own, on every rank.
+            ConfigError, DataError: the function's own, on every rank.
         """
         work = in_background(function) if dist.is_main else None
         meet(work, dist)
-        found: tuple[Any, DataError | None] = None, None
+        found: tuple[Any, IgDistError | None] = None, None
         try:
             found = None if work is None else work.result(), None
-        except DataError as error:
+        except IgDistError as error:
             found = None, error
         except OSError as error:
             found = None, DataError(f"{self.url}: {error.strerror or error}: see that the folder can be read")

@@ -11,7 +11,7 @@ import safetensors.torch
 from ig_dist.checkpoints.exchange import Loaded
 from ig_dist.checkpoints.store import Checkpoint, CheckpointStore
 from ig_dist.config import Config
-from ig_dist.config_file import load_run
+from ig_dist.config_file import load_run, saved_config
 from ig_dist.data.index import ShardIndex
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT
@@ -74,7 +74,7 @@ def _fork(config: Config, dist: Dist, beat: Callable[[], None]) -> Checkpoint:
 
 
 def _check_same_model(checkpoint: Checkpoint, config: Config) -> None:
-    theirs = Config.model_validate(checkpoint.meta["config"])
+    theirs = saved_config(checkpoint.meta["config"], checkpoint.url)
     if theirs.model.to_dit() != config.model.to_dit():
         raise ConfigError(
             f"{checkpoint.url} is of another model than this config: use its model group, or begin a new run.dir"

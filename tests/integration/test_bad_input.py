@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import runpy
 import shutil
@@ -15,6 +16,7 @@ import yaml
 from PIL import Image
 
 from ig_dist import cli
+from ig_dist.checkpoints.manifest import sealed
 from tests.conftest import ROOT, TINY, run_command
 
 GOOD = "CONFIG"  # stands for the path of a good config
@@ -392,7 +394,28 @@ def test_an_index_that_changed_since_the_run_began_is_refused(
     assert code == 2 and "is not the one" in errors
 
 
-def test_a_world_size_that_does_not_divide_is_said_once(tmp_path: Path, digits_index: Path) -> None:
+def test_a_checkpoint_of_a_later_version_is_refused_and_stays(
+    tiny_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(tiny_config(train={"steps": 2}))
+    assert call(["ig-dist", "train", config], capsys)[0] == 0
+    (file,) = (tmp_path / "runs/tiny/checkpoints").glob("step_*/manifest.json")
+    manifest = json.loads(file.read_text())
+    later = json.loads(json.dumps(manifest))
+    later["meta"]["config"]["engine"]["sorcery"] = 2
+    for changed, said in ((later, "engine.sorcery"), (manifest | {"format": "ig-dist-checkpoint/4"}, "checkpoint/4")):
+        file.write_text(json.dumps(sealed(changed)))
+        for command in (
+            ["ig-dist", "train", config, "train.steps=4"],
+            ["ig-dist", "export", str(tmp_path / "runs/tiny")],
+        ):
+            before = snapshot(tmp_path / "runs")
+            code, errors = call(command, capsys)
+            assert code == 2 and errors.count("\n") == 1 and said in errors and "use th" in errors, errors
+            assert snapshot(tmp_path / "runs") == before
+
+
+def test_layouts_that_do_not_fit_are_said_once(tmp_path: Path, digits_index: Path) -> None:
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump({**TINY, "data": {"index": str(digits_index), "streams": 8}}))
     done = run_command(["python", "launchers/local.py", "--processes", "3", config, f"run.dir={tmp_path / 'run'}"])
@@ -400,6 +423,11 @@ def test_a_world_size_that_does_not_divide_is_said_once(tmp_path: Path, digits_i
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert len(errors) == 1 and "use 1, 2, 4, 8 processes" in errors[0]
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+    hsdp = ["engine.kind=fsdp2", "engine.replicate=4", f"run.dir={tmp_path / 'run'}"]
+    done = run_command(["python", "launchers/local.py", "--processes", "2", config, *hsdp])
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and "use engine.replicate=1 or 2" in errors[0]
 
 
 def test_damage_that_restarting_cannot_mend_is_exit_code_4(

@@ -12,9 +12,10 @@ import pytest
 import safetensors.torch
 import torch
 
+from ig_dist.checkpoints.manifest import sealed
 from ig_dist.checkpoints.saving import Saver
 from ig_dist.checkpoints.store import Checkpoint, CheckpointStore, Piece
-from ig_dist.errors import DataError
+from ig_dist.errors import ConfigError, DataError
 from ig_dist.export import ALONE
 
 TENSORS = {
@@ -133,6 +134,17 @@ def test_an_edited_manifest_is_damage(store: CheckpointStore, tmp_path: Path) ->
     file.write_text(json.dumps(manifest))
     checkpoint = store.latest(ALONE)
     assert checkpoint is not None and checkpoint.step == 1
+
+
+def test_a_checkpoint_of_a_later_format_is_refused_and_stays(store: CheckpointStore, tmp_path: Path) -> None:
+    save(store, 1)
+    save(store, 2)
+    file = folder(tmp_path, 2) / "manifest.json"
+    file.write_text(json.dumps(sealed(json.loads(file.read_text()) | {"format": "ig-dist-checkpoint/4"})))
+    for look in (lambda: store.latest(ALONE), lambda: store.at(2, ALONE)):
+        with pytest.raises(ConfigError, match=r"step_0000000002 is of format ig-dist-checkpoint/4, .* use the version"):
+            look()
+    assert not store.damaged and store.at(1, ALONE).step == 1
 
 
 def test_none_whole_is_said(store: CheckpointStore, tmp_path: Path) -> None:
