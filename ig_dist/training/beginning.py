@@ -85,6 +85,12 @@ def _check_same_model(checkpoint: Checkpoint, config: Config) -> None:
             f"{checkpoint.url} has the state of optimizer.kind={theirs.optimizer.kind}, this config has"
             f" {config.optimizer.kind}: use that kind, or begin a new run.dir (with train.init_from for its weights)"
         )
+    if theirs.optimizer.decay_pos_embed != config.optimizer.decay_pos_embed:
+        decays = "decays" if theirs.optimizer.decay_pos_embed else "is constant"
+        raise ConfigError(
+            f"{checkpoint.url} is of a run whose table of positions {decays}: set optimizer.decay_pos_embed="
+            f"{str(theirs.optimizer.decay_pos_embed).lower()}, or begin a new run.dir (with train.init_from)"
+        )
     missing = [decay for decay in config.ema.decays if decay not in theirs.ema.decays]
     if missing:
         raise ConfigError(

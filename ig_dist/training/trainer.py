@@ -321,10 +321,12 @@ def _snapshot(
 ) -> tuple[dict[str, Piece], dict[str, Any]]:
     """The pieces that this rank writes, and what stands beside them in the manifest. COLLECTIVE."""
     averages = {f"ema/{decay}": shards for decay, shards in ema.averages.items()}
-    pieces = engine.canonical({"model": engine.masters(), **averages, **engine.moments()})
-    if dist.is_main:  # buffers are not trained: every rank has them whole
+    masters = engine.masters()
+    pieces = engine.canonical({"model": masters, **averages, **engine.moments()})
+    if dist.is_main:  # buffers are constant but for those among the masters: every rank has them whole
         for name, buffer in model.named_buffers():
-            pieces[f"model/{name}"] = Piece(tuple(buffer.shape), 0, buffer)
+            if name not in masters:
+                pieces[f"model/{name}"] = Piece(tuple(buffer.shape), 0, buffer)
     meta = {
         "images_seen": step * config.train.global_batch_size,
         "optimizer_steps": engine.optimizer_steps(),
