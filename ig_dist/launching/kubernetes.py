@@ -56,7 +56,7 @@ def manifest(
     """
     words, files = list(arguments), dict[str, str]()
     if job is Job.train:
-        name, folder = _training(words, nodes * processes)
+        name, folder = _training(words, nodes, processes)
         if (file := Path(words[0])).is_file():
             words[0], files[file.name] = f"/config/{file.name}", file.read_text(encoding="utf-8")
     else:
@@ -135,12 +135,12 @@ def failure_rules() -> list[dict[str, Any]]:
     ]
 
 
-def _training(words: Sequence[str], world_size: int) -> tuple[str, str]:
+def _training(words: Sequence[str], nodes: int, processes: int) -> tuple[str, str]:
     """A training's name, and where the volume of its runs is."""
     from ig_dist.config_file import load_config
 
     config = load_config(Path(words[0]), list(words[1:]))
-    config.check_world_size(world_size)
+    config.check_world_size(nodes * processes, processes)
     run = Path(config.run.dir)
     if run.is_absolute() and run.parent == Path("/"):
         raise ConfigError(f"run.dir {run}: give a folder below one that a volume can be, e.g. /runs{run}")

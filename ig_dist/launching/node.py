@@ -83,7 +83,7 @@ def visible_gpus(environment: Mapping[str, str]) -> int:
     chosen = environment.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         named = [part.strip() for part in chosen.split(",")]
-        return next((place for place, name in enumerate(named) if name in ("", "-1")), len(named))
+        return next((place for place, name in enumerate(named) if name in ("", "-1", "NoDevFiles")), len(named))
     try:
         told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):

@@ -26,10 +26,10 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from ig_dist.endings import STOPPED
 from ig_dist.errors import IgDistError
 from ig_dist.parallel.blame import blamed, noted_failure
 from ig_dist.slurm.commands import SlurmError, host_names, queued, slurm
-from ig_dist.slurm.rank import STOPPED
 from ig_dist.slurm.record import BLAME_NAME, SCRIPT_NAME, Folder, Submission, World
 from ig_dist.slurm.verdict import bad_nodes, excluded, exit_codes, judge, nodes_to_blame, usable, what_next
 

@@ -50,7 +50,7 @@ def worlds(config: Config, request: Request) -> dict[int, World]:
     ranks, batch = request.ranks_per_node, config.train.global_batch_size
     if low == high:
         _check_nodes(config, high, ranks)
-    allowed = [nodes for nodes in range(1, high + 1) if _fits(config, nodes * ranks)]
+    allowed = [nodes for nodes in range(1, high + 1) if _fits(config, nodes, ranks)]
     if not allowed or allowed[0] > low:
         _check_nodes(config, low, ranks)
     largest = batch // (allowed[-1] * ranks * config.train.accumulation)  # micro-batch on all the nodes
@@ -65,14 +65,14 @@ def worlds(config: Config, request: Request) -> dict[int, World]:
 
 def _check_nodes(config: Config, nodes: int, ranks: int) -> None:
     try:
-        config.check_world_size(nodes * ranks)
+        config.check_world_size(nodes * ranks, ranks)
     except ConfigError as error:
         raise ConfigError(f"--nodes {nodes} with {ranks} processes each: {error}") from None
 
 
-def _fits(config: Config, processes: int) -> bool:
+def _fits(config: Config, nodes: int, ranks: int) -> bool:
     try:
-        config.check_world_size(processes)
+        config.check_world_size(nodes * ranks, ranks)
     except ConfigError:
         return False
     return True

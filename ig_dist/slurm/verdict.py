@@ -8,11 +8,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ig_dist.slurm.rank import STOPPED
+from ig_dist import endings
+from ig_dist.endings import STOPPED, After
 from ig_dist.slurm.record import Submission
 
-DETERMINISTIC = (2, 3, 4, 7)
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 600.0
 BLAME_S = 86_400.0
 
 
@@ -52,7 +51,7 @@ def judge(codes: Mapping[int, int | None], srun_code: int, first_error: str, fai
     """
     if all(code == 0 for code in codes.values()):
         return Verdict("done", 0, "done")
-    for code in DETERMINISTIC:  # another rank's loss of its peer, or its death by srun, is only an echo
+    for code in endings.codes(After.NEVER):  # another rank's loss of its peer, or its death by srun, is only an echo
         who = [rank for rank, found in codes.items() if found == code]
         if who:
             told = f" ({failure})" if failure else ""
@@ -90,7 +89,7 @@ def what_next(
     bad = bad_nodes([*events, now], submission.exclude_after)
     if new := sorted(bad & set(end["blame"])):
         return Next("requeue" if bad & set(usable(given, bad, submission)) else "again", 0.0, new)
-    return Next(step, min(FIRST_PAUSE_S * 2**failures, LONGEST_PAUSE_S), [])
+    return Next(step, endings.pause_s(failures), [])
 
 
 def decide(verdict: Verdict, failures: int, most: int) -> str:

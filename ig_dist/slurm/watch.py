@@ -9,11 +9,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ig_dist import endings
+from ig_dist.endings import STOPPED, After
 from ig_dist.errors import ConfigError
 from ig_dist.slurm.commands import QueuedJob, SlurmError, queued, slurm
-from ig_dist.slurm.rank import STOPPED
 from ig_dist.slurm.record import Folder, Submission, folders
-from ig_dist.slurm.verdict import DETERMINISTIC, bad_nodes
+from ig_dist.slurm.verdict import bad_nodes
 from ig_dist.terminal import console
 
 POLL_S = 2.0
@@ -182,7 +183,7 @@ def final_code(folder: Folder) -> int:
         ends = [event for event in folder.events(task) if event["event"] == "end"]
         last = ends[-1] if ends and folder.events(task)[-1]["event"] == "end" else None
         codes.append(1 if last is None or last["code"] is None else int(last["code"]))
-    return next((code for code in (*DETERMINISTIC, 1, STOPPED) if code in codes), max(codes))
+    return next((code for code in (*endings.codes(After.NEVER), 1, STOPPED) if code in codes), max(codes))
 
 
 def _state(jobs: Sequence[QueuedJob]) -> str:
