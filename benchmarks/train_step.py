@@ -31,7 +31,7 @@ from ig_dist.parallel.dist import Dist, init_distributed
 from ig_dist.terminal import console, run_app
 from ig_dist.training.ema import EMA
 from ig_dist.training.metrics import model_flops_utilisation
-from ig_dist.training.objective import training_loss, training_task
+from ig_dist.training.objective import TaskMaker, training_loss
 
 
 def synthetic_info(channels: int, size: int, num_classes: int) -> IndexFile:
@@ -68,8 +68,10 @@ def build_step(config: Config, info: IndexFile, dist: Dist) -> tuple[Callable[[]
     numbers = torch.arange(rows)
     batch = Batch(stored, numbers % len(info.classes), numbers, numbers, numbers * 0)
 
+    to_task = TaskMaker(config, info, dist.device)
+
     def step() -> None:
-        task = training_task(batch, config, info, dist.device)
+        task = to_task(batch)
         with engine.microbatch(last=True):
             engine.backward(training_loss(engine.module, task, config, step=0).mean(dim=1)[0])
         ema.update(engine.step(1e-4).finite)

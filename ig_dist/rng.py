@@ -10,7 +10,7 @@ counter = (block index, purpose | step << 8, id low 32 bits, id high 32 bits).
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 
 import torch
@@ -78,12 +78,12 @@ def integers(seed: int, purpose: Purpose, ids: Tensor, n: int, *, step: int = 0)
     Returns:
         (B, n) int64 in [0, 2^32), on the device of `ids`.
     """
-    return torch.stack(_blocks(seed, purpose, ids, n, step), dim=-1).flatten(1)[:, :n]
+    return _flat(Draws(seed, {purpose: n}, ids.device, step=step)(ids)[purpose], n)
 
 
 def uniform(seed: int, purpose: Purpose, ids: Tensor, shape: Sequence[int] = (), *, step: int = 0) -> Tensor:
     """Draw uniforms (k + 0.5) 2^-32 in the open interval (0, 1): (B, *shape) float64. See `integers`."""
-    return _to_unit(integers(seed, purpose, ids, math.prod(shape), step=step)).reshape(-1, *shape)
+    return to_uniform(Draws(seed, {purpose: math.prod(shape)}, ids.device, step=step)(ids)[purpose], shape)
 
 
 def bernoulli(seed: int, purpose: Purpose, ids: Tensor, p: float) -> Tensor:
@@ -92,15 +92,61 @@ def bernoulli(seed: int, purpose: Purpose, ids: Tensor, p: float) -> Tensor:
 
 
 def normal(seed: int, purpose: Purpose, ids: Tensor, shape: Sequence[int], *, step: int = 0) -> Tensor:
-    """Draw standard normals: (B, *shape) float32. See `integers`.
+    """Draw standard normals: (B, *shape) float32. See `integers`."""
+    return to_normal(Draws(seed, {purpose: math.prod(shape)}, ids.device, step=step)(ids)[purpose], shape)
+
+
+class Draws:
+    """Draws for several purposes in one pass of Philox: a launch costs the same for all of them as for one.
+
+    Args:
+        seed: in [0, 2^64).
+        wanted: words per id of each purpose.
+        device: of the ids.
+        step: in [0, 2^24).
+    """
+
+    def __init__(self, seed: int, wanted: Mapping[Purpose, int], device: torch.device, *, step: int = 0) -> None:
+        if not 0 <= seed < 1 << 64:
+            raise ValueError(f"seed {seed} does not fit 64 bits; give an integer in [0, 2^64)")
+        if not 0 <= step < 1 << 24:
+            raise ValueError(f"step {step} does not fit the 24 bits it has in the counter; use other ids instead")
+        if (most := max(wanted.values())) > 1 << 34:
+            raise ValueError(f"{most} words for one id exceed the 2^34 of one counter; use more ids")
+        self._key = seed & _MASK32, seed >> 32
+        self._blocks = {purpose: (n + 3) // 4 for purpose, n in wanted.items()}
+        blocks = torch.cat([torch.arange(count, device=device) for count in self._blocks.values()])
+        whose = [torch.full((count,), int(p) | step << 8, device=device) for p, count in self._blocks.items()]
+        # A mask that changes nothing, but hides from torch.compile that the first factor of Philox is an index:
+        # it would compute the product of index and constant in 32 bits.
+        self._counter = (blocks & _MASK32)[None, :], torch.cat(whose)[None, :]
+
+    def __call__(self, ids: Tensor) -> dict[Purpose, Words]:
+        """Four (B, ceil(n / 4)) int64 tensors of words in [0, 2^32) for each purpose; ids as for `integers`."""
+        if ids.dtype != torch.int64 or ids.dim() != 1:
+            raise ValueError(f"ids must be a (B,) int64 tensor, not {tuple(ids.shape)} {ids.dtype}")
+        low, high = ids & _MASK32, (ids >> 32) & _MASK32  # the shift is arithmetic: mask the copies of the sign bit
+        words = philox((*self._counter, low[:, None], high[:, None]), self._key)
+        w0, w1, w2, w3 = (torch.split(word, list(self._blocks.values()), dim=1) for word in words)
+        return dict(zip(self._blocks, zip(w0, w1, w2, w3, strict=True), strict=True))
+
+
+def to_uniform(words: Words, shape: Sequence[int] = ()) -> Tensor:
+    """What `uniform` makes of its words."""
+    return _to_unit(_flat(words, math.prod(shape))).reshape(-1, *shape)
+
+
+def to_normal(words: Words, shape: Sequence[int] = ()) -> Tensor:
+    """What `normal` makes of its words.
 
     Box-Muller: words (0, 1) and (2, 3) of a block give a pair each. It runs in float64 and is rounded at
     the end, because in float32 the last bits depend on the vector width and on the compiler.
     """
-    n = math.prod(shape)
-    w0, w1, w2, w3 = _blocks(seed, purpose, ids, n, step)
-    pairs = (*_box_muller(w0, w1), *_box_muller(w2, w3))
-    return torch.stack(pairs, dim=-1).flatten(1)[:, :n].to(torch.float32).reshape(-1, *shape)
+    w0, w1, w2, w3 = words
+    radius = torch.sqrt(-2.0 * torch.log(_to_unit(torch.stack([w0, w2], dim=-1))))
+    angle = _to_unit(torch.stack([w1, w3], dim=-1)) * (2.0 * math.pi)
+    pairs = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
+    return pairs.flatten(1)[:, : math.prod(shape)].to(torch.float32).reshape(-1, *shape)
 
 
 def permutation(seed: int, purpose: Purpose, ids: int, n: int, *, step: int = 0) -> Tensor:
@@ -125,39 +171,21 @@ def name_id(name: str) -> int:
 
 
 def _multiply(constant: int, value: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of the product of two 32-bit numbers; no term exceeds 2^49."""
-    low = (value & 0xFFFF) * constant
-    high = (value >> 16) * constant + (low >> 16)
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+    """High and low 32 bits of the product of two 32-bit numbers, the constant from 2^31 on.
+
+    The constant less 2^32 keeps the product within 63 bits and its low half as it is; the high half lacks `value`.
+    """
+    product = value * (constant - (1 << 32))
+    return (product >> 32) + value, product & _MASK32
 
 
-def _blocks(seed: int, purpose: Purpose, ids: Tensor, n: int, step: int) -> Words:
-    """Enough Philox blocks for `n` words per id: four (B, ceil(n / 4)) tensors."""
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed {seed} does not fit 64 bits; give an integer in [0, 2^64)")
-    if not 0 <= step < 1 << 24:
-        raise ValueError(f"step {step} does not fit the 24 bits it has in the counter; use other ids instead")
-    if n > 1 << 34:
-        raise ValueError(f"{n} words for one id exceed the 2^34 of one counter; use more ids")
-    if ids.dtype != torch.int64 or ids.dim() != 1:
-        raise ValueError(f"ids must be a (B,) int64 tensor, not {tuple(ids.shape)} {ids.dtype}")
-    counter = (
-        torch.arange((n + 3) // 4, device=ids.device)[None, :],
-        torch.full((1, 1), int(purpose) | step << 8, dtype=torch.int64, device=ids.device),
-        (ids & _MASK32)[:, None],
-        ((ids >> 32) & _MASK32)[:, None],  # the shift is arithmetic: mask the copies of the sign bit
-    )
-    return philox(counter, (seed & _MASK32, seed >> 32))
+def _flat(words: Words, n: int) -> Tensor:
+    """The first `n` words of each id in their order, (B, n)."""
+    return torch.stack(words, dim=-1).flatten(1)[:, :n]
 
 
 def _to_unit(words: Tensor) -> Tensor:
     return (words.to(torch.float64) + 0.5) * _TWO_TO_MINUS_32
-
-
-def _box_muller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    radius = torch.sqrt(-2.0 * torch.log(_to_unit(first)))
-    angle = _to_unit(second) * (2.0 * math.pi)
-    return radius * torch.cos(angle), radius * torch.sin(angle)
 
 
 def _signed64(value: int) -> int:

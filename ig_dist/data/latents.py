@@ -12,6 +12,8 @@ from ig_dist.errors import ConfigError
 from ig_dist.rng import Purpose, normal
 
 Posterior = Literal["draw", "stored_sample", "mean"]
+Affine = tuple[Tensor, Tensor]
+"""Shift and scale, (1, C, 1, 1) each."""
 
 
 def check_latents(info: LatentInfo, posterior: Posterior | None, flip: bool) -> Posterior:
@@ -45,17 +47,30 @@ def model_latents(stored: Tensor, info: LatentInfo, *, posterior: Posterior, see
     Returns:
         (B, C, H, W) fp32, normalised.
     """
+    draw = None
+    if info.kind == "moments" and posterior == "draw":
+        draw = normal(seed, Purpose.POSTERIOR, positions.to(stored.device), info.shape)
+    return normalised(stored, draw, info, normalisation(info, stored.device))
+
+
+def normalisation(info: LatentInfo, device: torch.device) -> Affine:
+    """Shift and scale of the channels on a device. It waits for a GPU: for what is done often, make it once."""
+    shift, scale = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (info.shift, info.scale))
+    return shift, scale
+
+
+def normalised(stored: Tensor, draw: Tensor | None, info: LatentInfo, affine: Affine) -> Tensor:
+    """The latents that the model sees, of a draw from the standard normal; None: of the mean, or of what is stored."""
     latents = stored.float()
     if info.kind == "moments":
-        mean, std = latents.chunk(2, dim=1)
-        latents = mean
-        if posterior == "draw":
-            latents = mean + std * normal(seed, Purpose.POSTERIOR, positions.to(stored.device), info.shape)
-    shift, scale = (torch.tensor(v, device=stored.device).view(1, -1, 1, 1) for v in (info.shift, info.scale))
+        latents, std = latents.chunk(2, dim=1)
+        if draw is not None:
+            latents = latents + std * draw
+    shift, scale = affine
     return (latents - shift) * scale
 
 
 def tokenizer_latents(latents: Tensor, info: LatentInfo) -> Tensor:
     """The inverse of the normalisation: what the tokenizer decodes. Same shape, same dtype."""
-    shift, scale = (torch.tensor(v, device=latents.device).view(1, -1, 1, 1) for v in (info.shift, info.scale))
+    shift, scale = normalisation(info, latents.device)
     return latents / scale.to(latents.dtype) + shift.to(latents.dtype)

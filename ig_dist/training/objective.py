@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from ig_dist.config import Config
 from ig_dist.config.training import LossConfig
 from ig_dist.data.cache import BlockCache
 from ig_dist.data.index import IndexFile, ShardIndex
-from ig_dist.data.latents import check_latents, model_latents
+from ig_dist.data.latents import check_latents, model_latents, normalisation, normalised
 from ig_dist.data.reader import Samples, ShardReader
 from ig_dist.data.stream import Batch
 from ig_dist.diffusion.loss import accelerated_target, head_difference, ig_loss
@@ -25,7 +26,7 @@ from ig_dist.errors import DataError, Ending
 from ig_dist.models.dit import DiTOutput
 from ig_dist.parallel.agreement import Awaited
 from ig_dist.parallel.dist import Dist, StopFlag, sum_over_ranks
-from ig_dist.rng import Purpose, bernoulli, normal, uniform
+from ig_dist.rng import Draws, Purpose, Words, normal, to_normal, to_uniform
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import REQUEST_BYTES
 from ig_dist.training.ema import EMA
@@ -47,29 +48,57 @@ class Task(NamedTuple):
     """Weight of training acceleration of each sample, (rows,)."""
 
 
-def training_task(batch: Batch, config: Config, info: IndexFile, device: torch.device) -> Task:
-    """Noise a micro-batch. All randomness is keyed by (seed, position)."""
-    seed = config.run.seed
-    positions = batch.positions.to(device, non_blocking=True)
-    stored = batch.latents.to(device, non_blocking=True)
-    posterior = check_latents(info.latent, config.data.posterior, config.data.flip)
-    latents = model_latents(stored, info.latent, posterior=posterior, seed=seed, positions=positions)
-    t = training_times(config.loss, seed, positions, info.latent.shape)
-    low, high = config.loss.acceleration.interval
-    acceleration = config.loss.acceleration.weight * ((low <= t) & (t <= high)).float()
-    noise = normal(seed, Purpose.NOISE, positions, info.latent.shape)
-    dropped = bernoulli(seed, Purpose.LABEL_DROP, positions, config.loss.label_drop)
-    labels = batch.labels.to(device, non_blocking=True).masked_fill(dropped, len(info.classes))
-    x_t, velocity = Path(config.loss.path).interpolate(latents, noise, t.float())
-    return Task(x_t, t.float(), labels, velocity, acceleration)
+class TaskMaker:
+    """Makes tasks of micro-batches, all of one size. All randomness is keyed by (seed, position).
+
+    What is the same in every step is on the device once: to make it of Python's numbers would wait for a GPU. With
+    ``train.compile`` the draws are compiled, which changes no bit of them.
+
+    Args:
+        config: the run's.
+        info: what the shards say of themselves.
+        device: where the tasks are wanted.
+    """
+
+    def __init__(self, config: Config, info: IndexFile, device: torch.device) -> None:
+        self._loss, self._info, self._device = config.loss, info, device
+        self._affine = normalisation(info.latent, device)
+        numbers = math.prod(info.latent.shape)
+        wanted = {Purpose.NOISE: numbers, Purpose.TIME: 1, Purpose.LABEL_DROP: 1}
+        if check_latents(info.latent, config.data.posterior, config.data.flip) == "draw":
+            wanted[Purpose.POSTERIOR] = numbers
+        self._words = Draws(config.run.seed, wanted, device)
+        self._drawn = torch.compile(self._draw, fullgraph=True, dynamic=False) if config.train.compile else self._draw
+
+    def __call__(self, batch: Batch) -> Task:
+        """The task of a micro-batch."""
+        stored, labels, positions = (
+            column.to(self._device, non_blocking=True) for column in (batch.latents, batch.labels, batch.positions)
+        )
+        noise, posterior, t, dropped = self._drawn(positions)
+        latents = normalised(stored, posterior, self._info.latent, self._affine)
+        low, high = self._loss.acceleration.interval
+        acceleration = self._loss.acceleration.weight * ((low <= t) & (t <= high)).float()
+        t = t.float()
+        x_t, velocity = Path(self._loss.path).interpolate(latents, noise, t)
+        return Task(x_t, t, labels.masked_fill(dropped, len(self._info.classes)), velocity, acceleration)
+
+    def _draw(self, positions: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Noise, posterior's noise, times in float64, and whose label is dropped."""
+        words, shape = self._words(positions), self._info.latent.shape
+        posterior = to_normal(words[Purpose.POSTERIOR], shape) if Purpose.POSTERIOR in words else None
+        return (
+            to_normal(words[Purpose.NOISE], shape),
+            posterior,
+            training_times(self._loss, words[Purpose.TIME], shape),
+            to_uniform(words[Purpose.LABEL_DROP]) < self._loss.label_drop,
+        )
 
 
-def training_times(loss: LossConfig, seed: int, positions: Tensor, latent_shape: Sequence[int]) -> Tensor:
-    """Times of the samples at these positions of a run, (rows,) float64, as the config has them."""
-    if loss.time == "uniform":
-        t = uniform(seed, Purpose.TIME, positions)
-    else:
-        t = logit_normal(normal(seed, Purpose.TIME, positions, ()), loss.time_mean, loss.time_std)
+def training_times(loss: LossConfig, words: Words, latent_shape: Sequence[int]) -> Tensor:
+    """Times, (rows,) float64, that the config makes of the words of ``Purpose.TIME``."""
+    uniform = loss.time == "uniform"
+    t = to_uniform(words) if uniform else logit_normal(to_normal(words), loss.time_mean, loss.time_std)
     return shift_time(t, resolve_shift(loss.time_shift, latent_shape))
 
 

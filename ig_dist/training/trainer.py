@@ -47,7 +47,7 @@ from ig_dist.training.goodput import Ledger
 from ig_dist.training.meter import Meter
 from ig_dist.training.metrics import RunLog
 from ig_dist.training.monitor import grid_tokenizer, sample_grid, validate
-from ig_dist.training.objective import ema_differences, open_reader, training_loss, training_task
+from ig_dist.training.objective import TaskMaker, ema_differences, open_reader, training_loss
 from ig_dist.training.phases import Phases
 from ig_dist.training.preflight import preflight, read_everywhere
 from ig_dist.training.scoring import TrainingScores
@@ -130,7 +130,7 @@ def train(config: Config, *, force: bool = False, lives_on: bool = False) -> Non
         )
         cleanup.callback(stream.close)
         run_log = cleanup.enter_context(RunLog(path if dist.is_main else None, start=start, total=total, name="train"))
-        meter = Meter(config, model, dist, phases)
+        to_task, meter = TaskMaker(config, index.info, dist.device), Meter(config, model, dist, phases)
         ledger = Ledger(path, phases, start)
         cleanup.callback(ledger.close)
         phases.last_warm_up = start + 1
@@ -153,7 +153,7 @@ def train(config: Config, *, force: bool = False, lives_on: bool = False) -> Non
                 lr = learning_rate(step - 1, config.optimizer, total)
                 phases.enter("data", step)
                 batch = batches.next(final=last)
-                losses, result = _train_step(engine, ema, model, batch, config, index, lr, step - 1, dist, meter)
+                losses, result = _train_step(engine, ema, model, batch, to_task, config, lr, step - 1, meter)
                 with meter.own.timed():
                     ema.update(result.finite)
                 meter.count(result, batch, losses, step)
@@ -237,17 +237,16 @@ def _train_step(
     ema: EMA,
     model: DiT,
     batch: Batch,
+    to_task: TaskMaker,
     config: Config,
-    index: ShardIndex,
     lr: float,
     step: int,
-    dist: Dist,
     meter: Meter,
 ) -> tuple[Tensor, StepResult]:
     """One optimizer step, after ``step`` others; the losses of this rank's rows, (losses, rows) on the device."""
     accumulation, phases = config.train.accumulation, meter.phases
     phases.enter("forward")
-    tasks = [training_task(micro, config, index.info, dist.device) for micro in batch.split(accumulation)]
+    tasks = [to_task(micro) for micro in batch.split(accumulation)]
     differences = ema_differences(model, ema, tasks, config, step=step)
     losses = []
     for i, (task, difference) in enumerate(zip(tasks, differences, strict=True)):

@@ -14,7 +14,7 @@ from ig_dist.export import ALONE
 from ig_dist.models.dit import DiT
 from ig_dist.parallel.engine import StepResult
 from ig_dist.training.meter import Meter
-from ig_dist.training.objective import open_reader, training_loss, training_task
+from ig_dist.training.objective import TaskMaker, open_reader, training_loss
 from ig_dist.training.phases import Phases
 
 
@@ -33,9 +33,7 @@ def test_a_recompile_is_counted_but_not_the_first_step_nor_validation(tiny_confi
         latents, _ = reader.read(0, 0, rows)
         numbers = torch.arange(rows)
         batch = Batch(torch.from_numpy(latents), torch.zeros_like(numbers), numbers, numbers, torch.zeros_like(numbers))
-        return batch, training_loss(
-            model, training_task(batch, config, index.info, ALONE.device), config, step=0
-        ).detach()
+        return batch, training_loss(model, TaskMaker(config, index.info, ALONE.device)(batch), config, step=0).detach()
 
     def recompiles(step: int, rows: int) -> object:
         phases.enter("forward", step)

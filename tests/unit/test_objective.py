@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ig_dist.checkpoints.store import CheckpointStore
 from ig_dist.config import Config
 from ig_dist.config.training import LossConfig
 from ig_dist.config_file import load_config
-from ig_dist.data.index import read_index
+from ig_dist.data.index import LatentInfo, read_index
 from ig_dist.data.stream import Batch
 from ig_dist.diffusion.loss import accelerated_target, head_difference, ig_loss
 from ig_dist.diffusion.path import dimension_shift
@@ -22,11 +23,11 @@ from ig_dist.errors import ConfigError
 from ig_dist.export import ALONE
 from ig_dist.models.dit import DiT, DiTOutput, initialize
 from ig_dist.parallel.build import build_engine
-from ig_dist.rng import Purpose, normal, uniform
+from ig_dist.rng import Draws, Purpose, normal, uniform
 from ig_dist.training import trainer
 from ig_dist.training.ema import EMA
 from ig_dist.training.meter import Meter
-from ig_dist.training.objective import Task, ema_differences, training_loss, training_task, training_times
+from ig_dist.training.objective import TaskMaker, ema_differences, training_loss, training_times
 from ig_dist.training.phases import Phases
 
 POSITIONS = torch.arange(20_000)
@@ -34,7 +35,8 @@ SHAPE = (32, 16, 16)
 
 
 def times(positions: Tensor = POSITIONS, seed: int = 3, **loss: Any) -> Tensor:
-    return training_times(LossConfig(**loss), seed, positions, SHAPE)
+    words = Draws(seed, {Purpose.TIME: 1}, positions.device)(positions)[Purpose.TIME]
+    return training_times(LossConfig(**loss), words, SHAPE)
 
 
 def test_uniform_times_are_the_draws_themselves() -> None:
@@ -163,7 +165,7 @@ def test_acceleration_in_a_step_is_the_formula(parts: Callable[..., Any], source
     if source == "ema":
         guide = DiT(config.model.to_dit())
         guide.load_state_dict({**model.state_dict(), **averages})
-    task = training_task(batch, config, index.info, ALONE.device)
+    task = TaskMaker(config, index.info, ALONE.device)(batch)
     with torch.no_grad():
         final, aux = model(task.x_t, task.t, task.labels)
         guided = guide(task.x_t, task.t, task.labels)
@@ -175,7 +177,8 @@ def test_acceleration_in_a_step_is_the_formula(parts: Callable[..., Any], source
         expected = (final - target).square().mean((1, 2, 3)), (aux - task.velocity).square().mean((1, 2, 3))
 
     meter = Meter(config, model, ALONE, Phases())
-    losses, _ = trainer._train_step(engine, ema, model, batch, config, index, 1e-9, 2, ALONE, meter)
+    to_task = TaskMaker(config, index.info, ALONE.device)
+    losses, _ = trainer._train_step(engine, ema, model, batch, to_task, config, 1e-9, 2, meter)
     torch.testing.assert_close(losses[1], expected[0])
     torch.testing.assert_close(losses[2], expected[1])
     torch.testing.assert_close(losses[0], expected[0] + 0.5 * expected[1])
@@ -186,7 +189,7 @@ def test_acceleration_in_a_step_is_the_formula(parts: Callable[..., Any], source
 
 def test_before_its_start_nothing_is_accelerated(parts: Callable[..., Any]) -> None:
     config, model, batch, index = parts(WINDOW.replace("SOURCE", "ema"))
-    task = training_task(batch, config, index.info, ALONE.device)
+    task = TaskMaker(config, index.info, ALONE.device)(batch)
     ema = EMA({}, config.ema.decays)
 
     def untouched(*_: Tensor) -> DiTOutput:
@@ -201,9 +204,25 @@ def test_before_its_start_nothing_is_accelerated(parts: Callable[..., Any]) -> N
 
 def test_a_task_has_weights_inside_the_interval_only(parts: Callable[..., Any]) -> None:
     config, _, batch, index = parts(WINDOW.replace("SOURCE", "same_forward"))
-    task: Task = training_task(batch, config, index.info, ALONE.device)
+    task = TaskMaker(config, index.info, ALONE.device)(batch)
     inside = (task.t >= 0.25) & (task.t <= 0.75)
     assert torch.equal(task.acceleration, 0.4 * inside.float())
+
+
+def test_compiled_tasks_are_bitwise_the_eager_ones(parts: Callable[..., Any]) -> None:
+    options = ["loss.time=logit_normal", "loss.time_shift=2.5", f"run.seed={2**63 - 2**33 - 7}", "loss.label_drop=0.4"]
+    config, _, batch, index = parts(WINDOW.replace("SOURCE", "same_forward"), *options)
+    moments = LatentInfo(
+        kind="moments", shape=(3, 7, 11), dtype="float16", shift=[0.1, 0.2, 0.3], scale=[0.2, 1.0, 3.0]
+    )
+    info = index.info.model_copy(update={"latent": moments})
+    stored = torch.rand(len(batch.labels), *moments.stored_shape, generator=torch.Generator().manual_seed(0)).half()
+    batch = replace(batch, latents=stored, positions=batch.positions + 2**40)
+    compile_too = config.model_copy(update={"train": config.train.model_copy(update={"compile": True})})
+    eager, compiled = (TaskMaker(chosen, info, ALONE.device) for chosen in (config, compile_too))
+    for number, micro in enumerate(batch.split(2)):
+        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            assert all(map(torch.equal, eager(micro), compiled(micro)))
 
 
 @pytest.mark.parametrize(
