@@ -21,7 +21,8 @@ from ig_dist.parallel.blame import note_failure
 from ig_dist.parallel.dist import Dist
 from ig_dist.terminal import say
 from ig_dist.training.phases import Phases
-from ig_dist.training.watchdog import Watchdog, place
+from ig_dist.training.watchdog import Watchdog
+from ig_dist.training.words import place
 
 LEAVE_S = 8.0  # for what is closed meanwhile; within the 10 s that ig-dist launch gives the others
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # of CUDA and NCCL, of the CPU's allocator

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,8 @@ class Phases:
         """Time in phases that have ended, of the ledger's kinds."""
         self.last_warm_up = 0
         """The step until which compilation and first-time costs are expected."""
+        self.on_change: Callable[[Now], None] | None = None
+        """Called with each phase that is another than the one before."""
 
     @property
     def warm(self) -> bool:
@@ -51,6 +54,8 @@ class Phases:
         self.settle()
         now = self.now
         self.now = Now(now.entered + 1, phase, now.step if step is None else step, now.began)
+        if self.on_change is not None and phase != now.phase:
+            self.on_change(self.now)
 
     def settle(self) -> None:
         """Put the time of the phase in progress down in ``seconds``, as far as it has gone; it goes on."""

@@ -1,8 +1,8 @@
 """The watchdog: a rank that makes no progress ends the run, with one line that says who is behind.
 
-One thread looks whether the phase of the loop changes; another one tells the job's store where this rank is, and reads
-where the others are once this one stands still. Neither is ever waited for, and both work while the main thread is in
-a call that does not return.
+One thread looks whether the phase of the loop changes, on the host or on its device; another one tells the job's store
+where this rank is, and reads where the others are once this one stands still. Neither is ever waited for, and both work
+while the main thread is in a call that does not return.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,14 +26,16 @@ from torch._C._distributed_c10d import TCPStore  # torch.distributed does not na
 from ig_dist.config import Config
 from ig_dist.errors import HangError, LostPeerError
 from ig_dist.parallel.blame import blame
+from ig_dist.parallel.collectives import Recorder, Standing, communication_error
 from ig_dist.parallel.dist import Dist, from_main
 from ig_dist.storage.faults import Patience
+from ig_dist.training.marks import device_marks
 from ig_dist.training.phases import Now, Phases
+from ig_dist.training.words import Word, judge, place
 
 FIRST_TIMES = 3.0  # what compiles, loads or is done seldom may take that many times longer
 POLL_S = 2.0
 _SILENT_POLLS = 4
-_MOST_NAMED = 8
 _GRACE_POLLS = 4  # the others hear of it, and end by themselves; all within the 10 s that ig-dist launch gives them
 
 Limit = Callable[[Now, bool], float]
@@ -64,20 +66,6 @@ def longest_wait_s(config: Config) -> float:
     return max(phase_limits(config).values()) + 10 * POLL_S
 
 
-@dataclass(frozen=True)
-class _Word:
-    """What a rank says of itself."""
-
-    count: int
-    phase: str
-    step: int
-    idle_s: float
-    left_s: float
-    """Until it would end the run."""
-    ticks: int
-    """Grows while the process runs."""
-
-
 @contextmanager
 def watched(phases: Phases, config: Config, dist: Dist, *, lives_on: bool = False) -> Iterator[Watchdog]:
     """End the process with exit code 5 when it hangs, or when another rank does. COLLECTIVE.
@@ -91,6 +79,7 @@ def watched(phases: Phases, config: Config, dist: Dist, *, lives_on: bool = Fals
             yield watchdog
     finally:
         watchdog.stop.set()
+        phases.on_change = None
 
 
 class Watchdog:
@@ -102,7 +91,11 @@ class Watchdog:
         self._poll_s = min(POLL_S, self._timeout_s / 10)
         self._folder = Path(config.run.dir) / "hang"
         self.stop = threading.Event()
-        self._word = _Word(0, "start-up", 0, 0.0, 1.0, 0)
+        self._marks = device_marks(dist.device, self._poll_s, self.stop)
+        if self._marks is not None:
+            phases.on_change = self._marks.put
+        self._recorder = Recorder()
+        self._word = Word()
         unheard = replace(self._word, ticks=-1), time.monotonic()
         self._heard = {rank: unheard for rank in range(dist.world_size) if rank != dist.rank}
         """The others' last words, and when they came."""
@@ -131,28 +124,35 @@ class Watchdog:
     def tell_failure(self, text: str) -> None:
         """Tell the others that this rank fails and comes to no collective any more. Returns once they know, or soon."""
         self._failure = text
+        with suppress(OSError):
+            self._keep_records()
         self._failure_told.wait(3 * self._poll_s)
         if self._dist.is_main:
             time.sleep(2 * self._poll_s)  # the store, which they read it from, ends with this process
 
     def _watch(self) -> None:
         idle, ticks, last = 0.0, 0, time.monotonic()
-        seen = self._phases.now
+        seen = (-1, -1)
         while not self.stop.wait(self._poll_s):
-            now, at = self._phases.now, time.monotonic()
+            host, at = self._phases.now, time.monotonic()
+            now = (self._marks and self._marks.behind) or host  # what the device is in, where that is another phase
             # a process that was stopped itself (a suspended job) was not idle meanwhile
-            idle = 0.0 if now.entered != seen.entered else idle + min(at - last, 2 * self._poll_s)
-            seen, last, ticks = now, at, ticks + 1
+            idle = 0.0 if (host.entered, now.entered) != seen else idle + min(at - last, 2 * self._poll_s)
+            seen, last, ticks = (host.entered, now.entered), at, ticks + 1
             limit = self._limits.get(now.phase, self._timeout_s * (1 if self._phases.warm else FIRST_TIMES))
             if self._others_failure:
                 self._leave()
+            if problem := communication_error(self._dist.device):  # a peer that failed may still say why
+                self._others_failure = f"NCCL reports {problem}: another process is gone, or the network to it"
             if self._launcher not in (None, os.getppid()):
                 self._stop_alone()
-            self._word = _Word(now.entered, now.phase, now.step, idle, limit - idle, ticks)
-            self._asking = idle > min(limit, self._timeout_s) / 2
+            self._asking, told = idle > min(limit, self._timeout_s) / 2, self._told
+            standing = self._recorder.read(self._poll_s / 2) if self._asking or told else Standing({}, None)
+            beside = "" if now is host else place(host.step, host.phase)
+            self._word = Word(now.entered, now.phase, now.step, idle, limit - idle, ticks, beside, *standing)
             # whatever this rank waits for, it will not come from one that does not even answer
             lost = idle > self._timeout_s and any(self._silent(at) for _, at in self._heard.values())
-            if self._told or lost or (idle > limit and not self._excused()):
+            if told or lost or (idle > limit and not self._excused()):
                 if not self._lives_on:
                     self._end()
                 self._say()
@@ -171,7 +171,7 @@ class Watchdog:
                         wait_for_workers=False,
                         timeout=timedelta(seconds=max(1.0, self._poll_s)),
                     )
-                store.set(self._key(self._dist.rank), json.dumps(self._word.__dict__))
+                store.set(self._key(self._dist.rank), self._word.dumps())
                 if self.ending:
                     store.set(ended, "")
                 if self._failure and not self._failure_told.is_set():
@@ -179,13 +179,14 @@ class Watchdog:
                     self._failure_told.set()
                 elif not self._failure and store.check([failed]):
                     self._others_failure = store.get(failed).decode()
-                self._told = self._told or store.check([ended])
-                if self._asking or self._told:
+                told = self._told or store.check([ended])
+                if self._asking or told:
                     ranks = [rank for rank in self._heard if store.check([self._key(rank)])]
                     for rank, text in zip(ranks, store.multi_get([self._key(rank) for rank in ranks]), strict=True):
-                        word = _Word(**json.loads(text))
+                        word = Word.loads(text)
                         if self._heard[rank][0].ticks != word.ticks:
                             self._heard[rank] = word, time.monotonic()
+                self._told = told  # once the others have been heard
                 self._answered = time.monotonic()
             except (RuntimeError, ValueError):  # of the store: a time-out, or a connection that broke
                 store = None
@@ -208,17 +209,8 @@ class Watchdog:
         if self._dist.world_size > 1 and self._silent(self._answered):
             return "; behind: rank 0 or its machine, whose store does not answer", []
         words = {rank: word for rank, (word, _) in self._heard.items()} | {self._dist.rank: self._word}
-        least = min(word.count for word in words.values())
-        named = {}
-        for rank, word in sorted(words.items()):
-            silent = rank in self._heard and self._silent(self._heard[rank][1])
-            if silent or least == word.count < max(other.count for other in words.values()):
-                state = "does not answer" if silent else f"for {word.idle_s:.0f} s"
-                named[rank] = f"rank {rank} ({place(word.step, word.phase)}, {state})"
-        more = f" and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
-        if named:
-            return f"; behind: {', '.join([*named.values()][:_MOST_NAMED])}{more}", list(named)
-        return "; no rank is behind another" if self._dist.world_size > 1 else "", []
+        silent = [rank for rank, (_, at) in self._heard.items() if self._silent(at)]
+        return judge(words, silent, self._dist.rank, self._dist.local_world_size)
 
     def _stop_alone(self) -> None:
         """Whoever started the ranks is gone: nobody would signal them, nor see them end. They save and stop."""
@@ -246,10 +238,11 @@ class Watchdog:
 
     def _say(self) -> None:
         """One line, and the stacks."""
-        file = self._folder / f"rank_{self._dist.rank:05d}.txt"
         word, (behind, ranks) = self._word, self._behind()
+        where = f"{word.place} (the host is at {word.host})" if word.host else word.place
+        file = self._file(".txt")
         print(
-            f"error: rank {self._dist.rank}: no progress for {word.idle_s:.0f} s at {place(word.step, word.phase)}"
+            f"error: rank {self._dist.rank}: no progress for {word.idle_s:.0f} s at {where}"
             f"{behind}. The stacks of all threads are in {file}; run the same command again to go on from the newest"
             " checkpoint, with a higher train.timeout_s if it was only slow",
             file=sys.stderr,
@@ -260,10 +253,16 @@ class Watchdog:
             self._folder.mkdir(parents=True, exist_ok=True)
             with file.open("w", encoding="utf-8") as stream:
                 faulthandler.dump_traceback(stream, all_threads=True)
+            self._keep_records()
         except OSError:
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
+    def _keep_records(self) -> None:
+        """The last collectives of this rank, beside the stacks."""
+        self._recorder.read(self._poll_s)
+        if self._recorder.records:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file(".json").write_text(json.dumps(self._recorder.records), encoding="utf-8")
 
-def place(step: int, phase: str) -> str:
-    """Where a run is, in words."""
-    return f"step {step}, {phase}" if step else phase
+    def _file(self, suffix: str) -> Path:
+        return self._folder / f"rank_{self._dist.rank:05d}{suffix}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -15,18 +16,19 @@ import pytest
 from ig_dist.checkpoints.store import CheckpointStore
 from ig_dist.export import ALONE
 from ig_dist.parallel.blame import VARIABLE, blamed, noted_failure
+from ig_dist.parallel.collectives import RECORDS
 from tests import forked
 from tests.conftest import write_tiny_config
 from tests.distributed.test_training import GRACE_S, hurry, last_step, local, metrics, start_faulty
 
 TIMEOUT_S = 4
-# fault: the rank that it befalls, and the settings of its run
-HANGS = {"sleep": (1, {"timeout_s": TIMEOUT_S}), "read": (1, {"timeout_s": TIMEOUT_S})}
-OTHERS = {
-    "raise": (0, {"timeout_s": 60}),
-    "memory": (1, {"timeout_s": 60}),
-    "late": (1, {"steps": 12, "timeout_s": TIMEOUT_S}),
-}
+HANG = (1, {"timeout_s": TIMEOUT_S})
+# faults whose runs are side by side, since their time passes in waiting: the rank, and the settings of its run
+TOGETHER: list[dict[str, tuple[int, dict[str, Any]]]] = [
+    {"sleep": HANG, "read": HANG},
+    {"mute": HANG, "stall": HANG, "stalls": HANG},
+    {"raise": (0, {"timeout_s": 60}), "memory": (1, {"timeout_s": 60}), "late": (1, {"steps": 12, **HANG[1]})},
+]
 Write = Callable[..., Path]
 
 
@@ -124,25 +126,34 @@ class Ended(NamedTuple):
     seconds: float
 
 
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory, digits_index: Path) -> dict[str, Ended]:
-    """Runs whose time passes in waiting, some side by side: a rank hangs at step 7, waits for its data, or fails."""
-    folder, ended = tmp_path_factory.mktemp("faults"), {}
-    for together in (HANGS, OTHERS):
+class Faults(dict[str, Ended]):
+    """Runs in which a rank hangs at step 7, waits for its data, or fails; a group begins when one of it is wanted."""
+
+    def __init__(self, folder: Path, index: Path) -> None:
+        super().__init__()
+        self._folder, self._index = folder, index
+
+    def __missing__(self, wanted: str) -> Ended:
         processes, began = {}, time.monotonic()
-        for fault, (rank, train) in together.items():
-            config = write_tiny_config(folder, digits_index, fault, train=train)
-            (folder / fault).mkdir()
-            environment = {VARIABLE: str(folder / fault / "blame"), "FAULT_S": str(2 * TIMEOUT_S)}
+        for fault, (rank, train) in next(group for group in TOGETHER if wanted in group).items():
+            config = write_tiny_config(self._folder, self._index, fault, train=train)
+            (self._folder / fault).mkdir()
+            environment = {VARIABLE: str(self._folder / fault / "blame"), "FAULT_S": str(2 * TIMEOUT_S)}
             processes[fault] = start_faulty(config, fault, rank, "7", **environment)
         for fault, process in processes.items():
-            errors, run, blame = process.communicate(120)[1], folder / "runs" / fault, folder / fault / "blame"
-            ended[fault] = Ended(process.wait(), errors, run, blame, time.monotonic() - began)
-    return ended
+            errors, run = process.communicate(120)[1], self._folder / "runs" / fault
+            blame = self._folder / fault / "blame"
+            self[fault] = Ended(process.wait(), errors, run, blame, time.monotonic() - began)
+        return self[wanted]
 
 
-@pytest.mark.parametrize("fault", HANGS)
-def test_a_rank_that_hangs_ends_all_and_is_named_by_all(faults: dict[str, Ended], fault: str) -> None:
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory, digits_index: Path) -> Faults:
+    return Faults(tmp_path_factory.mktemp("faults"), digits_index)
+
+
+@pytest.mark.parametrize("fault", ["sleep", "read"])
+def test_a_rank_that_hangs_ends_all_and_is_named_by_all(faults: Faults, fault: str) -> None:
     code, errors, run, blame, _ = faults[fault]
     assert code == 5, errors
     lines = hang_lines(errors)
@@ -154,8 +165,50 @@ def test_a_rank_that_hangs_ends_all_and_is_named_by_all(faults: dict[str, Ended]
     assert "training_loss" in culprit and "faulty.py" in culprit
 
 
+REDUCE = r"all_reduce \d+ of group 0, default_pg, on gloo \(\w+ \[\d+\]: [\d,]+ bytes\)"
+
+
+def test_a_collective_that_hangs_is_named_with_who_did_not_come(faults: Faults) -> None:
+    """Both ranks are in their backward pass: only the records tell them apart."""
+    code, errors, run, blame, seconds = faults["mute"]
+    assert code == 5 and seconds < TIMEOUT_S + GRACE_S + 30, errors
+    lines = hang_lines(errors)
+    assert re.search(
+        rf"at step 7, backward; waits for \d+ s in {REDUCE}, to which rank 1 did not come\. The stacks", lines[0]
+    )
+    assert re.search(
+        rf"at step 7, backward; rank 0 waits for \d+ s in {REDUCE}, to which rank 1 did not come\. The", lines[1]
+    )
+    assert blamed(blame) == {1}
+    newest = []
+    for rank in (0, 1):
+        entries = json.loads((run / "hang" / f"rank_{rank:05d}.json").read_text())["gloo"]["entries"]
+        assert 10 < len(entries) <= RECORDS
+        newest.append((entries[-1]["collective_seq_id"], [entry["retired"] for entry in entries].count(False)))
+    assert newest[0][0] > newest[1][0] and newest[0][1] >= 1 and newest[1][1] == 0
+
+
+def test_a_device_that_stands_still_is_named_though_its_host_ran_on(faults: Faults) -> None:
+    code, errors, _, blame, _ = faults["stall"]
+    assert code == 5, errors
+    lines = hang_lines(errors)
+    named = r"behind: rank 1 \(step 7, forward on its device, for \d+ s\)"
+    assert re.search(rf"at step 7, log; {named}; waits for \d+ s in all_reduce", lines[0])
+    assert re.search(rf"at step 7, forward on its device \(the host is at step 7, log\); {named}; rank 0 w", lines[1])
+    assert blamed(blame) == {1}
+
+
+def test_nobody_is_blamed_where_all_stand_at_the_same_place(faults: Faults) -> None:
+    code, errors, _, blame, _ = faults["stalls"]
+    assert code == 5, errors
+    for line in hang_lines(errors).values():
+        assert "at step 7, forward on its device (the host is at step 7, log)" in line
+        assert "; no rank is behind another; no machine is blamed. The stacks" in line
+    assert not blamed(blame)
+
+
 @pytest.mark.parametrize("fault,rank", [("raise", 0), ("memory", 1)])
-def test_an_error_of_one_rank_is_no_hang(faults: dict[str, Ended], fault: str, rank: int) -> None:
+def test_an_error_of_one_rank_is_no_hang(faults: Faults, fault: str, rank: int) -> None:
     """Also where nothing can be closed after it: the groups of NCCL wait for peers, a stream for its storage."""
     code, errors, _, blame, seconds = faults[fault]
     assert seconds < 50  # a hang of 60 s is none that the watchdog sees
@@ -172,7 +225,7 @@ def test_an_error_of_one_rank_is_no_hang(faults: dict[str, Ended], fault: str, r
     assert line == f"error: {noted}"
 
 
-def test_a_long_wait_for_a_storage_is_no_hang(faults: dict[str, Ended]) -> None:
+def test_a_long_wait_for_a_storage_is_no_hang(faults: Faults) -> None:
     """The storage has a deadline of its own; the ranks that wait for this one see that it is within it."""
     assert faults["late"].code == 0, faults["late"].errors
     line = next(line for line in metrics(faults["late"].run) if line["step"] == 7)
