@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from ig_dist.config.types import Finite, Fraction, Group, NonNegative, Positive, PositiveFloat, Seed, Url
 from ig_dist.diffusion.guidance import GuidanceTerm
@@ -23,10 +23,19 @@ class GuidanceConfig(Group):
     """Times t at which the term is on, both ends included (t = 1 is noise)."""
     branches: Literal["both", "conditional", "null"] = "both"
     """Of ig and auto: guide the prediction for the label, the one for the null label that cfg needs, or both."""
+    channels: Positive | None = None
+    """Guide so many leading channels of the latents, and leave the others as they are: the original SiT guides 3 of 4.
+    null: all."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_new(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Plans from before there was a choice of channels keep their hash."""
+        told: dict[str, Any] = fields(self)
+        return told if self.channels else {key: value for key, value in told.items() if key != "channels"}
 
     def to_term(self) -> GuidanceTerm:
         """The term as the samplers take it."""
-        return GuidanceTerm(self.kind, self.scale, self.interval, self.branches)
+        return GuidanceTerm(self.kind, self.scale, self.interval, self.branches, self.channels)
 
 
 class SampleConfig(Group):

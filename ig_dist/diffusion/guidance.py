@@ -31,12 +31,15 @@ class GuidanceTerm:
         interval: (low, high) in time, both ends included; t = 0 is data, t = 1 is noise.
         branches: of "ig" and "auto": whether they guide the prediction for the label, the one for the null label
             that CFG needs, or both.
+        channels: how many of the velocity's leading channels it guides; None: all. The original SiT guides three of
+            the four.
     """
 
     kind: Kind
     scale: float
     interval: tuple[float, float] = (0.0, 1.0)
     branches: Literal["both", "conditional", "null"] = "both"
+    channels: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("ig", "cfg", "auto"):
@@ -50,10 +53,20 @@ class GuidanceTerm:
             raise ValueError(f"{self.kind} branches is {self.branches!r}; write 'both', 'conditional' or 'null'")
         if self.kind == "cfg" and self.branches != "both":
             raise ValueError("cfg leads from one branch to the other: leave its branches out")
+        if self.channels is not None and self.channels < 1:
+            raise ValueError(f"{self.kind} channels is {self.channels}; write how many it guides, or null for all")
 
     def acts(self, kind: Kind, branch: Branch, t: float) -> bool:
         """Whether this is a term of that kind which is on at t in that branch."""
         return self.kind == kind and self.branches in ("both", branch) and self.interval[0] <= t <= self.interval[1]
+
+    def guide(self, guided: Tensor, strong: Tensor, weak: Tensor) -> Tensor:
+        """``guided`` + (scale - 1) (strong - weak), each (B, C, H, W), in the channels of this term."""
+        if self.channels is None or self.channels >= guided.shape[1]:
+            return guided + (self.scale - 1.0) * (strong - weak)
+        these = slice(self.channels)
+        ahead = guided[:, these] + (self.scale - 1.0) * (strong[:, these] - weak[:, these])
+        return torch.cat([ahead, guided[:, self.channels :]], dim=1)
 
 
 class GuidableModel(Protocol):
@@ -77,10 +90,11 @@ def guided_velocity(
     """Return the function (x, t) -> velocity of a model under guidance.
 
     In each branch v + (w_ig - 1)(v - v_aux) + (w_auto - 1)(v - v_weak); between the branches v_c + (w_cfg - 1)(v_c -
-    v_null). The models see float32; the combination is made in the dtype of x, or in float32 where that is coarser.
-    The time is a Python float, so intervals are tested exactly and without waiting for the device. What has no effect
-    at t is not evaluated: with scale 1 the result is bitwise the unguided one, the null label is run (as a second half
-    of the batch) inside the CFG interval only, and the second model inside its own, on its branches.
+    v_null); each in the channels of its term. The models see float32; the combination is made in the dtype of x, or in
+    float32 where that is coarser. The time is a Python float, so intervals are tested exactly and without waiting for
+    the device. What has no effect at t is not evaluated: with scale 1 the result is bitwise the unguided one, the null
+    label is run (as a second half of the batch) inside the CFG interval only, and the second model inside its own, on
+    its branches.
 
     Args:
         model: predicts the velocity from (x_t, t, labels).
@@ -109,8 +123,8 @@ def guided_velocity(
         return asked(many, times, batches[branches])
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        cfg_scale = _scale_at(terms, "cfg", "conditional", t)
-        branches = BRANCHES if cfg_scale != 1.0 else BRANCHES[:1]
+        cfg = _term_at(terms, "cfg", "conditional", t)
+        branches = BRANCHES if cfg else BRANCHES[:1]
         output = predict(model, x.float(), t, branches)
 
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -118,34 +132,30 @@ def guided_velocity(
         guided = dict(strong)
         if output.aux_velocity is not None:
             weak = dict(zip(branches, output.aux_velocity.to(dtype).chunk(len(branches)), strict=True))
-            _extrapolate(guided, strong, weak, _scales_at(terms, "ig", branches, t))
-        scales = _scales_at(terms, "auto", branches, t)
-        if scales and weak_model is not None:
-            chosen = tuple(scales)
-            second = predict(weak_model, x.float(), t, chosen).velocity.to(dtype)
-            _extrapolate(guided, strong, dict(zip(chosen, second.chunk(len(chosen)), strict=True)), scales)
-        if cfg_scale == 1.0:
+            for branch, term in _terms_at(terms, "ig", branches, t).items():
+                guided[branch] = term.guide(guided[branch], strong[branch], weak[branch])
+        acting = _terms_at(terms, "auto", branches, t)
+        if acting and weak_model is not None:
+            second = predict(weak_model, x.float(), t, tuple(acting)).velocity.to(dtype)
+            for (branch, term), other in zip(acting.items(), second.chunk(len(acting)), strict=True):
+                guided[branch] = term.guide(guided[branch], strong[branch], other)
+        if cfg is None:
             return guided["conditional"]
-        return guided["conditional"] + (cfg_scale - 1.0) * (guided["conditional"] - guided["null"])
+        return cfg.guide(guided["conditional"], guided["conditional"], guided["null"])
 
     return velocity
 
 
-def _extrapolate(
-    guided: dict[Branch, Tensor], strong: dict[Branch, Tensor], weak: dict[Branch, Tensor], scales: dict[Branch, float]
-) -> None:
-    for branch, scale in scales.items():
-        guided[branch] = guided[branch] + (scale - 1.0) * (strong[branch] - weak[branch])
+def _terms_at(
+    terms: Sequence[GuidanceTerm], kind: Kind, branches: Sequence[Branch], t: float
+) -> dict[Branch, GuidanceTerm]:
+    """The term of the kind that is on in each branch; none where none is."""
+    found = {branch: _term_at(terms, kind, branch, t) for branch in branches}
+    return {branch: term for branch, term in found.items() if term is not None}
 
 
-def _scales_at(terms: Sequence[GuidanceTerm], kind: Kind, branches: Sequence[Branch], t: float) -> dict[Branch, float]:
-    """The scale in each branch where a term of the kind is on."""
-    scales = {branch: _scale_at(terms, kind, branch, t) for branch in branches}
-    return {branch: scale for branch, scale in scales.items() if scale != 1.0}
-
-
-def _scale_at(terms: Sequence[GuidanceTerm], kind: Kind, branch: Branch, t: float) -> float:
-    return next((term.scale for term in terms if term.acts(kind, branch, t)), 1.0)
+def _term_at(terms: Sequence[GuidanceTerm], kind: Kind, branch: Branch, t: float) -> GuidanceTerm | None:
+    return next((term for term in terms if term.acts(kind, branch, t)), None)
 
 
 def check_overlap(terms: Sequence[GuidanceTerm]) -> None:

@@ -117,6 +117,12 @@ def make_plan(config: Config, info: ModelInfo, weights_sha256: str, weak: Export
         raise ConfigError(
             "guidance asks for cfg, but the model never saw the null label: train with loss.label_drop=0.1"
         )
+    for term in guidance:
+        if term.channels is not None and term.channels > info.latent.shape[0]:
+            raise ConfigError(
+                f"guidance asks for {term.kind} on {term.channels} channels, but the latents have"
+                f" {info.latent.shape[0]}: leave channels out to guide all"
+            )
     auto = [term for term in guidance if term.kind == "auto"]
     if auto and weak is not None:
         _check_weak(weak, info, config)
@@ -181,6 +187,8 @@ def _describe_term(term: GuidanceConfig) -> str:
     told = f"{names[term.kind]} {term.scale:g}"
     if term.interval != (0.0, 1.0):
         told += " for t in [{:g}, {:g}]".format(*term.interval)
+    if term.channels is not None:
+        told += f" on the first {term.channels} channel{'s' * (term.channels > 1)}"
     return told if term.branches == "both" else f"{told} on the {term.branches} branch"
 
 

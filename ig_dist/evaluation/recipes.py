@@ -21,7 +21,7 @@ _RECIPES: dict[str, dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]] = {
             _LIGHTNING,
             [{"kind": "ig", "scale": 1.4}, {"kind": "cfg", "scale": 1.45, "interval": [0.0, 0.81]}],
         ),
-        "SiT-XL/2 without an auxiliary head": (_SIT, [{"kind": "cfg", "scale": 1.5}]),
+        "SiT-XL/2 without an auxiliary head": (_SIT, [{"kind": "cfg", "scale": 1.5, "channels": 3}]),
     },
     "paper-ig": {
         "SiT-B/2": (_SIT, [{"kind": "ig", "scale": 1.9}]),

@@ -71,6 +71,8 @@ def guidance_name(terms: Sequence[Mapping[str, Any]]) -> str:
         interval = tuple(term.get("interval", (0, 1)))
         on = "" if interval == (0, 1) else f" for t in {interval_text(interval)}"
         name = {"auto": "autoguidance"}.get(term["kind"], str(term["kind"]).upper())
+        channels = term.get("channels")
+        on += f" on the first {channels} channel{'s' * (channels > 1)}" if channels else ""
         branch = f" on the {term['branches']} branch" if term.get("branches", "both") != "both" else ""
         names.append(f"{name} {number(term['scale'])}{on}{branch}")
     return ", ".join(names) or "unguided"

@@ -153,6 +153,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["sample", "RUN", "guidance=[{kind: cfg, scale: 2, branches: 'null'}]"],
         ["cfg", "leave its branches out"],
     ),
+    "guidance of more channels than there are": (
+        ["sample", "RUN", "guidance=[{kind: cfg, scale: 2, channels: 3}]"],
+        ["cfg on 3 channels", "the latents have 1", "leave channels out"],
+    ),
     "a shift of the SDE": (
         ["sample", "RUN", "--solver", "euler_maruyama", "sample.time_shift=2"],
         ["sample.time_shift", "euler_maruyama", "set sample.time_shift=1"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ig_dist.evaluation.metrics import inception_score
 from ig_dist.evaluation.plan import Plan
 from ig_dist.evaluation.plan import make_plan as plan_of
 from ig_dist.evaluation.units import Samples, read_unit, unit_name, write_unit
+from ig_dist.report.text import guidance_name
 from tests.scoring import make_plan, pixel, quadrants, tiny_models
 
 MODELS, INFO = tiny_models()
@@ -53,11 +55,12 @@ def test_the_plans_hash_names_everything() -> None:
             {"rtol": 1e-4},
             {"atol": 1e-4},
             {"guidance": (GuidanceConfig(kind="ig", scale=1.5, branches="null"),)},
+            {"guidance": (GuidanceConfig(kind="ig", scale=1.5, channels=1),)},
             {"classes": (3, 1)},
         )
     }
     assert make_plan().digest == "02fa7622031d862b"  # samples that were made under it are found
-    assert len(digests) == 19 and make_plan().digest in digests
+    assert len(digests) == 20 and make_plan().digest in digests
     assert [list(make_plan().unit(k))[::15] for k in range(3)] == [[0, 15], [16, 31], [32]]
 
 
@@ -87,6 +90,10 @@ def test_a_plan_is_told_in_words() -> None:
     plan = make_plan(guidance=(GuidanceConfig(kind="auto", scale=2, branches="null"), cfg), time_shift=10 / 3)
     said = "autoguidance 2 on the null branch, CFG 1.35 for t in [0, 0.7], heun 3, time shift 3.33, seed 0"
     assert plan.describe() == f"{said}; plan {plan.digest[:8]}"
+    plan = make_plan(guidance=(GuidanceConfig(kind="cfg", scale=1.5, channels=3),))
+    told = json.loads(plan.model_dump_json())  # as it stands in a score's protocol
+    assert plan.describe().startswith("CFG 1.5 on the first 3 channels, heun 3")
+    assert told["guidance"][0]["channels"] == 3 and guidance_name(told["guidance"]) == "CFG 1.5 on the first 3 channels"
     plan = make_plan(classes=tuple(range(8)), labels="random", precision="bf16", guidance=())
     assert "unguided, heun 3, classes 0, 1, 2, 3, 4, 5 and 2 more, random labels, seed 0, bf16" in plan.describe()
     assert len({make_plan(unit_size=size).describe() for size in (16, 32)}) == 2

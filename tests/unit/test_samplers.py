@@ -378,6 +378,23 @@ def test_a_scale_for_each_branch():
         guided_velocity(ToyModel(), LABELS, [*terms, GuidanceTerm("ig", 1.1)])
 
 
+def test_each_kind_of_term_guides_its_leading_channels_only():
+    x = torch.cat([start(), 2 * start(), 3 * start()], dim=1)
+    for kinds in (("ig",), ("cfg",), ("auto",), ("ig", "auto", "cfg")):
+        some, all_of_them, none = (
+            guided_velocity(ToyModel(), LABELS, terms, WeakModel())(x, 0.5)
+            for terms in (
+                [GuidanceTerm(kind, 1.4, channels=2) for kind in kinds],
+                [GuidanceTerm(kind, 1.4) for kind in kinds],
+                [],
+            )
+        )
+        assert torch.equal(some[:, :2], all_of_them[:, :2]) and torch.equal(some[:, 2:], none[:, 2:])
+        assert not torch.equal(all_of_them[:, 2:], none[:, 2:])
+    whole = guided_velocity(ToyModel(), LABELS, [GuidanceTerm("ig", 1.4, channels=3)])(x, 0.5)
+    assert torch.equal(whole, guided_velocity(ToyModel(), LABELS, [GuidanceTerm("ig", 1.4)])(x, 0.5))
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -387,6 +404,7 @@ def test_a_scale_for_each_branch():
         ("cfg", 1.5, (0.0, 1.1)),
         ("ig", 1.5, (0.0, 1.0), "left"),
         ("cfg", 1.5, (0.0, 1.0), "null"),
+        ("cfg", 1.5, (0.0, 1.0), "both", 0),
     ],
 )
 def test_impossible_terms_are_refused(arguments):
