@@ -144,7 +144,7 @@ def _wait(
     After an orderly end they get as long as a save may take: theirs may be under way.
     """
     own = {rank.pid for rank in ranks}
-    deadline, why = float("inf"), ""
+    deadline, why, others = float("inf"), "", 0
     # each is asked every time: of a child that is not asked it is not known that it ended
     while None in (codes := [rank.poll() for rank in ranks]) and time.monotonic() < deadline:
         reap(own)
@@ -176,7 +176,7 @@ def _wait(
     # a rank that was signalled before it could say a word had nothing to save
     code = explaining([asked.code if code == passed_on else code for code in codes if code])
     if late and not code:
-        code = -signal.SIGKILL
+        code = others or -signal.SIGKILL
     return 128 - code if code < 0 else code
 
 
