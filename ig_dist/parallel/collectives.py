@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import os
+import socket
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +22,8 @@ from torch._C import _distributed_c10d as c10d
 RECORDS = 512  # some steps of a large model's buckets, and a quarter of a megabyte a rank once written down
 _BYTES = {"Byte": 1, "Char": 1, "Bool": 1, "Half": 2, "BFloat16": 2, "Short": 2, "Int": 4, "Float": 4}
 _MOST_TENSORS = 3
+_NCCL = "dump_nccl_trace_json"
+_ANSWER_S = 60.0
 
 
 def set_defaults(collective_s: float) -> None:
@@ -107,14 +113,30 @@ def _describe(entry: Mapping[str, Any]) -> str:
     return f"{operation} {entry['collective_seq_id']} of {group} on {backend} ({', '.join(shapes)}: {size:,} bytes)"
 
 
-class _Answer(c10d._Response):
-    content = "{}"
+class Handlers:
+    """PyTorch's handlers for debugging in this process, asked over HTTP.
 
-    def set_content(self, content: str | bytes, content_type: str) -> None:
-        self.content = content if isinstance(content, str) else content.decode()
+    The functions of the same names hold the interpreter's lock while they ask the device about each collective that has
+    not ended: under a driver that does not answer, no thread could speak any more. A server's threads do not need it.
+    """
 
-    def set_status(self, status: int) -> None:
-        pass
+    def __init__(self) -> None:
+        self._socket = str(Path(tempfile.mkdtemp(prefix="ig-dist-")) / "handlers")
+        self._server = c10d._WorkerServer(self._socket, -1)
+
+    def ask(self, name: str) -> Any:
+        """What a handler says.
+
+        Raises:
+            OSError: it does not answer.
+        """
+        with socket.socket(socket.AF_UNIX) as link:
+            link.settimeout(_ANSWER_S)
+            link.connect(self._socket)
+            connection = http.client.HTTPConnection("localhost")
+            connection.sock = link
+            connection.request("POST", f"/handler/{name}")
+            return json.loads(connection.getresponse().read())
 
 
 class Recorder:
@@ -125,6 +147,7 @@ class Recorder:
         """Of each backend, as read last."""
         self.standing = Standing({}, None)
         self._reading: threading.Thread | None = None
+        self._handlers: Handlers | None = None  # not before one is wanted: its server says that it listens
 
     def read(self, wait_s: float) -> Standing:
         """Where this process stands, read within so many seconds, or else what was last known."""
@@ -138,11 +161,9 @@ class Recorder:
         if not torch_dist.is_initialized():
             return
         records = {"gloo": json.loads(c10d._dump_fr_trace_json())}  # type: ignore[attr-defined]
-        name = "dump_nccl_trace_json"
-        if name in c10d._get_handler_names():  # type: ignore[attr-defined]
-            # asks the device about each that has not ended: the handler does so without the interpreter's lock, which
-            # the function of the same name holds meanwhile, so that no thread of this process could speak any more
-            c10d._get_handler(name)(c10d._Request(), answer := _Answer())  # type: ignore[attr-defined]
-            records["nccl"] = json.loads(answer.content)
+        with suppress(OSError, ValueError, http.client.HTTPException):
+            if _NCCL in c10d._get_handler_names():  # type: ignore[attr-defined]
+                self._handlers = self._handlers or Handlers()
+                records["nccl"] = self._handlers.ask(_NCCL)
         self.records = records
         self.standing = standing(records)

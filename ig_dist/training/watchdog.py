@@ -36,6 +36,7 @@ from ig_dist.training.words import Word, judge, place
 FIRST_TIMES = 3.0  # what compiles, loads or is done seldom may take that many times longer
 POLL_S = 2.0
 _SILENT_POLLS = 4
+_RANKS_PER_POLL = 256  # whose reading of all ranks' words the store can serve: 2 ms for each of 512
 _GRACE_POLLS = 4  # the others hear of it, and end by themselves; all within the 10 s that ig-dist launch gives them
 
 Limit = Callable[[Now, bool], float]
@@ -89,6 +90,7 @@ class Watchdog:
         self._phases, self._dist, self._lives_on = phases, dist, lives_on
         self._timeout_s, self._limits = config.train.timeout_s, phase_limits(config)
         self._poll_s = min(POLL_S, self._timeout_s / 10)
+        self._turns = 1 + dist.world_size // _RANKS_PER_POLL
         self._folder = Path(config.run.dir) / "hang"
         self.stop = threading.Event()
         self._marks = device_marks(dist.device, self._poll_s, self.stop)
@@ -180,8 +182,10 @@ class Watchdog:
                 elif not self._failure and store.check([failed]):
                     self._others_failure = store.get(failed).decode()
                 told = self._told or store.check([ended])
-                if self._asking or told:
-                    ranks = [rank for rank in self._heard if store.check([self._key(rank)])]
+                if told or (self._asking and self._word.ticks % self._turns == 0):
+                    ranks = list(self._heard)
+                    if not store.check([self._key(rank) for rank in ranks]):  # some have not said a word yet
+                        ranks = [rank for rank in ranks if store.check([self._key(rank)])]
                     for rank, text in zip(ranks, store.multi_get([self._key(rank) for rank in ranks]), strict=True):
                         word = Word.loads(text)
                         if self._heard[rank][0].ticks != word.ticks:
@@ -196,7 +200,7 @@ class Watchdog:
         return f"{self._prefix}/{rank}"
 
     def _silent(self, since: float) -> bool:
-        return time.monotonic() - since > max(1.0, _SILENT_POLLS * self._poll_s)
+        return time.monotonic() - since > max(1.0, _SILENT_POLLS * self._turns * self._poll_s)
 
     def _excused(self) -> bool:
         """Whether this rank waits for one that is behind, runs, and is within its own time."""
@@ -220,7 +224,7 @@ class Watchdog:
 
     def _leave(self) -> None:
         """Another rank has failed: if this one's main thread does not find out by itself, it ends here."""
-        if self.stop.wait(_GRACE_POLLS * self._poll_s):
+        if self.stop.wait(_GRACE_POLLS * self._poll_s) or self._told:
             return
         print(f"error: rank {self._dist.rank} ends: {self._others_failure}", file=sys.stderr, flush=True)
         os._exit(LostPeerError.exit_code)
