@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -223,12 +222,10 @@ def write_index(folder: str, info: dict[str, Any], table: SampleTable, patience:
     fs, path = open_url(folder, "--dest", patience)
     sums = Sums()
     pieces = sums.passing(side_file.pack(table.columns))
-    first = next(pieces)
-    second = next(pieces, None)
-    if second is None:
-        write_whole(fs, f"{path}/{TABLE_NAME}", bytes(first), patience)
+    if sum(len(column) * column.dtype.itemsize for column in table.columns.values()) < side_file.PIECE:
+        write_whole(fs, f"{path}/{TABLE_NAME}", b"".join(pieces), patience)
     else:
-        write_stream(fs, f"{path}/{TABLE_NAME}", chain([first, second], pieces), patience)
+        write_stream(fs, f"{path}/{TABLE_NAME}", pieces, patience)
     # an index that needs no CRCs stays, byte for byte, what it was before there were any
     crcs = {"table_crc32": sums.crcs} if sums.size > side_file.HELD_BYTES else {}
     file = IndexFile(**{**info, "format": FORMAT, "table_sha256": sums.sha256, "table_crc32": None, **crcs})

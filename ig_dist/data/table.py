@@ -33,6 +33,7 @@ PIECE = 2**23
 """Bytes that are written, or looked through, at once."""
 
 _READ_AGAIN = 3
+_ROWS = 2**16  # that are written at once
 _DTYPES: dict[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "U32": np.dtype("<u4")}
 
 
@@ -201,9 +202,8 @@ def _pieces(header: bytes, columns: Iterable[Column]) -> Iterator[memoryview]:
     def parts() -> Iterator[bytes]:
         yield header
         for column in columns:
-            rows = PIECE // column.dtype.itemsize
-            for start in range(0, len(column), rows):
-                yield column[start : start + rows].tobytes()
+            for start in range(0, len(column), _ROWS):
+                yield column[start : start + _ROWS].tobytes()
 
     piece, filled = bytearray(PIECE), 0
     for part in parts():
