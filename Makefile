@@ -11,7 +11,14 @@ TIERS := test-unit test-distributed test-integration test-gpu
 
 .venv/.installed: EXTRAS := [dev]
 
-.PHONY: install quickstart test $(TIERS) test-full lint help
+# the oldest release of each package that pyproject.toml admits, and what these need at its newest
+.venv-lowest/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-lowest
+	grep -oE '"[A-Za-z0-9_-]+>=[0-9.]+' pyproject.toml | sed 's/"//; s/>=/==/' > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[dev]'
+	touch $@
+
+.PHONY: install quickstart test $(TIERS) test-lowest test-full lint help
 
 install: .venv/.installed  ## Make .venv with everything in it
 
@@ -23,6 +30,9 @@ test: .venv/.installed  ## All tests but the long forms, tier by tier (one of th
 
 $(TIERS): test-%: .venv/.installed
 	$(BIN)/pytest tests/$*
+
+test-lowest: .venv-lowest/.installed  ## The unit tests with the oldest packages that pyproject.toml admits
+	.venv-lowest/bin/python -m pytest tests/unit
 
 test-full: .venv/.installed  ## All tests, long forms too
 	$(BIN)/pytest tests -m 'full or not full'

@@ -56,7 +56,7 @@ def table(group: type[BaseModel], prefix: str) -> Iterator[str]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from table(field.annotation, f"{prefix}{name}.")
             continue
-        value = field.get_default(call_default_factory=True)
+        value = field.get_default(call_default_factory=True, validated_data={})
         yield f"| `{prefix}{name}` | {kind(schema[name])} | {default(value)} | {one_line(field.description or '')} |"
 
 

@@ -311,7 +311,7 @@ def raw(*members: tuple[str, bytes]) -> bytes:
 
 def saved(array: Array, name: str = "arr_0") -> bytes:
     file = io.BytesIO()
-    np.savez(file, **{name: array}, allow_pickle=True)
+    np.savez(file, **{name: array})
     return file.getvalue()
 
 
