@@ -211,7 +211,7 @@ class Watchdog:
     def _behind(self) -> tuple[str, list[int]]:
         """Who is to blame: in words, and as ranks where that is sure: it may be this one that nothing reaches."""
         if self._dist.world_size > 1 and self._silent(self._answered):
-            return "; behind: rank 0 or its machine, whose store does not answer", []
+            return "; behind: rank 0 or its machine, whose store does not answer; no machine is blamed", []
         words = {rank: word for rank, (word, _) in self._heard.items()} | {self._dist.rank: self._word}
         silent = [rank for rank, (_, at) in self._heard.items() if self._silent(at)]
         return judge(words, silent, self._dist.rank, self._dist.local_world_size)
