@@ -10,15 +10,16 @@ from __future__ import annotations
 import concurrent.futures
 import errno
 import json
+import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-from ig_dist.background import in_background
+from ig_dist.background import in_background, in_parallel
 from ig_dist.checkpoints.manifest import MANIFEST, folder_name, make_manifest, sealed, unsealed
 from ig_dist.checkpoints.snapshot import Snapshot
 from ig_dist.checkpoints.store import Checkpoint, CheckpointStore, Piece
@@ -35,6 +36,13 @@ CLOSE_S = 5.0  # less than a launcher gives the other ranks when one has failed
 _LAST_WORD_S = 10.0  # how long a rank that failed tries to tell rank 0
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _POLL_S = (0.02, 1.0)  # the first and the longest pause between looks for the records
+
+_REQUESTS = (
+    16  # under way at a time, of what concerns all ranks: one after the other, 512 would take longer than a save
+)
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 Then = Callable[[Checkpoint], object]
 
@@ -181,8 +189,8 @@ class Saver:
                 f"{store.url}/{folder_name(save.step)} was saved by another run meanwhile: give each run its own"
                 " checkpoint.url"
             )
-        for name in sizes.keys() - {file["name"] for file in manifest["files"]} - {MANIFEST}:
-            store.remove(f"{folder}/{name}")  # records, and files of a save that was cut off
+        left = sizes.keys() - {file["name"] for file in manifest["files"]} - {MANIFEST}
+        _all_at_once(store.remove, [f"{folder}/{name}" for name in left])  # records, and files of a cut-off save
         folders[save.step] = True
         store.damaged.discard(save.step)
         return Checkpoint(f"{store.url}/{folder_name(save.step)}", manifest, store.patience), folders
@@ -211,23 +219,25 @@ class Saver:
         while missing:
             store.fs.invalidate_cache()
             names = list_sizes(store.fs, store.folder(save.step), store.patience)
-            for rank in sorted(missing):
-                path = self._record_path(save, rank)
-                if path.rpartition("/")[2] not in names:
-                    continue
-                record = unsealed(read_file(store.fs, path, store.patience))
-                if record is None:  # it suffered on the way: the next look reads it again
-                    continue
-                if "problem" in record:
-                    kind = StorageError if record.get("away") else DataError
-                    raise kind(f"rank {rank}: {record['problem']}")
-                records[rank] = record
+            come = [rank for rank in sorted(missing) if self._record_path(save, rank).rpartition("/")[2] in names]
+            for rank, record in zip(come, _all_at_once(partial(self._record, save), come), strict=True):
+                if record is not None:  # else it suffered on the way: the next look reads it again
+                    records[rank] = record
             missing -= records.keys()
             if missing and (time.monotonic() > give_up or store.patience.stop.wait(pause)):
                 ranks = ", ".join(map(str, sorted(missing)))
                 raise DataError(f"no word from rank {ranks} for {patience_s:.0f} s: its own output says why")
             pause = min(1.5 * pause, _POLL_S[1])
         return [records[rank] for rank in sorted(records)]
+
+    def _record(self, save: _Save, rank: int) -> dict[str, Any] | None:
+        """What a rank says of its file; None when that is not as it was written."""
+        store = self._store
+        record = unsealed(read_file(store.fs, self._record_path(save, rank), store.patience))
+        if record is not None and "problem" in record:
+            kind = StorageError if record.get("away") else DataError
+            raise kind(f"rank {rank}: {record['problem']}")
+        return record
 
     def _record_path(self, save: _Save, rank: int) -> str:
         return f"{self._store.folder(save.step)}/rank_{rank:05d}.{save.token}.json"
@@ -242,8 +252,7 @@ class Saver:
             if manifest is None:
                 raise DataError(f"{folder}/{MANIFEST} cannot be trusted: see which of the files there are needed")
             kept = {MANIFEST, *(file["name"] for file in manifest["files"])}
-        for name in names.keys() - kept:
-            store.remove(f"{folder}/{name}")
+        _all_at_once(store.remove, [f"{folder}/{name}" for name in names.keys() - kept])
 
     def _attempt(self, failure: str, action: Callable[[], object]) -> None:
         """Do what may fail without harm; then one line says so."""
@@ -258,3 +267,7 @@ class Saver:
             return str(error).removesuffix(", then run the same command again")
         remedy = "free some space" if error.errno in _FULL else "see that it can be written"
         return f"{self._store.url}: {error.strerror or error}: {remedy}"
+
+
+def _all_at_once(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    return in_parallel(work, items, _REQUESTS, threading.Event())

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +42,31 @@ def newest(store: CheckpointStore) -> tuple[int, float]:
     assert checkpoint is not None
     (value,) = checkpoint.read("model/w").unique().tolist()
     return checkpoint.step, value
+
+
+def test_what_all_ranks_say_is_read_and_deleted_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 of many ranks would else send hundreds of small requests one after the other, each a round trip."""
+    ranks, latency_s = 17, 0.1
+    store = CheckpointStore(str(tmp_path / "checkpoints"))
+    save = saving._Save(1, "token", META, None)
+    for rank in reversed(range(ranks)):
+        saver = Saver(store, replace(ALONE, rank=rank, world_size=ranks))
+        saver._snapshot.take({"model/w": Piece((ranks,), rank, torch.tensor([float(rank)]))})
+        if rank == 0:
+            for owner, name in ((saving, "read_file"), (store, "remove")):
+                slow = partial(_after, latency_s, getattr(owner, name))
+                monkeypatch.setattr(owner, name, slow)
+            began = time.monotonic()
+        assert saver._run(save) is None
+    assert time.monotonic() - began < ranks * latency_s
+    checkpoint = store.at(1, ALONE)
+    assert torch.equal(checkpoint.read("model/w"), torch.arange(float(ranks)))
+    assert len(list(folder(tmp_path, 1).iterdir())) == ranks + 1
+
+
+def _after(seconds: float, function: Callable[..., Any], *arguments: Any) -> Any:
+    time.sleep(seconds)
+    return function(*arguments)
 
 
 @pytest.mark.parametrize("chunk", [64, 2**25])
