@@ -22,6 +22,7 @@ from ig_dist.data.classes import imagenet_classes
 from ig_dist.data.index import LatentInfo, TokenizerInfo, read_index
 from ig_dist.errors import ConfigError
 from ig_dist.export import INFO_NAME, WEIGHTS_NAME, ExportInfo
+from ig_dist.latents.statistics import Normalisation, read_latent_stats
 from ig_dist.latents.tokenizers import get_tokenizer
 from ig_dist.models.convert import FROM_NOISE, Format, read_config, read_format, to_ours, to_published
 from ig_dist.models.dit import DiTConfig, count_parameters
@@ -69,6 +70,7 @@ def convert_published(
     raw: bool = False,
     index: str | None = None,
     tokenizer: str | None = None,
+    latent_stats: Path | None = None,
 ) -> Conversion:
     """Convert a published checkpoint into a folder that ``train.init_from`` takes.
 
@@ -82,7 +84,9 @@ def convert_published(
         num_heads: see ``read_config``.
         raw: take ``model`` of a checkpoint instead of ``ema``.
         index: index of the data whose latents the model was trained on.
-        tokenizer: of the latents, where it has a fixed scale (``sd-vae-ft-ema``).
+        tokenizer: of the latents, where it has a fixed scale (``sd-vae-ft-ema``) or ``latent_stats`` has one.
+        latent_stats: file with the mean and standard deviation of the latents that the model was trained on
+            (``latents_stats.pt``); None: the index or the tokenizer says how they are scaled.
 
     Raises:
         ConfigError: no such weights, or weights that do not fit.
@@ -97,7 +101,10 @@ def convert_published(
         raise ConfigError(f"{source}: {error}") from None
     ours, others = to_ours(theirs, published)
     check_names({name: t for name, t in theirs.items() if name not in others}, config, published, source)
-    latents = None if index is None and tokenizer is None else _latents(config, index, tokenizer)
+    scaled = None if latent_stats is None else read_latent_stats(latent_stats)
+    if scaled and index is None and tokenizer is None:
+        raise ConfigError("--latent-stats says how latents are scaled, not what makes them: give --tokenizer too")
+    latents = None if index is None and tokenizer is None else _latents(config, index, tokenizer, scaled)
 
     dest.parent.mkdir(parents=True, exist_ok=True)
     building = dest.with_name(f".{dest.name}.{uuid.uuid4().hex}")
@@ -227,9 +234,9 @@ def _unfit(config: DiTConfig, published: Format) -> str:
 
 
 def _latents(
-    config: DiTConfig, index: str | None, tokenizer: str | None
+    config: DiTConfig, index: str | None, tokenizer: str | None, scaled: Normalisation | None
 ) -> tuple[LatentInfo, TokenizerInfo, list[str]]:
-    """Latents, tokenizer and classes that the model goes with: of an index, or of a tokenizer with a fixed scale."""
+    """Latents, tokenizer and classes that the model goes with: of an index, or of a tokenizer with a known scale."""
     side, channels, classes = config.input_size, config.in_channels, config.num_classes
     shape = (channels, side, side)
     if index is not None:
@@ -238,26 +245,30 @@ def _latents(
         latent, made_by, names = info.latent, info.tokenizer, info.classes
     else:
         vae = get_tokenizer(tokenizer or "")
-        if vae.scale is None:
+        if vae.scale is None and scaled is None:
             raise ConfigError(
-                f"tokenizer {vae.name} has no scale of its own: give --data INDEX, which holds statistics"
+                f"tokenizer {vae.name} has no scale of its own: give --latent-stats latents_stats.pt, as published"
+                " beside the weights, or --data INDEX, which holds statistics"
             )
         latent_channels = vae.latent_channels or channels
         names = list(imagenet_classes())
         if len(names) != classes:
             names = [str(i) for i in range(classes)]
-        scale = [vae.scale] * latent_channels
         latent = LatentInfo(
             kind="sample",
             shape=(latent_channels, side, side),
             dtype="float32",
             shift=[0.0] * latent_channels,
-            scale=scale,
+            scale=[vae.scale or 1.0] * latent_channels,
         )
         image_channels = vae.image_channels or channels
         image_size = side * vae.downsample
         made_by = TokenizerInfo(name=vae.name, sha256=vae.sha256, image_size=image_size, image_channels=image_channels)
         found = f"latents of {latent_channels} channels"
+    if scaled is not None:
+        if len(scaled.shift) != channels:
+            raise ConfigError(f"--latent-stats has {len(scaled.shift)} channels, the model takes {channels}")
+        latent = latent.model_copy(update=scaled._asdict())
     if latent.shape != shape or len(names) != classes:
         raise ConfigError(
             f"the model takes latents {'x'.join(map(str, shape))} of {classes} classes, but {index or tokenizer} has"

@@ -37,6 +37,12 @@ def convert(
         str | None,
         typer.Option(metavar="NAME", help="Instead of --data, of latents with a fixed scale: sd-vae-ft-ema."),
     ] = None,
+    latent_stats: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Their mean and std, where there is none: LightningDiT's published latents_stats.pt."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Convert published weights (SiT, REPA, IG, LightningDiT) to ours, or ours back; nothing in a file is run."""
@@ -56,6 +62,7 @@ def convert(
             raw=raw,
             index=data,
             tokenizer=tokenizer,
+            latent_stats=latent_stats,
         )
     if as_json:
         return print_json(

@@ -14,7 +14,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -166,6 +166,10 @@ def index(
     scale: Annotated[
         str | None, typer.Option(metavar="X", help="See --shift. Default of both: the tokenizer's.")
     ] = None,
+    latent_stats: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Instead of both: LightningDiT's latents_stats.pt, with mean and std."),
+    ] = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Side of the images. Default: by the tokenizer.")
     ] = None,
@@ -188,6 +192,7 @@ def index(
     from ig_dist.data.index import TABLE_NAME, KeyInfo, SampleTable, write_index
     from ig_dist.data.shard_files import find_shards
     from ig_dist.data.statistics import normalised, raw_statistics
+    from ig_dist.latents.statistics import read_latent_stats
     from ig_dist.latents.tokenizers import get_tokenizer
     from ig_dist.storage.faults import Patience
     from ig_dist.storage.files import list_sizes
@@ -198,9 +203,16 @@ def index(
         return
     if shards is None:
         raise ConfigError("index needs --shards: the folder, a glob or a brace expression of the tars")
-    others = {"--shift": shift, "--scale": scale, "--image-size": image_size, "--kind": kind}
+    if latent_stats is not None and (shift, scale) != (None, None):
+        raise ConfigError("--latent-stats says what --shift and --scale say: leave them out")
+    others: dict[str, object] = {"--shift": shift, "--scale": scale, "--image-size": image_size, "--kind": kind}
+    if latent_stats is not None:
+        others |= {"--shift": latent_stats, "--scale": latent_stats}
     encoder = known_tokenizer(tokenizer, tokenizer_sha256, others)
-    shifts, scales = coefficients("--shift", shift, encoder), coefficients("--scale", scale, encoder)
+    if latent_stats is None:
+        shifts, scales = coefficients("--shift", shift, encoder), coefficients("--scale", scale, encoder)
+    else:
+        shifts, scales = read_latent_stats(latent_stats)
     names, words = (None, None) if class_names is None else read_class_names(class_names)
     keys = KeyInfo(latent=latent_key, flip=flip_key or "latent_flip.npy", label=label_key)
     if len({keys.latent, keys.flip, keys.label}) < 3:
@@ -215,7 +227,8 @@ def index(
     latent = describe(dtype, shape, bool(flip_key) or (has_flip and flip_key is None), kind, encoder)
     for option, numbers in (("--shift", shifts), ("--scale", scales)):
         if numbers and len(numbers) not in (1, latent.shape[0]):
-            raise ConfigError(f"{option} has {len(numbers)} numbers, the latents have {latent.shape[0]} channels")
+            said = option if latent_stats is None else "--latent-stats"
+            raise ConfigError(f"{said} has {len(numbers)} numbers, the latents have {latent.shape[0]} channels")
     side = choose_image_size(image_size, latent.shape, encoder)
     contents = read_shards(found, latent, keys, workers, patience)
     classes = choose_classes(found, contents, names, num_classes)

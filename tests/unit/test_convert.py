@@ -13,12 +13,17 @@ from safetensors import safe_open
 
 from ig_dist import rng
 from ig_dist.convert import Conversion, convert_back, convert_published
+from ig_dist.data.index import read_index
+from ig_dist.data.latents import normalisation, normalised, tokenizer_latents
 from ig_dist.errors import ConfigError
+from ig_dist.export import read_info
 from ig_dist.models.convert import FROM_NOISE, read_config, read_format, to_ours, to_published
 from ig_dist.models.dit import DiT, DiTConfig, initialize
 from ig_dist.models.presets import PRESETS
 from ig_dist.training.beginning import load_weights
 from tests.conftest import ROOT, run_command
+from tests.foreign_shards import write_foreign
+from tests.unit.conftest import Run
 
 SIT = DiTConfig(
     depth=3, hidden_size=32, num_heads=2, patch_size=2, input_size=8, in_channels=4, num_classes=10, aux_depth=None
@@ -307,6 +312,58 @@ def test_a_tokenizer_with_a_scale_stands_for_an_index_and_ig_needs_a_head(tmp_pa
     assert done.returncode == 0, done.stderr
     done = run_command(["ig-dist", "sample", tmp_path / "run", "--ig-scale", "1.4"])
     assert done.returncode == 2 and "no auxiliary head" in done.stderr
+
+
+def test_weights_are_sampled_with_the_published_statistics_and_no_data(tmp_path: Path, run: Run) -> None:
+    from tests.autoencoders import save_vae  # slow to import: only here
+
+    published, channels = tmp_path / "latents_stats.pt", 4
+    mean, std = torch.linspace(-1, 1, channels).view(1, -1, 1, 1), torch.linspace(0.5, 4, channels).view(1, -1, 1, 1)
+    torch.save({"mean": mean, "std": std}, published)
+    save_vae(tmp_path / "vae", scaling_factor=None)  # of VA-VAE's kind: the tokenizer has no scale
+    torch.save({"ema": published_weights("ig-lightningdit")}, tmp_path / "a.pt")
+    with pytest.raises(ConfigError, match=r"has no scale of its own: give --latent-stats latents_stats\.pt"):
+        convert_published(tmp_path / "a.pt", tmp_path / "run", aux_depth=2, tokenizer=str(tmp_path / "vae"))
+    with pytest.raises(ConfigError, match="not what makes them: give --tokenizer too"):
+        convert_published(tmp_path / "a.pt", tmp_path / "run", aux_depth=2, latent_stats=published)
+    command = ["ig-dist", "convert", tmp_path / "a.pt", tmp_path / "run", "--aux-depth", 2]
+    done = run_command([*command, "--tokenizer", tmp_path / "vae", "--latent-stats", published])
+    assert done.returncode == 0 and "sample from it with `ig-dist sample" in " ".join(done.stdout.split()), done.stderr
+    latent = read_info(tmp_path / "run").latent
+    seen = torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(tokenizer_latents(seen, latent), seen * std + mean)  # their way back to the autoencoder
+    done = run_command(["ig-dist", "sample", tmp_path / "run", "--ig-scale", 1.4, "sample.num=2", "sample.steps=2"])
+    assert done.returncode == 0 and "2 images" in done.stdout, done.stderr
+
+    truth = write_foreign(str(tmp_path / "shards"))["latents"]
+    options = ["--shards", tmp_path / "shards", "--tokenizer", "pixel", "--latent-key", "npy"]
+    assert run("index_shards", *options, "--latent-stats", published).code == 0
+    info = read_index(str(tmp_path / "shards")).info
+    expected = (torch.from_numpy(truth) - mean) / std  # what their data set hands to the model
+    assert (info.latent.shift, info.latent.scale) == (latent.shift, latent.scale)
+    torch.testing.assert_close(
+        normalised(torch.from_numpy(truth), None, info.latent, normalisation(info.latent, torch.device("cpu"))),
+        expected,
+    )
+    assert info.statistics.mean == pytest.approx(expected.double().mean((0, 2, 3)).tolist(), abs=1e-6)
+
+    def refused(*more: object) -> str:
+        ran = run("index_shards", *options, "--force", "--latent-stats", published, *more)
+        assert ran.code == 2
+        return ran.err
+
+    assert "says what --shift and --scale say" in refused("--shift", 0)
+    for held, said in (
+        ({"mean": mean}, "has no 'std' of one number a channel"),
+        ({"mean": mean, "std": 0 * std}, "std above 0"),
+        ({"mean": mean[:, :3], "std": std[:, :3]}, "--latent-stats has 3 numbers, the latents have 4"),
+        ({"mean": mean, "std": Hostile(tmp_path / "mark")}, "that could run code"),
+    ):
+        torch.save(held, published)
+        assert said in refused()
+    assert not (tmp_path / "mark").exists()
+    published.unlink()
+    assert "no such file" in refused()
 
 
 def test_training_begins_with_converted_weights_and_a_new_head(tmp_path: Path) -> None:
