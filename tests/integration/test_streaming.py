@@ -7,11 +7,13 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from ig_dist.data import table as side_file
 from ig_dist.data.cache import BlockCache
-from ig_dist.data.index import ShardIndex, read_index
+from ig_dist.data.index import ShardIndex, check_table, read_index, write_index
 from ig_dist.data.order import SampleOrder
 from ig_dist.data.reader import ShardReader
 from ig_dist.data.stream import Batch, BatchStream
@@ -23,6 +25,7 @@ from tests.conftest import run_command
 from tests.fault_proxy import Fault, FaultProxy
 from tests.object_store import ObjectStore
 from tests.unit.test_stream import SIZES, make_index
+from tests.unit.test_table import info, random_table
 
 BATCHES = 9  # of 12: a little more than the 97 samples of an epoch
 RETRIED = Patience(stall_s=0.5, deadline_s=20.0)
@@ -115,6 +118,28 @@ def test_the_index_is_read_through_faults(url: str, fault_proxy: FaultProxy) -> 
     fault_proxy.add(Fault("status503", next=1, path="index.json"), Fault("reset", next=2), Fault("status500", next=2))
     assert read_index(url).num_samples == sum(SIZES)
     assert len(fault_proxy.log) == 5
+
+
+def test_a_large_side_file_goes_up_in_parts_and_comes_back_in_blocks(
+    bucket: str, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(side_file, "HELD_BYTES", 2**20)
+    fs, path = open_url(f"s3://{bucket}/large", "test")
+    write_whole(fs, f"{path}/000000.tar", b"x")
+    fault_proxy.add(Fault("status503", next=2, path="samples"))
+    written = random_table(samples := 700_000, flips=False)
+    described = info(samples)
+    described["shards"][0]["bytes"] = 1
+    write_index(f"s3://{bucket}/large", described, written)
+    assert len(fault_proxy.log) == 2
+    index = read_index(f"s3://{bucket}/large")
+    fault_proxy.add(Fault("status503", next=1, path="samples"), Fault("cut", next=1, path="samples", after_bytes=40))
+    fault_proxy.add(Fault("flip", next=2, path="samples", after_bytes=20))
+    for start in range(0, samples, 99_999):
+        for name, column in index.table[start : start + 3000].columns.items():
+            assert np.array_equal(column, written.columns[name][start : start + 3000])
+    assert [event.kind for event in fault_proxy.log[2:]] == ["status503", "cut", "flip", "flip"]
+    check_table(index.folder, index.info, index.table)
 
 
 def test_a_server_that_is_killed_and_comes_back_is_waited_for(
