@@ -66,8 +66,9 @@ def build_step(config: Config, info: IndexFile, dist: Dist) -> tuple[Callable[[]
     generator = torch.Generator().manual_seed(0)
     stored = torch.rand(rows, *info.latent.stored_shape, generator=generator).half()
     numbers = torch.arange(rows)
-    batch = Batch(stored, numbers % len(info.classes), numbers, numbers, numbers * 0)
-
+    columns = [stored, numbers % len(info.classes), numbers, numbers, numbers * 0]
+    pinned = dist.device.type == "cuda"  # as a run's loader has them
+    batch = Batch(*(column.pin_memory() if pinned else column for column in columns))
     to_task = TaskMaker(config, info, dist.device)
 
     def step() -> None:

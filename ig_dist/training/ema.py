@@ -55,7 +55,7 @@ class EMA:
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:
         """Move every average towards the weights; not at all when ``finite`` (a device scalar) is 0."""
-        if not finite.is_cuda:  # a pass over all tensors for each operation would leave the cache each time
+        if finite.device.type == "cpu":  # a pass over all tensors for each operation would leave the cache each time
             for decay, average in self.averages.items():
                 for name, weight in self._masters.items():
                     average[name].lerp_(weight, float(finite) * (1 - decay))
