@@ -31,8 +31,8 @@ test: .venv/.installed  ## All tests but the long forms, tier by tier (one of th
 $(TIERS): test-%: .venv/.installed
 	$(BIN)/pytest tests/$*
 
-test-lowest: .venv-lowest/.installed  ## The unit tests with the oldest packages that pyproject.toml admits
-	.venv-lowest/bin/python -m pytest tests/unit
+test-lowest: .venv-lowest/.installed  ## With the oldest packages that pyproject.toml admits: unit tests, benchmarks
+	.venv-lowest/bin/python -m pytest tests/unit tests/integration/test_benchmarks.py
 
 test-full: .venv/.installed  ## All tests, long forms too
 	$(BIN)/pytest tests -m 'full or not full'

@@ -36,7 +36,7 @@ try:
     import torch.utils.tensorboard  # here, once for all checks
 
     from benchmarks import gpu_checks, gpu_speed
-    from benchmarks.gpu_checks import Case, Found, NotHereError
+    from benchmarks.gpu_cases import Case, Found, NotHereError
     from ig_dist.extras import EXTRAS
     from ig_dist.run_dir import replace_text
     from ig_dist.terminal import console, run_app

@@ -10,69 +10,39 @@ import contextlib
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 import ig_dist
+from benchmarks.gpu_cases import Case, Found, NotHereError, needs_a_gpu, small_compiler, step_config, step_of
 from benchmarks.train_step import synthetic_info
 from ig_dist.arithmetic import Precision, arithmetic, switches
 from ig_dist.config.training import EngineConfig, OptimizerConfig
 from ig_dist.config_file import config_from_tree
+from ig_dist.data.stream import Batch
 from ig_dist.diffusion.loss import ig_loss
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT, initialize
 from ig_dist.optim.apex_adam import check_apex
 from ig_dist.optim.optimizer import build_optimizer, moments_of, set_state, steps_of
 from ig_dist.parallel.build import build_engine
-from ig_dist.parallel.dist import Dist, ensure_process_group, shut_down, sum_over_ranks
+from ig_dist.parallel.dist import ensure_process_group, shut_down, sum_over_ranks
 from ig_dist.parallel.sharded import update
 from ig_dist.rng import Purpose, integers, normal, uniform
+from ig_dist.training.objective import TaskMaker
 from tests import golden
-
-Found = dict[str, float | int | str]
-"""Figures by what they are of."""
+from tests.counting import count
 
 FP32, BF16 = 1e-4, 2e-2
 """Bounds on the error against the recorded numbers: of each number, absolute or relative; of each tensor's norm."""
 HALF, WHOLE = 8, 16
 """Steps of a training run."""
-
-
-class Case(NamedTuple):
-    """Where a check runs, and on what."""
-
-    device: torch.device
-    golden: Path
-    """Folder of the recorded numbers."""
-    folder: Path
-    """Scratch space that the checks of one report share."""
-
-    @property
-    def small(self) -> bool:
-        """Whether this is the form for a CPU."""
-        return self.device.type != "cuda"
-
-    @property
-    def dist(self) -> Dist:
-        """This process, alone."""
-        return Dist(0, 1, 0, 1, self.device)
-
-
-class NotHereError(Exception):
-    """The check means nothing on this machine, or what it tries is not installed."""
-
-
-def needs_a_gpu(case: Case) -> None:
-    """Raise NotHereError on a CPU."""
-    if case.small:
-        raise NotHereError("needs a GPU")
 
 
 def recorded_numbers(case: Case, precision: Precision) -> Found:
@@ -115,6 +85,33 @@ def draws(case: Case) -> Found:
     return {"normals an ulp apart": int(differ.sum()), "of": differ.numel()}
 
 
+def compiled_draws(case: Case) -> Found:
+    """What is asked of the model is the same to the bit whether its draws are compiled or not."""
+    needs_a_gpu(case)
+    info = synthetic_info(4, 32, 1000)
+    numbers = torch.arange(256, device=case.device)
+    batch = Batch(torch.ones(256, *info.latent.stored_shape).half(), numbers, numbers, numbers, numbers)
+    eager, compiled = (
+        TaskMaker(step_config(case, "sit_xl2_ig", 256, compiled=way), info, case.device)(batch) for way in (False, True)
+    )
+    for name, ours, theirs in zip(eager._fields, eager, compiled, strict=True):
+        share = float((ours != theirs).double().mean())
+        assert torch.equal(ours, theirs), f"{name}: {share:.1e} of the numbers differ"
+    return {"numbers": sum(field.numel() for field in eager)}
+
+
+def waits(case: Case) -> Found:
+    """A training step, compiled on a GPU, waits for nothing; how many operations it launches."""
+    step, _ = step_of(case, step_config(case, "sit_b2_ig", 2 if case.small else 32, compiled=not case.small))
+    for _ in range(3):
+        step()
+    counts = count(step, case.device)
+    if case.small:
+        return {"launches": counts.launches, "waits": "need a GPU"}
+    assert counts.syncs == 0, f"the host waits for the device {counts.syncs:g} times a step"
+    return {"waits": counts.syncs, "launches": counts.launches, "copies": counts.copies}
+
+
 def train(case: Case, name: str, *overrides: str) -> Path:
     """A training run on the digits, compiled and deterministic; goes on where it is. On a GPU of B/2's width."""
     data = ig_dist.encode("digits", case.folder / "digits")
@@ -135,13 +132,6 @@ def train(case: Case, name: str, *overrides: str) -> Path:
         return ig_dist.train(tree, *overrides)
 
 
-@contextlib.contextmanager
-def small_compiler() -> Iterator[None]:
-    """torch.compile for graphs and guards only: its C++ compiler would take longer than all else on a CPU."""
-    with mock.patch.object(torch, "compile", partial(torch.compile, backend="eager")):
-        yield
-
-
 def tensors(run: Path, step: int) -> dict[str, Tensor]:
     """Weights, averages and moments that a run saved at a step."""
     (file,) = (run / "checkpoints" / f"step_{step:010d}").glob("rank_*.safetensors")
@@ -158,17 +148,17 @@ def assert_equal(expected: dict[str, Tensor], found: dict[str, Tensor]) -> Found
 
 def recompiles(case: Case) -> Found:
     """A run compiles in its first step only, validation and sampling beside it, under DDP and FSDP2."""
-    count = 0
+    total = 0
     for engine in ("ddp", "fsdp2"):
         run = train(case, "whole" if engine == "ddp" else engine, f"engine.kind={engine}")
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         lines = [line for line in lines if "loss" in line]
         assert len(lines) == WHOLE // 4
         assert all(math.isfinite(line["loss"]) for line in lines)
-        count += sum(line["recompiles"] for line in lines)
+        total += sum(line["recompiles"] for line in lines)
         if not case.small:  # of the GPU, not of the process
             assert all(2**20 < line["peak_memory_bytes"] < 2**34 for line in lines)
-    assert count == 0, f"{count} recompiles after the first step"
+    assert total == 0, f"{total} recompiles after the first step"
     return {"recompiles": 0, "steps": 2 * WHOLE}
 
 
@@ -296,7 +286,9 @@ CHECKS: dict[str, tuple[int, Callable[[Case], Found]]] = {
     "golden numbers, fp32 without TF32": (30, partial(recorded_numbers, precision="fp32")),
     "golden numbers, bf16": (20, partial(recorded_numbers, precision="bf16")),
     "Philox on CPU and GPU": (20, draws),
+    "draws, compiled": (60, compiled_draws),
     "recompiles after the first step": (120, recompiles),
+    "waits and launches of a step": (90, waits),
     "snapshot while steps go on": (60, snapshot),
     "resume, bitwise": (60, resume),
     "DDP of one rank": (40, partial(follows, kind="ddp")),

@@ -11,46 +11,24 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu_checks import Case, Found, NotHereError, needs_a_gpu, small_compiler
+from benchmarks.gpu_cases import Case, Found, NotHereError, needs_a_gpu, small_compiler, step_config, step_of
 from benchmarks.sampling import build, solver_alone
-from benchmarks.train_step import build_step, seconds_per_step, synthetic_info
+from benchmarks.train_step import seconds_per_step
 from ig_dist.arithmetic import arithmetic
 from ig_dist.config import Config
-from ig_dist.config_file import load_config
 from ig_dist.dry_run import GIB, dry_run
 from ig_dist.evaluation.plan import Plan
 from ig_dist.models.presets import forward_flops
 from ig_dist.training.metrics import model_flops_utilisation, peak_tflops_of
 from tests import tally
 
-TINY = ("model.depth=3", "model.hidden_size=32", "model.num_heads=2", "model.aux_depth=1", "model.preset=null")
 ROUNDS, STEPS = 3, 5
-
-
-def step_config(case: Case, name: str, batch_size: int, *, compiled: bool) -> Config:
-    """A published config, on synthetic latents; of a tiny model on a CPU."""
-    given = {
-        "data.index": "synthetic",
-        "data.streams": 1,
-        "data.posterior": "draw",
-        "data.flip": "false",
-        "train.global_batch_size": batch_size,
-        "train.compile": compiled,
-    }
-    tiny = [*TINY, f"model.patch_size={1 if 'lightning' in name else 2}"] if case.small else []
-    return load_config(name, [*tiny, *(f"{key}={value}" for key, value in given.items())])
 
 
 def predicted(config: Config) -> tuple[int, int]:
     """Bytes on one GPU under DDP as the dry run says: all, and what there is between steps."""
     told = dry_run(config, gpus=1, mfu=0.4, peak_tflops=1000.0)["engines"]["ddp"]
     return told["total_bytes"], told["state_bytes"]
-
-
-def step_of(case: Case, config: Config) -> tuple[Callable[[], None], int]:
-    """``build_step`` for the latents of a published config."""
-    shape = config.model.in_channels or 4, config.model.input_size or 32
-    return build_step(config, synthetic_info(*shape, 1000), case.dist)
 
 
 def memory(case: Case, name: str, batch_size: int) -> Found:
@@ -173,4 +151,4 @@ SPEED: dict[str, tuple[int, Callable[[Case], Found]]] = {
     "sampling SiT-XL/2": (40, sampling_speed),
     "other tests of tests/gpu": (60, other_tests),
 }
-"""As ``CHECKS``."""
+"""As ``CHECKS`` of ``gpu_checks``."""

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.gpu_checks import CHECKS, Case, NotHereError
+from benchmarks.gpu_cases import Case, NotHereError
+from benchmarks.gpu_checks import CHECKS
 from ig_dist.evaluation.extractors.extractor import get_extractor
 from ig_dist.evaluation.generate import generate_units, make_unit
 from ig_dist.evaluation.metrics import precision_recall
