@@ -76,6 +76,11 @@ def mean_time_to_failure(gpus: int) -> float:
     return float(long * (gpus / small) ** slope)
 
 
+def stored_bytes() -> int:
+    """Of an image: moments, fp16."""
+    return 2 * 2 * math.prod(SD_LATENT)
+
+
 def waiting(engine: str, parameters: int, blocks: int, config: Config, gpus: int) -> float:
     """Seconds a step that collectives take beside their bytes: all-gather and reduce-scatter are rings of all ranks."""
     groups, units, micro = groups_of(config, gpus), blocks + 1, config.train.accumulation
@@ -166,10 +171,10 @@ class Row(NamedTuple):
 def plan(config: Config, mfu: float, peak_tflops: float) -> list[Row]:
     """Steps on all numbers of GPUs that share the batch."""
     model, batch, rows = config.model.to_dit(), config.train.global_batch_size, []
-    parameters, moments = count_state(model, config)
+    (parameters, moments), flops = count_state(model, config), 3 * forward_flops(model)
     for gpus in (number for number in GPUS if batch % number == 0 and config.data.streams % number == 0):
         images = batch // gpus // config.train.accumulation or 1
-        compute = batch * 3 * forward_flops(model) / (gpus * peak_tflops * 1e12 * mfu)
+        compute = batch * flops / (gpus * peak_tflops * 1e12 * mfu)
         for engine in [name for name in engines_of(config, gpus) if not name.startswith("zero")]:
             memory = memory_per_gpu(engine, model, parameters, moments, config, gpus, images).total / GIB
             sent = sent_per_gpu(engine, parameters, moments, config, gpus)
@@ -198,7 +203,6 @@ def main(
     batch, steps = settings.train.global_batch_size, settings.total_steps(IMAGENET_IMAGES)
     parameters, moments = count_state(settings.model.to_dit(), settings)
     state = 4 * (parameters * (1 + len(settings.ema.decays)) + moments)  # a checkpoint: weights, averages, moments
-    image = 2 * 2 * math.prod(SD_LATENT)  # stored moments, fp16
 
     table = Table(
         title=f"{config.stem}: {steps:,} steps of {batch} images at {mfu:.0%} MFU", title_justify="left", box=MARKDOWN
@@ -216,7 +220,7 @@ def main(
         failures.add_column(column, justify="right")
     random = np.random.default_rng(seed)
     for row in plan(settings, mfu, peak_tflops):
-        table.add_row(*row.cells(image, batch, steps))
+        table.add_row(*row.cells(stored_bytes(), batch, steps))
         if row.engine == "ddp":
             best, means = best_interval(steps * row.seconds, row.gpus, costs, runs, random)
             failures.add_row(

@@ -36,10 +36,7 @@ CLOSE_S = 5.0  # less than a launcher gives the other ranks when one has failed
 _LAST_WORD_S = 10.0  # how long a rank that failed tries to tell rank 0
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _POLL_S = (0.02, 1.0)  # the first and the longest pause between looks for the records
-
-_REQUESTS = (
-    16  # under way at a time, of what concerns all ranks: one after the other, 512 would take longer than a save
-)
+_AT_ONCE = 16  # requests for what the ranks said: one after the other, those of 512 would take longer than the save
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -270,4 +267,4 @@ class Saver:
 
 
 def _all_at_once(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    return in_parallel(work, items, _REQUESTS, threading.Event())
+    return in_parallel(work, items, _AT_ONCE, threading.Event())
