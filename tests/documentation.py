@@ -17,7 +17,7 @@ NOT_RUN = {
     r"ILSVRC2012|VIRTUAL_|--check-against-adm": "ImageNet, or ADM's files",
     r"THEIRS|theirs|\bweights\b|runs/published": "weights or images of others",
     r"fashion": "Fashion-MNIST, and an hour of training",
-    r"slurm (status|cancel|resume)": "a cluster",
+    r"slurm (status|cancel|resume)|--node-rank": "a cluster",
     r"^ig-dist (launch|evaluate) .*sit_xl2_ig": "eight GPUs and weeks",
 }
 # These run in the long form only.

@@ -35,6 +35,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "launch": (
         "ig-dist launch --processes 2 digits run.dir=runs/two",
+        "ig-dist launch --nodes 2 --node-rank 0 --master 10.0.0.1:29500 sit_b2_ig",
         "ig-dist launch --processes 2 --job sample runs/two --ig-scale 1.4",
         "ig-dist launch --processes 2 --job encode --source pictures --dest runs/data --tokenizer pixel",
     ),

@@ -175,8 +175,8 @@ def _wait(
         print(f"error: {'; '.join(said)}", file=sys.stderr, flush=True)
     # a rank that was signalled before it could say a word had nothing to save
     code = explaining([asked.code if code == passed_on else code for code in codes if code])
-    if late and not code:
-        code = others or -signal.SIGKILL
+    if late and code in (0, STOPPED):  # nothing that these could say: a rank that is killed may not have saved
+        code = -signal.SIGKILL if others in (0, STOPPED) else others
     return 128 - code if code < 0 else code
 
 

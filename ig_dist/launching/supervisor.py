@@ -47,8 +47,7 @@ def supervise(arguments: Sequence[str], node: Node, *, restarts: int = 0, grace_
         together, code = join(node, asked, grace_s, decide), 1
         try:
             while True:
-                port = together.begin()
-                began = time.monotonic()
+                port, code, began = together.begin(), 1, time.monotonic()
                 code = run_ranks(arguments, node, port, grace_s, asked, together.others)
                 if time.monotonic() - began > LONG_S:
                     failures = 0

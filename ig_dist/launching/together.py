@@ -21,7 +21,8 @@ from ig_dist.launching.line import Line, door, free_port
 from ig_dist.launching.node import Node
 from ig_dist.launching.ranks import POLL_S, Asked
 
-JOIN_S = 600.0
+JOIN_S = 1800.0
+"""A machine may have to be made, and to fetch an image of many gigabytes."""
 LOST = 1
 """The code of a machine that is gone: that of a rank that has lost its peer."""
 

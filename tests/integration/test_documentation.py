@@ -8,6 +8,7 @@ of which nothing is known fails the test. The long form appends nothing.
 from __future__ import annotations
 
 import re
+import shlex
 import tomllib
 from collections import defaultdict
 from pathlib import Path
@@ -97,7 +98,8 @@ def test_every_other_block_of_a_page(page: str, place: Path, monkeypatch: pytest
             case "python":
                 exec(compile(block.text, page, "exec"), {})
             case "yaml":
-                check_yaml(yaml.safe_load(block.text))
+                for tree in yaml.safe_load_all(block.text):
+                    check_yaml(tree)
             case language:
                 assert language in ("", "text"), f"{page}: what is a block of {language}?"
 
@@ -120,7 +122,7 @@ def test_every_rule_that_leaves_a_command_unrun_has_a_command() -> None:
 
 def type_in(command: Command, place: Path, *, long: bool) -> None:
     """Run a command, or parse it where it cannot be run here."""
-    program, *words = command.words
+    program, *words = command.words[: command.words.index(">")] if ">" in command.words else command.words
     if (script := next(iter(words), "")) in DOORS:
         assert f'main("{DOORS[script]}")' in (ROOT / script).read_text()
         program, words = "ig-dist", [DOORS[script], *words[1:]]
@@ -156,6 +158,8 @@ def parse(words: list[str]) -> None:
         command, rest = command.commands[own[0]], rest[1:] if own == rest[:1] else rest
     context = command.make_context(verb, [*rest])
     given = context.params
+    if given.get("kubernetes"):  # it prints, after all checks
+        command.invoke(context)
     if "job" in given:  # a launcher: what follows is of the job
         words_of_job = [*filter(None, [given.get("target")]), *(given["rest"] or [])]
         if given["job"].value == "train" and (not words_of_job or "=" in words_of_job[0]):
@@ -191,6 +195,8 @@ def check_program(program: str, words: list[str], place: Path) -> None:
             assert {*(extras or "").split(",")} - {""} <= project["optional-dependencies"].keys()
         case "pip", ["wheel", "--no-deps", "-w", "dist", "."]:
             pass
+        case "kubectl", ["apply" | "logs", *_]:
+            pass
         case "tensorboard", ["--logdir", folder]:
             assert any((place / folder).iterdir())
         case "hf", ["download", repository, file, "--local-dir", folder]:
@@ -203,7 +209,13 @@ def check_program(program: str, words: list[str], place: Path) -> None:
 
 
 def check_yaml(tree: dict[str, Any]) -> None:
-    """A part of a config, or a cluster file."""
+    """A part of a config, a cluster file, or what another platform is given, with our commands in it."""
+    if "apiVersion" in tree:  # compared with what is printed by tests/unit/test_kubernetes.py
+        return
+    if {"run", "num_nodes"} <= tree.keys() or tree.get("type") == "task":
+        for line in tree.get("commands") or [tree["run"]]:
+            parse(shlex.split(line)[1:])
+        return
     if tree.keys() <= {name.removeprefix("--").replace("-", "_") for name in options("slurm")}:
         return
     whole = yaml.safe_load(find_config("digits").read_text()) | {"sample": {"weak_model": "RUN@STEP"}}
