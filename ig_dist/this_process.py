@@ -159,10 +159,10 @@ def meeting_place(process: Process, environment: Mapping[str, str] | None = None
         port = port or str(20_000 + step % 10_000)
     elif by:
         place, port = place or ("127.0.0.1" if one_machine else None), port or "29500"
-    if not place or not port:
+    if not place or port is None or not port.isdecimal():
         raise ConfigError(
-            "MASTER_ADDR and MASTER_PORT are not set: say the machine of rank 0 and a free port of it (mpirun -x"
-            " MASTER_ADDR=NAME -x MASTER_PORT=29500), or use ig-dist launch, ig-dist slurm or torchrun"
+            "MASTER_ADDR or MASTER_PORT is not set, or no number: say the machine of rank 0 and a free port of it"
+            " (mpirun -x MASTER_ADDR=NAME -x MASTER_PORT=29500), or use ig-dist launch, ig-dist slurm or torchrun"
         )
     return place, port
 
@@ -215,7 +215,7 @@ def this_device(process: Process | None = None, *, shared: bool = True) -> torch
 
     process = process or this_process()
     gpus = torch.cuda.device_count()
-    if torch.backends.cuda.is_built() and (missing := missing_gpus(gpus, os.environ)):
+    if torch.version.cuda and (missing := missing_gpus(gpus, os.environ)):
         raise unusable(process, missing, "absent")
     if not gpus:
         return torch.device("cpu")

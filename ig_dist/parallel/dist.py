@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +17,13 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore  # torch.distributed does not name it as its own
-from torch.distributed.rendezvous import rendezvous
 
-from ig_dist.errors import ConfigError, HangError, LostPeerError
+from ig_dist.errors import HangError, LostPeerError
 from ig_dist.parallel.blame import blame
+from ig_dist.parallel.collectives import set_defaults
+from ig_dist.parallel.joining import allow_open_files, meet_all
 from ig_dist.terminal import is_first_process, say, without_teardown
+from ig_dist.this_process import BROKEN, host, meeting_place, this_device, this_process
 
 SAME_SIGNAL_S = 1.0
 _PEER_IS_GONE = (
@@ -32,7 +33,6 @@ _PEER_IS_GONE = (
     "Broken pipe",
     "remote process exited or there was a network error",  # NCCL
 )
-_DEVICE_IS_BROKEN = ("uncorrectable", "hardware", "busy or unavailable", "no CUDA-capable device")
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Dist:
     @property
     def host(self) -> str:
         """This machine, as the launcher calls it."""
-        return os.environ.get("IG_DIST_NODE") or socket.gethostname()
+        return host()
 
 
 def init_distributed(join_s: float, collective_s: float) -> Dist:
-    """Join the job described by torchrun's environment variables, or stand alone.
+    """Join the job that this process is part of, or stand alone.
 
     Collectives go over gloo for CPU tensors and NCCL for GPU tensors.
 
@@ -71,48 +71,47 @@ def init_distributed(join_s: float, collective_s: float) -> Dist:
         collective_s: when collectives give up.
 
     Raises:
-        ConfigError: incomplete environment, or more processes than GPUs on a machine that has GPUs.
+        ConfigError: who this process is contradicts itself, it has no GPU of its own, or the ranks do not fit together.
+        NodeError: a GPU is broken.
         HangError: the other processes did not come.
     """
-    try:
-        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    except ValueError as error:
-        raise ConfigError(f"RANK, WORLD_SIZE, LOCAL_RANK or LOCAL_WORLD_SIZE is not a number: {error}") from None
-    if world_size > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise ConfigError("WORLD_SIZE is set without RANK, MASTER_ADDR and MASTER_PORT: use ig-dist launch or torchrun")
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        if max(local_world_size, local_rank + 1) > torch.cuda.device_count():
-            raise ConfigError(
-                f"{local_world_size} processes on this machine, which has {torch.cuda.device_count()} GPUs:"
-                f" start at most {torch.cuda.device_count()}"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    if world_size > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        try:
-            store, *_ = next(rendezvous("env://", timeout=timedelta(seconds=join_s)))
-        except torch_dist.DistError as error:
-            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise HangError(
-                f"not all of the {world_size} processes came to {place} within {join_s:.0f} s (train.timeout_s):"
-                f" see what the others say, then start the job again ({str(error).splitlines()[0]})"
-            ) from None
+    process = this_process()
+    device = this_device(process, shared=False)
+    set_defaults(collective_s)
+    local_world_size = process.local_world_size
+    if process.world_size > 1:
+        place = dict(zip(("MASTER_ADDR", "MASTER_PORT"), meeting_place(process), strict=True))
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # for libraries, and helper processes
+        os.environ |= place | {name: str(number) for name, number in zip(names, process[:4], strict=True)}
+        allow_open_files(process)
+        store, local_world_size = meet_all(process, device, join_s)
         without_teardown()
-        torch_dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=collective_s)
-        )
-    return Dist(rank, world_size, local_rank, local_world_size, device)
+        try:
+            torch_dist.init_process_group(
+                _backend(device),
+                store=store,
+                rank=process.rank,
+                world_size=process.world_size,
+                timeout=timedelta(seconds=collective_s),
+            )
+        except RuntimeError as error:
+            if "connectFullMesh" not in str(error):
+                raise
+            raise HangError(
+                f"{host()} met the others, but they do not reach each other: set GLOO_SOCKET_IFNAME to the network"
+                f" interface between the machines ({str(error).splitlines()[0]})"
+            ) from None
+    return Dist(process.rank, process.world_size, process.local_rank, local_world_size, device)
+
+
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def ensure_process_group(dist: Dist) -> None:
     """A process group also for one process alone, for libraries that know no other way."""
     if not torch_dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if dist.device.type == "cuda" else "gloo"
-        torch_dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        torch_dist.init_process_group(_backend(dist.device), store=HashStore(), rank=0, world_size=1)
 
 
 @contextmanager
@@ -126,7 +125,7 @@ def lost_peers_explained(dist: Dist) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo has no class of its own for it
-        if isinstance(error, torch.AcceleratorError) and any(sign in str(error) for sign in _DEVICE_IS_BROKEN):
+        if isinstance(error, torch.AcceleratorError) and any(sign in str(error) for sign in BROKEN):
             blame([dist.rank])
         if "Timed out waiting" in str(error):
             raise HangError("a collective timed out: a rank hangs; run the same command again to go on") from None

@@ -111,7 +111,7 @@ def test_where_the_others_are_met(environment: dict[str, Any], expected: tuple[s
     if expected:
         assert meeting_place(process, said) == expected
     else:
-        with pytest.raises(ConfigError, match="MASTER_ADDR and MASTER_PORT are not set: say"):
+        with pytest.raises(ConfigError, match="MASTER_ADDR or MASTER_PORT is not set, or no number: say"):
             meeting_place(process, said)
 
 
