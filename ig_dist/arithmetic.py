@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, cast
 
 import torch
+import torch.utils.deterministic
 
 Precision = Literal["fp32", "tf32", "bf16"]
 """Of matrix products and convolutions. fp32 is fp32; tf32 rounds their factors to 10 bits on NVIDIA GPUs, as PyTorch's
@@ -31,23 +32,45 @@ def switches(precision: Precision, *, deterministic: bool | None = None) -> Iter
 
     Args:
         precision: of what autocast leaves in fp32.
-        deterministic: the same bits each time, also of attention and of weight gradients on a GPU, and an error where
-            a kernel cannot; None: as it is.
+        deterministic: the same bits each time, also of attention, of weight gradients and of sums over GPUs, and an
+            error where a kernel cannot; None: as it is. To be set before NCCL begins.
     """
     cudnn = torch.backends.cudnn
     products, convolutions = torch.get_float32_matmul_precision(), cudnn.allow_tf32
-    kept = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     cudnn.allow_tf32 = precision == "tf32"
-    if deterministic is not None:
-        if deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA begins
-        torch.use_deterministic_algorithms(deterministic)
-        cudnn.deterministic, cudnn.benchmark = deterministic, False
     try:
-        yield
+        with nullcontext() if deterministic is None else _kernels(deterministic=deterministic):
+            yield
     finally:
         torch.set_float32_matmul_precision(products)
         cudnn.allow_tf32 = convolutions
-        torch.use_deterministic_algorithms(kept[0])
-        cudnn.deterministic, cudnn.benchmark = kept[1:]
+
+
+@contextmanager
+def _kernels(*, deterministic: bool) -> Iterator[None]:
+    """Kernels that repeat themselves, or any.
+
+    Those of attention then take the slower of their ways backward, or raise an error, and cuDNN's, which have one way
+    only, are left out; inductor chooses without trials by the clock; NCCL does not sum by NVLink SHARP, whose order
+    differs from call to call.
+    """
+    cudnn, memory = torch.backends.cudnn, cast(Any, torch.utils.deterministic)
+    before = torch.are_deterministic_algorithms_enabled()
+    kept = cudnn.deterministic, cudnn.benchmark, memory.fill_uninitialized_memory
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA begins
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # and this when NCCL does
+    _use_deterministic(deterministic)
+    cudnn.deterministic, cudnn.benchmark = deterministic, False
+    memory.fill_uninitialized_memory = False  # a pass over the memory of each tensor, which finds bugs and no more
+    try:
+        yield
+    finally:
+        _use_deterministic(before)
+        cudnn.deterministic, cudnn.benchmark, memory.fill_uninitialized_memory = kept
+
+
+def _use_deterministic(on: bool) -> None:
+    if on != torch.are_deterministic_algorithms_enabled():  # it imports the compiler's settings, for a second
+        torch.use_deterministic_algorithms(on)

@@ -73,15 +73,15 @@ def train(config: Config, *, force: bool = False, lives_on: bool = False) -> Non
         RankError: another error, of one of several processes.
     """
     phases = Phases(0.0 if lives_on else None)
-    dist = init_distributed(config.train.timeout_s, longest_wait_s(config))
     with ExitStack() as cleanup:
+        cleanup.enter_context(switches(config.train.precision, deterministic=config.train.deterministic))
+        dist = init_distributed(config.train.timeout_s, longest_wait_s(config))
         watchdog = cleanup.enter_context(watched(phases, config, dist, lives_on=lives_on))
         # After an error the groups stay as they are: NCCL's end of one waits for peers that may never come.
         cleanup.push(lambda kind, *_: shut_down() if kind is None or dist.world_size == 1 else None)
         cleanup.enter_context(failures_told(config, dist, phases, watchdog))
         cleanup.enter_context(lost_peers_explained(dist))
         check_engine(config)
-        cleanup.enter_context(switches(config.train.precision, deterministic=config.train.deterministic))
         index = read_everywhere(partial(read_index, config.data.index), dist)
         config = config.with_data(index.info.latent.shape, len(index.info.classes))
         if config.log.sample_every_steps:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 import pytest
 import torch
 
 from ig_dist.arithmetic import Precision, arithmetic, switches
+from ig_dist.config_file import load_config
+from ig_dist.errors import HangError
 from ig_dist.evaluation.extractors.extractor import exact_fp32
+from ig_dist.training import trainer
 
 CPU = torch.device("cpu")
 
@@ -22,6 +26,7 @@ def state() -> tuple[object, ...]:
         torch.are_deterministic_algorithms_enabled(),
         cudnn.deterministic,
         cudnn.benchmark,
+        torch.utils.deterministic.fill_uninitialized_memory,
     )
 
 
@@ -50,10 +55,33 @@ def test_fp32_within_another_precision(outer: Precision) -> None:
             assert state() == within
 
 
-def test_deterministic_algorithms_for_a_while() -> None:
+def test_deterministic_algorithms_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_NVLS_ENABLE"):
+        monkeypatch.setenv(name, "as it was")
+        monkeypatch.delenv(name)
     before = state()
+    with switches("bf16", deterministic=False):
+        assert "NCCL_NVLS_ENABLE" not in os.environ
     with switches("bf16", deterministic=True):
-        assert state()[3:] == (True, True, False) and not state()[2]
+        assert state()[3:] == (True, True, False, False) and not state()[2]
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()  # else attention would stay as it is
+        assert os.environ["NCCL_NVLS_ENABLE"] == "0" and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        with switches("fp32"):
+            assert state()[3:] == (True, True, False, False)
     assert state() == before
     with switches("fp32"):
         assert state()[3:] == before[3:]
+
+
+def test_training_sets_its_switches_before_the_processes_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    def meet(*_: float) -> None:
+        assert state()[:1] == ("highest",) and state()[3:] == (True, True, False, False)
+        raise HangError("nobody comes")
+
+    monkeypatch.setattr(trainer, "init_distributed", meet)  # NCCL reads its part of them once, when it begins
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_NVLS_ENABLE"):
+        monkeypatch.setenv(name, "as it is")
+    before = state()
+    with pytest.raises(HangError):
+        trainer.train(load_config("configs/digits.yaml", ["train.deterministic=true"]))
+    assert state() == before
