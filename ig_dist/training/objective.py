@@ -170,21 +170,20 @@ def validation_loss(
     at_once = batch_size * max(1, REQUEST_BYTES // (batch_size * info.stored_bytes))
     chunks = [mine[start : start + at_once] for start in range(0, per_rank, at_once)]
 
-    def read(numbers: Tensor) -> tuple[int, Samples, NDArray[np.bool_]]:
+    def read(numbers: Tensor) -> tuple[int, Samples, NDArray[np.bool_], NDArray[np.int64]]:
         begin, end = (min(int(number), count - 1) for number in (numbers[0], numbers[-1]))
         latents, good = reader.read_ids(first + begin, first + end + 1)
         latents[~good] = 0  # they do not count, and must not be NaN
-        return begin, latents, good
+        return begin, latents, good, reader.table.label[first + begin : first + end + 1].astype(np.int64)
 
     arriving = Awaited(in_turn(partial(read, chunk) for chunk in chunks), stop, dist, finish=True)
     total = torch.zeros(5, dtype=torch.float64)
     for chunk in chunks:
-        begin, latents, good = arriving.next(final=chunk is chunks[-1])
+        begin, latents, good, classes = arriving.next(final=chunk is chunks[-1])
         for part in (chunk[start : start + batch_size] for start in range(0, len(chunk), batch_size)):
             ids = part.clamp(max=count - 1)  # past the end the last sample stands in and does not count
             at, numbers = (ids - begin).numpy(), ids.to(dist.device)
-            labels = torch.from_numpy(index.table.label[first + ids.numpy()].astype(np.int64)).to(dist.device)
-            stored = torch.from_numpy(latents[at]).to(dist.device)
+            stored, labels = (torch.from_numpy(column[at]).to(dist.device) for column in (latents, classes))
             x = model_latents(stored, info, posterior="mean", seed=VALIDATION_SEED, positions=numbers)
             t = (numbers.float() + 0.5) / count
             noise = normal(VALIDATION_SEED, Purpose.VALIDATION_NOISE, numbers, info.shape)
