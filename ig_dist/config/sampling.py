@@ -24,8 +24,8 @@ class GuidanceConfig(Group):
     branches: Literal["both", "conditional", "null"] = "both"
     """Of ig and auto: guide the prediction for the label, the one for the null label that cfg needs, or both."""
     channels: Positive | None = None
-    """Guide so many leading channels of the latents, and leave the others as they are: the original SiT guides 3 of 4.
-    null: all."""
+    """Guide so many leading channels of the latents, and leave the others as they are: the original SiT guides 3 of 4,
+    the original LightningDiT 3 of 32. null: all."""
 
     @model_serializer(mode="wrap")
     def _without_what_is_new(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -31,8 +31,8 @@ class GuidanceTerm:
         interval: (low, high) in time, both ends included; t = 0 is data, t = 1 is noise.
         branches: of "ig" and "auto": whether they guide the prediction for the label, the one for the null label
             that CFG needs, or both.
-        channels: how many of the velocity's leading channels it guides; None: all. The original SiT guides three of
-            the four.
+        channels: how many of the velocity's leading channels it guides; None: all. The original SiT and LightningDiT
+            guide three.
     """
 
     kind: Kind

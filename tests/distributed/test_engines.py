@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from ig_dist.checkpoints.store import CheckpointStore
 from ig_dist.config_file import load_config
@@ -130,6 +131,7 @@ def two(folder: Path) -> Path:
 def runs(two: Path) -> Path:
     """Runs on four processes, and each engine going on from another."""
     jobs = [*runs_of(two, "hsdp"), *muon_runs(two, "hsdp"), *measurements(two, "hsdp")]
+    jobs.append({**run(two, "dealt", *ENGINES["hsdp"]), "dealt_out": True})
     launch([*jobs, *(job for pair in CHAIN for job in reload_and_go_on(two, *pair, 4, steps=10))], 4, two)
     return two
 
@@ -214,7 +216,6 @@ def muon_runs(folder: Path, name: str) -> list[Job]:
     return [
         run(folder, f"{name}-muon", *engine),
         run(folder, f"{name}-muon-restarted", *engine, f"run.fork_from={folder / name}-muon@{SAVED}"),
-        {**run(folder, f"{name}-muon-blown", *engine, *BLOWN), "blows_up": True},
     ]
 
 
@@ -225,6 +226,7 @@ def muon(folder: Path) -> Path:
     jobs = []
     for name in ("ddp", "fsdp2"):
         jobs += muon_runs(folder, name)
+        jobs.append({**run(folder, f"{name}-muon-blown", *MUON, *ENGINES[name], *BLOWN), "blows_up": True})
     for source, target in (("ddp", "fsdp2"), ("fsdp2", "ddp")):
         whole = [*MUON, *ENGINES[target], f"run.fork_from={folder / source}-muon@{SAVED}"]
         store = {
@@ -251,6 +253,8 @@ def test_muon_of_several_processes_follows_muon_of_one(muon: Path, runs: Path, e
     assert table.abs().max() < 0.996
     torch.testing.assert_close(held["model/pos_embed"], table, rtol=1e-5, atol=0)
     torch.testing.assert_close(held["ema/0.99/pos_embed"], average, rtol=1e-5, atol=0)
+    exported = load_file(muon / f"{engine}-muon" / "export" / f"step_{MUON_STEPS:010d}_ema_0.99" / "model.safetensors")
+    assert torch.equal(exported["pos_embed"], held["ema/0.99/pos_embed"])
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "hsdp"])
@@ -263,8 +267,8 @@ def test_a_checkpoint_of_muon_is_loaded_under_the_other_engine(muon: Path, sourc
     assert_equal(saved(muon / f"{source}-{target}-muon", SAVED), saved(muon / f"{source}-muon", SAVED))
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "hsdp"])
-def test_muon_skips_a_non_finite_step(muon: Path, runs: Path, engine: str) -> None:
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_muon_skips_a_non_finite_step(muon: Path, engine: str) -> None:
     steps = CheckpointStore(str(muon / f"{engine}-muon-blown" / "checkpoints")).steps()
     first = next(line["step"] for line in metrics(muon / f"{engine}-muon-blown") if line["nonfinite_steps"])
     assert steps[-1] > first
@@ -272,12 +276,21 @@ def test_muon_skips_a_non_finite_step(muon: Path, runs: Path, engine: str) -> No
 
 
 def test_the_state_of_another_optimizer_is_refused(muon: Path) -> None:
-    job = run(muon, "other", f"run.fork_from={muon / 'muon-one'}@{SAVED}")
-    config = load_config(job["config"], job["overrides"])
-    index = read_index(config.data.index)
-    config = config.with_data(index.info.latent.shape, len(index.info.classes))
-    with pytest.raises(ConfigError, match=r"has the state of optimizer\.kind=muon, this config has adamw: use that"):
-        find_checkpoint(checkpoint_store(config), config, index, ALONE, lambda: None)
+    for options, message in (
+        ([], r"has the state of optimizer\.kind=muon, this config has adamw: use that"),
+        (["optimizer.kind=muon"], r"whose table of positions decays: set optimizer\.decay_pos_embed=true, or begin"),
+    ):
+        job = run(muon, "other", f"run.fork_from={muon / 'muon-one'}@{SAVED}", *options)
+        config = load_config(job["config"], job["overrides"])
+        index = read_index(config.data.index)
+        config = config.with_data(index.info.latent.shape, len(index.info.classes))
+        with pytest.raises(ConfigError, match=message):
+            find_checkpoint(checkpoint_store(config), config, index, ALONE, lambda: None)
+
+
+def test_ranks_that_were_dealt_out_over_machines_in_turn_are_refused_on_all_alike(runs: Path) -> None:
+    for rank in range(4):
+        assert "srun --distribution=block" in (runs / f"dealt.{rank}.refusal").read_text()
 
 
 def test_groups_share_the_writing_of_what_they_all_hold(runs: Path) -> None:
