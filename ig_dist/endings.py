@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable
 from enum import Enum
 
@@ -67,13 +68,15 @@ def pause_s(failures: int) -> float:
 def explaining(ended: Iterable[int]) -> int:
     """Of the codes of processes that worked together, the one that explains the others; 0 of none.
 
-    A kill comes before a code, what needs the user before the rest, and any code before the 1 of those who lost their
-    peer.
+    A kill comes before a code, a code that needs the user before the rest, and any before the 1 of those who lost their
+    peer. An abort comes after them: threads of NCCL abort a process whose peer has failed.
     """
 
-    def rank(code: int) -> int:
+    def place(code: int) -> int:
+        if code in (-signal.SIGABRT, 128 + signal.SIGABRT):
+            return 3
         if code < 0 or code > 128:
             return 0
-        return {After.NEVER: 1, After.ASKED: 3}.get(after(code), 4 if code == 1 else 2)
+        return {After.NEVER: 1, After.ASKED: 4}.get(after(code), 5 if code == 1 else 2)
 
-    return min((code for code in ended if code), key=rank, default=0)
+    return min((code for code in ended if code), key=place, default=0)

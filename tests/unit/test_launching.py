@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from ig_dist.endings import explaining
 from ig_dist.errors import ConfigError
 from ig_dist.launching.line import free_port
 from ig_dist.launching.node import Node, this_node
@@ -87,6 +88,24 @@ def test_the_exit_code_says_whether_ranks_are_started_again(tmp_path: Path) -> N
         assert (launcher.returncode, started) == ((0, 2) if code in again else (code, 1)), errors
         pause = " in 0 s" if code == 8 else ""  # 0.2 s: a storage that is away is given time
         assert (f"exit code {code}: started again{pause}, 1 of 2\n" in errors) == (code in again), errors
+
+
+@pytest.mark.parametrize(
+    ("ended", "code"),
+    [
+        ([0, 0], 0),
+        ([1, 75, 1], 75),
+        ([1, -9, 2], -9),
+        ([5, 2], 2),
+        ([8, 75], 8),
+        ([-6, 7, 1], 7),  # NCCL's threads abort a process whose peer has failed
+        ([134, 5], 5),
+        ([1, -6], -6),
+        ([137, 2], 137),
+    ],
+)
+def test_one_code_explains_the_others(ended: list[int], code: int) -> None:
+    assert explaining(ended) == explaining(reversed(ended)) == code
 
 
 def test_failures_in_a_row_are_bounded(tmp_path: Path) -> None:
