@@ -6,8 +6,10 @@ roles) and are never part of a config, a log line or a report.
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -146,6 +148,14 @@ def read_file(fs: Any, path: str, patience: Patience = PATIENCE) -> bytes:
 
 def list_sizes(fs: Any, path: str, patience: Patience = PATIENCE) -> dict[str, int]:
     """Name and size of every file of a folder; empty when there is none."""
+    if is_local(fs) and Path(path).is_dir():  # several times as fast as fsspec, of tens of thousands of files
+        sizes = {}
+        with os.scandir(path) as there:
+            for file in there:
+                with suppress(FileNotFoundError):  # another process has just renamed it
+                    if file.is_file():
+                        sizes[file.name] = file.stat().st_size
+        return sizes
     fs = once(fs)
     try:
         entries = retried(fs, path, lambda: fs.ls(path, detail=True), patience)
