@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 from zlib_ng import zlib_ng
 
-from ig_dist.data.index import SampleTable, ShardIndex, read_index, write_index
+from ig_dist.data.index import SampleTable, read_index, write_index
 from ig_dist.terminal import console, run_app
 
 SHAPE = (4, 32, 32)
@@ -197,18 +197,22 @@ def of_many_and_few(many: Path, few: Path, rounds: int) -> list[float]:
     from ig_dist.data.stream import BatchStream
 
     torch.set_num_threads(1)
-    indexes = [read_index(str(folder)) for folder in (many, few)]
 
-    def seconds(index: ShardIndex, start: int) -> float:
+    def seconds(folder: Path, start: int) -> float:
+        index = read_index(str(folder))
         order = SampleOrder(index.shard_sizes, streams=8, global_batch_size=64, window_samples=WINDOW, seed=0)
         began = time.process_time()
         stream = BatchStream(index, order, start=start)
-        for _ in islice(stream, 2 * WINDOW // 8):  # two windows of each stream
+        for _ in islice(stream, WINDOW):  # eight windows of each stream, most of a shard
             pass
         stream.close()
         return time.process_time() - began
 
-    times = [[seconds(index, 1000 * number) for index in indexes] for number in range(rounds)]
+    times = []
+    for number in range(rounds):
+        for folder in (many, few):
+            seconds(folder, 1000 * number)  # now the kernel has the pages, of zeros, of both
+        times.append([seconds(folder, 1000 * number) for folder in (many, few)])
     ratios = [of_many / of_few for of_many, of_few in times]
     return [statistics.median(ratios), min(ratios), max(ratios)]
 
@@ -244,6 +248,7 @@ def main(
     shards: Annotated[int, typer.Option(help="Of 10,000 samples each.")] = 10_000,
     few: Annotated[int, typer.Option(help="Shards of the index that is compared with it.")] = 10,
     ranks: Annotated[int, typer.Option(help="Processes of a node.")] = 4,
+    only_ratio: Annotated[bool, typer.Option(help="Only compare many shards with few.")] = False,
     records: Annotated[int, typer.Option(help="Shards whose records are gathered; 0: none.")] = 1000,
     rounds: Annotated[int, typer.Option(help="Of the comparison of many shards with few.")] = 7,
     one: Annotated[str, typer.Option(hidden=True)] = "",
@@ -259,7 +264,7 @@ def main(
         side_file = Path(temporary, "many", "index.samples.safetensors").stat().st_size
         table.add_row("written", f"{time.perf_counter() - began:.1f} s", f"(side file {side_file / 1e6:,.0f} MB)")
         make_index(Path(temporary, "few"), few)
-        for world in (1, ranks):
+        for world in () if only_ratio else (1, ranks):
             for what, numbers in node(Path(temporary, "many"), world).items():
                 if what == "ready":
                     continue
@@ -268,7 +273,7 @@ def main(
                 table.add_row(f"{what}, {world} process{'es' * (world > 1)}", seconds, memory)
         ratio = of_many_and_few(Path(temporary, "many"), Path(temporary, "few"), rounds)
         table.add_row(f"a sample, of {shards:,} shards / of {few}", "{:.2f} ({:.2f} to {:.2f})".format(*ratio), "")
-        if records:
+        if records and not only_ratio:
             make_records(Path(temporary, "records"), records)
             command = [sys.executable, __file__, "--one", json.dumps(["gather", f"{temporary}/records"])]
             found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
