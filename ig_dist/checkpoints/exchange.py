@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
@@ -15,6 +16,8 @@ from ig_dist.checkpoints.snapshot import DTYPE_NAMES, PART_BYTES, Piece
 from ig_dist.checkpoints.store import Checkpoint
 from ig_dist.parallel.dist import Dist
 
+# torch 2.13 renamed it
+_gather: Any = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor
 _ROUND_BYTES = 256 * 2**20  # on each device, of what all ranks send at a time
 
 
@@ -86,7 +89,7 @@ class Loaded:
             for number in sent[self.dist.rank]:
                 at += len(mine[at : at + len(share[number])].copy_(torch.frombuffer(share[number], dtype=torch.uint8)))
             gathered = torch.empty(world * width, dtype=torch.uint8, device=self.dist.device)
-            torch_dist.all_gather(list(gathered.view(world, width)), mine)
+            _gather(gathered, mine)  # into a list it would need this memory twice
             for rank, numbers in enumerate(sent):
                 at = rank * width
                 for number in numbers:

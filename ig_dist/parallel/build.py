@@ -7,12 +7,13 @@ import importlib.util
 import torch
 
 from ig_dist.config import Config
+from ig_dist.errors import ConfigError
 from ig_dist.extras import missing
 from ig_dist.models.dit import DiT
 from ig_dist.optim.apex_adam import check_apex
 from ig_dist.parallel.apply import apply_activation_checkpointing, apply_compile, apply_precision
 from ig_dist.parallel.ddp import DDPEngine
-from ig_dist.parallel.dist import Dist
+from ig_dist.parallel.dist import Dist, gather_objects
 from ig_dist.parallel.engine import Engine, LoadedState
 
 
@@ -24,6 +25,15 @@ def check_engine(config: Config) -> None:
         check_apex()
 
 
+def check_places(config: Config, dist: Dist) -> None:
+    """Raise ConfigError unless neighbours share a machine, where the engine counts on it. COLLECTIVE."""
+    if config.engine.replicate > 1 and any(gather_objects(dist.rank % dist.local_world_size != dist.local_rank, dist)):
+        raise ConfigError(
+            "engine.replicate needs ranks that follow each other on the same machine, and these were dealt out over the"
+            " machines in turn: start them with srun --distribution=block, or set engine.replicate=1"
+        )
+
+
 def build_engine(model: DiT, config: Config, state: LoadedState | None, dist: Dist) -> Engine:
     """Apply precision, compilation and checkpointing, then hand the model to the configured engine. COLLECTIVE.
 
@@ -33,6 +43,7 @@ def build_engine(model: DiT, config: Config, state: LoadedState | None, dist: Di
         state: checkpoint to start from; it goes in here because not every engine can take it later.
         dist: this process.
     """
+    check_places(config, dist)
     if state is not None:
         model.load_state_dict(state.whole("model"), assign=True)
     apply_precision(model, config.train.precision, dist.device)

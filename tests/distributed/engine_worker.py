@@ -4,6 +4,7 @@
 
 A job is ``{"config": FILE, "overrides": [...]}``: a training run. With ``source``, ``step`` and ``dest`` an engine
 starts from that checkpoint and saves what it then holds. With ``measure`` an engine's memory is written beside the run.
+With ``dealt_out`` an engine is built on ranks that lie on two machines in turn, and its refusal is written there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from ig_dist.checkpoints.saving import Saver
 from ig_dist.checkpoints.store import CheckpointStore
 from ig_dist.config_file import load_config
 from ig_dist.data.index import read_index
-from ig_dist.errors import NonFiniteError
+from ig_dist.errors import ConfigError, NonFiniteError
 from ig_dist.models.dit import DiT, initialize
 from ig_dist.parallel.build import build_engine
 from ig_dist.parallel.dist import Dist, init_distributed, shut_down
@@ -68,6 +70,16 @@ def measure(job: dict[str, Any], dist: Dist) -> None:
         Path(f"{config.run.dir}.bytes").write_text(str(live_bytes() - before))
 
 
+def deal_out(job: dict[str, Any], dist: Dist) -> None:
+    config = load_config(job["config"], job["overrides"]).with_data((1, 8, 8), 10)
+    with torch.device("meta"):
+        model = DiT(config.model.to_dit())
+    try:
+        build_engine(model, config, None, replace(dist, local_world_size=2, local_rank=dist.rank // 2))
+    except ConfigError as error:
+        Path(f"{config.run.dir}.{dist.rank}.refusal").write_text(str(error))
+
+
 def live_bytes() -> int:
     """Memory of all tensors that Python knows of, and of their gradients; of sharded ones what this rank has."""
     gc.collect()
@@ -80,14 +92,18 @@ def live_bytes() -> int:
     return sum(sizes.values())
 
 
+OTHERS = {"source": reload, "measure": measure, "dealt_out": deal_out}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist = init_distributed(120, 120)
     trainer.init_distributed = lambda *_: dist
     trainer.shut_down = lambda: None
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        if "source" in job or "measure" in job:
-            (reload if "source" in job else measure)(job, dist)
+        kind = next((kind for kind in OTHERS if kind in job), None)
+        if kind is not None:
+            OTHERS[kind](job, dist)
             continue
         try:
             trainer.train(load_config(job["config"], job["overrides"]))
