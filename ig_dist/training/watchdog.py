@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import os
 import signal
 import sys
@@ -104,7 +105,9 @@ class Watchdog:
         self.ending = self._asking = self._told = False
         self._failure = self._others_failure = ""
         self._failure_told = threading.Event()
-        self._answered = time.monotonic()
+        self._answered = self._read = time.monotonic()
+        """When the store did, and when the others' words were read."""
+        self._patience_s = max(1.0, _SILENT_POLLS * self._turns * self._poll_s)
         self._launcher = os.getppid() if "RANK" in os.environ else None
         self._prefix = f"watchdog/{from_main(uuid.uuid4().hex, dist)}"  # a store may outlive a start: torchrun's does
 
@@ -153,7 +156,7 @@ class Watchdog:
             beside = "" if now is host else place(host.step, host.phase)
             self._word = Word(now.entered, now.phase, now.step, idle, limit - idle, ticks, beside, *standing)
             # whatever this rank waits for, it will not come from one that does not even answer
-            lost = idle > self._timeout_s and any(self._silent(at) for _, at in self._heard.values())
+            lost = idle > self._timeout_s and (self._silent() or self._store_is_silent())
             if told or lost or (idle > limit and not self._excused()):
                 if not self._lives_on:
                     self._end()
@@ -181,17 +184,19 @@ class Watchdog:
                     self._failure_told.set()
                 elif not self._failure and store.check([failed]):
                     self._others_failure = store.get(failed).decode()
+                    return  # nothing is left to say, and the store ends with rank 0
                 told = self._told or store.check([ended])
                 if told or (self._asking and self._word.ticks % self._turns == 0):
-                    ranks = list(self._heard)
-                    if not store.check([self._key(rank) for rank in ranks]):  # some have not said a word yet
-                        ranks = [rank for rank in ranks if store.check([self._key(rank)])]
+                    ranks = self._known(store, list(self._heard))
                     for rank, text in zip(ranks, store.multi_get([self._key(rank) for rank in ranks]), strict=True):
                         word = Word.loads(text)
                         if self._heard[rank][0].ticks != word.ticks:
                             self._heard[rank] = word, time.monotonic()
-                self._told = told  # once the others have been heard
+                    self._read = time.monotonic()
                 self._answered = time.monotonic()
+                if told:
+                    self._answered, self._told = math.inf, True  # once the others have been heard
+                    return
             except (RuntimeError, ValueError):  # of the store: a time-out, or a connection that broke
                 store = None
             self.stop.wait(self._poll_s)
@@ -199,22 +204,32 @@ class Watchdog:
     def _key(self, rank: int) -> str:
         return f"{self._prefix}/{rank}"
 
-    def _silent(self, since: float) -> bool:
-        return time.monotonic() - since > max(1.0, _SILENT_POLLS * self._turns * self._poll_s)
+    def _known(self, store: TCPStore, ranks: list[int]) -> list[int]:
+        """Those that have said a word; asked by halves, since as a rule all have, or all but one."""
+        if store.check([self._key(rank) for rank in ranks]):
+            return ranks
+        middle = len(ranks) // 2
+        return [*self._known(store, ranks[:middle]), *self._known(store, ranks[middle:])] if middle else []
+
+    def _silent(self) -> list[int]:
+        """Ranks that had said nothing new for too long when their words were last read."""
+        return [rank for rank, (_, at) in self._heard.items() if self._read - at > self._patience_s]
+
+    def _store_is_silent(self) -> bool:
+        return bool(self._heard) and time.monotonic() - self._answered > self._patience_s
 
     def _excused(self) -> bool:
         """Whether this rank waits for one that is behind, runs, and is within its own time."""
-        heard = list(self._heard.values())
-        mine = self._word.count
-        return any(word.count < mine and word.left_s > 0 and not self._silent(at) for word, at in heard)
+        mine, silent = self._word.count, self._silent()
+        late = [rank for rank, (word, _) in self._heard.items() if word.count < mine and word.left_s > 0]
+        return not self._store_is_silent() and any(rank not in silent for rank in late)
 
     def _behind(self) -> tuple[str, list[int]]:
         """Who is to blame: in words, and as ranks where that is sure: it may be this one that nothing reaches."""
-        if self._dist.world_size > 1 and self._silent(self._answered):
+        if self._store_is_silent():
             return "; behind: rank 0 or its machine, whose store does not answer; no machine is blamed", []
         words = {rank: word for rank, (word, _) in self._heard.items()} | {self._dist.rank: self._word}
-        silent = [rank for rank, (_, at) in self._heard.items() if self._silent(at)]
-        return judge(words, silent, self._dist.rank, self._dist.local_world_size)
+        return judge(words, self._silent(), self._dist.rank, self._dist.local_world_size)
 
     def _stop_alone(self) -> None:
         """Whoever started the ranks is gone: nobody would signal them, nor see them end. They save and stop."""
