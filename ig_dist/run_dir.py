@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from pydantic import ValidationError
 
 from ig_dist.config import Config
+from ig_dist.endings import LOCK_WAIT_VARIABLE
 from ig_dist.errors import ConfigError
 from ig_dist.run_paths import absolute_paths, moved_paths
 from ig_dist.terminal import console
@@ -77,12 +79,9 @@ def claim(config: Config, *, force: bool = False) -> Iterator[Path]:
         raise ConfigError(f"run.dir {path}: {error.strerror}: choose a folder that can be written") from None
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however the process ends
-        except BlockingIOError:
-            lock.seek(0)
-            raise ConfigError(
-                f"run.dir {path} is in use by process {lock.read().strip()}: wait for it or stop it"
-            ) from None
+            if not _locked(lock, float(os.environ.get(LOCK_WAIT_VARIABLE, "0"))):
+                lock.seek(0)
+                raise ConfigError(f"run.dir {path} is in use by process {lock.read().strip()}: wait for it or stop it")
         except OSError as error:
             raise ConfigError(
                 f"run.dir {path}: no file locks there ({error.strerror}): use another file system"
@@ -93,6 +92,19 @@ def claim(config: Config, *, force: bool = False) -> Iterator[Path]:
         kept = absolute_paths(config.model_dump(mode="json"))  # they hold from any folder
         replace_text(path / CONFIG_NAME, yaml.safe_dump(kept, sort_keys=False))
         yield path
+
+
+def _locked(lock: IO[str], wait_s: float) -> bool:
+    """Take the lock, which the kernel lets go of however a process ends; False: somebody else holds it."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+        time.sleep(min(0.5, wait_s))
 
 
 def changed_keys(path: Path, config: Config) -> list[str]:

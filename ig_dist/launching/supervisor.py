@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from ig_dist.endings import After, after, pause_s
+from ig_dist.endings import LOCK_WAIT_VARIABLE, After, after, pause_s
 from ig_dist.errors import IgDistError
 from ig_dist.launching.node import Node
 from ig_dist.launching.ranks import POLL_S, Asked, rank_environment, run_ranks, signals_passed_on
@@ -36,6 +36,8 @@ def supervise(arguments: Sequence[str], node: Node, *, restarts: int = 0, grace_
         HangError: some machines did not come.
     """
     failures, began = 0, time.monotonic()
+    if restarts:
+        os.environ.setdefault(LOCK_WAIT_VARIABLE, "120")
 
     def decide(code: int) -> Next:
         what = after(code)

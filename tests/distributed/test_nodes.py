@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +29,8 @@ def ranks_of(launcher: forked.Process) -> list[int]:
 
 
 def test_a_killed_rank_starts_all_nodes_again_and_leaves_no_trace(tiny_config: Write, tmp_path: Path) -> None:
-    whole, killed = (tiny_config(name, checkpoint={"every_steps": 7}) for name in ("whole", "killed"))
+    settings: dict[str, Any] = {"train": {"steps": 30}, "checkpoint": {"every_steps": 7}}
+    whole, killed = (tiny_config(name, **settings) for name in ("whole", "killed"))
     run, port = tmp_path / "runs" / "killed", free_port("127.0.0.1")
     launchers = [begin(killed, port, rank, "--restarts", "2") for rank in (0, 1)]
     deadline = time.monotonic() + 60
@@ -42,10 +44,10 @@ def test_a_killed_rank_starts_all_nodes_again_and_leaves_no_trace(tiny_config: W
         _, errors = launcher.communicate(120)
         assert launcher.returncode == 0 and "exit code 137: started again, 1 of 2\n" in errors, errors
         assert ("error: rank 1 was killed by signal 9" in errors) == (launcher is launchers[1])
-    expected, found = final_tensors(tmp_path / "runs" / "whole"), final_tensors(run)
+    expected, found = final_tensors(tmp_path / "runs" / "whole", 30), final_tensors(run, 30)
     assert expected.keys() == found.keys()
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
-    assert [line["step"] for line in metrics(run)] == list(range(1, 51))
+    assert [line["step"] for line in metrics(run)] == list(range(1, 31))
 
 
 def test_a_signal_to_one_node_saves_and_stops_all(tiny_config: Write, tmp_path: Path) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
+import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import yaml
 
 from ig_dist.config_file import load_config, load_run
+from ig_dist.endings import LOCK_WAIT_VARIABLE
+from ig_dist.errors import ConfigError
 from ig_dist.run_dir import changed_keys, claim
 
 
@@ -86,3 +91,17 @@ def test_a_key_that_came_later_does_not_refuse_a_run(tmp_path: Path) -> None:
     assert changed_keys(run, load_config("digits", [f"run.dir={run}", "train.preflight=false"])) == []
     changed = load_config("digits", [f"run.dir={run}", "loss.aux_weight=0.25"])
     assert changed_keys(run, changed) == ["loss.aux_weight (0.5 -> 0.25)"]
+
+
+def test_a_run_that_is_held_is_refused_or_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config("digits", [f"run.dir={tmp_path / 'a'}"])
+    for wait_s, goes_on in (("0", False), ("10", True)):  # the second as under a launcher that starts again
+        monkeypatch.setenv(LOCK_WAIT_VARIABLE, wait_s)
+        (tmp_path / "a").mkdir(exist_ok=True)
+        lock = (tmp_path / "a/.lock").open("a")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        letting_go = threading.Timer(0.3, lock.close)
+        letting_go.start()
+        with nullcontext() if goes_on else pytest.raises(ConfigError, match="is in use by process"), claim(config):
+            assert lock.closed
+        letting_go.join()
