@@ -186,6 +186,12 @@ def index(
         16, 2 * (os.cpu_count() or 1)
     ),
     force: Annotated[bool, typer.Option("--force", help="Replace an index that is there.")] = False,
+    renormalise: Annotated[
+        bool,
+        typer.Option(
+            "--renormalise", help="Only give an index that is there other --latent-stats, or --shift and --scale."
+        ),
+    ] = False,
 ) -> None:
     """Index WebDataset shards of latents that were made elsewhere."""
     from ig_dist.data.foreign import choose_classes, describe, first_sample, read_shards
@@ -203,16 +209,20 @@ def index(
         return
     if shards is None:
         raise ConfigError("index needs --shards: the folder, a glob or a brace expression of the tars")
+    if renormalise and latent_stats is None and None in (shift, scale):
+        raise ConfigError("--renormalise needs --latent-stats FILE, or both --shift and --scale")
     if latent_stats is not None and (shift, scale) != (None, None):
         raise ConfigError("--latent-stats says what --shift and --scale say: leave them out")
     others: dict[str, object] = {"--shift": shift, "--scale": scale, "--image-size": image_size, "--kind": kind}
     if latent_stats is not None:
         others |= {"--shift": latent_stats, "--scale": latent_stats}
-    encoder = known_tokenizer(tokenizer, tokenizer_sha256, others)
+    encoder = None if renormalise else known_tokenizer(tokenizer, tokenizer_sha256, others)
     if latent_stats is None:
         shifts, scales = coefficients("--shift", shift, encoder), coefficients("--scale", scale, encoder)
     else:
         shifts, scales = read_latent_stats(latent_stats)
+    if renormalise:
+        return change_normalisation(shards, shifts, scales, latent_stats)
     names, words = (None, None) if class_names is None else read_class_names(class_names)
     keys = KeyInfo(latent=latent_key, flip=flip_key or "latent_flip.npy", label=label_key)
     if len({keys.latent, keys.flip, keys.label}) < 3:
@@ -225,10 +235,7 @@ def index(
     patience = Patience()
     dtype, shape, has_flip = first_sample(found, keys, patience)
     latent = describe(dtype, shape, bool(flip_key) or (has_flip and flip_key is None), kind, encoder)
-    for option, numbers in (("--shift", shifts), ("--scale", scales)):
-        if numbers and len(numbers) not in (1, latent.shape[0]):
-            said = option if latent_stats is None else "--latent-stats"
-            raise ConfigError(f"{said} has {len(numbers)} numbers, the latents have {latent.shape[0]} channels")
+    check_channels(latent, shifts, scales, latent_stats)
     side = choose_image_size(image_size, latent.shape, encoder)
     contents = read_shards(found, latent, keys, workers, patience)
     classes = choose_classes(found, contents, names, num_classes)
@@ -262,6 +269,39 @@ def index(
         raise ConfigError(f"the index cannot be written to {folder} ({error}): the folder must be writable") from None
     for line in summary(folder, info, table):
         console.print(line, markup=False)
+
+
+def change_normalisation(url: str, shifts: Coefficients, scales: Coefficients, latent_stats: Path | None) -> None:
+    """Give an index that is there another shift and scale; no shard is read, and nothing else is changed.
+
+    Raises:
+        ConfigError: no index there, or numbers of another count of channels.
+    """
+    from ig_dist.data.index import read_index_file, write_index_file
+    from ig_dist.data.statistics import as_stored, normalised
+
+    folder, info, _ = read_index_file(url, "--shards")
+    check_channels(info.latent, shifts, scales, latent_stats)
+    raw = as_stored(info.statistics, info.latent)
+    latent = normalise(info.latent, raw, shifts, scales)
+    seen = normalised(raw, latent)
+    try:
+        write_index_file(folder, info.model_copy(update={"latent": latent, "statistics": seen}))
+    except OSError as error:
+        raise ConfigError(f"the index cannot be written to {folder} ({error}): the folder must be writable") from None
+    mean, std = (f"{min(values):.3f} to {max(values):.3f}" for values in (seen.mean, seen.std))
+    console.print(f"as the model sees them now, per channel: mean {mean}, std {std}", markup=False)
+    console.print(
+        f"written: {folder}/index.json; runs that were trained on it before do not go on with it", markup=False
+    )
+
+
+def check_channels(latent: LatentInfo, shifts: Coefficients, scales: Coefficients, latent_stats: Path | None) -> None:
+    """Raise ConfigError unless there is one number for all channels, or one for each."""
+    for option, numbers in (("--shift", shifts), ("--scale", scales)):
+        if numbers and len(numbers) not in (1, latent.shape[0]):
+            said = "--latent-stats" if latent_stats else option
+            raise ConfigError(f"{said} has {len(numbers)} numbers, the latents have {latent.shape[0]} channels")
 
 
 def normalise(latent: LatentInfo, raw: Statistics, shifts: Coefficients, scales: Coefficients) -> LatentInfo:

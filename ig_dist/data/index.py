@@ -229,7 +229,13 @@ def write_index(folder: str, info: dict[str, Any], table: SampleTable, patience:
     # an index that needs no CRCs stays, byte for byte, what it was before there were any
     crcs = {"table_crc32": sums.crcs} if sums.size > side_file.HELD_BYTES else {}
     file = IndexFile(**{**info, "format": FORMAT, "table_sha256": sums.sha256, "table_crc32": None, **crcs})
-    text = json.dumps(file.model_dump(exclude=set() if crcs else {"table_crc32"}), indent=1) + "\n"
+    write_index_file(folder, file, patience)
+
+
+def write_index_file(folder: str, file: IndexFile, patience: Patience = PATIENCE) -> None:
+    """Write ``index.json`` beside its side file."""
+    fs, path = open_url(folder, "--dest", patience)
+    text = json.dumps(file.model_dump(exclude={"table_crc32"} if file.table_crc32 is None else set()), indent=1) + "\n"
     write_whole(fs, f"{path}/index.json", text.encode(), patience)
 
 

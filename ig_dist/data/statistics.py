@@ -64,6 +64,12 @@ def raw_statistics(parts: Iterable[ChannelSums]) -> Statistics:
     return Statistics(mean=mean.tolist(), std=np.sqrt(np.maximum(square - mean**2, 0)).tolist())
 
 
+def as_stored(seen: Statistics, latent: LatentInfo) -> Statistics:
+    """The inverse of ``normalised``."""
+    mean, std, shift, scale = (np.array(v) for v in (seen.mean, seen.std, latent.shift, latent.scale))
+    return Statistics(mean=(mean / scale + shift).tolist(), std=(std / np.abs(scale)).tolist())
+
+
 def normalised(raw: Statistics, latent: LatentInfo) -> Statistics:
     """Statistics of the latents as the model sees them."""
     mean, std, shift, scale = (np.array(v) for v in (raw.mean, raw.std, latent.shift, latent.scale))

@@ -6,6 +6,7 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -326,14 +327,17 @@ def test_weights_are_sampled_with_the_published_statistics_and_no_data(tmp_path:
         convert_published(tmp_path / "a.pt", tmp_path / "run", aux_depth=2, tokenizer=str(tmp_path / "vae"))
     with pytest.raises(ConfigError, match="not what makes them: give --tokenizer too"):
         convert_published(tmp_path / "a.pt", tmp_path / "run", aux_depth=2, latent_stats=published)
-    command = ["ig-dist", "convert", tmp_path / "a.pt", tmp_path / "run", "--aux-depth", 2]
-    done = run_command([*command, "--tokenizer", tmp_path / "vae", "--latent-stats", published])
-    assert done.returncode == 0 and "sample from it with `ig-dist sample" in " ".join(done.stdout.split()), done.stderr
+    given = {"aux_depth": 2, "tokenizer": str(tmp_path / "vae"), "latent_stats": published}
+    convert_published(tmp_path / "a.pt", tmp_path / "run", **given)
     latent = read_info(tmp_path / "run").latent
     seen = torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(tokenizer_latents(seen, latent), seen * std + mean)  # their way back to the autoencoder
     done = run_command(["ig-dist", "sample", tmp_path / "run", "--ig-scale", 1.4, "sample.num=2", "sample.steps=2"])
     assert done.returncode == 0 and "2 images" in done.stdout, done.stderr
+    command = ["ig-dist", "convert", tmp_path / "a.pt", tmp_path / "pixels", "--aux-depth", 2, "--tokenizer", "pixel"]
+    done = run_command([*command, "--latent-stats", published])
+    assert done.returncode == 0 and "sample from it with `ig-dist sample" in " ".join(done.stdout.split()), done.stderr
+    assert read_info(tmp_path / "pixels").latent == latent
 
     truth = write_foreign(str(tmp_path / "shards"))["latents"]
     options = ["--shards", tmp_path / "shards", "--tokenizer", "pixel", "--latent-key", "npy"]
@@ -346,6 +350,21 @@ def test_weights_are_sampled_with_the_published_statistics_and_no_data(tmp_path:
         expected,
     )
     assert info.statistics.mean == pytest.approx(expected.double().mean((0, 2, 3)).tolist(), abs=1e-6)
+
+    # an index that is there is given them without a look at its shards, and back
+    before = read_index(str(tmp_path / "shards"))
+    plain = ["--shift", 0, "--scale", "1"]
+    assert "needs --latent-stats FILE" in run("index_shards", *options, "--renormalise", "--shift", 0).err
+    assert run("index_shards", *options, "--renormalise", *plain).code == 0
+    info = read_index(str(tmp_path / "shards")).info
+    assert info.statistics.mean == pytest.approx(truth.astype(np.float64).mean((0, 2, 3)).tolist())
+    for shard in (tmp_path / "shards").glob("*.tar"):
+        shard.write_bytes(bytes(shard.stat().st_size))
+    assert run("index_shards", *options, "--renormalise", "--latent-stats", published).code == 0
+    after = read_index(str(tmp_path / "shards"))
+    assert after.info.statistics.std == pytest.approx(before.info.statistics.std)
+    changed = {"latent": before.info.latent, "statistics": before.info.statistics}
+    assert after.info.latent == before.info.latent and after.info.model_copy(update=changed) == before.info
 
     def refused(*more: object) -> str:
         ran = run("index_shards", *options, "--force", "--latent-stats", published, *more)
@@ -360,10 +379,10 @@ def test_weights_are_sampled_with_the_published_statistics_and_no_data(tmp_path:
         ({"mean": mean, "std": Hostile(tmp_path / "mark")}, "that could run code"),
     ):
         torch.save(held, published)
-        assert said in refused()
+        assert said in refused("--renormalise")
     assert not (tmp_path / "mark").exists()
     published.unlink()
-    assert "no such file" in refused()
+    assert "no such file" in refused("--renormalise")
 
 
 def test_training_begins_with_converted_weights_and_a_new_head(tmp_path: Path) -> None:
