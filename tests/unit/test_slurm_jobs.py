@@ -17,11 +17,11 @@ import pytest
 
 from ig_dist.config import Config
 from ig_dist.config_file import to_yaml
+from ig_dist.endings import STOPPED
 from ig_dist.errors import ConfigError
 from ig_dist.jobs import Job, job_folder
 from ig_dist.slurm import watch
 from ig_dist.slurm.commands import Partition, minutes, partition
-from ig_dist.slurm.rank import STOPPED
 from ig_dist.slurm.record import Folder, Submission, World
 from ig_dist.slurm.script import Request, complete
 from ig_dist.slurm.submit import worlds

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import re
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ig_dist.errors import ConfigError
 from ig_dist.parallel.blame import VARIABLE, blamed
-from ig_dist.this_process import Process, choose_gpu, explained, meeting_place, missing_gpus, this_process, unusable
+from ig_dist.this_process import (
+    Process,
+    choose_gpu,
+    explained,
+    meeting_place,
+    missing_gpus,
+    this_device,
+    this_process,
+    unusable,
+)
 
 TORCHRUN = {"RANK": 9, "WORLD_SIZE": 16, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 8}
 MPIRUN = {f"OMPI_COMM_WORLD_{name}": number for name, number in zip(("RANK", "SIZE"), (5, 8), strict=True)}
@@ -157,10 +168,8 @@ def test_gpus_that_are_not_there_are_missed() -> None:
     ],
 )
 def test_a_gpu_that_cannot_be_used(
-    cuda: str, words: str, alone: int, launched: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    cuda: str, words: str, alone: int, launched: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import torch
-
     why = explained(torch.device("cuda", 3), cuda)
     assert "cuda:3 cannot be used (CUDA error: " in why[0] and words in why[0] and "\n" not in why[0]
     monkeypatch.delenv(VARIABLE, raising=False)
@@ -171,3 +180,31 @@ def test_a_gpu_that_cannot_be_used(
     assert error.exit_code == launched
     assert blamed(tmp_path / "blame") == ({5} if launched == 6 else set())
     assert launched == 2 or str(error).startswith(f"{socket.gethostname()}: ")
+
+
+def test_a_gpu_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a CUDA that says what it says on a machine whose first GPU is taken; the last step needs a real one."""
+    tried = []
+
+    def set_device(device: torch.device) -> None:
+        tried.append(str(device))
+        raise RuntimeError(
+            "CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCompile with TORCH_USE_CUDA_DSA"
+        )
+
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.version.cuda", "12.8")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", set_device)
+    for shared, process in ((True, Process(3, 4, 0, 1, 3)), (False, Process(3, 4, 1, 2, 1))):
+        with pytest.raises(
+            ConfigError, match=r"^cuda:1 cannot be used \(CUDA error: CUDA.*unavailable\): another process"
+        ):
+            this_device(process, shared=shared)
+    assert tried == ["cuda:1"] * 2
+    with pytest.raises(ConfigError, match="4 processes on this machine, and this one sees 2 GPUs"):
+        this_device(Process(3, 4, 3, 4, 3), shared=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,9")
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=0,1,9: 2 of these 3 GPUs are there"):
+        this_device(Process(0, 1, 0, 1, 0))
