@@ -210,7 +210,8 @@ def test_nobody_is_blamed_where_all_stand_at_the_same_place(faults: Faults) -> N
 @pytest.mark.parametrize("fault,rank", [("raise", 0), ("memory", 1)])
 def test_an_error_of_one_rank_is_no_hang(faults: Faults, fault: str, rank: int) -> None:
     """Also where nothing can be closed after it: the groups of NCCL wait for peers, a stream for its storage."""
-    code, errors, _, blame, seconds = faults[fault]
+    code, errors, run, blame, seconds = faults[fault]
+    assert json.loads((run / "hang" / f"rank_{rank:05d}.json").read_text())["gloo"]["entries"]
     assert seconds < 50  # a hang of 60 s is none that the watchdog sees
     assert "behind" not in errors and not blamed(blame)
     (line,) = [line for line in errors.splitlines() if line.startswith(f"error: rank {rank}: ")]
