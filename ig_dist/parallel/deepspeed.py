@@ -138,7 +138,9 @@ def initialize(model: DiT, optimizer: Optimizer, stage: int, batch_size: int, di
     deepspeed.utils.logger.setLevel(logging.ERROR)  # of skipped steps the run's own metrics tell
     warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)  # DeepSpeed's to mend
     ensure_process_group(dist)
-    os.environ.setdefault("LOCAL_RANK", str(dist.local_rank))
+    # it takes LOCAL_RANK for the number of the device, which is 0 for each rank that sees its own GPU alone
+    os.environ["LOCAL_RANK"] = str(dist.local_rank if dist.device.index is None else dist.device.index)
+    os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # or it insists that the two be equal
     # On CPUs DeepSpeed would compile a shared-memory all-reduce when first used, for a minute: gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if stage == 3:
