@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 import ig_dist
-from benchmarks.gpu_cases import Case, Found, NotHereError, needs_a_gpu, small_compiler, step_config, step_of
+from benchmarks.gpu_cases import Case, Found, NotHereError, needs_a_gpu, small_compiler, step_config
 from benchmarks.train_step import synthetic_info
 from ig_dist.arithmetic import Precision, arithmetic, switches
 from ig_dist.config.training import EngineConfig, OptimizerConfig
-from ig_dist.config_file import config_from_tree
-from ig_dist.data.stream import Batch
+from ig_dist.config_file import apply_overrides, config_from_tree
+from ig_dist.data.index import read_index
+from ig_dist.data.stream import Batch, BatchStream
 from ig_dist.diffusion.loss import ig_loss
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT, initialize
@@ -35,7 +36,11 @@ from ig_dist.parallel.build import build_engine
 from ig_dist.parallel.dist import ensure_process_group, shut_down, sum_over_ranks
 from ig_dist.parallel.sharded import update
 from ig_dist.rng import Purpose, integers, normal, uniform
-from ig_dist.training.objective import TaskMaker
+from ig_dist.training import trainer
+from ig_dist.training.ema import EMA
+from ig_dist.training.meter import Meter
+from ig_dist.training.objective import TaskMaker, open_reader
+from ig_dist.training.phases import Phases
 from tests import golden
 from tests.counting import count
 
@@ -101,8 +106,31 @@ def compiled_draws(case: Case) -> Found:
 
 
 def waits(case: Case) -> Found:
-    """A training step, compiled on a GPU, waits for nothing; how many operations it launches."""
-    step, _ = step_of(case, step_config(case, "sit_b2_ig", 2 if case.small else 32, compiled=not case.small))
+    """A step as the trainer makes it, compiled on a GPU, waits for nothing; how many operations it launches."""
+    config = config_from_tree(apply_overrides(run_tree(case, "none"), [f"train.compile={not case.small}"]), "benchmark")
+    index = read_index(config.data.index)
+    config = config.with_data(index.info.latent.shape, len(index.info.classes))
+    model = DiT(config.model.to_dit())
+    initialize(model, 0)
+    engine = build_engine(model, config, None, case.dist)
+    ema = EMA(engine.masters(), config.ema.decays, engine.masters_written)
+    meter = Meter(config, model, case.dist, Phases())
+    meter.phases.last_warm_up = 1
+    meter.phases.enter("data", 2)
+    to_task = TaskMaker(config, index.info, case.device)
+    stream = BatchStream(index, trainer.build_order(config, index, case.dist), reader=open_reader(index, config))
+    batch = stream.get()
+    stream.close()
+    assert batch is not None
+    if not case.small:
+        for part in (batch, batch.split(2)[1]):
+            assert part.latents.is_pinned() and part.labels.is_pinned() and part.positions.is_pinned()
+
+    def step() -> None:
+        losses, result = trainer._train_step(engine, ema, model, batch, to_task, config, 1e-4, 2, meter)
+        ema.update(result.finite)
+        meter.count(result, batch, losses, 3)
+
     for _ in range(3):
         step()
     counts = count(step, case.device)
@@ -113,12 +141,18 @@ def waits(case: Case) -> Found:
 
 
 def train(case: Case, name: str, *overrides: str) -> Path:
-    """A training run on the digits, compiled and deterministic; goes on where it is. On a GPU of B/2's width."""
+    """A training run on the digits, compiled and deterministic; goes on where it is."""
+    with small_compiler() if case.small else contextlib.nullcontext():
+        return ig_dist.train(run_tree(case, name), *overrides)
+
+
+def run_tree(case: Case, name: str) -> dict[str, Any]:
+    """The config of a run on the digits, on a GPU of B/2's width."""
+    depth, width, heads = (3, 32, 2) if case.small else (6, 768, 12)
     data = ig_dist.encode("digits", case.folder / "digits")
-    size = (3, 32, 2) if case.small else (6, 768, 12)
-    tree: dict[str, Any] = {
+    return {
         "run": {"dir": str(case.folder / name)},
-        "model": {**dict(zip(("depth", "hidden_size", "num_heads"), size, strict=True)), "patch_size": 4},
+        "model": {"depth": depth, "hidden_size": width, "num_heads": heads, "patch_size": 4, "aux_depth": 1},
         "data": {"index": data, "streams": 8, "window_samples": 32, "workers": 1, "validation_shards": 2},
         "train": {"steps": WHOLE, "global_batch_size": 32, "precision": "bf16", "compile": True, "deterministic": True},
         "optimizer": {"lr": 1e-3},
@@ -127,9 +161,6 @@ def train(case: Case, name: str, *overrides: str) -> Path:
         "sample": {"num": 8, "steps": 2, "batch_size": 8, "unit_size": 8},
         "log": {"every_steps": 4, "validate_every_steps": 6, "sample_every_steps": WHOLE},
     }
-    tree["model"]["aux_depth"] = 1
-    with small_compiler() if case.small else contextlib.nullcontext():
-        return ig_dist.train(tree, *overrides)
 
 
 def tensors(run: Path, step: int) -> dict[str, Tensor]:

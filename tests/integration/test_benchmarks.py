@@ -34,8 +34,17 @@ from tests.conftest import run_command
             ],
             "1 rounds of 1 steps",
         ),
+        (["benchmarks/vote.py", "--processes", "2", "--step-ms", "5"], "2 processes: a vote"),
+        pytest.param(
+            [
+                *("benchmarks/index_scale.py", "--shards", "300", "--few", "10", "--ranks", "2"),
+                *("--records", "5", "--rounds", "1"),
+            ],
+            "300 shards",
+            marks=pytest.mark.full,  # three processes
+        ),
     ],
-    ids=["checkpoint", "startup", "loader", "train_step"],
+    ids=["checkpoint", "startup", "loader", "train_step", "vote", "index_scale"],
 )
 def test_it_runs(command: list[str], said: str, tmp_path: Path) -> None:
     done = run_command(["python", *(str(tmp_path / "disk") if word == "DISK" else word for word in command)])
