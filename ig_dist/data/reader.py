@@ -140,6 +140,12 @@ class ShardReader:
                 self._quarantine(shard, wanted[i])
         return rows, good
 
+    def labels(self, shard: int, start: int, stop: int) -> NDArray[np.int32]:
+        """Labels of samples ``start`` to ``stop`` (exclusive) of a shard."""
+        first = int(self._first_id[shard])
+        labels: NDArray[np.int32] = self.table.label[first + start : first + stop]
+        return labels
+
     def read_ids(self, start: int, stop: int) -> tuple[Samples, NDArray[np.bool_]]:
         """Samples of consecutive ids, ``start`` to ``stop`` (exclusive), of one shard or several; as ``read``."""
         rows, good = np.empty((stop - start, *self._shape), self._dtype), np.empty(stop - start, dtype=bool)

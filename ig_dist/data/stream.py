@@ -214,11 +214,13 @@ class BatchStream:
         count = len(ids)
         latents = np.empty((count, *self._index.info.latent.stored_shape), self._index.info.latent.dtype)
         places, good = np.empty(count, np.int64), np.empty(count, dtype=bool)
+        labels = np.empty(count, np.int32)
         places[window.permutation] = np.arange(count)
         at = 0
         for piece in window.pieces:
             here = slice(at, at + piece.stop - piece.start)
             good[places[here]] = self.reader.read(*piece, flipped=flips[here], out=latents, places=places[here])[1]
+            labels[places[here]] = self.reader.labels(*piece)
             at = here.stop
         if not good.all():
             whole = np.flatnonzero(good)
@@ -228,8 +230,8 @@ class BatchStream:
                     " restore the shards (ig-dist encode writes them again)"
                 )
             stand_in = whole[np.searchsorted(whole, np.arange(count)) % len(whole)]  # the next good one, around
-            latents, ids = latents[stand_in], ids[stand_in]
-        return _LoadedWindow(window, latents, ids, self.reader.table.label[ids])
+            latents, ids, labels = latents[stand_in], ids[stand_in], labels[stand_in]
+        return _LoadedWindow(window, latents, ids, labels)
 
     def _flips(self, stream: int, window: Window) -> NDArray[np.bool_]:
         """Which samples of the window are wanted mirrored, in the order of its pieces."""
