@@ -4,7 +4,7 @@
 
 The variants run in turn, round by round, in one process, so that a machine whose speed drifts slows all of them alike;
 the table shows the median of the rounds and the median of the ratios to the first variant of the same round. The step
-is the product's own: engine, loss, fused AdamW, EMA. Absolute numbers mean something on a GPU only.
+is the product's own: draws, engine, loss, fused AdamW, EMA. Absolute numbers mean something on a GPU only.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -31,7 +32,7 @@ from ig_dist.parallel.dist import Dist, init_distributed
 from ig_dist.terminal import console, run_app
 from ig_dist.training.ema import EMA
 from ig_dist.training.metrics import model_flops_utilisation
-from ig_dist.training.objective import TaskMaker, training_loss
+from ig_dist.training.objective import Task, TaskMaker, training_loss
 
 
 def synthetic_info(channels: int, size: int, num_classes: int) -> IndexFile:
@@ -55,13 +56,8 @@ def synthetic_info(channels: int, size: int, num_classes: int) -> IndexFile:
     )
 
 
-def build_step(config: Config, info: IndexFile, dist: Dist) -> tuple[Callable[[], None], int]:
-    """A function that makes one training step on a fixed batch, and the FLOPs of a training image."""
-    model = DiT(config.with_data(info.latent.shape, len(info.classes)).model.to_dit())
-    initialize(model, 0)
-    flops = 3 * forward_flops(model.config)
-    engine = build_engine(model, config, None, dist)
-    ema = EMA(engine.masters(), config.ema.decays)
+def build_draws(config: Config, info: IndexFile, dist: Dist) -> Callable[[], Task]:
+    """A function that makes the task of a fixed batch: what a step does before the model."""
     rows = config.train.global_batch_size
     generator = torch.Generator().manual_seed(0)
     stored = torch.rand(rows, *info.latent.stored_shape, generator=generator).half()
@@ -69,10 +65,20 @@ def build_step(config: Config, info: IndexFile, dist: Dist) -> tuple[Callable[[]
     columns = [stored, numbers % len(info.classes), numbers, numbers, numbers * 0]
     pinned = dist.device.type == "cuda"  # as a run's loader has them
     batch = Batch(*(column.pin_memory() if pinned else column for column in columns))
-    to_task = TaskMaker(config, info, dist.device)
+    return partial(TaskMaker(config, info, dist.device), batch)
+
+
+def build_step(config: Config, info: IndexFile, dist: Dist) -> tuple[Callable[[], None], int]:
+    """A function that makes one training step on a fixed batch, and the FLOPs of a training image."""
+    model = DiT(config.with_data(info.latent.shape, len(info.classes)).model.to_dit())
+    initialize(model, 0)
+    flops = 3 * forward_flops(model.config)
+    engine = build_engine(model, config, None, dist)
+    ema = EMA(engine.masters(), config.ema.decays)
+    draws = build_draws(config, info, dist)
 
     def step() -> None:
-        task = to_task(batch)
+        task = draws()
         with engine.microbatch(last=True):
             engine.backward(training_loss(engine.module, task, config, step=0).mean(dim=1)[0])
         ema.update(engine.step(1e-4).finite)
@@ -80,7 +86,7 @@ def build_step(config: Config, info: IndexFile, dist: Dist) -> tuple[Callable[[]
     return step, flops
 
 
-def seconds_per_step(step: Callable[[], None], steps: int, device: torch.device) -> float:
+def seconds_per_step(step: Callable[[], object], steps: int, device: torch.device) -> float:
     """Wall time of a step, the device waited for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -106,7 +112,8 @@ def main(
     """Time a training step, eager and compiled, with and without the auxiliary head."""
     dist = init_distributed(600, 600)
     info = synthetic_info(channels, size, 1000)
-    variants: dict[str, tuple[Callable[[], None], int]] = {}
+    variants: dict[str, tuple[Callable[[], object], int]] = {}
+    before: dict[str, Callable[[], Task]] = {}
     peaks: dict[str, float] = {}
     for compile_blocks in (False, True) if compiled else (False,):
         for depth in (None, aux_depth):
@@ -123,16 +130,21 @@ def main(
             }
             if dist.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-            step, flops = build_step(config_from_tree(tree, "benchmark"), info, dist)
+                allocated = torch.cuda.memory_allocated()
+            config = config_from_tree(tree, "benchmark")
+            step, flops = build_step(config, info, dist)
             step()  # warm: compilation, optimizer state
             variants[name] = step, flops
+            before[f"{'compiled' if compile_blocks else 'eager'}, the draws alone"] = build_draws(config, info, dist)
             if dist.device.type == "cuda":
-                peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
+                peaks[name] = (torch.cuda.max_memory_allocated() - allocated) / 2**30
+    for name, draws in before.items():
+        draws()
+        variants[name] = draws, 0
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
-        for name, (step, _) in variants.items():
-            times[name].append(seconds_per_step(step, steps, dist.device))
+        for name, (timed, _) in variants.items():
+            times[name].append(seconds_per_step(timed, steps, dist.device))
 
     device = torch.cuda.get_device_name() if dist.device.type == "cuda" else platform.processor() or platform.machine()
     title = (
@@ -148,9 +160,9 @@ def main(
             name,
             f"{1000 * seconds:.1f}",
             f"{batch_size / seconds:.1f}",
-            "-" if mfu is None else f"{100 * mfu:.1f}%",
+            "-" if not mfu else f"{100 * mfu:.1f}%",
             f"{peaks[name]:.2f}" if name in peaks else "-",
-            f"{ratio:.3f}",
+            f"{ratio:.4f}",
         )
     console.print(table)
     console.print(f"{datetime.now(UTC):%Y-%m-%d}, {rounds} rounds of {steps} steps, medians")
