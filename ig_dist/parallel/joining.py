@@ -35,6 +35,7 @@ from ig_dist.this_process import Process, host
 GROUPS = 2
 """Groups of all ranks at most: ours, and DeepSpeed's own; FSDP2 makes none, and with replicas two smaller ones."""
 _OTHER_FILES = 512  # shards, their storage, the cache, libraries
+_ENOUGH_FILES = 1 << 16
 _MOST_NAMED = 8
 _LISTEN_S = 5.0
 _VERDICT, _HEARD = "ig_dist/verdict", "ig_dist/heard"
@@ -82,13 +83,14 @@ def allow_open_files(process: Process) -> None:
     """
     needed = open_files(process.world_size, process.rank)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        if hard != resource.RLIM_INFINITY and hard < needed:
-            raise ConfigError(
-                f"{process.world_size} ranks need up to {needed} open files each, and this machine allows {hard}:"
-                " raise the hard limit (ulimit -Hn; LimitNOFILE of slurmd or of the container)"
-            )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    allowed = _ENOUGH_FILES if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH_FILES)
+    if allowed < needed:
+        raise ConfigError(
+            f"{process.world_size} ranks need up to {needed} open files each, and this machine allows {allowed}:"
+            " raise the hard limit (ulimit -Hn; LimitNOFILE of slurmd or of the container)"
+        )
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 def meet_all(process: Process, device: torch.device, join_s: float) -> tuple[Store, int]:

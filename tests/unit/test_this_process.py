@@ -56,6 +56,7 @@ def told(environment: dict[str, Any], worker: str | None = None, **options: bool
         (MPIEXEC, (5, 8, 1, 4, 1)),
         (ORTED | MPIRUN, (5, 8, 1, 4, 1)),
         (SRUN, (3, 4, 1, 2, 1)),
+        (SRUN | {"PMI_RANK": 3, "PMI_SIZE": 4}, (3, 4, 1, 2, 1)),  # srun --mpi=pmi2
         (UNEVEN, (4, 5, 0, 1, 0)),
         (BATCH, ALONE),
         (SHELL, ALONE),
