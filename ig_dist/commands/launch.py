@@ -47,12 +47,21 @@ def launch(
         typer.Argument(metavar="a.b=c|...", help="Arguments and options of the job.", autocompletion=complete_keys),
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="On each machine. Default: one per GPU, or 1 without GPUs.")
+        int | None,
+        typer.Option(
+            "--processes",
+            "--nproc-per-node",
+            min=1,
+            metavar="N",
+            help="On each machine. Default: one per GPU, or 1 without GPUs.",
+        ),
     ] = None,
     job: Annotated[Job, typer.Option(metavar="JOB", help=f"What to run: {', '.join(JOBS)}.")] = Job.train,
     nodes: Annotated[
         int | None,
         typer.Option(
+            "--nodes",
+            "--nnodes",
             min=1,
             metavar="N",
             help="Machines; the same command runs on each. Default: what Kubeflow, SkyPilot or dstack say, or 1.",
@@ -63,11 +72,14 @@ def launch(
         typer.Option(min=0, metavar="N", help="Its number. Default: what they or a Kubernetes Job say."),
     ] = None,
     master: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="The first machine. Default: what they say.")
+        str | None,
+        typer.Option("--master", "--rdzv-endpoint", metavar="HOST:PORT", help="The first one. Default: what they say."),
     ] = None,
     restarts: Annotated[
         int | None,
         typer.Option(
+            "--restarts",
+            "--max-restarts",
             min=0,
             metavar="N",
             help="Failures in a row after which it starts again, if the exit code says that this may help."
@@ -86,7 +98,8 @@ def launch(
 ) -> None:
     """Start a job on the processes of this machine, a training if not said otherwise.
 
-    With --nodes it is one of several machines, on each of which the same command runs.
+    With --nodes it is one of several machines, on each of which the same command runs. torchrun's names for these
+    options are understood too.
 
     The first process that fails ends the others; the exit code is the job's own.
     """
