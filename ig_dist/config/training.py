@@ -108,10 +108,10 @@ class TrainConfig(Group):
     precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of forward and backward; weights, moments and EMAs are fp32 always, and fp32 is never TF32."""
     deterministic: bool = False
-    """On GPUs: the same bits in each run of the same job, also of attention and weight gradients, which costs speed.
-    CPUs give them in any case."""
+    """On GPUs: the same bits in each run of the same job, also of attention, weight gradients and sums over GPUs, which
+    costs speed. CPUs give them in any case."""
     compile: bool = False
-    """torch.compile each block."""
+    """torch.compile each block, and the draws of a micro-batch, to the same bits."""
     activation_checkpointing: bool = False
     """Keep only the inputs of each block and compute it again in backward: less memory, a third more work."""
     max_nonfinite_steps: Positive = 20
