@@ -31,6 +31,7 @@ from typing import Annotated, Any
 import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # who only asks for GPUs does not begin with CUDA
 try:
     import torch._dynamo
     import torch.utils.tensorboard  # here, once for all checks
