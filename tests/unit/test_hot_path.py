@@ -18,7 +18,7 @@ from ig_dist.data.stream import Batch
 from ig_dist.export import ALONE
 from ig_dist.models.dit import DiT, initialize
 from ig_dist.parallel.build import build_engine
-from ig_dist.parallel.dist import Dist
+from ig_dist.parallel.dist import Dist, shut_down
 from ig_dist.parallel.engine import StepResult
 from ig_dist.training import trainer
 from ig_dist.training.ema import EMA
@@ -47,9 +47,11 @@ def parts(tiny_config: Callable[..., Path]) -> Callable[..., tuple[Config, Index
     return make
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_step(parts: Callable[..., Any], kind: str) -> None:
-    config, info, batch = parts(f"optimizer.kind={kind}", "train.accumulation=2", "loss.time=logit_normal")
+@pytest.mark.parametrize(("engine_kind", "kind"), [("ddp", "adamw"), ("ddp", "muon"), ("fsdp2", "adamw")])
+def test_a_step(parts: Callable[..., Any], engine_kind: str, kind: str, request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(shut_down)
+    options = [f"engine.kind={engine_kind}", f"optimizer.kind={kind}", "train.accumulation=2"]
+    config, info, batch = parts(*options, "loss.time=logit_normal")
     model = DiT(config.model.to_dit())
     initialize(model, 0)
     engine = build_engine(model, config, None, ALONE)
