@@ -102,7 +102,8 @@ def save_sweep_plot(rows: Sequence[dict[str, Any]], metric: str, file: Path) -> 
             bars = [row.get("std", {}).get(metric, 0.0) for row in chosen]
             axes.errorbar(x, y, bars, fmt="o-", label=", ".join(filter(None, names)) or f"{SCALES[axis]} alone")
         axes.plot(best[axis], best["scores"][metric], "*", markersize=14, color="black", label="best", zorder=-1)
-        axes.set(xlabel=f"{SCALES[axis]} scale (1 = off)", ylabel=f"{metric} ({better})")
+        axes.set(xlabel=f"{SCALES[axis]} scale (1 = off)", ylabel=metric)
+        axes.set_title(better, fontsize="medium")  # too long for the height of the axis
         axes.set_ylim(0, 1.08 * max(row["scores"][metric] for row in rows))
         axes.grid(alpha=0.3)
         axes.legend()
