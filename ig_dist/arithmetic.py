@@ -7,13 +7,14 @@ such blocks at once would restore each other's.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.utils.deterministic
 
+F = TypeVar("F", bound=Callable[..., Any])
 Precision = Literal["fp32", "tf32", "bf16"]
 """Of matrix products and convolutions. fp32 is fp32; tf32 rounds their factors to 10 bits on NVIDIA GPUs, as PyTorch's
 convolutions do unless they are told not to, and is fp32 elsewhere; bf16 runs under autocast."""
@@ -74,3 +75,13 @@ def _kernels(*, deterministic: bool) -> Iterator[None]:
 def _use_deterministic(on: bool) -> None:
     if on != torch.are_deterministic_algorithms_enabled():  # it imports the compiler's settings, for a second
         torch.use_deterministic_algorithms(on)
+
+
+def compiled(function: F, *, dynamic: bool | None = None) -> F:
+    """A function as one compiled graph.
+
+    PyTorch's own launcher of compiled kernels holds the interpreter's lock while the device's queue is full: behind a
+    collective that hangs no thread would run, the watchdog's neither. Triton's lets go of it.
+    """
+    options: dict[str, str | int | bool | Callable[..., Any]] = {"use_static_cuda_launcher": False}
+    return cast(F, torch.compile(function, fullgraph=True, dynamic=dynamic, options=options))

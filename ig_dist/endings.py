@@ -50,6 +50,7 @@ _AFTER = {
     OutOfMemoryError.exit_code: After.NEVER,
     StorageError.exit_code: After.LATER,
     STOPPED: After.ASKED,
+    128 + signal.SIGINT: After.ASKED,  # Ctrl-C, on one of several machines
 }
 
 

@@ -155,7 +155,7 @@ def meeting_place(process: Process, environment: Mapping[str, str] | None = None
         from ig_dist.slurm.commands import host_names
 
         place = place or ("127.0.0.1" if one_machine else host_names(own["SLURM_STEP_NODELIST"])[0])
-        step = int(own["SLURM_JOB_ID"]) + int(own["SLURM_STEP_ID"])  # others may share the node
+        step = int(own["SLURM_JOB_ID"]) + 1009 * int(own["SLURM_STEP_ID"])  # steps of the next jobs may share the node
         port = port or str(20_000 + step % 10_000)
     elif by:
         place, port = place or ("127.0.0.1" if one_machine else None), port or "29500"

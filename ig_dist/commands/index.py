@@ -280,19 +280,23 @@ def change_normalisation(url: str, shifts: Coefficients, scales: Coefficients, l
     from ig_dist.data.index import read_index_file, write_index_file
     from ig_dist.data.statistics import as_stored, normalised
 
-    folder, info, _ = read_index_file(url, "--shards")
+    folder, info, sha256 = read_index_file(url, "--shards")
     check_channels(info.latent, shifts, scales, latent_stats)
+    kept = f"index.{sha256[:12]}.json"
     raw = as_stored(info.statistics, info.latent)
     latent = normalise(info.latent, raw, shifts, scales)
     seen = normalised(raw, latent)
     try:
+        write_index_file(folder, info, name=kept)  # to the byte: runs know it by its hash
         write_index_file(folder, info.model_copy(update={"latent": latent, "statistics": seen}))
     except OSError as error:
         raise ConfigError(f"the index cannot be written to {folder} ({error}): the folder must be writable") from None
     mean, std = (f"{min(values):.3f} to {max(values):.3f}" for values in (seen.mean, seen.std))
     console.print(f"as the model sees them now, per channel: mean {mean}, std {std}", markup=False)
     console.print(
-        f"written: {folder}/index.json; runs that were trained on it before do not go on with it", markup=False
+        f"written: {folder}/index.json; runs that were trained on the one before need that: it is kept as {kept},"
+        " copy it back over index.json for them",
+        markup=False,
     )
 
 

@@ -24,7 +24,7 @@ from ig_dist.data.table import Blocks, Column, StoredColumn, Sums
 from ig_dist.errors import ConfigError
 from ig_dist.storage.faults import PATIENCE, Patience, unreadable
 from ig_dist.storage.files import list_sizes, open_url, read_file, write_whole
-from ig_dist.storage.urls import full_url
+from ig_dist.storage.urls import full_url, is_local
 from ig_dist.storage.writes import write_stream
 
 FORMAT = "ig-dist-index/1"
@@ -123,7 +123,7 @@ class IndexFile(_Record):
     """Images that were smaller than ``tokenizer.image_size`` before they were cut."""
     statistics: Statistics
     table_sha256: str
-    table_crc32: str | None = None
+    table_crc32: str | None = Field(default=None, pattern="^([0-9a-f]{8})+$")
     """CRC-32 of each 128 KiB of a side file that is too large to be read whole, one after the other in hexadecimal."""
     shards: list[ShardInfo] = Field(min_length=1)
 
@@ -222,7 +222,8 @@ def write_index(folder: str, info: dict[str, Any], table: SampleTable, patience:
     fs, path = open_url(folder, "--dest", patience)
     sums = Sums()
     pieces = sums.passing(side_file.pack(table.columns))
-    if sum(len(column) * column.dtype.itemsize for column in table.columns.values()) < side_file.PIECE:
+    size = sum(len(column) * column.dtype.itemsize for column in table.columns.values())
+    if size < side_file.PIECE and not is_local(fs):
         write_whole(fs, f"{path}/{TABLE_NAME}", b"".join(pieces), patience)
     else:
         write_stream(fs, f"{path}/{TABLE_NAME}", pieces, patience)
@@ -232,11 +233,14 @@ def write_index(folder: str, info: dict[str, Any], table: SampleTable, patience:
     write_index_file(folder, file, patience)
 
 
-def write_index_file(folder: str, file: IndexFile, patience: Patience = PATIENCE) -> None:
-    """Write ``index.json`` beside its side file."""
+def write_index_file(folder: str, file: IndexFile, patience: Patience = PATIENCE, *, name: str = "index.json") -> None:
+    """Write ``index.json`` beside its side file, or keep one under another name."""
     fs, path = open_url(folder, "--dest", patience)
     text = json.dumps(file.model_dump(exclude={"table_crc32"} if file.table_crc32 is None else set()), indent=1) + "\n"
-    write_whole(fs, f"{path}/index.json", text.encode(), patience)
+    if is_local(fs):  # synced to disk: with an index, the records that it was made of are removed
+        write_stream(fs, f"{path}/{name}", [memoryview(text.encode())], patience)
+    else:
+        write_whole(fs, f"{path}/{name}", text.encode(), patience)
 
 
 def read_index(url: str) -> ShardIndex:

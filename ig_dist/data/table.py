@@ -262,6 +262,7 @@ class Spool:
             rows[name] = column
         self._file.seek(0, 2)
         self._file.write(rows.tobytes())
+        self._file.flush()  # a full disk is found here
         self._count += len(rows)
 
     def columns(self) -> dict[str, SpooledColumn]:

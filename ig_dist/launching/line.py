@@ -30,9 +30,9 @@ class Line:
         """The newest value of a word; None: never heard. What was said before the end of a connection counts."""
         if not self.closed:
             try:
-                while data := self._connection.recv(LONGEST, socket.MSG_DONTWAIT):
+                while len(self._unread) <= LONGEST and (data := self._connection.recv(LONGEST, socket.MSG_DONTWAIT)):
                     self._unread += data
-                self.close()
+                self.close()  # its end, or a stranger
             except BlockingIOError:
                 pass
             except OSError:
@@ -41,9 +41,7 @@ class Line:
             try:
                 for line in lines:
                     self._heard.update(json.loads(line))
-            except (TypeError, ValueError):  # a stranger
-                self.close()
-            if len(self._unread) > LONGEST:
+            except (TypeError, ValueError, RecursionError):  # a stranger
                 self.close()
         return self._heard.get(word)
 

@@ -108,7 +108,7 @@ def run_ranks(
             if rank.poll() is None:
                 rank.kill()
                 rank.wait()
-        _end_helpers(before)
+        _end_helpers(before, port)
 
 
 def rank_environment(node: Node, local_rank: int, port: int, inherited: Mapping[str, str]) -> dict[str, str]:
@@ -117,7 +117,8 @@ def rank_environment(node: Node, local_rank: int, port: int, inherited: Mapping[
     threads = max(1, len(os.sched_getaffinity(0)) // node.processes)
     # `python -m` would put the working directory first, and a random.py there before the real one
     safe_path = {} if {"", str(Path.cwd())} & set(sys.path) else {"PYTHONSAFEPATH": "1"}
-    alone = {"GLOO_SOCKET_IFNAME": "lo"} if node.host == "localhost" or node.host.startswith("127.") else {}
+    # not for localhost, which the first of several machines may be told to call itself: joining.py finds the way
+    alone = {"GLOO_SOCKET_IFNAME": "lo"} if node.host.startswith("127.") else {}
     return {
         "OMP_NUM_THREADS": str(threads),
         **alone,
@@ -200,20 +201,31 @@ def _children() -> Iterator[int]:
                     yield int(folder.name)
 
 
-def _end_helpers(before: Collection[int]) -> None:
-    """End what the ranks have left: decoders, servers. They end by themselves within a moment, or are killed."""
+def _end_helpers(before: Collection[int], port: int) -> None:
+    """End what the ranks have left: decoders, servers. They end by themselves within a moment, or are killed.
+
+    Not what a user's shell has left to the first process of a container.
+    """
     kill_at = time.monotonic() + HELPERS_S
     while True:
         reap(())
-        left = set(_children()) - set(before)
+        left = [process for process in set(_children()) - set(before) if _is_of_ranks(process, port)]
         now = time.monotonic()
         if not left or now > kill_at + HELPERS_S:
             return
         if now > kill_at:
             for process in left:
-                with suppress(ProcessLookupError):
+                with suppress(OSError):  # gone, or another user's
                     os.kill(process, signal.SIGKILL)
         time.sleep(POLL_S)
+
+
+def _is_of_ranks(process: int, port: int) -> bool:
+    """Whether a process has the environment of ranks that met there; or none any more, as it ends."""
+    with suppress(OSError):
+        environment = Path(f"/proc/{process}/environ").read_bytes()
+        return not environment or f"MASTER_PORT={port}".encode() in environment.split(b"\0")
+    return False
 
 
 def _hint(number: int) -> str:

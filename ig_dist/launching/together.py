@@ -168,7 +168,7 @@ class _First:
         return int(code) if start == self._start else LOST if line.closed else None
 
     def _let_in(self) -> None:
-        with suppress(BlockingIOError):
+        with suppress(OSError):  # nobody more, or one that has gone again
             while True:
                 self._strangers.append(Line(self._door.accept()[0]))
         for line in [*self._strangers]:

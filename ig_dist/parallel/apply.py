@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ig_dist.arithmetic import compiled
 from ig_dist.models.dit import DiT
 
 
@@ -25,7 +26,7 @@ def apply_precision(model: DiT, precision: Literal["fp32", "bf16"], device: torc
 
 def apply_compile(model: DiT) -> None:
     """Compile each block on its own: one graph for all of them, and no graph break is tolerated."""
-    _replace_forwards(model, lambda forward: torch.compile(forward, fullgraph=True))
+    _replace_forwards(model, compiled)
 
 
 def apply_activation_checkpointing(model: DiT) -> None:

@@ -13,7 +13,7 @@ from ig_dist.models.dit import DiT
 from ig_dist.optim.apex_adam import check_apex
 from ig_dist.parallel.apply import apply_activation_checkpointing, apply_compile, apply_precision
 from ig_dist.parallel.ddp import DDPEngine
-from ig_dist.parallel.dist import Dist, gather_objects
+from ig_dist.parallel.dist import Dist, align_timeouts, gather_objects
 from ig_dist.parallel.engine import Engine, LoadedState
 
 
@@ -57,13 +57,15 @@ def build_engine(model: DiT, config: Config, state: LoadedState | None, dist: Di
 
         reshard = config.engine.reshard_after_forward is not False
         precision, replicate = config.train.precision, config.engine.replicate
-        return FSDP2Engine(model, config.optimizer, precision, reshard, replicate, state, dist)
-    if config.engine.kind == "deepspeed":
+        engine: Engine = FSDP2Engine(model, config.optimizer, precision, reshard, replicate, state, dist)
+    elif config.engine.kind == "deepspeed":
         from ig_dist.parallel.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(model, config.optimizer, config.engine.zero_stage or 2, micro, state, dist)
-    engine = DDPEngine(model, config.optimizer, state, dist)
-    warm_up(engine, model, micro, dist.device)
+        engine = DeepSpeedEngine(model, config.optimizer, config.engine.zero_stage or 2, micro, state, dist)
+    else:
+        engine = DDPEngine(model, config.optimizer, state, dist)
+        warm_up(engine, model, micro, dist.device)
+    align_timeouts(dist)
     return engine
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as torch_dist
 from torch._C import _distributed_c10d as c10d
+from torch.distributed import distributed_c10d
 
 RECORDS = 512  # some steps of a large model's buckets, and a quarter of a megabyte a rank once written down
 _BYTES = {"Byte": 1, "Char": 1, "Bool": 1, "Half": 2, "BFloat16": 2, "Short": 2, "Int": 4, "Float": 4}
@@ -54,10 +55,11 @@ def communication_error(device: torch.device) -> str:
     """What NCCL has found wrong with the links or the peers; empty: nothing. Asks neither device nor driver."""
     if device.type != "cuda" or not torch_dist.is_initialized():
         return ""
-    with suppress(AttributeError, RuntimeError):  # of a group that is being left, or a torch without it
-        backend: Any = torch_dist.group.WORLD._get_backend(device)  # type: ignore[union-attr]
-        if backend.get_error() not in (c10d.ErrorType.SUCCESS, c10d.ErrorType.TIMEOUT):
-            return str(backend.get_error()).rpartition(".")[2]
+    for group in list(distributed_c10d._world.pg_map):  # those of HSDP's mesh have links of their own
+        with suppress(AttributeError, RuntimeError):  # of a group that is being left, or has no NCCL
+            backend: Any = group._get_backend(device)
+            if backend.get_error() not in (c10d.ErrorType.SUCCESS, c10d.ErrorType.TIMEOUT):
+                return str(backend.get_error()).rpartition(".")[2]
     return ""
 
 
@@ -161,7 +163,7 @@ class Recorder:
         if not torch_dist.is_initialized():
             return
         records = {"gloo": json.loads(c10d._dump_fr_trace_json())}  # type: ignore[attr-defined]
-        with suppress(OSError, ValueError, http.client.HTTPException):
+        with suppress(OSError, RuntimeError, ValueError, http.client.HTTPException):  # gloo's records count alone
             if _NCCL in c10d._get_handler_names():  # type: ignore[attr-defined]
                 self._handlers = self._handlers or Handlers()
                 records["nccl"] = self._handlers.ask(_NCCL)

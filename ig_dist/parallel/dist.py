@@ -114,6 +114,23 @@ def ensure_process_group(dist: Dist) -> None:
         torch_dist.init_process_group(_backend(dist.device), store=HashStore(), rank=0, world_size=1)
 
 
+def align_timeouts(dist: Dist) -> None:
+    """Give the groups that engines have made the time-out of all ranks' own, not PyTorch's 10 or 30 minutes.
+
+    A collective that times out ends its process before the watchdog has said whom it waits for.
+    """
+    if torch_dist.is_initialized() and dist.world_size > 1:
+        timeout = patience_of(torch_dist.group.WORLD, dist.device)
+        for group in list(torch_dist.distributed_c10d._world.pg_map):
+            torch_dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def patience_of(group: Any, device: torch.device) -> timedelta:
+    """When collectives of a group give up."""
+    timeout: timedelta = group._get_backend(device).options._timeout
+    return timeout
+
+
 @contextmanager
 def lost_peers_explained(dist: Dist) -> Iterator[None]:
     """A collective that fails because another rank is gone is that rank's story: one line, no traceback.

@@ -150,7 +150,7 @@ def list_sizes(fs: Any, path: str, patience: Patience = PATIENCE) -> dict[str, i
     """Name and size of every file of a folder; empty when there is none."""
     if is_local(fs) and Path(path).is_dir():  # several times as fast as fsspec, of tens of thousands of files
         sizes = {}
-        with os.scandir(path) as there:
+        with suppress(FileNotFoundError), os.scandir(path) as there:  # another process may delete the folder meanwhile
             for file in there:
                 with suppress(FileNotFoundError):  # another process has just renamed it
                     if file.is_file():

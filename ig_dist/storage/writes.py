@@ -64,7 +64,7 @@ def write_hashed(fs: Any, folder: str, prefix: str, chunks: Sequence[memoryview]
 
 
 def write_stream(fs: Any, path: str, pieces: Iterable[memoryview], patience: Patience) -> None:
-    """Write a file that is whole or not there, of which only some pieces are in memory at a time.
+    """Write a file that is whole or not there; on a disk and S3 only some pieces are in memory at a time.
 
     Args:
         fs: file system.
@@ -96,10 +96,8 @@ def write_stream(fs: Any, path: str, pieces: Iterable[memoryview], patience: Pat
         upload_parts(fs, path, bodies(), patience)
         if fs.size(path) != size:  # it is another writer's, or the upload is lost
             raise OSError(f"{fs.size(path)} of {size} bytes are there")
-    else:
-        with once(fs).open(path, "wb") as file:
-            for piece in pieces:
-                file.write(piece)
+    else:  # whole in memory: what such a file system streams is not tried again, and a part of it may stay
+        write_whole(fs, path, b"".join(pieces), patience)
 
 
 def create_file(fs: Any, path: str, data: bytes, patience: Patience) -> bool:

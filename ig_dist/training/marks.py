@@ -68,10 +68,10 @@ class Marks:
         return self._reached if self._ahead else None
 
     def _follow(self) -> None:
-        self._begin()
         try:
+            self._begin()
             while not self._stop.wait(self._every_s):
-                while self._ahead:
+                for _ in range(len(self._ahead)):  # no more: a host that stays ahead would be followed mark by mark
                     now, event = self._ahead[0]
                     event.synchronize()
                     self._reached = now

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ig_dist.arithmetic import compiled
 from ig_dist.background import in_turn
 from ig_dist.config import Config
 from ig_dist.config.training import LossConfig
@@ -68,7 +69,7 @@ class TaskMaker:
         if check_latents(info.latent, config.data.posterior, config.data.flip) == "draw":
             wanted[Purpose.POSTERIOR] = numbers
         self._words = Draws(config.run.seed, wanted, device)
-        self._drawn = torch.compile(self._draw, fullgraph=True, dynamic=False) if config.train.compile else self._draw
+        self._drawn = compiled(self._draw, dynamic=False) if config.train.compile else self._draw
 
     def __call__(self, batch: Batch) -> Task:
         """The task of a micro-batch."""

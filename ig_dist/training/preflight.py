@@ -19,7 +19,7 @@ from ig_dist.background import in_background
 from ig_dist.config import Config
 from ig_dist.data.index import ShardIndex
 from ig_dist.data.reader import ShardReader
-from ig_dist.errors import DataError, IgDistError, LostPeerError, NodeError
+from ig_dist.errors import ConfigError, DataError, IgDistError, LostPeerError, NodeError
 from ig_dist.parallel.agreement import meet
 from ig_dist.parallel.blame import blame
 from ig_dist.parallel.dist import Dist, StopFlag, gather_objects, sum_over_ranks
@@ -83,10 +83,11 @@ def preflight(index: ShardIndex, config: Config, dist: Dist, stop_flag: StopFlag
     _end_where_bad([one.place for one in everyone], bad, guilty, dist)
 
 
-def read_everywhere(read: Callable[[], T], dist: Dist) -> T:
-    """What every rank reads. COLLECTIVE.
+def read_everywhere(read: Callable[[], T], sha256: Callable[[T], str], dist: Dist) -> T:
+    """What every rank reads, the same on all of them by its hash. COLLECTIVE.
 
     Raises:
+        ConfigError: it was replaced meanwhile.
         NodeError: some cannot, but others can.
         IgDistError: this rank's own error, where it is not that of a few.
     """
@@ -94,13 +95,18 @@ def read_everywhere(read: Callable[[], T], dist: Dist) -> T:
         result, error = read(), None
     except IgDistError as problem:
         result, error = None, problem
-    places, errors = zip(*gather_objects((f"rank {dist.rank} on {dist.host}", str(error or "")), dist), strict=True)
+    mine = f"rank {dist.rank} on {dist.host}", str(error or ""), "" if result is None else sha256(result)
+    places, errors, hashes = zip(*gather_objects(mine, dist), strict=True)
     bad = minority([error and f"cannot read the data ({error})" for error in errors])
     _end_where_bad(places, bad, bad, dist)
     if error is not None:
         raise error
     if any(errors):
         raise LostPeerError("other processes cannot read the data; their messages say why")
+    if len(set(hashes)) > 1:
+        raise ConfigError(
+            "data.index was replaced while this run started, and its ranks have read different ones: start it again"
+        )
     return cast("T", result)
 
 

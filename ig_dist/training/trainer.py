@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from operator import attrgetter
 from typing import Any, NoReturn
 
 import torch
@@ -82,7 +83,7 @@ def train(config: Config, *, force: bool = False, lives_on: bool = False) -> Non
         cleanup.enter_context(failures_told(config, dist, phases, watchdog))
         cleanup.enter_context(lost_peers_explained(dist))
         check_engine(config)
-        index = read_everywhere(partial(read_index, config.data.index), dist)
+        index = read_everywhere(partial(read_index, config.data.index), attrgetter("sha256"), dist)
         config = config.with_data(index.info.latent.shape, len(index.info.classes))
         if config.log.sample_every_steps:
             grid_tokenizer(index, config, dist.device)  # one that is missing ends the run now, not at the first grid

@@ -186,7 +186,8 @@ class Watchdog:
                     self._others_failure = store.get(failed).decode()
                     return  # nothing is left to say, and the store ends with rank 0
                 told = self._told or store.check([ended])
-                if told or (self._asking and self._word.ticks % self._turns == 0):
+                turn = (self._word.ticks + self._dist.rank) % self._turns == 0  # ranks tick together: each has its own
+                if told or (self._asking and turn):
                     ranks = self._known(store, list(self._heard))
                     for rank, text in zip(ranks, store.multi_get([self._key(rank) for rank in ranks]), strict=True):
                         word = Word.loads(text)

@@ -13,10 +13,12 @@ import gc
 import json
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as torch_dist
 from torch.distributed.tensor import DTensor
 
 from ig_dist.checkpoints.exchange import Loaded
@@ -27,7 +29,7 @@ from ig_dist.data.index import read_index
 from ig_dist.errors import ConfigError, NonFiniteError
 from ig_dist.models.dit import DiT, initialize
 from ig_dist.parallel.build import build_engine
-from ig_dist.parallel.dist import Dist, init_distributed, shut_down
+from ig_dist.parallel.dist import Dist, init_distributed, patience_of, shut_down
 from ig_dist.terminal import leave
 from ig_dist.training import trainer
 
@@ -109,6 +111,10 @@ def main() -> None:
             trainer.train(load_config(job["config"], job["overrides"]))
         except NonFiniteError:
             assert job.get("blows_up")
+        patience = {patience_of(group, dist.device) for group in torch_dist.distributed_c10d._world.pg_map}
+        assert dist.world_size == 1 or patience == {
+            timedelta(seconds=120)
+        }  # the watchdog comes first, in the groups of engines too
     shut_down()
 
 

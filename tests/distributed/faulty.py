@@ -16,12 +16,13 @@
 | ``late`` | waits ``FAULT_S`` seconds for its data before |
 | ``slow`` | takes ``FAULT_S`` seconds longer |
 
-and of the trials before the first step ``miscounts``, ``drags`` (by ``FAULT_S`` a product), ``unreadable`` (the shards)
-and ``unmounted`` (the index too).
+and of the trials before the first step ``miscounts``, ``drags`` (by ``FAULT_S`` a product), ``unreadable`` (the
+shards), ``unmounted`` (the index too) and ``replaced`` (the index, by another one).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import queue
 import signal
@@ -33,7 +34,7 @@ from typing import Any
 import torch
 
 from ig_dist import cli
-from ig_dist.data.index import ShardIndex
+from ig_dist.data.index import ShardIndex, read_index
 from ig_dist.data.reader import ShardReader
 from ig_dist.data.stream import BatchStream
 from ig_dist.errors import DataError
@@ -124,6 +125,10 @@ def unmounted(url: str) -> ShardIndex:
     raise DataError(f"{url}/index.json cannot be read")
 
 
+def replaced(url: str) -> ShardIndex:
+    return dataclasses.replace(read_index(url), sha256="of another")
+
+
 def unreadable(self: ShardReader, *arguments: Any, **named: Any) -> Any:
     raise DataError(f"{self._path}/shard-00000.tar cannot be read (Input/output error)")
 
@@ -165,6 +170,8 @@ if __name__ == "__main__":
         torch.mm = faulty_product  # type: ignore[assignment]
     if MINE and KIND == "unmounted":
         trainer.read_index = unmounted
+    if MINE and KIND == "replaced":
+        trainer.read_index = replaced
     if MINE and KIND == "unreadable":
         ShardReader.read = unreadable  # type: ignore[method-assign]
     cli.main()

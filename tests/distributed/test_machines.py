@@ -36,6 +36,13 @@ def test_a_rank_that_fails_before_the_first_step_is_named(
     assert last_step(tmp_path / "runs" / fault) == 0
 
 
+def test_ranks_that_read_two_indexes_do_not_begin(tiny_config: Write, tmp_path: Path) -> None:
+    done = faulty(tiny_config("replaced"), "replaced", rank=1, steps="0")
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: data.index was replaced while this run started, .*: start it again\n", done.stderr)
+    assert last_step(tmp_path / "runs" / "replaced") == 0
+
+
 def test_a_slow_rank_is_named_and_the_run_goes_on(tiny_config: Write, tmp_path: Path) -> None:
     config = tiny_config("drags", train={"steps": 2})
     done = faulty(config, "drags", rank=0, steps="0", FAULT_S="0.1", **NODE)

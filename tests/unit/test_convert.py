@@ -362,6 +362,8 @@ def test_weights_are_sampled_with_the_published_statistics_and_no_data(tmp_path:
         shard.write_bytes(bytes(shard.stat().st_size))
     assert run("index_shards", *options, "--renormalise", "--latent-stats", published).code == 0
     after = read_index(str(tmp_path / "shards"))
+    (tmp_path / "shards" / f"index.{before.sha256[:12]}.json").replace(tmp_path / "shards" / "index.json")
+    assert read_index(str(tmp_path / "shards")).sha256 == before.sha256  # the first one is kept, to the byte
     assert after.info.statistics.std == pytest.approx(before.info.statistics.std)
     changed = {"latent": before.info.latent, "statistics": before.info.statistics}
     assert after.info.latent == before.info.latent and after.info.model_copy(update=changed) == before.info

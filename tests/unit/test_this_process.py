@@ -109,8 +109,8 @@ def test_workers_are_told_by_hand_and_by_arrays() -> None:
     ("environment", "expected"),
     [
         (TORCHRUN | {"MASTER_ADDR": "a", "MASTER_PORT": 1}, ("a", "1")),
-        (SRUN | {"MASTER_ADDR": "a"}, ("a", "20014")),
-        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_NODEID": 0}, ("127.0.0.1", "20014")),
+        (SRUN | {"MASTER_ADDR": "a"}, ("a", "22030")),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_NODEID": 0}, ("127.0.0.1", "22030")),
         (MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": 8}, ("127.0.0.1", "29500")),
         (MPIRUN | {"MASTER_ADDR": "a"}, ("a", "29500")),
         (TORCHRUN, None),
