@@ -6,9 +6,7 @@ wait for this rank: without this, an error of one rank looks like a hang of all.
 
 from __future__ import annotations
 
-import os
 import sys
-import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ from ig_dist.parallel.blame import note_failure
 from ig_dist.parallel.dist import Dist
 from ig_dist.terminal import say
 from ig_dist.training.phases import Phases
-from ig_dist.training.watchdog import Watchdog
+from ig_dist.training.watchdog import Watchdog, end_within
 from ig_dist.training.words import place
 
 LEAVE_S = 8.0  # for what is closed meanwhile; within the 10 s that ig-dist launch gives the others
@@ -77,7 +75,5 @@ def _tell(explained: IgDistError, error: Exception, dist: Dist, watchdog: Watchd
     say(explained)
     if dist.world_size > 1:
         note_failure(dist.rank, str(explained))
-        last = threading.Timer(LEAVE_S, os._exit, [explained.exit_code])
-        last.daemon = True
-        last.start()
+        end_within(LEAVE_S, explained.exit_code)
         watchdog.tell_failure(str(explained))

@@ -242,6 +242,7 @@ class Watchdog:
         """Another rank has failed: if this one's main thread does not find out by itself, it ends here."""
         if self.stop.wait(_GRACE_POLLS * self._poll_s) or self._told:
             return
+        end_within(1.0, LostPeerError.exit_code)
         print(f"error: rank {self._dist.rank} ends: {self._others_failure}", file=sys.stderr, flush=True)
         os._exit(LostPeerError.exit_code)
 
@@ -249,9 +250,7 @@ class Watchdog:
         """Say it, and end the process; also where stderr or the disk hang too."""
         self.ending = True  # the others are told
         grace = _GRACE_POLLS * self._poll_s if self._dist.world_size > 1 else 0.0
-        last = threading.Timer(grace + 1.0, os._exit, [HangError.exit_code])
-        last.daemon = True
-        last.start()
+        end_within(grace + 1.0, HangError.exit_code)
         self._say()
         time.sleep(grace)
         os._exit(HangError.exit_code)
@@ -286,3 +285,10 @@ class Watchdog:
 
     def _file(self, suffix: str) -> Path:
         return self._folder / f"rank_{self._dist.rank:05d}{suffix}"
+
+
+def end_within(seconds: float, code: int) -> None:
+    """End the process by then, whatever still waits."""
+    last = threading.Timer(seconds, os._exit, [code])
+    last.daemon = True
+    last.start()
