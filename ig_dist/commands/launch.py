@@ -116,10 +116,12 @@ def launch(
         )
         return
     from ig_dist.launching.node import this_node
+    from ig_dist.launching.ranks import signals_passed_on
     from ig_dist.launching.supervisor import describe, supervise
 
-    node = this_node(os.environ, nodes=nodes, rank=node_rank, processes=processes, master=master)
-    tries = restarts if restarts is not None else 8 if node.nodes > 1 else 0
-    if dry_run:
-        return print(describe(program(job, arguments), node))
-    raise typer.Exit(supervise(program(job, arguments), node, restarts=tries, grace_s=grace))
+    with signals_passed_on() as asked:  # before GPUs are asked for, which may take long
+        node = this_node(os.environ, nodes=nodes, rank=node_rank, processes=processes, master=master)
+        tries = restarts if restarts is not None else 8 if node.nodes > 1 else 0
+        if dry_run:
+            return print(describe(program(job, arguments), node))
+        raise typer.Exit(supervise(program(job, arguments), node, restarts=tries, grace_s=grace, asked=asked))

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from ig_dist.endings import STOPPED, explaining
+from ig_dist.endings import STOPPED, After, after, explaining
 from ig_dist.errors import DataError, StorageError
 from ig_dist.launching.node import Node
 
@@ -21,6 +21,8 @@ GRACE_S = 10.0
 """For the ranks that are left after one has failed: they find out by themselves, as a rule, and say so."""
 ORDERLY = (STOPPED, DataError.exit_code, StorageError.exit_code)
 """All ranks agree on these ends, after a save."""
+TOLD = signal.SIGUSR2
+"""Asks a training to stop, and ends other jobs at once, as SIGTERM does."""
 HELPERS_S = 2.0
 POLL_S = 0.05
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -35,13 +37,23 @@ class Asked:
         """The first signal; 0: none has come."""
         self.since = float("inf")
         self.ranks: list[subprocess.Popen[bytes]] = []
+        self.told = False
+        """Whether the ranks were told to stop before any signal came."""
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal. A second one goes through too: a rank that is saving then ends at once."""
+        known = self.told and not self.number  # for the ranks it would be the second one
         if not self.number:
             self.number, self.since = number, time.monotonic()
-        for rank in self.ranks:
+        for rank in [] if known else self.ranks:
             rank.send_signal(number)
+
+    def tell(self) -> None:
+        """Another machine was asked to stop: so are the ranks of this one, which may not find out by themselves."""
+        if not self.told and not self.number:
+            self.told = True
+            for rank in self.ranks:
+                rank.send_signal(TOLD)
 
     @property
     def code(self) -> int:
@@ -103,7 +115,7 @@ def run_ranks(
                 rank.send_signal(asked.number)
         return _wait(ranks, node, grace_s, asked, others_code)
     finally:
-        asked.ranks = []
+        asked.ranks, asked.told = [], False
         for rank in ranks:
             if rank.poll() is None:
                 rank.kill()
@@ -151,6 +163,8 @@ def _wait(
         reap(own)
         ended = [code for code in codes if code]
         others = others_code(explaining(ended))
+        if after(others) is After.ASKED:
+            asked.tell()
         for code in (*ended, *([others] if others else [])):
             allowed = grace_s if code in ORDERLY else GRACE_S
             if time.monotonic() + allowed < deadline:
@@ -165,17 +179,18 @@ def _wait(
         ranks[place].wait()
     # What cannot speak for itself: who was killed from outside, and who did not end when another one had.
     first = node.rank * node.processes
-    passed_on = -asked.number
+    passed_on = {-TOLD: STOPPED} if asked.told else {}
+    passed_on[-asked.number] = asked.code
     said = [
         f"rank {first + place} was killed by signal {-code}{_hint(-code)}"
         for place, code in enumerate(codes)
-        if code and code < 0 and code != passed_on
+        if code and code < 0 and code not in passed_on
     ]
     said += [f"rank {first + place} did not end within {why} and was killed" for place in late]
     if said:
         print(f"error: {'; '.join(said)}", file=sys.stderr, flush=True)
     # a rank that was signalled before it could say a word had nothing to save
-    code = explaining([asked.code if code == passed_on else code for code in codes if code])
+    code = explaining([passed_on.get(code, code) for code in codes if code])
     if late and code in (0, STOPPED):  # nothing that these could say: a rank that is killed may not have saved
         code = -signal.SIGKILL if others in (0, STOPPED) else others
     return 128 - code if code < 0 else code

@@ -18,7 +18,9 @@ GRACE_S = 300.0
 LONG_S = 3600.0
 
 
-def supervise(arguments: Sequence[str], node: Node, *, restarts: int = 0, grace_s: float = GRACE_S) -> int:
+def supervise(
+    arguments: Sequence[str], node: Node, *, restarts: int = 0, grace_s: float = GRACE_S, asked: Asked | None = None
+) -> int:
     """Run ``python ARGUMENTS`` in the ranks of this machine, together with those of others.
 
     Args:
@@ -27,6 +29,7 @@ def supervise(arguments: Sequence[str], node: Node, *, restarts: int = 0, grace_
         restarts: failures in a row after which the ranks are started again, where the exit code says that it may help.
             A start that ran for an hour begins the row anew.
         grace_s: for a save, after a signal or another rank's orderly end.
+        asked: the signals, if they are handled already.
 
     Returns:
         The exit code that explains a failure of any machine, else 0.
@@ -35,6 +38,9 @@ def supervise(arguments: Sequence[str], node: Node, *, restarts: int = 0, grace_
         ConfigError: the machines were not started alike.
         HangError: some machines did not come.
     """
+    if asked is None:
+        with signals_passed_on() as asked:
+            return supervise(arguments, node, restarts=restarts, grace_s=grace_s, asked=asked)
     failures, began = 0, time.monotonic()
     if restarts:
         os.environ.setdefault(LOCK_WAIT_VARIABLE, "120")
@@ -45,28 +51,27 @@ def supervise(arguments: Sequence[str], node: Node, *, restarts: int = 0, grace_
             return Next(code, False, 0.0)
         return Next(code, True, pause_s(failures) if what is After.LATER else 0.0)
 
-    with signals_passed_on() as asked:
-        together, code = join(node, asked, grace_s, decide), 1
-        try:
-            while True:
-                port, code, began = together.begin(), 1, time.monotonic()
-                code = run_ranks(arguments, node, port, grace_s, asked, together.others)
-                if time.monotonic() - began > LONG_S:
-                    failures = 0
-                code, again, pause = together.end(code)
-                _say(code, again, pause, failures, restarts)
-                if not again:
-                    return code
-                failures += 1
-                _sleep(pause, asked)
-        except StoppedError as stopped:
-            code = stopped.code
-            return code
-        except IgDistError as error:
-            code = error.exit_code
-            raise
-        finally:
-            together.close(code)
+    together, code = join(node, asked, grace_s, decide), 1
+    try:
+        while True:
+            port, code, began = together.begin(), 1, time.monotonic()
+            code = run_ranks(arguments, node, port, grace_s, asked, together.others)
+            if time.monotonic() - began > LONG_S:
+                failures = 0
+            code, again, pause = together.end(code)
+            _say(code, again, pause, failures, restarts)
+            if not again:
+                return code
+            failures += 1
+            _sleep(pause, asked)
+    except StoppedError as stopped:
+        code = stopped.code
+        return code
+    except IgDistError as error:
+        code = error.exit_code
+        raise
+    finally:
+        together.close(code)
 
 
 def describe(arguments: Sequence[str], node: Node) -> str:

@@ -8,6 +8,7 @@ a GPU waits for a peer that is dead until it times out.
 
 from __future__ import annotations
 
+import errno
 import socket
 import sys
 import time
@@ -23,6 +24,10 @@ from ig_dist.launching.ranks import POLL_S, Asked
 
 JOIN_S = 1800.0
 """A machine may have to be made, and to fetch an image of many gigabytes."""
+PORT_S = 10.0
+"""The launcher of another job may be about to let go of it."""
+TWIN_S = 35.0
+"""A line to a machine that has vanished is closed within half a minute (line.py)."""
 LOST = 1
 """The code of a machine that is gone: that of a rank that has lost its peer."""
 
@@ -109,21 +114,19 @@ class _First:
 
     def __init__(self, node: Node, asked: Asked, grace_s: float, decide: Decide) -> None:
         self._node, self._asked, self._grace_s, self._decide = node, asked, grace_s, decide
-        try:
-            self._door = door(node.port)
-        except OSError as error:
-            raise ConfigError(
-                f"port {node.port}: {error.strerror}; give all nodes another --master HOST:PORT"
-            ) from None
+        self._door: socket.socket | None = None
         self._others: dict[int, Line] = {}
-        self._strangers: list[Line] = []
+        self._strangers: dict[Line, float] = {}
+        """Who has not been let in yet, and since when."""
         self._start, self._told = 0, False
 
     def begin(self) -> int:
+        self._door = self._door or self._open()
         deadline = time.monotonic() + JOIN_S
         while True:
             self._others = {rank: line for rank, line in self._others.items() if line.heard("node") and not line.closed}
-            missing = [str(rank) for rank in range(1, self._node.nodes) if rank not in self._others]
+            doubtful = [self._twin(line.heard("node")) for line in self._strangers]
+            missing = [str(rank) for rank in range(1, self._node.nodes) if rank not in self._others or rank in doubtful]
             if not missing:
                 break
             self._let_in()
@@ -145,7 +148,8 @@ class _First:
     def end(self, code: int) -> Next:
         deadline = float("inf")
         while None in (ended := [self._code(line, "ended") for line in self._lines()]) and time.monotonic() < deadline:
-            if deadline == float("inf") and (self.others(code) or code):
+            told = code or _stopped(self._asked)
+            if deadline == float("inf") and (self.others(told) or told):
                 deadline = time.monotonic() + 2 * self._grace_s  # each of them keeps to it by itself
             time.sleep(POLL_S)
         what = self._decide(explaining([code, *(LOST if code is None else code for code in ended)]))
@@ -157,7 +161,20 @@ class _First:
         for line in (*self._lines(), *self._strangers):
             line.say(next=[self._start, code, False, 0.0])
             line.close()
-        self._door.close()
+        if self._door is not None:
+            self._door.close()
+
+    def _open(self) -> socket.socket:
+        deadline = time.monotonic() + PORT_S
+        while True:
+            try:
+                return door(self._node.port)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"port {self._node.port}: {error.strerror}; give all nodes another --master HOST:PORT"
+                    ) from None
+            _wait_on(self._asked, float("inf"))
 
     def _lines(self) -> list[Line]:
         return list(self._others.values())
@@ -168,15 +185,25 @@ class _First:
         return int(code) if start == self._start else LOST if line.closed else None
 
     def _let_in(self) -> None:
+        assert self._door is not None
         with suppress(OSError):  # nobody more, or one that has gone again
             while True:
-                self._strangers.append(Line(self._door.accept()[0]))
-        for line in [*self._strangers]:
+                self._strangers[Line(self._door.accept()[0])] = time.monotonic()
+        for line, since in [*self._strangers.items()]:
             told = line.heard("node")
+            if self._twin(told) and not line.closed and time.monotonic() < since + TWIN_S:
+                continue  # in place of one that has vanished without a word?
             if told is not None or line.closed:
-                self._strangers.remove(line)
+                del self._strangers[line]
             if told is not None:
                 self._take(line, told)
+
+    def _twin(self, told: Any) -> int:
+        """The rank that somebody says to have, if another one has it; else 0."""
+        match told:
+            case [int(), int(rank), int()] if rank in self._others and not self._others[rank].closed:
+                return rank
+        return 0
 
     def _take(self, line: Line, told: Any) -> None:
         match told:
@@ -198,7 +225,7 @@ class _First:
                 f"node {rank} was started for {nodes} nodes of {processes} processes, node 0 for {mine.nodes} of"
                 f" {mine.processes}: give all of them the same --nodes and --processes"
             )
-        if not 0 < rank < nodes or (rank in self._others and not self._others[rank].closed):
+        if not 0 < rank < nodes or self._twin([nodes, rank, processes]):
             return f"two nodes were started with --node-rank {rank}: give each its own, 0 to {nodes - 1}"
         return ""
 
@@ -245,6 +272,7 @@ class _Other:
                 return Next(int(what[0]), bool(what[1]), float(what[2]))
             if self._first.closed:  # it may come back
                 return self._decide(code)
+            self.others(code or _stopped(self._asked))
             time.sleep(POLL_S)
 
     def close(self, code: int) -> None:
@@ -261,7 +289,12 @@ class _Other:
         return line
 
 
-def _wait_on(asked: Asked, deadline: float, otherwise: str) -> None:
+def _stopped(asked: Asked) -> int:
+    """What the others are told once ranks here are done: theirs stop too, and are started again with these."""
+    return asked.code if asked.number else 0
+
+
+def _wait_on(asked: Asked, deadline: float, otherwise: str = "") -> None:
     if asked.number:
         raise StoppedError(asked.code)
     if time.monotonic() > deadline:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,10 @@ import pytest
 
 from ig_dist.endings import explaining
 from ig_dist.errors import ConfigError
-from ig_dist.launching.line import free_port
+from ig_dist.launching import together
+from ig_dist.launching.line import Line, free_port
 from ig_dist.launching.node import Node, this_node
+from ig_dist.launching.ranks import Asked
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = """
@@ -29,6 +34,7 @@ from ig_dist.errors import IgDistError
 from ig_dist.launching import node, ranks, supervisor, together
 given = json.loads(sys.argv[1])
 ranks.GRACE_S, ranks.HELPERS_S, endings.FIRST_PAUSE_S, together.JOIN_S = 0.5, 0.5, 0.2, given.pop("join_s", 60.0)
+together.TWIN_S, together.PORT_S = 1.0, given.pop("port_s", 30.0)
 body, where = given.pop("body"), node.Node(**given.pop("node"))
 try:
     sys.exit(supervisor.supervise(["-c", body], where, **given))
@@ -183,6 +189,92 @@ def test_a_machine_that_is_lost_may_come_back(tmp_path: Path, lost: int) -> None
         errors = launcher.communicate(timeout=30)[1]
         assert launcher.returncode == 0, errors
     assert "exit code 1: started again, 1 of 1\n" in errors or lost
+
+
+def test_a_machine_may_be_replaced_before_it_is_known_to_be_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(together, "TWIN_S", 60.0)
+    port = free_port("127.0.0.1")
+
+    def comes(rank: int) -> Line:
+        line = Line(socket.create_connection(("127.0.0.1", port)))
+        line.say(node=[3, rank, 1])
+        return line
+
+    first = together.join(Node(3, port=port), Asked(), 1.0, lambda code: together.Next(code, False, 0.0))
+    with ThreadPoolExecutor(1) as pool:
+        begun = pool.submit(first.begin)
+        while True:
+            with suppress(ConnectionRefusedError):
+                gone = comes(1)
+                break
+        time.sleep(0.2)
+        new, other = comes(1), comes(2)
+        time.sleep(0.5)
+        assert not begun.done() and new.heard("refused") is None
+        gone.close()  # as keepalive does
+        assert new.heard("start") is None and begun.result(timeout=30)
+    time.sleep(0.1)
+    assert new.heard("start") == other.heard("start") == [1, begun.result()]
+    first.close(0)
+
+
+def test_a_port_that_is_taken_may_become_free(tmp_path: Path) -> None:
+    body = "Path('count').open('a').write('x')"
+    with socket.create_server(("", 0)) as held:
+        port = held.getsockname()[1]
+        (refused,) = machines(tmp_path, body, range(1), port, port_s=0.2)
+        errors = refused.communicate(timeout=30)[1]
+        assert refused.returncode == 2 and f"port {port}: Address already in use" in errors
+        launchers = machines(tmp_path, body, range(2), port)
+        time.sleep(1.5)
+    assert [(launcher.communicate(timeout=30)[1], launcher.returncode) for launcher in launchers] == [("", 0)] * 2
+    assert (tmp_path / "count").read_text() == "xx"
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("done", [False, True])
+def test_a_machine_that_is_asked_to_stop_stops_all(tmp_path: Path, stopped: int, done: bool) -> None:
+    """Also ranks that would not find out by themselves, and by a launcher whose own are done."""
+    body = f"Path(f'up{{RANK}}').touch(); time.sleep(0 if {done} and RANK == {stopped} else 60)"
+    launchers = machines(tmp_path, body, range(2), free_port("127.0.0.1"), restarts=2)
+    until(tmp_path, "up0", "up1")
+    time.sleep(0.5)
+    launchers[stopped].terminate()
+    assert [(launcher.communicate(timeout=20)[1], launcher.returncode) for launcher in launchers] == [("", 75)] * 2
+
+
+def test_a_signal_after_another_machine_has_stopped_is_no_second_one(tmp_path: Path) -> None:
+    """Both machines are asked to stop, one of them later; a second SIGTERM would end a save."""
+    saves = """
+asked = []
+signal.signal(15, lambda *_: os._exit(143) if asked else os._exit(75) if RANK == 0 else asked.append(15))
+signal.signal(signal.SIGUSR2, lambda *_: (asked.append(12), Path("told").touch()))
+Path(f"up{RANK}").touch()
+while not asked:
+    time.sleep(0.02)
+time.sleep(2)
+sys.exit(75)
+"""
+    launchers = machines(tmp_path, saves, range(2), free_port("127.0.0.1"))
+    until(tmp_path, "up0", "up1")
+    launchers[0].terminate()
+    until(tmp_path, "told")
+    launchers[1].terminate()
+    assert [(launcher.communicate(timeout=20)[1], launcher.returncode) for launcher in launchers] == [("", 75)] * 2
+
+
+def test_a_signal_comes_before_the_gpus_are_known(tmp_path: Path) -> None:
+    """The kernel lets the first process of a container have no signal that it does not handle."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\ntouch asked; exec sleep 1\n")
+    program.chmod(0o755)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    command = [sys.executable, "-m", "ig_dist.cli", "launch", "digits"]
+    launcher = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    until(tmp_path, "asked")
+    launcher.terminate()
+    assert (launcher.communicate(timeout=30)[1], launcher.returncode) == ("", 75)
 
 
 def test_machines_that_were_not_started_alike_or_do_not_come_are_said(tmp_path: Path) -> None:
