@@ -23,8 +23,8 @@ from ig_dist.data.shards import SampleRow
 from ig_dist.data.table import Blocks, Column, StoredColumn, Sums
 from ig_dist.errors import ConfigError
 from ig_dist.storage.faults import PATIENCE, Patience, unreadable
-from ig_dist.storage.files import list_sizes, open_url, read_file, write_whole
-from ig_dist.storage.urls import full_url, is_local
+from ig_dist.storage.files import list_sizes, open_url, read_file
+from ig_dist.storage.urls import full_url
 from ig_dist.storage.writes import write_stream
 
 FORMAT = "ig-dist-index/1"
@@ -223,10 +223,7 @@ def write_index(folder: str, info: dict[str, Any], table: SampleTable, patience:
     sums = Sums()
     pieces = sums.passing(side_file.pack(table.columns))
     size = sum(len(column) * column.dtype.itemsize for column in table.columns.values())
-    if size < side_file.PIECE and not is_local(fs):
-        write_whole(fs, f"{path}/{TABLE_NAME}", b"".join(pieces), patience)
-    else:
-        write_stream(fs, f"{path}/{TABLE_NAME}", pieces, patience)
+    write_stream(fs, f"{path}/{TABLE_NAME}", pieces, patience, size=size)
     # an index that needs no CRCs stays, byte for byte, what it was before there were any
     crcs = {"table_crc32": sums.crcs} if sums.size > side_file.HELD_BYTES else {}
     file = IndexFile(**{**info, "format": FORMAT, "table_sha256": sums.sha256, "table_crc32": None, **crcs})
@@ -237,10 +234,8 @@ def write_index_file(folder: str, file: IndexFile, patience: Patience = PATIENCE
     """Write ``index.json`` beside its side file, or keep one under another name."""
     fs, path = open_url(folder, "--dest", patience)
     text = json.dumps(file.model_dump(exclude={"table_crc32"} if file.table_crc32 is None else set()), indent=1) + "\n"
-    if is_local(fs):  # synced to disk: with an index, the records that it was made of are removed
-        write_stream(fs, f"{path}/{name}", [memoryview(text.encode())], patience)
-    else:
-        write_whole(fs, f"{path}/{name}", text.encode(), patience)
+    packed = memoryview(text.encode())
+    write_stream(fs, f"{path}/{name}", [packed], patience, size=len(packed))
 
 
 def read_index(url: str) -> ShardIndex:

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import io
 import math
-import os
 import shutil
 import time
 import uuid
@@ -25,7 +24,7 @@ from ig_dist.errors import DataError
 from ig_dist.storage.faults import PATIENCE, Patience, retried
 from ig_dist.storage.files import REQUEST_BYTES, write_whole
 from ig_dist.storage.urls import full_url, is_local
-from ig_dist.storage.writes import MOST_PARTS, sync_folder, upload_parts
+from ig_dist.storage.writes import MOST_PARTS, upload_parts, write_durably
 
 STALE_S = 3600.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -153,21 +152,12 @@ def _write_local(path: Path, pieces: Iterator[memoryview], size: int) -> None:
                 left.unlink()
     if (free := shutil.disk_usage(path.parent).free) < size:
         raise no_space(f"its disk has {free / 1e9:.2f} GB free")
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("wb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_durably(path, pieces)
     except OSError as error:
         if error.errno not in _FULL:
             raise
         raise no_space("its disk or quota is full") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(str(path.parent))
 
 
 def _write_s3(fs: Any, path: str, pieces: Iterator[memoryview], size: int, patience: Patience) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from ig_dist.storage.s3 import md5
 from ig_dist.storage.urls import is_local, once
 
 _PARALLEL_PARTS = 4
+_MOST_IN_MEMORY = 8 * 2**20
 MOST_PARTS = 10_000  # of one upload to S3; each but the last has 5 MiB at least
 
 
@@ -43,19 +44,13 @@ def write_hashed(fs: Any, folder: str, prefix: str, chunks: Sequence[memoryview]
     def name() -> str:
         return f"{prefix}.{digest.hexdigest()[:16]}.safetensors"
 
+    def digested() -> Iterator[memoryview]:
+        for chunk in chunks:
+            digest.update(chunk)
+            yield chunk
+
     if is_local(fs):
-        temporary = Path(folder, f"{prefix}.{uuid.uuid4().hex}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                for chunk in chunks:
-                    digest.update(chunk)
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(Path(folder, name()))
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_folder(folder)
+        write_durably(Path(folder, prefix), digested(), name)
     else:
         for chunk in chunks:
             digest.update(chunk)
@@ -63,7 +58,28 @@ def write_hashed(fs: Any, folder: str, prefix: str, chunks: Sequence[memoryview]
     return {"name": name(), "bytes": sum(map(len, chunks)), "sha256": digest.hexdigest()}
 
 
-def write_stream(fs: Any, path: str, pieces: Iterable[memoryview], patience: Patience) -> None:
+def write_durably(path: Path, pieces: Iterable[memoryview], name: Callable[[], str] | None = None) -> None:
+    """Write a file of a disk that is whole, and synced, or not there.
+
+    Args:
+        path: the file, replaced if it is there.
+        pieces: its content.
+        name: what it is called in its folder, if that is known only once it is written.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path.with_name(name()) if name else path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(str(path.parent))
+
+
+def write_stream(fs: Any, path: str, pieces: Iterable[memoryview], patience: Patience, *, size: int) -> None:
     """Write a file that is whole or not there; on a disk and S3 only some pieces are in memory at a time.
 
     Args:
@@ -71,32 +87,23 @@ def write_stream(fs: Any, path: str, pieces: Iterable[memoryview], patience: Pat
         path: the file, replaced if it is there.
         pieces: the content; all but the last of 5 MiB at least and 10,000 at most.
         patience: how long faults are borne.
+        size: bytes of it, about.
     """
     if is_local(fs):
-        temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                for piece in pieces:
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_folder(str(temporary.parent))
-    elif "s3" in fs.protocol:
-        size = 0
+        write_durably(Path(path), pieces)
+    elif "s3" in fs.protocol and size >= _MOST_IN_MEMORY:
+        written = 0
 
         def bodies() -> Iterator[bytes]:
-            nonlocal size
+            nonlocal written
             for piece in pieces:
-                size += len(piece)
+                written += len(piece)
                 yield bytes(piece)
 
         upload_parts(fs, path, bodies(), patience)
-        if fs.size(path) != size:  # it is another writer's, or the upload is lost
-            raise OSError(f"{fs.size(path)} of {size} bytes are there")
-    else:  # whole in memory: what such a file system streams is not tried again, and a part of it may stay
+        if fs.size(path) != written:  # it is another writer's, or the upload is lost
+            raise OSError(f"{fs.size(path)} of {written} bytes are there")
+    else:  # what other file systems stream is not tried again, and a part of it may stay
         write_whole(fs, path, b"".join(pieces), patience)
 
 
