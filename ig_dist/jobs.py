@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 from collections.abc import Sequence
 from enum import Enum
@@ -11,7 +12,7 @@ from typing import Any
 import typer
 
 from ig_dist.errors import ConfigError
-from ig_dist.usage import UsageError, explained, options, value_of
+from ig_dist.usage import NEAR, UsageError, explained, options, value_of
 
 
 class Job(Enum):
@@ -48,19 +49,26 @@ def own_options_first(launcher: Any, typed: Sequence[str]) -> list[str]:
     Args:
         launcher: its command.
         typed: the words after its name.
+
+    Raises:
+        ConfigError: an option without its value, or one that nobody has and that is nearest to the launcher's.
     """
     from ig_dist.cli import app
 
     takes_value = {name: not option.is_flag for option in launcher.params for name in option.opts if name[:1] == "-"}
     job = value_of("--job", typed)
     verbs: Any = typer.main.get_command(app)
-    of_the_job = set(options(verbs.commands[job])) - {"--help"} if job in JOBS and job != "train" else set()
+    known = set(options(verbs.commands[job if job in JOBS else "train"]))
+    of_the_job = known - {"--help"} if job in JOBS and job != "train" else set()
     own: list[str] = []
     rest: list[str] = []
     words = iter(typed)
     for word in words:
         name, separator, _ = word.partition("=")
         if name not in takes_value or (rest and name in of_the_job):
+            near = difflib.get_close_matches(name, {*known, *takes_value}, n=1, cutoff=NEAR)
+            if name.startswith("--") and name not in known and near and near[0] in takes_value:
+                raise ConfigError(f"unknown option {name}; did you mean {near[0]}?")
             rest.append(word)
             continue
         own.append(word)

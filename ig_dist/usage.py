@@ -15,7 +15,7 @@ from ig_dist.errors import ConfigError
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of click, whichever one typer brings
 LAUNCHERS = ("launch", "slurm")
-_NEAR = 0.75
+NEAR = 0.75
 
 
 def explained(error: Any, typed: Sequence[str]) -> ConfigError:
@@ -55,7 +55,7 @@ def unknown_option(option: str, context: Any, typed: Sequence[str]) -> str:
     """That a verb has no such option, and what was meant: another of its options, a config key, or a launcher."""
     known, verb, word = options(context.command), context.info_name, option.lstrip("-")
     text = f"unknown option {option}"
-    near = difflib.get_close_matches(option, known, n=1, cutoff=_NEAR)
+    near = difflib.get_close_matches(option, known, n=1, cutoff=NEAR)
     if len(word) == 1:  # there are no short ones
         near = [name for name in known if name.startswith(f"--{word}")]
     if near:

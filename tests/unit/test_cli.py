@@ -42,6 +42,7 @@ MISTAKES = {
     "train digits --processes 2": "`ig-dist launch` has it, see `ig-dist launch --help`",
     "train digits --nodes 2": "`ig-dist launch` has it",
     "train run.dir=x digits": "run.dir=x stands where the config stands: give the config first",
+    "launch --restart 3 digits": "unknown option --restart; did you mean --restarts?",  # said before anything starts
     "train digts": "no config file at digts: did you mean digits?",
     "train digits steps=5": "unknown key 'steps'; did you mean 'train.steps'?",
     "train digits train.lr=5": "unknown key 'train.lr'; did you mean 'optimizer.lr'?",
