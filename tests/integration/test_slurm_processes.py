@@ -34,5 +34,5 @@ def test_srun_tells_its_processes_which_they_are(slurm: SlurmCluster, tmp_path: 
     assert said[0] == "told 0 1 0 1 alone 0 GPU 0 of 2"
     # each step has a port of its own
     assert sorted(said[1:5]) == [f"told {rank} 4 {rank % 2} 2 {first} 0 GPU {rank % 2} of 2" for rank in range(4)]
-    assert sorted(said[5:7]) == [f"told {rank} 2 {rank} 2 127.0.0.1 1 GPU 0 of 1" for rank in range(2)]
+    assert sorted(said[5:7]) == [f"told {rank} 2 {rank} 2 127.0.0.1 1009 GPU 0 of 1" for rank in range(2)]
     assert said[7] == "told 0 1 0 1 alone 0 GPU 0 of 2"
