@@ -133,7 +133,7 @@ _CHOICES = {
 
 
 class DiTOutput(NamedTuple):
-    """Predicted velocities, (B, C, H, W) each; the second is None exactly when there is no auxiliary head."""
+    """Predicted velocities, (B, C, H, W) each; the second is None where there is no auxiliary head, or none was run."""
 
     velocity: Tensor
     aux_velocity: Tensor | None
@@ -182,13 +182,14 @@ class DiT(nn.Module):
         """Whether forward returns an auxiliary velocity."""
         return self.config.aux_depth is not None
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> DiTOutput:
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor, *, with_aux: bool = True) -> DiTOutput:
         """Predict the velocity at (x_t, t).
 
         Args:
             x_t: (B, C, H, W) noised latents.
             t: (B,) times in [0, 1]; kept in float32 up to the embedding's MLP.
             labels: (B,) int64 in 0..num_classes, num_classes being the null label.
+            with_aux: run the auxiliary head, where there is one.
         """
         x = self.x_embedder(x_t) + self.pos_embed
         time = t if self.config.time_input == "t" else 1 - t
@@ -197,7 +198,7 @@ class DiT(nn.Module):
         aux_velocity = None
         for number, block in enumerate(self.blocks, start=1):
             x = block(x, condition, rope)
-            if self.aux_layer is not None and number == self.config.aux_depth:
+            if with_aux and self.aux_layer is not None and number == self.config.aux_depth:
                 aux_velocity = self._unpatchify(self.aux_layer(x, condition))
         return DiTOutput(self._unpatchify(self.final_layer(x, condition)), aux_velocity)
 
