@@ -78,7 +78,7 @@ class GuidableModel(Protocol):
     @property
     def has_aux_head(self) -> bool: ...  # noqa: D102
 
-    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor) -> DiTOutput: ...  # noqa: D102
+    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor, *, with_aux: bool = True) -> DiTOutput: ...  # noqa: D102
 
 
 def guided_velocity(
@@ -93,8 +93,8 @@ def guided_velocity(
     v_null); each in the channels of its term. The models see float32; the combination is made in the dtype of x, or in
     float32 where that is coarser. The time is a Python float, so intervals are tested exactly and without waiting for
     the device. What has no effect at t is not evaluated: with scale 1 the result is bitwise the unguided one, the null
-    label is run (as a second half of the batch) inside the CFG interval only, and the second model inside its own, on
-    its branches.
+    label is run (as a second half of the batch) inside the CFG interval only, the auxiliary head inside that of IG, and
+    the second model inside its own, on its branches.
 
     Args:
         model: predicts the velocity from (x_t, t, labels).
@@ -117,26 +117,29 @@ def guided_velocity(
     batches = {chosen: torch.cat([labels_of[branch] for branch in chosen]) for chosen in (BRANCHES[:1], BRANCHES[1:])}
     batches[BRANCHES] = torch.cat([labels_of[branch] for branch in BRANCHES])
 
-    def predict(asked: GuidableModel, x: Tensor, t: float, branches: tuple[Branch, ...]) -> DiTOutput:
+    def predict(
+        asked: GuidableModel, x: Tensor, t: float, branches: tuple[Branch, ...], *, with_aux: bool
+    ) -> DiTOutput:
         many = torch.cat([x] * len(branches)) if len(branches) > 1 else x
         times = torch.full((len(many),), t, dtype=torch.float32, device=x.device)
-        return asked(many, times, batches[branches])
+        return asked(many, times, batches[branches], with_aux=with_aux)
 
     def velocity(x: Tensor, t: float) -> Tensor:
         cfg = _term_at(terms, "cfg", "conditional", t)
         branches = BRANCHES if cfg else BRANCHES[:1]
-        output = predict(model, x.float(), t, branches)
+        ig = _terms_at(terms, "ig", branches, t)
+        output = predict(model, x.float(), t, branches, with_aux=bool(ig))
 
         dtype = torch.promote_types(x.dtype, torch.float32)
         strong = dict(zip(branches, output.velocity.to(dtype).chunk(len(branches)), strict=True))
         guided = dict(strong)
         if output.aux_velocity is not None:
             weak = dict(zip(branches, output.aux_velocity.to(dtype).chunk(len(branches)), strict=True))
-            for branch, term in _terms_at(terms, "ig", branches, t).items():
+            for branch, term in ig.items():
                 guided[branch] = term.guide(guided[branch], strong[branch], weak[branch])
         acting = _terms_at(terms, "auto", branches, t)
         if acting and weak_model is not None:
-            second = predict(weak_model, x.float(), t, tuple(acting)).velocity.to(dtype)
+            second = predict(weak_model, x.float(), t, tuple(acting), with_aux=False).velocity.to(dtype)
             for (branch, term), other in zip(acting.items(), second.chunk(len(acting)), strict=True):
                 guided[branch] = term.guide(guided[branch], strong[branch], other)
         if cfg is None:

@@ -226,7 +226,7 @@ class _Counted:
         self._model, self.rows = model, 0
         self.null_label, self.has_aux_head = model.null_label, model.has_aux_head
 
-    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor) -> DiTOutput:
+    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor, *, with_aux: bool = True) -> DiTOutput:
         self.rows += len(labels)
-        output: DiTOutput = self._model(x_t, t, labels)
+        output: DiTOutput = self._model(x_t, t, labels, with_aux=with_aux)
         return output

@@ -50,9 +50,9 @@ class Heads:
     def __init__(self) -> None:
         self.rows: list[tuple[float, int]] = []
 
-    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> DiTOutput:
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, *, with_aux: bool = True) -> DiTOutput:
         self.rows.append((float(t[0]), len(labels)))
-        return DiTOutput(torch.full_like(x_t, 3.0), torch.ones_like(x_t))
+        return DiTOutput(torch.full_like(x_t, 3.0), torch.ones_like(x_t) if with_aux else None)
 
 
 def test_a_scale_below_one_leads_back_to_the_weak_prediction() -> None:

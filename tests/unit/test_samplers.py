@@ -51,14 +51,15 @@ class ToyModel:
 
     def __init__(self, has_aux_head=True):
         self.has_aux_head = has_aux_head
-        self.calls = []
+        self.calls, self.heads_run = [], []
 
-    def __call__(self, x_t, t, labels):
+    def __call__(self, x_t, t, labels, *, with_aux=True):
         self.calls.append((x_t, t, labels))
+        self.heads_run.append(with_aux)
         shape = (-1, 1, 1, 1)
         final = torch.where(labels == self.null_label, 0.3, 1.0).reshape(shape) + 0.1 * x_t
         aux = torch.where(labels == self.null_label, 0.2, 0.7).reshape(shape) + 0.05 * x_t
-        return DiTOutput(final, aux if self.has_aux_head else None)
+        return DiTOutput(final, aux if self.has_aux_head and with_aux else None)
 
 
 def start(n=3):
@@ -277,6 +278,13 @@ def test_interval_ends_are_inclusive_in_float64_and_the_null_half_stays_out(t, a
     assert torch.equal(ig, guided_velocity(ToyModel(), LABELS, [])(x, t)) != active
 
 
+def test_the_auxiliary_head_is_run_inside_the_ig_interval_only():
+    for branches, t, run in (("both", 0.5, True), ("both", 0.2, False), ("null", 0.5, True), ("null", 0.8, False)):
+        model = ToyModel()  # CFG ends at 0.7, and with it the null branch
+        guided_velocity(model, LABELS, [GuidanceTerm("ig", 1.4, (0.3, 1.0), branches), CFG])(start(), t)
+        assert model.heads_run == [run], (branches, t)
+
+
 def test_scale_one_is_bitwise_unguided_and_costs_nothing():
     x = start().float()
     model = ToyModel()
@@ -287,8 +295,9 @@ def test_scale_one_is_bitwise_unguided_and_costs_nothing():
 
 def test_combination_is_made_in_float32_for_half_precision_models():
     class HalfModel(ToyModel):
-        def __call__(self, x_t, t, labels):
-            return DiTOutput(*(v.bfloat16() for v in super().__call__(x_t, t, labels)))
+        def __call__(self, x_t, t, labels, *, with_aux=True):
+            found = super().__call__(x_t, t, labels, with_aux=with_aux)
+            return DiTOutput(*(None if v is None else v.bfloat16() for v in found))
 
     x = start().float()
     strong, weak = (v.float() for v in HalfModel()(x, x, LABELS))
@@ -326,7 +335,8 @@ class WeakModel(ToyModel):
     def __init__(self):
         super().__init__(has_aux_head=False)
 
-    def __call__(self, x_t, t, labels):
+    def __call__(self, x_t, t, labels, *, with_aux=True):
+        assert not with_aux
         velocity = super().__call__(x_t, t, labels).velocity
         return DiTOutput(0.5 * velocity, None)
 
