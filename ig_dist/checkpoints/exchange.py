@@ -1,8 +1,13 @@
-"""What a rank goes on from: its parts of a checkpoint's tensors, out of the shares that all ranks have read."""
+"""What a rank goes on from: its parts of a checkpoint's tensors, out of the shares that all ranks have read.
+
+What all ranks want alike, as under DDP, goes to all of them at once. Otherwise each byte goes to those that want it,
+between the CPUs: the bytes lie in host memory, and links between all pairs of GPUs would take memory of theirs for
+good. A rank that has itself read what it wants, as when as many ranks go on with the same engine, is sent nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,11 +19,14 @@ from torch import Tensor
 from ig_dist.checkpoints.reading import Part, owners, parts_of
 from ig_dist.checkpoints.snapshot import DTYPE_NAMES, PART_BYTES, Piece
 from ig_dist.checkpoints.store import Checkpoint
-from ig_dist.parallel.dist import Dist
+from ig_dist.parallel.dist import Dist, gather_objects
 
 # torch 2.13 renamed it
 _gather: Any = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor
-_ROUND_BYTES = 256 * 2**20  # on each device, of what all ranks send at a time
+_ROUND_BYTES = 256 * 2**20  # of the checkpoint, that all ranks send at a time: none sends or gets more
+
+Wanted = Mapping[str, tuple[int, int]]
+"""First byte of a flattened tensor that a rank wants, and the one after the last."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +57,20 @@ class Loaded:
         Raises:
             DataError: the checkpoint has no such tensor.
         """
-        outs, flat = {}, {}
+        outs, flat, wanted = {}, {}, {}
         for name, (_, first, data) in shards.items():
-            entry = self.checkpoint.entry(f"{group}/{name}")
-            dtype, device = DTYPE_NAMES[entry["dtype"]], torch.device("cpu") if data.is_meta else data.device
-            outs[name] = torch.empty(data.shape, dtype=dtype, device=device)
-            flat[f"{group}/{name}"] = first * dtype.itemsize, outs[name].view(-1).view(torch.uint8)
-        for part, data in self._all_parts(group):
-            if part.tensor in flat:
-                start, out = flat[part.tensor]
-                first, last = max(part.at, start), min(part.at + len(data), start + len(out))
-                if first < last:
-                    out[first - start : last - start].copy_(data[first - part.at : last - part.at])
+            tensor = f"{group}/{name}"
+            dtype = DTYPE_NAMES[self.checkpoint.entry(tensor)["dtype"]]
+            outs[name] = torch.empty(data.shape, dtype=dtype, device="cpu" if data.is_meta else data.device)
+            flat[tensor] = outs[name].view(-1).view(torch.uint8)
+            wanted[tensor] = first * dtype.itemsize, first * dtype.itemsize + len(flat[tensor])
+        wants = gather_objects(wanted, self.dist)
+        alike = self.dist.world_size > 1 and all(theirs == wants[0] for theirs in wants)
+        for sent in self._rounds(group):
+            for part, data in self._to_all(sent) if alike else self._to_each(sent, wants):
+                if cut := _wanted_of(part, wanted):
+                    at = part.at + cut.start - wanted[part.tensor][0]
+                    flat[part.tensor][at : at + len(cut)].copy_(data[cut.start : cut.stop] if alike else data)
         return outs
 
     @cached_property
@@ -69,40 +79,81 @@ class Loaded:
         parts = parts_of(self.checkpoint.manifest)
         return parts, owners(parts, self.dist.world_size)
 
-    def _all_parts(self, group: str) -> Iterator[tuple[Part, Tensor]]:
-        """Every part of a group with its bytes, on all ranks in the same order. COLLECTIVE."""
-        share, world = self.checkpoint.share, self.dist.world_size
-        parts, ranks = self._plan
+    def _rounds(self, group: str) -> Iterator[list[list[int]]]:
+        """The parts of a group, by number, that each rank sends at a time; the same on all ranks."""
+        (parts, ranks), world = self._plan, self.dist.world_size
         queues: list[list[int]] = [[] for _ in range(world)]
         for number, owner in enumerate(ranks):
             if parts[number].tensor.startswith(f"{group}/"):
                 queues[owner].append(number)
-        if world == 1:
-            for number in queues[0]:
-                yield parts[number], torch.frombuffer(share[number], dtype=torch.uint8)
-            return
+        # each rank begins elsewhere: else all might send to the same one first
+        starts = [len(queue) * owner // world for owner, queue in enumerate(queues)]
+        queues = [queue[start:] + queue[:start] for queue, start in zip(queues, starts, strict=True)]
         while any(queues):
-            sent = [_take(queue, parts, max(PART_BYTES, _ROUND_BYTES // world)) for queue in queues]
-            width = max(sum(parts[n].end - parts[n].begin for n in numbers) for numbers in sent)
-            mine = torch.empty(width, dtype=torch.uint8, device=self.dist.device)
-            at = 0
-            for number in sent[self.dist.rank]:
-                at += len(mine[at : at + len(share[number])].copy_(torch.frombuffer(share[number], dtype=torch.uint8)))
-            gathered = torch.empty(world * width, dtype=torch.uint8, device=self.dist.device)
-            _gather(gathered, mine)  # into a list it would need this memory twice
-            for rank, numbers in enumerate(sent):
-                at = rank * width
-                for number in numbers:
-                    size = parts[number].end - parts[number].begin
-                    yield parts[number], gathered[at : at + size]
-                    at += size
+            yield [_take(queue, parts, max(PART_BYTES, _ROUND_BYTES // world)) for queue in queues]
+
+    def _bytes(self, number: int) -> Tensor:
+        return torch.frombuffer(self.checkpoint.share[number], dtype=torch.uint8)
+
+    def _to_all(self, sent: Sequence[Sequence[int]]) -> Iterator[tuple[Part, Tensor]]:
+        """Each part that the ranks send, with its bytes on this device. COLLECTIVE."""
+        parts, _ = self._plan
+        width = max(sum(_size(parts[number]) for number in numbers) for numbers in sent)
+        mine = torch.empty(width, dtype=torch.uint8, device=self.dist.device)
+        at = 0
+        for number in sent[self.dist.rank]:
+            at += len(mine[at : at + _size(parts[number])].copy_(self._bytes(number)))
+        gathered = torch.empty(len(sent) * width, dtype=torch.uint8, device=self.dist.device)
+        _gather(gathered, mine)  # into a list it would need this memory twice
+        for rank, numbers in enumerate(sent):
+            at = rank * width
+            for number in numbers:
+                yield parts[number], gathered[at : at + _size(parts[number])]
+                at += _size(parts[number])
+
+    def _to_each(self, sent: Sequence[Sequence[int]], wants: Sequence[Wanted]) -> Iterator[tuple[Part, Tensor]]:
+        """Each part of which this rank wants something, with what it wants of its bytes. COLLECTIVE."""
+        (parts, _), me = self._plan, self.dist.rank
+        going: list[list[Tensor]] = [[] for _ in wants]
+        for number in sent[me]:
+            for rank, wanted in enumerate(wants):
+                if cut := _wanted_of(parts[number], wanted):
+                    data = self._bytes(number)[cut.start : cut.stop]
+                    if rank == me:
+                        yield parts[number], data
+                    else:
+                        going[rank].append(data)
+        if len(wants) == 1:
+            return
+        coming = [
+            [(parts[number], len(cut)) for number in numbers if (cut := _wanted_of(parts[number], wants[me]))]
+            for numbers in (*sent[:me], (), *sent[me + 1 :])
+        ]
+        sizes = [sum(size for _, size in one) for one in coming]
+        came = torch.empty(sum(sizes), dtype=torch.uint8)
+        packed = torch.cat([torch.empty(0, dtype=torch.uint8), *(data for one in going for data in one)])
+        torch_dist.all_to_all_single(came, packed, sizes, [sum(map(len, one)) for one in going])
+        at = 0
+        for part, size in (pair for one in coming for pair in one):
+            yield part, came[at : at + size]
+            at += size
+
+
+def _size(part: Part) -> int:
+    return part.end - part.begin
+
+
+def _wanted_of(part: Part, wanted: Wanted) -> range:
+    """Which bytes of a part are wanted; empty: none."""
+    begin, end = wanted.get(part.tensor, (0, 0))
+    return range(max(begin - part.at, 0), min(end - part.at, _size(part)))
 
 
 def _take(queue: list[int], parts: list[Part], most: int) -> list[int]:
     """Take parts from the front, up to so many bytes, one at least."""
     taken: list[int] = []
     size = 0
-    while queue and (not taken or size + parts[queue[0]].end - parts[queue[0]].begin <= most):
+    while queue and (not taken or size + _size(parts[queue[0]]) <= most):
         taken.append(queue.pop(0))
-        size += parts[taken[-1]].end - parts[taken[-1]].begin
+        size += _size(parts[taken[-1]])
     return taken

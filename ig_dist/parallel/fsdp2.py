@@ -49,7 +49,7 @@ class FSDP2Engine:
         precision: of the forward, which runs under autocast (``apply_precision``).
         reshard_after_forward: free a block's weights after its forward and gather them again for its backward.
         replicate: number of groups that hold everything.
-        state: what to start from; its weights are in the model already.
+        state: what to start from; the model has no memory then, and gets this rank's part of the weights.
         dist: this process.
     """
 
@@ -69,6 +69,8 @@ class FSDP2Engine:
         mesh = build_mesh(replicate, dist)
         self._replica, self._place = dist.rank // mesh["shard"].size(), mesh.get_local_rank("shard")
         self._root = shard_blocks(model, precision, reshard_after_forward, mesh)
+        if state is not None:
+            model.to_empty(device=dist.device)
         self._shards = local_shards(model, mesh)
         self._sharded = {name: p for name, p in model.named_parameters() if name in self._shards}
         self._parameters = {name: nn.Parameter(shard.data) for name, shard in self._shards.items()}
@@ -81,6 +83,8 @@ class FSDP2Engine:
         self._optimizer = build_optimizer(
             list(self._parameters.values()), config, shapes, orthogonalise, list(self._decayed.values())
         )
+        if state is not None:
+            load_weights(model, self._shards, state)
         load_moments(self._optimizer, self._parameters, self._shards, state)
 
     @contextmanager
@@ -94,6 +98,7 @@ class FSDP2Engine:
     def backward(self, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
+    @torch.no_grad()  # to_local is then no operation of autograd
     def step(self, lr: float) -> StepResult:
         for name, parameter in self._parameters.items():
             grad = self._sharded[name].grad
@@ -130,6 +135,13 @@ class FSDP2Engine:
         pieces = to_pieces(groups, self._held)
         held = {name: piece.data for name, piece in pieces.items()}
         return {name: pieces[name] for name in shared_out(held, self._replica, self._replicate)}
+
+
+def load_weights(model: DiT, shards: Shards, state: LoadedState) -> None:
+    """Read this rank's part of the weights, and the buffers, into the sharded model. COLLECTIVE."""
+    wanted = {**shards, **{name: Piece(tuple(t.shape), 0, t) for name, t in model.named_buffers()}}
+    for name, part in state.parts("model", wanted).items():
+        wanted[name].data.copy_(part)
 
 
 def build_mesh(replicate: int, dist: Dist) -> DeviceMesh:
