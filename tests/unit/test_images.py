@@ -72,6 +72,26 @@ def test_bicubic_between_the_halvings() -> None:
     assert np.array_equal(center_crop(picture, 8), np.asarray(picture.resize((8, 8), Image.Resampling.BICUBIC)))
 
 
+@pytest.mark.parametrize(
+    "shape", [(500, 375), (333, 500), (401, 300), (301, 301), (256, 700), (90, 64), (64, 91), (40, 33), (130, 600)]
+)
+def test_columns_are_resized_before_rows_whatever_pillow_would_do(shape: tuple[int, int]) -> None:
+    """Of tall pictures Pillow resizes the rows first since 13, and rounds between; references are made the old way."""
+    picture = Image.fromarray(noise(shape[1], shape[0]))
+
+    def resized(image: Image.Image, width: int, height: int, by: Image.Resampling) -> Image.Image:
+        return image.resize((width, image.height), by).resize((width, height), by)
+
+    for side in (256, 200, 64):
+        image = picture
+        while min(image.size) >= 2 * side:
+            image = resized(image, image.width // 2, image.height // 2, Image.Resampling.BOX)
+        scale = side / min(image.size)
+        image = resized(image, round(image.width * scale), round(image.height * scale), Image.Resampling.BICUBIC)
+        top, left = (image.height - side) // 2, (image.width - side) // 2
+        assert np.array_equal(center_crop(picture, side), np.asarray(image)[top : top + side, left : left + side])
+
+
 def test_a_small_picture_is_enlarged() -> None:
     assert center_crop(Image.fromarray(noise(3, 5)), 8).shape == (8, 8, 3)
 
