@@ -5,7 +5,8 @@ The same functions as `ig-dist sample` make the images, in the same batches: the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
 
@@ -16,13 +17,15 @@ from torch import Tensor
 
 from ig_dist.arithmetic import Precision, arithmetic
 from ig_dist.config import Config
+from ig_dist.data.latents import normalisation
 from ig_dist.diffusion.guidance import GuidanceTerm, guided_velocity
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.asking import Interval, sample_config
-from ig_dist.evaluation.generate import Models, decode, solve
-from ig_dist.evaluation.plan import Plan, class_names, image_numbers, make_plan
+from ig_dist.evaluation.plan import class_names, image_numbers, make_plan
+from ig_dist.evaluation.solving import Models, Sampler, decode
 from ig_dist.export import ExportInfo, Weights, find_weights, load_export
 from ig_dist.gallery import Images, pil_images
+from ig_dist.latents.tokenizer import Tokenizer
 from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.models.dit import DiT, count_parameters
 from ig_dist.progress import progress
@@ -52,6 +55,9 @@ class Asked(TypedDict, total=False):
     rtol: float | None
     atol: float | None
     precision: Precision | None
+    state: Literal["fp64", "fp32"] | None
+    decode_precision: Precision | None
+    compile: bool | Literal["auto"] | None
     batch_size: int | None
     unit_size: int | None
 
@@ -74,9 +80,6 @@ class Pipeline:
         self.model: DiT
         self.info: ExportInfo
         self.model, self.info = load_export(self.export, device)
-        self._tokenizer = index_tokenizer(
-            self.info.tokenizer, self.info.latent, self.config.sample.tokenizer, device=device
-        )
         self.classes = class_names(self.config, self.info)
         self._weak: dict[str, tuple[DiT, ExportInfo]] = {}
 
@@ -167,20 +170,25 @@ class Pipeline:
             raise ConfigError(f"output={output!r}: use 'pil', 'numpy', 'torch' or 'latents'")
         weak_model, weak = self._second(config)
         plan = make_plan(config, self.info, self.info.weights_sha256, weak)
-        models = Models(self.model, self.info, self._tokenizer, weak_model)
-        made, labels = list[Tensor](), list[Tensor]()
+        sampler = Sampler(Models(self.model, self.info, self._decoder(config), weak_model), plan)
+        made = list[Tensor]()
         with progress("sample", plan.num, "images") as advance:
-            for batch in _batches(plan):
-                numbers = image_numbers(batch, self.device)
-                labels.append(plan.image_labels(numbers))
-                latents, _ = solve(models, plan, numbers, labels[-1])
-                made.append(latents if output == "latents" else decode(models, latents))
-                advance(len(batch))
+            for batch in chain.from_iterable(map(plan.batches, range(plan.num_units))):
+                latents = sampler.solve(image_numbers(batch.solved))[0][: len(batch.kept)]
+                made.append(latents if output == "latents" else sampler.decode(latents))
+                advance(len(batch.kept))
         images = torch.cat(made)
         if output in ("torch", "latents"):
             return images
         pixels = images.cpu().numpy()
-        return Images(pil_images(pixels), torch.cat(labels).tolist()) if output == "pil" else pixels
+        labels = plan.image_labels(image_numbers(range(plan.num)))
+        return Images(pil_images(pixels), labels.tolist()) if output == "pil" else pixels
+
+    def _decoder(self, config: Config) -> Tokenizer:
+        told = config.sample
+        return index_tokenizer(
+            self.info.tokenizer, self.info.latent, told.tokenizer, device=self.device, precision=told.decode_precision
+        )
 
     def _second(self, config: Config) -> tuple[DiT, ExportInfo] | tuple[None, None]:
         """The second model, where guidance asks for it; read once."""
@@ -239,7 +247,7 @@ class Pipeline:
 
     def noise(self, num: int, seed: int | None = None) -> Tensor:
         """The noise (num, C, h, w) float64 that images 0 to num - 1 of a seed begin with, at t = 1."""
-        numbers = image_numbers(range(num), self.device)
+        numbers = image_numbers(range(num)).to(self.device)
         seed = self.config.sample.seed if seed is None else seed
         return normal(seed, Purpose.SAMPLE_NOISE, numbers, self.info.latent.shape).double()
 
@@ -253,7 +261,8 @@ class Pipeline:
         self, latents: Tensor, *, output: Literal["pil", "numpy", "torch"] = "pil"
     ) -> Images | NDArray[np.uint8] | Tensor:
         """Images of latents (N, C, h, w) as the model sees them; ``output`` as of a call."""
-        images = decode(Models(self.model, self.info, self._tokenizer), latents.to(self.device))
+        latents = latents.to(self.device)
+        images = decode(self._decoder(self.config), latents, normalisation(self.info.latent, self.device))
         if output == "torch":
             return images
         pixels = images.cpu().numpy()
@@ -280,11 +289,3 @@ class Pipeline:
 def _listed(labels: Labels) -> list[int | str]:
     given = labels.tolist() if isinstance(labels, np.ndarray | np.generic | Tensor) else labels
     return [given] if isinstance(given, int | str) else list(given)
-
-
-def _batches(plan: Plan) -> Iterator[range]:
-    """As on the command line, where a batch never crosses a unit: kernels round by the number of rows."""
-    for number in range(plan.num_units):
-        unit = plan.unit(number)
-        for start in range(unit.start, unit.stop, plan.batch_size):
-            yield range(start, min(start + plan.batch_size, unit.stop))

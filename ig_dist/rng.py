@@ -121,12 +121,18 @@ class Draws:
         # it would compute the product of index and constant in 32 bits.
         self._counter = (blocks & _MASK32)[None, :], torch.cat(whose)[None, :]
 
-    def __call__(self, ids: Tensor) -> dict[Purpose, Words]:
-        """Four (B, ceil(n / 4)) int64 tensors of words in [0, 2^32) for each purpose; ids as for `integers`."""
+    def __call__(self, ids: Tensor, later: int | Tensor = 0) -> dict[Purpose, Words]:
+        """Four (B, ceil(n / 4)) int64 tensors of words in [0, 2^32) for each purpose.
+
+        Args:
+            ids: as for `integers`.
+            later: added to the step, where that is 0; as a tensor on the device it is no constant to torch.compile.
+        """
         if ids.dtype != torch.int64 or ids.dim() != 1:
             raise ValueError(f"ids must be a (B,) int64 tensor, not {tuple(ids.shape)} {ids.dtype}")
         low, high = ids & _MASK32, (ids >> 32) & _MASK32  # the shift is arithmetic: mask the copies of the sign bit
-        words = philox((*self._counter, low[:, None], high[:, None]), self._key)
+        block, kind = self._counter
+        words = philox((block, kind + (later << 8), low[:, None], high[:, None]), self._key)
         w0, w1, w2, w3 = (torch.split(word, list(self._blocks.values()), dim=1) for word in words)
         return dict(zip(self._blocks, zip(w0, w1, w2, w3, strict=True), strict=True))
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ig_dist.config.sampling import GuidanceConfig
 from ig_dist.evaluation.extractors.extractor import Extractor, get_extractor
-from ig_dist.evaluation.generate import Models
 from ig_dist.evaluation.images import ImageSet, Pictures
 from ig_dist.evaluation.plan import Plan
+from ig_dist.evaluation.solving import Models
 from ig_dist.export import ExportInfo
 from ig_dist.latents.tokenizer import PIXEL
 from ig_dist.models.dit import DiT, DiTConfig, initialize

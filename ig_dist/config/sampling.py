@@ -66,11 +66,19 @@ class SampleConfig(Group):
     weak_model: str = ""
     """Second model of ``auto`` guidance: a run (RUN, or RUN@STEP for an earlier checkpoint) or an export folder."""
     batch_size: Positive = 64
-    """Images at a time; a batch never crosses a unit."""
+    """Images at a time, at most: a unit is cut into batches of one size. The last one is filled up with images that
+    would come next, and are not kept."""
     unit_size: Positive = 512
     """Images per unit, the piece of work that one worker claims and writes whole."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """Arithmetic of the model; the solver's state is float64. tf32 (of GPUs) is that of the published SiT sampler."""
+    """Arithmetic of the model. tf32 (of GPUs; fp32 elsewhere) is that of the published samplers."""
+    state: Literal["fp64", "fp32"] = "fp64"
+    """The solver's state, and guidance: fp64 as SiT's published sampler, fp32 as LightningDiT's."""
+    decode_precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Arithmetic of the autoencoder that decodes the latents. On GPUs the published samplers' is tf32."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile the model's blocks, and the solver's noise to the same bits. auto: on a GPU, where the plan takes
+    longer than compiling; never on a CPU."""
     url: Url = ""
     """Folder of the plans' samples: a path or any fsspec URL. Empty: ``samples`` in the run directory."""
     tokenizer: str = ""

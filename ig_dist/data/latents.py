@@ -70,7 +70,7 @@ def normalised(stored: Tensor, draw: Tensor | None, info: LatentInfo, affine: Af
     return (latents - shift) * scale
 
 
-def tokenizer_latents(latents: Tensor, info: LatentInfo) -> Tensor:
+def tokenizer_latents(latents: Tensor, affine: Affine) -> Tensor:
     """The inverse of the normalisation: what the tokenizer decodes. Same shape, same dtype."""
-    shift, scale = normalisation(info, latents.device)
+    shift, scale = affine
     return latents / scale.to(latents.dtype) + shift.to(latents.dtype)

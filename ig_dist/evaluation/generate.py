@@ -17,37 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ig_dist.arithmetic import arithmetic
 from ig_dist.background import in_background
-from ig_dist.data.latents import tokenizer_latents
-from ig_dist.diffusion.guidance import guided_velocity
-from ig_dist.diffusion.path import Path
-from ig_dist.diffusion.samplers import NoiseFn, VelocityFn, dopri5, euler, euler_maruyama, heun, sde_grid, time_grid
 from ig_dist.evaluation.extractors.extractor import Extractor
 from ig_dist.evaluation.features import FeatureFiles
 from ig_dist.evaluation.images import Pictures, plan_images
 from ig_dist.evaluation.plan import Plan, image_numbers
+from ig_dist.evaluation.solving import Models, Sampler
 from ig_dist.evaluation.units import Samples, Unit, Work, existing, make_folder, read_unit, unit_name, write_unit
-from ig_dist.export import ModelInfo
-from ig_dist.latents.tokenizer import Tokenizer
-from ig_dist.models.dit import DiT, DiTOutput
-from ig_dist.rng import Purpose, normal
 from ig_dist.storage.files import open_url
 
 R = TypeVar("R")
-DECODED_AT_ONCE = 16  # an autoencoder's activations are far larger than the model's
-
-
-class Models(NamedTuple):
-    """What makes the images of a plan, on its device and in eval mode."""
-
-    model: DiT
-    info: ModelInfo
-    """What stands beside the weights."""
-    tokenizer: Tokenizer
-    """Decodes the latents."""
-    weak: DiT | None = None
-    """The second model of auto guidance."""
 
 
 def generate_units(
@@ -78,7 +57,8 @@ def generate_units(
     """
     plan, (fs, path) = samples.plan, open_url(samples.url, "sample.url")
     make_folder(fs, path)
-    files, beside = FeatureFiles(plan_images(samples), extractors), _Beside(models.model.pos_embed.device)
+    sampler, files = Sampler(models, plan), FeatureFiles(plan_images(samples), extractors)
+    beside = _Beside(sampler.device)
     units = -(-min(num or plan.num, plan.num) // plan.unit_size)
     writing: Future[None] | None = None
     for k in range(units):
@@ -90,7 +70,7 @@ def generate_units(
                 unit = read_unit(plan, samples.url, number)
                 images, labels, work = torch.from_numpy(unit.images), unit.labels, unit.work
             else:
-                images, labels, work = solve_unit(models, plan, number, beside, on_progress)
+                images, labels, work = solve_unit(sampler, number, beside, on_progress)
             made = _Made(number, images, labels, work, [(e, beside(e, images)) for e in missing], write_images)
             if writing is not None:
                 writing.result()  # one unit at most waits for the storage
@@ -148,85 +128,23 @@ def _directly(function: Callable[..., R], *arguments: Tensor) -> R:
 
 
 def solve_unit(
-    models: Models,
-    plan: Plan,
+    sampler: Sampler,
     number: int,
     beside: Callable[..., Tensor] = _directly,
     on_progress: Callable[[int], None] = lambda images: None,
 ) -> tuple[Tensor, NDArray[np.int64], Work]:
     """Images (uint8, on the device), labels and work of one unit, batch by batch."""
-    unit, device = plan.unit(number), models.model.pos_embed.device
-    images, labels, work = [], [], []
-    for start in range(unit.start, unit.stop, plan.batch_size):
-        numbers = image_numbers(range(start, min(start + plan.batch_size, unit.stop)), device)
-        labels.append(plan.image_labels(numbers))
-        latents, took = solve(models, plan, numbers, labels[-1])
-        images.append(beside(partial(decode, models), latents))
-        work.append(np.tile(np.array(took), (len(numbers), 1)))
-        on_progress(int(numbers[-1]) + 1 - unit.start)
-    return beside(lambda *parts: torch.cat(parts), *images), torch.cat(labels).cpu().numpy(), np.concatenate(work)
+    plan, images, work = sampler.plan, [], []
+    for batch in plan.batches(number):
+        latents, took = sampler.solve(image_numbers(batch.solved))
+        images.append(beside(sampler.decode, latents[: len(batch.kept)]))
+        work.append(np.tile(np.array(took), (len(batch.kept), 1)))
+        on_progress(batch.kept.stop - plan.unit(number).start)
+    labels = plan.image_labels(image_numbers(plan.unit(number))).numpy()
+    return beside(lambda *parts: torch.cat(parts), *images), labels, np.concatenate(work)
 
 
 def make_unit(models: Models, plan: Plan, number: int) -> Unit:
     """One unit, not written."""
-    images, labels, work = solve_unit(models, plan, number)
+    images, labels, work = solve_unit(Sampler(models, plan), number)
     return Unit(images.cpu().numpy(), labels, work)
-
-
-def generate(models: Models, plan: Plan, numbers: Tensor, labels: Tensor) -> Tensor:
-    """Images (B, H, W, channels) uint8 of the plan's image numbers (B,)."""
-    return decode(models, solve(models, plan, numbers, labels)[0])
-
-
-@torch.no_grad()
-def solve(models: Models, plan: Plan, numbers: Tensor, labels: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """Latents (B, C, H, W) float64 of the plan's image numbers (B,), and the work that each took (see ``Work``)."""
-    shape = models.info.latent.shape
-    counted, weak = _Counted(models.model), None if models.weak is None else _Counted(models.weak)
-    guided, evaluations = guided_velocity(counted, labels, plan.terms(), weak), 0
-
-    def velocity(x: Tensor, t: float) -> Tensor:
-        nonlocal evaluations
-        evaluations += 1
-        return guided(x, t)
-
-    def noise(step: int, x: Tensor) -> Tensor:
-        return normal(plan.seed, Purpose.SAMPLE_STEP, numbers, shape, step=step)
-
-    x = normal(plan.seed, Purpose.SAMPLE_NOISE, numbers, shape).double()
-    with arithmetic(plan.precision, x.device):
-        x = run_solver(plan, velocity, x, Path(models.info.path), noise)
-    forwards = [0 if model is None else model.rows // len(numbers) for model in (counted, weak)]
-    return x, (evaluations, forwards[0], forwards[1])
-
-
-@torch.no_grad()
-def decode(models: Models, latents: Tensor) -> Tensor:
-    """Images (B, H, W, channels) uint8 of the model's latents (B, C, H, W)."""
-    found = tokenizer_latents(latents, models.info.latent)
-    return torch.cat([models.tokenizer.decode(part) for part in torch.split(found, DECODED_AT_ONCE)])
-
-
-def run_solver(plan: Plan, velocity: VelocityFn, x: Tensor, path: Path, noise: NoiseFn) -> Tensor:
-    """From noise x (B, C, H, W), the state at t = 1, to latents, by the plan's solver on its grid."""
-    if plan.solver == "euler":
-        return euler(velocity, x, time_grid(plan.steps, plan.time_shift))
-    if plan.solver == "heun":
-        grid = time_grid(plan.steps, plan.time_shift)
-        return heun(velocity, x, grid, correct_last_step=plan.correct_last_step)
-    if plan.solver == "dopri5":
-        return dopri5(velocity, x, rtol=plan.rtol, atol=plan.atol)
-    return euler_maruyama(velocity, x, sde_grid(plan.steps), path, noise)
-
-
-class _Counted:
-    """A model, and the rows that went through it."""
-
-    def __init__(self, model: DiT) -> None:
-        self._model, self.rows = model, 0
-        self.null_label, self.has_aux_head = model.null_label, model.has_aux_head
-
-    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor, *, with_aux: bool = True) -> DiTOutput:
-        self.rows += len(labels)
-        output: DiTOutput = self._model(x_t, t, labels, with_aux=with_aux)
-        return output

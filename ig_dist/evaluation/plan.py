@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
@@ -21,6 +21,15 @@ from ig_dist.diffusion.samplers import Solver
 from ig_dist.errors import ConfigError, IgDistError
 from ig_dist.export import ExportInfo, ModelInfo
 from ig_dist.rng import Purpose, integers
+
+
+class Batch(NamedTuple):
+    """Images that are solved at once."""
+
+    solved: range
+    """Their numbers, as many in each batch of a plan: at its end also of images that would come next."""
+    kept: range
+    """Those that the batch is made for."""
 
 
 class Plan(BaseModel):
@@ -47,12 +56,16 @@ class Plan(BaseModel):
     """Hash of the weights of the second model, of plans with auto guidance."""
     classes: tuple[int, ...] = ()
     """The only classes, in their order; empty: all."""
+    state: Literal["fp64", "fp32"] = "fp64"
+    decode_precision: Precision = "fp32"
+    compile: bool | Literal["auto"] = "auto"
 
     @model_serializer(mode="wrap")
     def _without_what_is_new(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Plans that were made before there was a choice of classes keep their hash."""
-        told: dict[str, Any] = fields(self)
-        return told if self.classes else {key: value for key, value in told.items() if key != "classes"}
+        """Plans that were made before there was a choice of these keep their hash."""
+        without = {"classes": (), "state": "fp64", "decode_precision": "fp32", "compile": "auto"}
+        same = {key for key, value in without.items() if getattr(self, key) == value}
+        return {key: value for key, value in fields(self).items() if key not in same}
 
     @property
     def digest(self) -> str:
@@ -71,6 +84,19 @@ class Plan(BaseModel):
     def unit(self, number: int) -> range:
         """Image numbers of a unit."""
         return range(number * self.unit_size, min((number + 1) * self.unit_size, self.num))
+
+    def batches(self, number: int) -> list[Batch]:
+        """Those of a unit: as few as may be, all of one size, which is also that of the other units."""
+        unit, whole = self.unit(number), min(self.unit_size, self.num)
+        rows = -(-whole // -(-whole // self.batch_size))
+        starts = range(unit.start, unit.stop, rows)
+        return [Batch(range(start, start + rows), range(start, min(start + rows, unit.stop))) for start in starts]
+
+    @property
+    def evaluations(self) -> int:
+        """Of the velocity, for an image; of dopri5, which chooses its steps, about so many."""
+        stages = {"euler": self.steps, "euler_maruyama": self.steps, "dopri5": 100}
+        return stages.get(self.solver, 2 * self.steps - (not self.correct_last_step))
 
     def image_labels(self, images: Tensor) -> Tensor:
         """Class of each image, (B,) int64, from image numbers (B,)."""
@@ -94,6 +120,9 @@ class Plan(BaseModel):
             "random labels" if self.labels == "random" else "",
             f"seed {self.seed}",
             self.precision if self.precision != "fp32" else "",
+            "state in fp32" if self.state == "fp32" else "",
+            f"decoded in {self.decode_precision}" if self.decode_precision != "fp32" else "",
+            "" if self.compile == "auto" else "compiled" if self.compile else "not compiled",
         ]
         return f"{', '.join(filter(None, parts))}; plan {self.digest[:8]}"
 
@@ -151,6 +180,9 @@ def make_plan(config: Config, info: ModelInfo, weights_sha256: str, weak: Export
         weights_sha256=weights_sha256,
         weak_sha256=weak.weights_sha256 if auto and weak is not None else None,
         classes=tuple(_classes(config, info)),
+        state=sample.state,
+        decode_precision=sample.decode_precision,
+        compile=sample.compile,
     )
 
 
@@ -208,6 +240,6 @@ def _check_weak(weak: ExportInfo, info: ModelInfo, config: Config) -> None:
             )
 
 
-def image_numbers(numbers: range, device: torch.device) -> Tensor:
+def image_numbers(numbers: range) -> Tensor:
     """(B,) int64."""
-    return torch.arange(numbers.start, numbers.stop, device=device)
+    return torch.arange(numbers.start, numbers.stop)

@@ -16,11 +16,12 @@ from ig_dist.evaluation.catalogue import extractors_of
 from ig_dist.evaluation.collecting import write_picture, write_pngs, write_samples_npz
 from ig_dist.evaluation.extractors.extractor import Extractor, get_extractor
 from ig_dist.evaluation.features import FeatureFiles, feature_name
-from ig_dist.evaluation.generate import Models, generate_units
+from ig_dist.evaluation.generate import generate_units
 from ig_dist.evaluation.plan import class_names, make_plan
 from ig_dist.evaluation.samples import PLAN_NAME as PLAN_NAME
 from ig_dist.evaluation.samples import read_samples as read_samples
 from ig_dist.evaluation.samples import samples_url, write_plan
+from ig_dist.evaluation.solving import Models
 from ig_dist.evaluation.units import Samples, existing, unit_name, write_file
 from ig_dist.export import find_weights, load_export
 from ig_dist.latents.tokenizers import index_tokenizer
@@ -69,7 +70,10 @@ def sample_run(
     device = this_device()
     extractors = [config_extractor(config, name, device) for name in extractors_of(metrics)]
     model, info = load_export(export, device)
-    tokenizer = index_tokenizer(info.tokenizer, info.latent, config.sample.tokenizer, device=device)
+    told = config.sample
+    tokenizer = index_tokenizer(
+        info.tokenizer, info.latent, told.tokenizer, device=device, precision=told.decode_precision
+    )
     weak_model, weak = None, None
     if any(term.kind == "auto" and term.scale != 1 for term in config.guidance):
         weak_model, weak = load_export(_weak_export(config.sample.weak_model), device)

@@ -18,7 +18,7 @@ from ig_dist.config import Config
 from ig_dist.config_file import with_guidance
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.catalogue import best_row, lower_is_better, order
-from ig_dist.evaluation.generate import Models, make_unit
+from ig_dist.evaluation.generate import make_unit
 from ig_dist.evaluation.images import ImageSet
 from ig_dist.evaluation.pictures import pictures_in_rows, save_sweep_plot, save_tradeoff_plot
 from ig_dist.evaluation.plan import class_names, make_plan
@@ -26,6 +26,7 @@ from ig_dist.evaluation.references import Reference, open_reference
 from ig_dist.evaluation.samples import reference_of
 from ig_dist.evaluation.sampling import check_places, config_extractor, sample_run
 from ig_dist.evaluation.scores import Scores, score_plan
+from ig_dist.evaluation.solving import Models
 from ig_dist.export import export_run, load_export, read_info
 from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.run_dir import replace_text
@@ -279,10 +280,13 @@ def _save_scale_grid(
     config: Config, export: Path, ig_scales: Sequence[float], reference: Reference, file: Path
 ) -> None:
     """Real images above generated ones at every scale, the same noise in each column, without CFG and autoguidance."""
-    device = this_device()
+    device, told = this_device(), config.sample
     model, info = load_export(export, device)
-    models = Models(model, info, index_tokenizer(info.tokenizer, info.latent, config.sample.tokenizer, device=device))
-    sample = config.sample.model_copy(
+    decoder = index_tokenizer(
+        info.tokenizer, info.latent, told.tokenizer, device=device, precision=told.decode_precision
+    )
+    models = Models(model, info, decoder)
+    sample = told.model_copy(
         update={"num": COLUMNS, "unit_size": COLUMNS, "batch_size": COLUMNS, "labels": "balanced", "classes": []}
     )
     shown = config.model_copy(update={"sample": sample})

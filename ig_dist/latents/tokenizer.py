@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+"""tf32 is of GPUs, see ``ig_dist.arithmetic``, and fp32 elsewhere."""
 
 
 @dataclass(frozen=True)

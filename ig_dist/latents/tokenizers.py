@@ -41,15 +41,21 @@ def _load(name: str, weights: Path, device: str, precision: Precision) -> Tokeni
 
 
 def index_tokenizer(
-    info: TokenizerInfo, latent: LatentInfo, place: str = "", *, device: str | torch.device = "cpu"
+    info: TokenizerInfo,
+    latent: LatentInfo,
+    place: str = "",
+    *,
+    device: str | torch.device = "cpu",
+    precision: Precision = "fp32",
 ) -> Tokenizer:
-    """The tokenizer that made an index, for decoding (fp32: it is a hundredth of the work of sampling).
+    """The tokenizer that made an index, for decoding.
 
     Args:
         info: the tokenizer as the index names it.
         latent: the index's latents.
         place: folder, file or name of the tokenizer where it is not found under the name in the index.
         device: where it runs.
+        precision: its arithmetic, ``sample.decode_precision``.
 
     Raises:
         ConfigError: it is not found, another one is found, or it does not make latents of that shape.
@@ -57,7 +63,7 @@ def index_tokenizer(
     if info.name == "pixel" or not place:
         place = info.name
     try:
-        tokenizer = get_tokenizer(place, device=device)
+        tokenizer = get_tokenizer(place, device=device, precision=precision)
     except ConfigError as error:
         raise ConfigError(
             f"{error} (sample.tokenizer=PLACE says where the data's tokenizer is; where there is"

@@ -20,7 +20,7 @@ from ig_dist.latents.tokenizer import Precision, Tokenizer
 from ig_dist.latents.weights import FOLDER_FILES, PUBLISHED, missing_diffusers
 from ig_dist.tensor_files import read_safetensors
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SD_SCALE = 0.18215
 SD_RULE = "trunc(255 clip((x + 1) / 2, 0, 1))"  # as SiT with Internal Guidance has it
 LDM_RULE = "trunc(clip(127.5 x + 128, 0, 255))"  # as LightningDiT has it
@@ -74,7 +74,7 @@ def load_vae(name: str, weights: Path, device: torch.device, precision: Precisio
                 f" channels and sides that are multiples of {downsample}: choose another --image-size or tokenizer"
             )
         pixels = images.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-        with _inference(device):
+        with _inference(device, precision):
             moments = model.encoder(_laid_out(pixels.to(dtype)))
             moments = moments if model.quant_conv is None else model.quant_conv(moments)
         mean, log_variance = moments.float().contiguous().chunk(2, dim=1)
@@ -86,7 +86,7 @@ def load_vae(name: str, weights: Path, device: torch.device, precision: Precisio
                 f"latents of shape {'x'.join(map(str, latents.shape[1:]))}: tokenizer {name} decodes"
                 f" {config.latent_channels} channels: use the tokenizer that encoded the data"
             )
-        with _inference(device):
+        with _inference(device, precision):
             hidden = _laid_out(latents.to(device=device, dtype=dtype))
             hidden = hidden if model.post_quant_conv is None else model.post_quant_conv(hidden)
             images = model.decoder(hidden)
@@ -230,9 +230,9 @@ def _laid_out(values: Tensor) -> Tensor:
 
 
 @contextmanager
-def _inference(device: torch.device) -> Iterator[None]:
-    """No gradients, no autocast of a caller's, and fp32 that is fp32."""
-    with torch.no_grad(), arithmetic("fp32", device):
+def _inference(device: torch.device, precision: Precision) -> Iterator[None]:
+    """No gradients, no autocast of a caller's, and fp32 that is fp32 unless tf32 is asked for."""
+    with torch.no_grad(), arithmetic("tf32" if precision == "tf32" else "fp32", device):
         yield
 
 

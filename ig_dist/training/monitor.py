@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from ig_dist.config import Config
 from ig_dist.data.index import ShardIndex
 from ig_dist.data.reader import ShardReader
-from ig_dist.evaluation.generate import Models, generate
 from ig_dist.evaluation.plan import Plan, make_plan
+from ig_dist.evaluation.solving import Models, Sampler
 from ig_dist.export import ModelInfo, model_info
 from ig_dist.latents.tokenizer import Tokenizer
 from ig_dist.latents.tokenizers import index_tokenizer
@@ -47,9 +47,9 @@ def sample_grid(model: DiT, ema: EMA, index: ShardIndex, config: Config, device:
     guidance = [term for term in config.guidance if term.kind != "auto"]
     if guidance:
         plans.append(_plan(config.model_copy(update={"guidance": guidance}), info))
-    numbers, models = torch.arange(COLUMNS, device=device), Models(model, info, grid_tokenizer(index, config, device))
+    numbers, models = torch.arange(COLUMNS), Models(model, info, grid_tokenizer(index, config, device))
     with ema.swapped_in(config.ema.decays[0]):
-        rows = [generate(models, plan, numbers, plan.image_labels(numbers)).cpu().numpy() for plan in plans]
+        rows = [Sampler(models, plan).generate(numbers).cpu().numpy() for plan in plans]
     return np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
 
 
@@ -59,9 +59,11 @@ def grid_tokenizer(index: ShardIndex, config: Config, device: torch.device) -> T
     Raises:
         ConfigError: it is not there, or is not the one of the index.
     """
-    return index_tokenizer(index.info.tokenizer, index.info.latent, config.sample.tokenizer, device=device)
+    told, info = config.sample, index.info
+    return index_tokenizer(info.tokenizer, info.latent, told.tokenizer, device=device, precision=told.decode_precision)
 
 
 def _plan(config: Config, info: ModelInfo) -> Plan:
-    sample = config.sample.model_copy(update={"num": COLUMNS, "labels": "balanced"})
+    update = {"num": COLUMNS, "labels": "balanced", "precision": config.train.precision}  # as the blocks compute
+    sample = config.sample.model_copy(update=update)
     return make_plan(config.model_copy(update={"sample": sample}), info, weights_sha256="of a run in progress")

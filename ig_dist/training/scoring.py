@@ -21,11 +21,11 @@ from ig_dist.errors import Ending, IgDistError
 from ig_dist.evaluation.catalogue import METRICS, extractors_of
 from ig_dist.evaluation.extractors.extractor import Extractor
 from ig_dist.evaluation.features import HeldFeatures
-from ig_dist.evaluation.generate import Models, generate
-from ig_dist.evaluation.plan import Plan, make_plan
+from ig_dist.evaluation.plan import Plan, image_numbers, make_plan
 from ig_dist.evaluation.references import open_reference
 from ig_dist.evaluation.sampling import config_extractor
 from ig_dist.evaluation.scores import Scores, plan_protocol, write_result
+from ig_dist.evaluation.solving import Models, Sampler
 from ig_dist.export import model_info
 from ig_dist.models.dit import DiT
 from ig_dist.parallel.dist import Dist, StopFlag, begin_any, from_main, gather_rows
@@ -98,13 +98,12 @@ class TrainingScores:
 
     def _features(self, models: Models) -> dict[tuple[str, str], NDArray[Any]] | None:
         """Features of all images in their order, on the first rank. The ranks take turns, a batch each."""
-        plan, dist = self._plan, self._dist
+        plan, dist, sampler = self._plan, self._dist, Sampler(models, self._plan)
         rows: defaultdict[tuple[str, str], list[Tensor]] = defaultdict(list)
         for first in range(0, plan.num, dist.world_size * plan.batch_size):
             stopping = begin_any([self._stop.asked], dist)
-            mine = first + dist.rank * plan.batch_size + torch.arange(plan.batch_size, device=dist.device)
-            numbers = mine.clamp(max=plan.num - 1)  # past the end the last image is made once more, and left out
-            images = generate(models, plan, numbers, plan.image_labels(numbers))
+            mine = first + dist.rank * plan.batch_size  # past the end images that would come next, and are left out
+            images = sampler.generate(image_numbers(range(mine, mine + plan.batch_size)))
             for extractor in self._extractors.values():
                 for name, values in extractor(images).items():
                     if (key := (extractor.name.partition("-")[0], name)) in self._wanted:
@@ -132,7 +131,7 @@ class TrainingScores:
 def _plan(config: Config, index: ShardIndex) -> Plan:
     evaluate = config.evaluate
     fast = {"solver": "heun", "steps": evaluate.training_steps, "correct_last_step": True, "num": evaluate.training_num}
-    fast["classes"] = []  # a score is of all of them
+    fast |= {"classes": [], "precision": config.train.precision}  # of all classes; as the blocks compute
     guidance = [term for term in config.guidance if term.kind != "auto"]
     sample = config.sample.model_copy(update=fast)
     chosen = config.model_copy(update={"sample": sample, "guidance": guidance})

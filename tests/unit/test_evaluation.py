@@ -18,11 +18,12 @@ from ig_dist.config_file import load_config
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.evaluation.collecting import write_pngs, write_samples_npz
 from ig_dist.evaluation.features import FeatureFiles
-from ig_dist.evaluation.generate import generate, generate_units, make_unit
+from ig_dist.evaluation.generate import generate_units, make_unit
 from ig_dist.evaluation.images import plan_images
 from ig_dist.evaluation.metrics import inception_score
 from ig_dist.evaluation.plan import Plan
 from ig_dist.evaluation.plan import make_plan as plan_of
+from ig_dist.evaluation.solving import Sampler
 from ig_dist.evaluation.units import Samples, read_unit, unit_name, write_unit
 from ig_dist.report.text import guidance_name
 from tests.scoring import make_plan, pixel, quadrants, tiny_models
@@ -57,10 +58,14 @@ def test_the_plans_hash_names_everything() -> None:
             {"guidance": (GuidanceConfig(kind="ig", scale=1.5, branches="null"),)},
             {"guidance": (GuidanceConfig(kind="ig", scale=1.5, channels=1),)},
             {"classes": (3, 1)},
+            {"state": "fp32"},
+            {"decode_precision": "tf32"},
+            {"compile": True},
+            {"compile": False},
         )
     }
     assert make_plan().digest == "02fa7622031d862b"  # samples that were made under it are found
-    assert len(digests) == 20 and make_plan().digest in digests
+    assert len(digests) == 24 and make_plan().digest in digests
     assert [list(make_plan().unit(k))[::15] for k in range(3)] == [[0, 15], [16, 31], [32]]
 
 
@@ -137,8 +142,7 @@ def test_an_image_depends_on_seed_and_number_only(solver: str) -> None:
     images, labels, work = make_unit(MODELS, plan, 1)
     assert images.shape == (16, 8, 8, 1) and images.dtype == np.uint8
     assert labels.tolist() == [i % 10 for i in range(16, 32)]
-    numbers = torch.arange(20, 23)
-    some = generate(MODELS, plan, numbers, plan.image_labels(numbers)).numpy()
+    some = Sampler(MODELS, plan).generate(torch.arange(20, 23)).numpy()
     assert np.abs(some.astype(int) - images[4:7]).max() <= 1  # another batch: within rounding
     assert len({image.tobytes() for image in images}) == 16
     evaluations = {"euler": 3, "heun": 6, "euler_maruyama": 3}.get(solver, work[0, 0])

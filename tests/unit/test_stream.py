@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ig_dist.data.index import SampleTable, ShardIndex, read_index, write_index
-from ig_dist.data.latents import model_latents, tokenizer_latents
+from ig_dist.data.latents import model_latents, normalisation, tokenizer_latents
 from ig_dist.data.order import SampleOrder
 from ig_dist.data.reader import ShardReader
 from ig_dist.data.shard_files import find_shards
@@ -230,5 +230,5 @@ def test_posterior_draws_are_keyed_by_position(tmp_path: Path) -> None:
     assert len(drawn.flatten().unique()) == drawn.numel()
     mean = model_latents(stored, info, posterior="mean", seed=1, positions=positions)
     assert torch.equal(mean[0, :, 0, 0], torch.tensor([(1 - 1.0) * 0.5, (1 - 2.0) * 4.0]))
-    back = tokenizer_latents(mean, info)
+    back = tokenizer_latents(mean, normalisation(info, mean.device))
     assert torch.allclose(back, torch.ones_like(back))

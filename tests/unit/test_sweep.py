@@ -74,10 +74,10 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]:
     made: list[tuple[str, int]] = []
     solve = generate.solve_unit
 
-    def recorded(models: Any, plan: Any, number: int, *rest: Any) -> Any:
-        if plan.unit_size == 16:  # others are of the picture grid
-            made.append((plan.digest, number))
-        return solve(models, plan, number, *rest)
+    def recorded(sampler: Any, number: int, *rest: Any) -> Any:
+        if sampler.plan.unit_size == 16:  # others are of the picture grid
+            made.append((sampler.plan.digest, number))
+        return solve(sampler, number, *rest)
 
     monkeypatch.setattr(generate, "solve_unit", recorded)
     yield made

@@ -1,0 +1,155 @@
+"""From a plan's image numbers to images: its models in the plan's arithmetic, its solver, its decoder.
+
+Nothing here waits for the device: a GPU's queue stays full over the steps of a batch, and from one batch to the next.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ig_dist.arithmetic import Precision, arithmetic, compiled
+from ig_dist.data.latents import Affine, normalisation, tokenizer_latents
+from ig_dist.diffusion.guidance import guided_velocity
+from ig_dist.diffusion.path import Path
+from ig_dist.diffusion.samplers import NoiseFn, VelocityFn, dopri5, euler, euler_maruyama, heun, sde_grid, time_grid
+from ig_dist.evaluation.plan import Plan
+from ig_dist.export import ModelInfo
+from ig_dist.latents.tokenizer import Tokenizer
+from ig_dist.models.dit import DiT, DiTOutput
+from ig_dist.models.layers import AffineNorm
+from ig_dist.models.presets import forward_flops
+from ig_dist.rng import Draws, Purpose, normal, to_normal
+
+DECODED_PIXELS = 16 * 256**2  # at once: an autoencoder's activations are far larger than the model's
+WORTH_COMPILING = 1e17  # FLOPs of a plan, minutes of one GPU: compiling saves half of them and takes about one
+STATES = {"fp64": torch.float64, "fp32": torch.float32}
+
+
+class Models(NamedTuple):
+    """What makes the images of a plan, on its device and in eval mode."""
+
+    model: DiT
+    info: ModelInfo
+    """What stands beside the weights."""
+    tokenizer: Tokenizer
+    """Decodes the latents."""
+    weak: DiT | None = None
+    """The second model of auto guidance."""
+
+
+class Sampler:
+    """Makes the images of a plan; what its batches share is made once.
+
+    Attributes:
+        plan: what the images depend on.
+        device: where they are made.
+    """
+
+    def __init__(self, models: Models, plan: Plan) -> None:
+        self.plan, self.device = plan, models.model.pos_embed.device
+        self._info, self._tokenizer = models.info, models.tokenizer
+        compiling = compiles(plan, models.model)
+        self._model = as_planned(models.model, plan.precision, compiling=compiling)
+        self._weak = None if models.weak is None else as_planned(models.weak, plan.precision, compiling=compiling)
+        self._affine = normalisation(models.info.latent, self.device)
+        self._words = Draws(plan.seed, {Purpose.SAMPLE_STEP: math.prod(models.info.latent.shape)}, self.device)
+        self._noise = compiled(self._draw, dynamic=False) if compiling else self._draw
+
+    @torch.no_grad()
+    def solve(self, numbers: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+        """Latents (B, C, H, W) of the plan's image numbers (B,), given on the CPU, and the work of each."""
+        plan = self.plan
+        ids, labels = (column.to(self.device, non_blocking=True) for column in (numbers, plan.image_labels(numbers)))
+        counted, weak = _Counted(self._model), None if self._weak is None else _Counted(self._weak)
+        guided, evaluations = guided_velocity(counted, labels, plan.terms(), weak), 0
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            nonlocal evaluations
+            evaluations += 1
+            return guided(x, t)
+
+        def noise(step: int, x: Tensor) -> Tensor:
+            return self._noise(ids, torch.full((), step, device=self.device))
+
+        x = normal(plan.seed, Purpose.SAMPLE_NOISE, ids, self._info.latent.shape).to(STATES[plan.state])
+        with arithmetic(plan.precision, self.device):
+            x = run_solver(plan, velocity, x, Path(self._info.path), noise)
+        forwards = [0 if model is None else model.rows // len(numbers) for model in (counted, weak)]
+        return x, (evaluations, forwards[0], forwards[1])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, H, W, channels) uint8 of the model's latents (B, C, H, W)."""
+        return decode(self._tokenizer, latents, self._affine)
+
+    def generate(self, numbers: Tensor) -> Tensor:
+        """Images (B, H, W, channels) uint8 of the plan's image numbers (B,), given on the CPU."""
+        return self.decode(self.solve(numbers)[0])
+
+    def _draw(self, ids: Tensor, step: Tensor) -> Tensor:
+        return to_normal(self._words(ids, step)[Purpose.SAMPLE_STEP], self._info.latent.shape)
+
+
+def compiles(plan: Plan, model: DiT) -> bool:
+    """Whether blocks are compiled: as the plan says; auto is on a GPU, for what takes longer than compiling does."""
+    if plan.compile != "auto" or model.pos_embed.device.type != "cuda":
+        return plan.compile is True
+    return plan.num * plan.evaluations * forward_flops(model.config) >= WORTH_COMPILING
+
+
+def as_planned(model: DiT, precision: Precision, *, compiling: bool) -> DiT:
+    """The model as a plan computes with it: in bf16 with the weights that autocast would cast at each use cast once.
+
+    The results are bitwise those under autocast, of which the rest is left to it: embeddings, tables and the residual
+    stream are as they were. What is not cast is shared with the model. One in training stays as it is: an engine may
+    hold its weights in pieces, autocast keeps the casts of weights with gradients, and blocks may be compiled already.
+    """
+    if any(weight.requires_grad for weight in model.parameters()) or not (compiling or precision == "bf16"):
+        return model
+    with torch.device("meta"):
+        ready = DiT(model.config)
+    ready.load_state_dict(model.state_dict(), assign=True)
+    ready.eval().requires_grad_(False)
+    for module in ready.modules():
+        if precision == "bf16" and isinstance(module, nn.Linear | nn.Conv2d | AffineNorm):
+            module.to(torch.bfloat16)
+    for part in (*ready.blocks, ready.final_layer, ready.aux_layer) if compiling else ():
+        if isinstance(part, nn.Module):
+            part.forward = compiled(part.forward, dynamic=False)
+    return ready
+
+
+@torch.no_grad()
+def decode(tokenizer: Tokenizer, latents: Tensor, affine: Affine) -> Tensor:
+    """Images (B, H, W, channels) uint8 of the model's latents (B, C, H, W), so many at a time as memory is made for."""
+    pixels = latents.shape[2] * latents.shape[3] * tokenizer.downsample**2
+    parts = torch.split(tokenizer_latents(latents, affine), max(1, DECODED_PIXELS // pixels))
+    return torch.cat([tokenizer.decode(part) for part in parts])
+
+
+def run_solver(plan: Plan, velocity: VelocityFn, x: Tensor, path: Path, noise: NoiseFn) -> Tensor:
+    """From noise x (B, C, H, W), the state at t = 1, to latents, by the plan's solver on its grid."""
+    if plan.solver == "euler":
+        return euler(velocity, x, time_grid(plan.steps, plan.time_shift))
+    if plan.solver == "heun":
+        grid = time_grid(plan.steps, plan.time_shift)
+        return heun(velocity, x, grid, correct_last_step=plan.correct_last_step)
+    if plan.solver == "dopri5":
+        return dopri5(velocity, x, rtol=plan.rtol, atol=plan.atol)
+    return euler_maruyama(velocity, x, sde_grid(plan.steps), path, noise)
+
+
+class _Counted:
+    """A model, and the rows that went through it."""
+
+    def __init__(self, model: DiT) -> None:
+        self._model, self.rows = model, 0
+        self.null_label, self.has_aux_head = model.null_label, model.has_aux_head
+
+    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor, *, with_aux: bool = True) -> DiTOutput:
+        self.rows += len(labels)
+        output: DiTOutput = self._model(x_t, t, labels, with_aux=with_aux)
+        return output
