@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, layer_norm, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, layer_norm, linear, rms_norm, scaled_dot_product_attention, silu
 
 NormKind = Literal["layernorm", "rmsnorm"]
 MlpKind = Literal["gelu", "swiglu"]
@@ -15,8 +15,8 @@ Rope = tuple[Tensor, Tensor]
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
     """Scale and shift tokens x (B, T, D) by per-sample vectors (B, D); scale 0 is the identity."""
-    scaled = x * (1 + scale.unsqueeze(1))
-    return scaled if shift is None else scaled + shift.unsqueeze(1)
+    factor = 1 + scale.unsqueeze(1)
+    return x * factor if shift is None else torch.addcmul(shift.unsqueeze(1), x, factor)
 
 
 def sincos_pos_embed(width: int, grid_size: int) -> Tensor:
@@ -104,17 +104,30 @@ def token_norm(kind: NormKind, width: int) -> nn.Module:
     return AffineNorm(kind, width, eps=1e-6)
 
 
+class PatchConv(nn.Conv2d):
+    """A convolution whose stride is its kernel, as one matrix product: (B, C, H, W) to tokens (B, T, D), rows first.
+
+    A convolution's tokens would lie in memory channel by channel, and so would the whole residual stream after them.
+    """
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Return the tokens, contiguous."""
+        patch = self.kernel_size[0]
+        patches = latents.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5)
+        return linear(patches.flatten(3).flatten(1, 2), self.weight.flatten(1), self.bias)
+
+
 class PatchEmbed(nn.Module):
-    """Latents (B, C, H, W) to tokens (B, T, D), rows first, by a strided convolution."""
+    """Latents (B, C, H, W) to tokens (B, T, D), rows first."""
 
     def __init__(self, patch_size: int, in_channels: int, width: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
+        self.proj = PatchConv(in_channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Return the tokens."""
         tokens: Tensor = self.proj(latents.to(self.proj.weight.dtype))
-        return tokens.flatten(2).transpose(1, 2)
+        return tokens
 
 
 class TimestepEmbedder(nn.Module):
@@ -165,7 +178,8 @@ class Attention(nn.Module):
         """Return the attended tokens."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T, D / heads) each
+        # cut before it is turned: backward then joins the gradients where qkv's lies, without a copy
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, T, D / heads) each
         query, key = self.q_norm(query), self.k_norm(key)
         if rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)

@@ -1,14 +1,17 @@
 """Model sizes, initial weights, compilation and the refusal of impossible configs."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import conv2d
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ig_dist import rng
 from ig_dist.models.dit import DiT, DiTConfig, count_parameters, initialize
-from ig_dist.models.layers import AffineNorm, rotary_table, rotate, sincos_pos_embed
+from ig_dist.models.layers import AffineNorm, PatchEmbed, modulate, rotary_table, rotate, sincos_pos_embed
 from ig_dist.models.presets import PRESETS, forward_flops
 
 TINY = DiTConfig(
@@ -323,6 +326,53 @@ def test_lightningdit_starts_with_identity_norms_and_a_drawn_auxiliary_head(vari
     for weight in (model.aux_layer.linear.weight, model.aux_layer.adaLN_modulation[1].weight):
         assert weight.any() == (config.aux_init == "xavier")
     assert not model.final_layer.linear.weight.any() and not model.aux_layer.linear.bias.any()
+
+
+class Calls(TorchDispatchMode):
+    """Counts what PyTorch's kernels are asked for: names of operators, and casts of parameters to another type."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.names, self.casts = Counter(), Counter()
+        self._places = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names[function.overloadpacket.__name__] += 1
+        if function is torch.ops.aten._to_copy.default and args[0].data_ptr() in self._places:
+            self.casts[self._places[args[0].data_ptr()]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_modulation_and_patches_are_the_plain_mathematics():
+    x, shift, scale = torch.randn(2, 5, 8), torch.randn(2, 8), torch.randn(2, 8)
+    torch.testing.assert_close(modulate(x, shift, scale), x * (1 + scale[:, None]) + shift[:, None])
+    torch.testing.assert_close(modulate(x, None, scale), x * (1 + scale[:, None]))
+    patches = PatchEmbed(2, 4, 32)
+    latents = torch.randn(2, 4, 8, 6)
+    strided = conv2d(latents, patches.proj.weight, patches.proj.bias, stride=2).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(patches(latents), strided)
+
+
+@pytest.mark.parametrize("variant", ["sit", "lightningdit", "others"])
+def test_tokens_are_never_copied_into_another_layout(variant):
+    model = randomized(VARIANTS[variant])
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, given: layouts.append(given[0].is_contiguous()))
+    layouts = []
+    with Calls(model) as calls:
+        output = model(*inputs())
+        (output.velocity.square().mean() + output.aux_velocity.square().mean()).backward()
+    assert layouts == [True] * model.config.depth
+    of_latents = 1 + 2 * 2 + model.config.learn_sigma  # cut into patches, put together
+    assert calls.names["clone"] == of_latents and not calls.names["copy_"]
+
+
+def test_autocast_casts_each_weight_once_a_forward():
+    model = randomized(TINY)
+    with Calls(model) as calls, torch.autocast("cpu", torch.bfloat16):
+        model(*inputs())
+    tables = {"y_embedder.embedding_table.weight"}
+    assert calls.casts == {name: 1 for name, _ in model.named_parameters() if name not in tables}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
