@@ -123,7 +123,7 @@ class Pipeline:
             seed: image i depends on (seed, i) only.
             solver: euler, heun, euler_maruyama or dopri5.
             steps: of the solver.
-            preset: "paper" or "paper-ig": as published for a model of this size.
+            preset: "paper" or "paper-ig": as published for a model of this size; "fast": "paper" in bf16.
             ig_scale: of Internal Guidance; 1: off.
             cfg_scale: of classifier-free guidance; 1: off.
             auto_scale: of autoguidance by ``weak``; 1: off.

@@ -19,7 +19,7 @@ def sample(
     preset: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Sample as published: paper, or paper-ig (no CFG). Other options come on top."
+            metavar="NAME", help="As published: paper, paper-ig (no CFG), or fast (bf16). Other options come on top."
         ),
     ] = None,
     num: Annotated[int | None, typer.Option(metavar="N", min=1, help="Number of images (sample.num).")] = None,

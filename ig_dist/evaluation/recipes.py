@@ -10,7 +10,7 @@ from ig_dist.errors import ConfigError
 from ig_dist.models.presets import PRESETS
 
 _SIT: dict[str, Any] = {"solver": "euler_maruyama", "steps": 250}
-_LIGHTNING: dict[str, Any] = {"solver": "heun", "steps": 124, "time_shift": 1 / 0.3}  # 125 points in time
+_LIGHTNING: dict[str, Any] = {"solver": "heun", "steps": 124, "time_shift": 1 / 0.3, "state": "fp32"}  # 125 points
 
 # name -> size -> (sampler, guidance): arXiv 2512.24176; of SiT without an auxiliary head arXiv 2401.08740
 _RECIPES: dict[str, dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]] = {
@@ -21,7 +21,10 @@ _RECIPES: dict[str, dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]] = {
             _LIGHTNING,
             [{"kind": "ig", "scale": 1.4}, {"kind": "cfg", "scale": 1.45, "interval": [0.0, 0.81]}],
         ),
-        "SiT-XL/2 without an auxiliary head": (_SIT, [{"kind": "cfg", "scale": 1.5, "channels": 3}]),
+        "SiT-XL/2 without an auxiliary head": (
+            {**_SIT, "state": "fp32"},
+            [{"kind": "cfg", "scale": 1.5, "channels": 3}],
+        ),
     },
     "paper-ig": {
         "SiT-B/2": (_SIT, [{"kind": "ig", "scale": 1.9}]),
@@ -29,10 +32,14 @@ _RECIPES: dict[str, dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]] = {
         "LightningDiT-XL/1": (_LIGHTNING, [{"kind": "ig", "scale": 1.7}]),
     },
 }
+_RECIPES["fast"] = _RECIPES["paper"]
 
 
 def recipe(name: str, model: ModelConfig) -> list[str]:
-    """The overrides that sample a model as published: 50,000 images of random classes, in TF32 as published samplers.
+    """The overrides that sample a model as published: 50,000 images of random classes.
+
+    Model and autoencoder compute in TF32, and the state has the type, as in the published samplers (on GPUs: they set
+    it for products, and PyTorch does for convolutions). "fast" is "paper" with the model in bf16.
 
     Raises:
         ConfigError: no such recipe, or none for a model of this size.
@@ -47,8 +54,9 @@ def recipe(name: str, model: ModelConfig) -> list[str]:
             " give solver, steps and scales instead"
         )
     sampler, guidance = _RECIPES[name][size]
-    plain = {"time_shift": 1.0, "correct_last_step": True}  # of another solver that a run's config may have
-    settings = {"num": 50_000, "labels": "random", "precision": "tf32", **plain, **sampler}
+    plain = {"time_shift": 1.0, "correct_last_step": True, "state": "fp64"}  # a run's config may have others
+    arithmetic = {"precision": "bf16" if name == "fast" else "tf32", "decode_precision": "tf32"}
+    settings = {"num": 50_000, "labels": "random", **arithmetic, **plain, **sampler}
     return [*(f"sample.{key}={value}" for key, value in settings.items()), f"guidance={guidance}"]
 
 

@@ -117,8 +117,12 @@ def test_the_preset_is_what_the_config_says(name: str) -> None:
     other += ["sample.correct_last_step=false"]
     asked = load_config(file, [*other, *recipe("paper", written.model)])
     assert asked.guidance == written.guidance
-    keys = ("num", "labels", "solver", "steps", "time_shift", "correct_last_step", "precision")
+    keys = ("num", "labels", "solver", "steps", "time_shift", "correct_last_step", "precision", "state", "compile")
+    keys += ("decode_precision",)
     assert all(getattr(asked.sample, key) == getattr(written.sample, key) for key in keys)
+    fast = load_config(file, [*other, *recipe("fast", written.model)])
+    in_bf16 = asked.sample.model_copy(update={"precision": "bf16"})
+    assert fast.sample == in_bf16 and fast.guidance == asked.guidance
 
 
 def test_internal_guidance_alone_and_what_has_no_recipe() -> None:

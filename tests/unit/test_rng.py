@@ -136,11 +136,14 @@ def test_draws_do_not_depend_on_batch_split_or_threads():
 def test_compiled_words_are_the_eager_ones():
     """The counter is made inside what is compiled, where index arithmetic has 32 bits; see test_objective for more."""
 
-    def draw(ids):
-        return rng.integers((1 << 64) - 1, Purpose.NOISE, ids, 67)
+    def draw(ids, later):
+        words = rng.Draws((1 << 64) - 1, {Purpose.NOISE: 67}, ids.device)(ids, later)[Purpose.NOISE]
+        return torch.stack(words, dim=-1).flatten(1)[:, :67]
 
-    ids = torch.tensor(WIDE_IDS)
-    assert torch.equal(draw(ids), torch.compile(draw, fullgraph=True)(ids))
+    ids, compiled = torch.tensor(WIDE_IDS), torch.compile(draw, fullgraph=True)
+    for step in (0, 3, (1 << 24) - 1):
+        expected = rng.integers((1 << 64) - 1, Purpose.NOISE, ids, 67, step=step)
+        assert torch.equal(expected, draw(ids, step)) and torch.equal(expected, compiled(ids, torch.tensor(step)))
 
 
 def test_draws_side_by_side_are_those_made_alone():
