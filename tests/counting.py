@@ -22,6 +22,7 @@ _WAITING = {
 }
 _BY_MASK = {"index", "index_put", "index_put_", "_index_put_impl_"}
 _ALLOCATING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+_OVERWRITING = {"zero_", "fill_", "copy_", "_foreach_zero_", "_foreach_copy_"}
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemset")
 _SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cuStreamSynchronize")
 
@@ -46,6 +47,8 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """By name; views launch nothing and are left out."""
         self.waits: list[str] = []
         """What would make the host wait for a GPU, in order."""
+        self.bytes = 0
+        """Read and written, each operation alone; views move nothing."""
         self._made = _MadeOfNumbers(self.waits)
 
     def __enter__(self) -> Self:
@@ -61,11 +64,14 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, name = kwargs or {}, func._schema.name.partition("::")[2]
-        if not func.is_view and name not in _ALLOCATING:
+        counts = not func.is_view and name not in _ALLOCATING
+        if counts:
             self.launched[name] += 1
         if name in _WAITING or (name in _BY_MASK and any(map(_is_mask, tree_leaves(args[1])))):
             self.waits.append(name)
         out = func(*args, **kwargs)
+        if counts:
+            self.bytes += _moved(func, args, kwargs, out)
         if name in ("_to_copy", "copy_") and not (kwargs.get("non_blocking") or True in args[2:3]):
             source, target = (args[0], out) if name == "_to_copy" else (args[1], args[0])
             if source.device != target.device:
@@ -129,3 +135,21 @@ class _MadeOfNumbers(TorchFunctionMode):
 
 def _is_mask(index: object) -> bool:
     return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
+def _moved(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    """Bytes that an operation reads and writes."""
+    moved = 0
+    for number, argument in enumerate(func._schema.arguments):
+        given = args[number] if number < len(args) else kwargs.get(argument.name)
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if argument.name == "grads":  # of fused optimizers, which write what they have divided
+            written = kwargs.get("grad_scale") is not None
+        read = not (written and func._schema.name.rpartition("::")[2] in _OVERWRITING)
+        moved += (read + written) * _size(given)
+    in_place = any(returned.alias_info is not None for returned in func._schema.returns)
+    return moved if in_place else moved + _size(out)
+
+
+def _size(given: Any) -> int:
+    return sum(tensor.nbytes for tensor in tree_leaves(given) if isinstance(tensor, Tensor))

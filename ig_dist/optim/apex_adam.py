@@ -52,12 +52,13 @@ def apex_adam(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> Op
 
 
 class _Gate:
-    """What FusedAdam asks of a torch.amp.GradScaler: whether a gradient is not finite, and a scale, which is 1."""
+    """What FusedAdam asks of a torch.amp.GradScaler: whether a gradient is not finite, and what to divide it by."""
 
     def _check_inf_per_device(self, optimizer: Optimizer) -> dict[torch.device, Tensor]:
         found_inf: Tensor = optimizer.found_inf  # type: ignore[attr-defined]
-        self._one = torch.ones_like(found_inf)
+        scale: Tensor | None = optimizer.grad_scale  # type: ignore[attr-defined]
+        self._scale = torch.ones_like(found_inf) if scale is None else scale
         return {found_inf.device: found_inf}
 
     def _get_scale_async(self) -> Tensor:
-        return self._one
+        return self._scale

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -19,7 +20,7 @@ from ig_dist.optim.optimizer import build_optimizer, steps_of
 from ig_dist.parallel.dist import Dist
 from ig_dist.parallel.engine import LoadedState, StepResult
 from ig_dist.parallel.orthogonalise import orthogonalise_replicas
-from ig_dist.parallel.sharded import decayed_buffers, load_moments, moments_by_name, shared_out, update
+from ig_dist.parallel.sharded import decayed_buffers, load_moments, moments_by_name, shared_out, total_norm, update
 
 
 class DDPEngine:
@@ -58,9 +59,10 @@ class DDPEngine:
     def backward(self, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
+    @torch.no_grad()
     def step(self, lr: float) -> StepResult:
         grads = [p.grad for p in self._parameters.values() if p.grad is not None]
-        return update(self._optimizer, nn.utils.get_total_norm(grads), self._grad_clip, lr)
+        return update(self._optimizer, total_norm(grads), self._grad_clip, lr)
 
     def masters(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self._parameters.items()} | self._decayed

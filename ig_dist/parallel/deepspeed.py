@@ -100,6 +100,7 @@ class DeepSpeedEngine:
             return StepResult(nothing + float("nan"), nothing)
         return self._result
 
+    @torch.no_grad()
     def _clip_and_gate(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
         grad_norm = norm_over_ranks(grads, self._dist)

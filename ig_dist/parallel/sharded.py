@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -36,10 +37,11 @@ def update(optimizer: Optimizer, grad_norm: Tensor, grad_clip: float | None, lr:
 
 
 def clip_and_gate(optimizer: Optimizer, grad_norm: Tensor, grad_clip: float | None) -> Tensor:
-    """Clip what the optimizer is about to use, and make its next step void if the norm is not finite.
+    """Have the optimizer clip in its next step, and make that step void if the norm is not finite.
 
-    The fused kernels read ``found_inf`` on the device and then change nothing, Adam's step count included: the gate
-    costs no synchronisation. The norm is the same on all ranks, so all ranks decide alike.
+    The fused kernels read both on the device, as they do for a ``GradScaler``: they divide the gradient by
+    ``grad_scale`` as they go, and where ``found_inf`` is 1 change nothing, Adam's step count included. So neither costs
+    a pass over the gradient or a synchronisation. The norm is the same on all ranks, so all ranks decide alike.
 
     Args:
         optimizer: with its gradients set.
@@ -50,20 +52,24 @@ def clip_and_gate(optimizer: Optimizer, grad_norm: Tensor, grad_clip: float | No
         () fp32: 1 when the norm is finite, else 0.
     """
     finite = grad_norm.isfinite().float()
-    if grad_clip is not None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grads_with_norm_(parameters, grad_clip, grad_norm)
-    optimizer.found_inf = 1.0 - finite  # type: ignore[attr-defined]
+    scale = None if grad_clip is None else ((grad_norm + 1e-6) / grad_clip).clamp(min=1.0)
+    optimizer.grad_scale, optimizer.found_inf = scale, 1.0 - finite  # type: ignore[attr-defined]
     return finite
 
 
-def norm_over_ranks(grads: Iterable[Tensor], dist: Dist, replicate: int = 1) -> Tensor:
+def total_norm(grads: Sequence[Tensor]) -> Tensor:
+    """Norm, () fp32, of tensors as one vector: a pass over them, and one over their norms."""
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads))))
+    return norm
+
+
+def norm_over_ranks(grads: Sequence[Tensor], dist: Dist, replicate: int = 1) -> Tensor:
     """Norm, () fp32, of a gradient of which every rank holds a part, and ``replicate`` ranks the same. COLLECTIVE.
 
     Summed over all ranks also where some hold the same: groups that sum by themselves might round otherwise, clip
     otherwise, and drift apart.
     """
-    local = nn.utils.get_total_norm(list(grads)).to(dist.device)
+    local = total_norm(grads)
     # squares of fp32 norms overflow from 1e19 on: such a step would be skipped that is taken on one rank
     return (sum_over_ranks(local.double().square(), dist) / replicate).sqrt().float()
 

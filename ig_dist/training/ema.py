@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**26  # bounds the temporary to 256 MB
+from ig_dist.optim.gated import move
 
 
 class EMA:
@@ -55,27 +55,6 @@ class EMA:
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:
         """Move every average towards the weights; not at all when ``finite`` (a device scalar) is 0."""
-        if finite.device.type == "cpu":  # a pass over all tensors for each operation would leave the cache each time
-            for decay, average in self.averages.items():
-                for name, weight in self._masters.items():
-                    average[name].lerp_(weight, float(finite) * (1 - decay))
-            return
-        for chunk in _chunks(self._masters):
-            weights = [self._masters[name] for name in chunk]
-            for decay, average in self.averages.items():
-                averages = [average[name] for name in chunk]
-                difference = torch._foreach_sub(weights, averages)
-                torch._foreach_mul_(difference, finite * (1 - decay))
-                torch._foreach_add_(averages, difference)
-
-
-def _chunks(tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    chunks: list[list[str]] = []
-    elements = CHUNK_ELEMENTS
-    for name, tensor in tensors.items():
-        if elements + tensor.numel() > CHUNK_ELEMENTS:
-            chunks.append([])
-            elements = 0
-        chunks[-1].append(name)
-        elements += tensor.numel()
-    return chunks
+        weights, void = list(self._masters.values()), 1 - finite
+        for decay, average in self.averages.items():
+            move([average[name] for name in self._masters], weights, 1 - decay, void)

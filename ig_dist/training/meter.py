@@ -41,7 +41,7 @@ class Meter:
         self._told = 0
         """Of ``_skipped``: what has been said."""
         self._suspects: list[tuple[int, Tensor, Tensor]] = []
-        """Of each step since the last line: its number, its samples, and which of their losses are not finite."""
+        """Of each step since the last line: its number, its samples, and their losses."""
         self._stall: float | None = None
         self._recompiles, self._graphs = 0, 0
         self.own, self._watch = OwnWork(dist.device), Watch()
@@ -72,9 +72,10 @@ class Meter:
             step: its number.
         """
         self._steps += 1
-        self._skipped += 1 - result.finite
-        self._streak = (self._streak + 1) * (1 - result.finite)
-        self._suspects.append((step, batch.ids, ~losses[0].isfinite()))
+        void = 1 - result.finite
+        self._skipped += void
+        self._streak = (self._streak + 1) * void
+        self._suspects.append((step, batch.ids, losses[0]))
         if not self.phases.warm:
             self.own.take()  # what the first step does once is not what it takes
         graphs = compiled_graphs()
@@ -148,7 +149,7 @@ class Meter:
         skipped, self._told = int(self._skipped) - self._told, int(self._skipped)
         if not skipped:
             return None  # the same on every rank: the gate is
-        mine = [(step, int(sample)) for step, ids, bad in suspects for sample in ids[bad.cpu()]]
+        mine = [(step, int(sample)) for step, ids, loss in suspects for sample in ids[~loss.isfinite().cpu()]]
         guilty = sorted({pair for pairs in gather_objects(mine, self._dist) for pair in pairs})
         if self._dist.is_main:
             first, last = suspects[0][0], suspects[-1][0]

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from ig_dist.config import Config
 from ig_dist.config_file import load_config
@@ -20,6 +19,7 @@ from ig_dist.models.dit import DiT, initialize
 from ig_dist.parallel.build import build_engine
 from ig_dist.parallel.dist import Dist, shut_down
 from ig_dist.parallel.engine import StepResult
+from ig_dist.parallel.sharded import total_norm
 from ig_dist.training import trainer
 from ig_dist.training.ema import EMA
 from ig_dist.training.meter import Meter
@@ -27,6 +27,7 @@ from ig_dist.training.objective import TaskMaker, training_loss
 from ig_dist.training.phases import Phases
 from tests.counting import Operations, count
 
+torch.library.impl("aten::_fused_sgd_", "Meta")(lambda *_, **__: None)  # torch has none
 AWAY = Dist(0, 1, 0, 1, torch.device("meta"))
 """A device that is not the host's: nothing can be read back from it."""
 
@@ -73,7 +74,29 @@ def test_a_step(parts: Callable[..., Any], engine_kind: str, kind: str, request:
         for _ in range(2):
             training_loss(engine.module, to_task(micro), config, step=2)[0].mean().backward()
     beside = whole.launches - network.launches
-    assert beside <= (45 if kind == "adamw" else 1500)  # Muon's grow with the number of matrices, Adam's do not
+    assert beside <= (40 if kind == "adamw" else 1500)  # Muon's grow with the number of matrices, Adam's do not
+
+
+@pytest.mark.parametrize("engine_kind", ["ddp", "fsdp2"])
+def test_norm_optimizer_and_average_are_a_pass_each(
+    parts: Callable[..., Any], engine_kind: str, request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(shut_down)
+    config = parts(f"engine.kind={engine_kind}", "model.hidden_size=128", "ema.decays=[0.9,0.99]")[0]
+    model = DiT(config.model.to_dit())
+    initialize(model, 0)
+    engine = build_engine(model, config, None, ALONE)
+    ema = EMA(engine.masters(), config.ema.decays)
+    state = sum(weight.nbytes for weight in engine.masters().values())
+    for first in (True, False):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        with Operations() as operations:
+            ema.update(engine.step(1e-3).finite)
+        if not first:  # which makes the moments
+            # the norm reads; Adam reads four and writes them, the gradient because it clips; an average takes three
+            assert operations.bytes == pytest.approx((1 + 8 + 2 * 3) * state, rel=0.01)
+            assert operations.launches <= 30
 
 
 def test_nothing_waits_for_another_device(parts: Callable[..., Any]) -> None:
@@ -86,14 +109,14 @@ def test_nothing_waits_for_another_device(parts: Callable[..., Any]) -> None:
     with Operations() as operations:
         losses = training_loss(model, to_task(batch), config, step=0)
         losses[0].mean().backward()
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = total_norm([p.grad for p in model.parameters() if p.grad is not None])
         result = StepResult(norm, norm.isfinite().float())
         before = operations.launches
         ema.update(result.finite)
         meter.count(result, batch, losses.detach(), 1)
     assert operations.waits == [], operations.waits
     assert operations.launched["_to_copy"] > 0
-    assert operations.launches - before <= 5 * len(config.ema.decays) + 10  # whatever the depth
+    assert operations.launches - before <= len(config.ema.decays) + 5  # whatever the depth
 
 
 def test_what_waits_is_seen(parts: Callable[..., Any]) -> None:

@@ -1,0 +1,62 @@
+"""Norm, clipping, gate and update in a pass each: the numbers of the plain way, and nothing of a void step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from ig_dist.config.training import OptimizerConfig
+from ig_dist.optim.optimizer import build_optimizer
+from ig_dist.parallel.sharded import total_norm, update
+
+SHAPES = [(6, 10), (5, 3, 2, 2), (7,), (1,)]
+
+
+def parameters() -> list[nn.Parameter]:
+    draw = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=draw)) for shape in SHAPES]
+
+
+def gradients(step: int) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(step)
+    return [torch.randn(shape, generator=draw) * 10.0 ** (step % 3 - 1) for shape in SHAPES]  # norms of 1, 10 and 100
+
+
+@pytest.mark.parametrize("clip", [5.0, None])
+def test_a_step_is_that_of_the_plain_way(clip: float | None) -> None:
+    ours, plain = parameters(), parameters()
+    optimizer = build_optimizer(ours, OptimizerConfig(lr=1e-2, weight_decay=0.1, grad_clip=clip))
+    expected = AdamW(plain, lr=1e-2, weight_decay=0.1, fused=False, foreach=False)
+    for step in range(12):
+        for parameter, reference, grad in zip(ours, plain, gradients(step), strict=True):
+            parameter.grad, reference.grad = grad.clone(), grad.clone()
+        norm = total_norm([p.grad for p in ours if p.grad is not None])
+        result = update(optimizer, norm, clip, 1e-2)
+        truth = nn.utils.clip_grad_norm_(plain, clip or float("inf"))
+        expected.step()
+        assert result.grad_norm == pytest.approx(float(truth), rel=1e-6) and result.finite == 1
+    for parameter, reference in zip(ours, plain, strict=True):
+        assert parameter.grad is None
+        torch.testing.assert_close(parameter, reference, rtol=2e-6, atol=2e-7)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])  # whose square is not finite
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_void_step_changes_no_bit(kind: str, bad: float) -> None:
+    ours = parameters()
+    optimizer = build_optimizer(ours, OptimizerConfig.model_validate({"kind": kind, "lr": 1e-2}))
+    for step, void in enumerate([False, True, False]):
+        kept = [parameter.detach().clone() for parameter in ours]
+        states = [{key: value.clone() for key, value in optimizer.state[p].items()} for p in ours]
+        for parameter, grad in zip(ours, gradients(step), strict=True):
+            parameter.grad = grad
+        if void:
+            ours[1].grad.view(-1)[3] = bad  # type: ignore[union-attr]
+        result = update(optimizer, total_norm([p.grad for p in ours if p.grad is not None]), 1.0, 1e-2)
+        assert result.finite == (not void)
+        for parameter, weight, state in zip(ours, kept, states, strict=True):
+            assert torch.equal(parameter, weight) == void
+            if void:
+                assert all(torch.equal(optimizer.state[parameter][key], value) for key, value in state.items())
