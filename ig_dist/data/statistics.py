@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ig_dist.data.index import LatentInfo, Statistics
 
-_HELD = 64  # arrays that are summed at once; few enough for the processor's cache
+_HELD, _HELD_BYTES = 64, 2**20  # arrays that are summed at once; few enough for the processor's cache
 
 
 class ChannelSums:
@@ -36,7 +36,7 @@ class ChannelSums:
     def add(self, key: str, array: NDArray[Any]) -> None:
         """Take a sample's array, (C, H, W), or (2C, H, W): mean and std stacked."""
         self._held.append((key, array))
-        if len(self._held) == _HELD:
+        if len(self._held) == _HELD or len(self._held) * array.nbytes >= _HELD_BYTES:
             self.close()
 
     def close(self) -> None:

@@ -124,12 +124,12 @@ def _make_missing(job: Job, ledger: Ledger, order: list[int]) -> None:
             for encoded in latent_batches(wanted, job.tokenizer, job.settings, job.device):
                 if encoded.batch.shard != shard.number:  # the one before is finished, or was left to another worker
                     shard = OpenShard(encoded.batch.shard)
-                shard.add(encoded, job.source)
+                shard.add(encoded, job.source, job.settings)
                 if encoded.batch.last:
                     if writing is not None:
                         writing.result()
-                    # a thread packs and writes the last shard while this one feeds the device with the next
-                    writing = in_background(partial(finish_shard, shard, job.dest, job.settings, job.source.labels))
+                    # a thread writes the last shard while this one feeds the device with the next
+                    writing = in_background(partial(finish_shard, shard, job.dest, job.settings))
                     made.add(shard.number)
                 in_hand = 0 if shard.number in made else shard.places
                 advance(encoded.batch.places, done=_images(ledger.finished | made, job) + in_hand)

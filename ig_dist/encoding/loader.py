@@ -16,7 +16,7 @@ from ig_dist.data.sources.source import Item, read_bytes
 from ig_dist.errors import DataError
 from ig_dist.processes import end_with_parent, helpers
 
-PREFETCH = 2  # batches that each process decodes ahead
+PREFETCH = 4  # batches that each process decodes ahead
 
 
 class Request(NamedTuple):

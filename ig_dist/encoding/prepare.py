@@ -21,6 +21,7 @@ from ig_dist.this_process import Process
 MAX_DECODERS = 16
 FEW_IMAGES = 2000  # decoded sooner than processes start
 VAE_IMAGE_SIZE = 256
+BATCH_SIZE = {"cuda": 64, "cpu": 16}  # what a CPU works on should stay in its cache
 
 
 def choose_precision(precision: str | None, tokenizer: str, device: torch.device) -> Precision:

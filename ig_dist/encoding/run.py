@@ -33,7 +33,7 @@ def encode(
     samples_per_shard: int | None = None,
     max_rejected: float = 0.01,
     workers: int | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     worker: str | None = None,
     spool: str | None = None,
     dry_run: bool = False,
@@ -54,7 +54,7 @@ def encode(
         samples_per_shard: files in each shard but the last; None: about 256 MB.
         max_rejected: fraction of the files that may be no pictures.
         workers: processes that decode; None: the cores, 16 at most.
-        batch_size: images that the tokenizer encodes at a time.
+        batch_size: images that the tokenizer encodes at a time; None: 64, on a CPU 16.
         worker: "i/W": this is the i-th of W; None: as torchrun or SLURM says.
         spool: folder for copies of remote tars and of parquet; None: a temporary one.
         dry_run: say what it will take; write nothing.
@@ -76,6 +76,7 @@ def encode(
     folder = Dest(dest, patience)
     me = this_process(worker, arrays=True)
     device = this_device(me)
+    batch_size = batch_size or prepare.BATCH_SIZE[device.type]
     arithmetic = prepare.choose_precision(precision, tokenizer, device)
     encoder = tokenizers.get_tokenizer(tokenizer, device=device, precision=arithmetic)
     native = native_format(source)
