@@ -1,79 +1,77 @@
-"""What decoding, features and writing add to sampling: whole units against the solver alone, side by side in one run.
+"""Sampling against itself: whole units and the solver alone, compiled and plain, weights cast once and by autocast.
 
     python benchmarks/sampling.py                                     # the quickstart's model, on pixels
-    python benchmarks/sampling.py --preset SiT-XL/2 --size 32 --channels 4 --steps 64 --num 512 --extractor inception
+    python benchmarks/sampling.py --preset SiT-B/2 --size 32 --channels 4 --steps 2 --num 8 --batch-size 4
+    python benchmarks/sampling.py --preset SiT-XL/2 --size 32 --channels 4 --steps 16 --num 512 --extractor inception
 
-Each round makes the same images in both ways, with random weights. On a GPU what is beside the solver has a stream and
-a thread of its own; on a CPU it takes its turn, but for the writing.
+Each way makes the same images with random weights, in the turns of a round. What stands beside the solver has a stream
+and a thread of its own on a GPU; on a CPU it takes its turn, but for the writing. What the auxiliary head costs is in
+``train_step.py``, the published samplers are in ``compare.py``.
 """
 
 from __future__ import annotations
 
-import statistics
+import sys
 import tempfile
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import typer
 
+from benchmarks.side_by_side import Claim, Record, Rounds, interleaved, show
+from benchmarks.synthetic import export_info
 from ig_dist.config.model import ModelConfig
-from ig_dist.data.index import LatentInfo, TokenizerInfo
-from ig_dist.evaluation.extractors.extractor import get_extractor
-from ig_dist.evaluation.generate import Models, generate_units, solve
+from ig_dist.data.index import TokenizerInfo
+from ig_dist.evaluation.extractors.extractor import Extractor, get_extractor
+from ig_dist.evaluation.generate import generate_units
 from ig_dist.evaluation.plan import Plan, image_numbers
+from ig_dist.evaluation.solving import Models, Sampler
 from ig_dist.evaluation.units import Samples
-from ig_dist.export import ExportInfo
 from ig_dist.latents.tokenizers import get_tokenizer
-from ig_dist.models.dit import DiT
-from ig_dist.terminal import console, run_app
+from ig_dist.models.dit import DiT, initialize
+from ig_dist.terminal import run_app
 from ig_dist.this_process import this_device
 
+QUICKSTART: dict[str, Any] = {"depth": 6, "hidden_size": 128, "num_heads": 4, "aux_depth": 2, "patch_size": 2}
 
-def build(
-    preset: str | None, size: int, channels: int, tokenizer: str, device: torch.device
-) -> tuple[Models, ExportInfo]:
-    """A model with random weights, and a tokenizer."""
-    layers = (
-        {"preset": preset, "aux_depth": 8}
-        if preset
-        else {"depth": 6, "hidden_size": 128, "num_heads": 4, "aux_depth": 2}
-    )
-    shape = {"patch_size": 2} if not preset else {}
-    config = ModelConfig(**layers, **shape, input_size=size, in_channels=channels, num_classes=10).to_dit()
+
+def build(preset: str | None, size: int, channels: int, tokenizer: str, device: torch.device) -> Models:
+    """A model as a run begins, with a tokenizer."""
+    layers = {"preset": preset, "aux_depth": 8 if "XL" in preset else 4} if preset else QUICKSTART
+    config = ModelConfig(**layers, input_size=size, in_channels=channels, num_classes=10).to_dit()
     with device:
         model = DiT(config).eval().requires_grad_(False)
+    initialize(model, 0)
     decoder = get_tokenizer(tokenizer, device=device)
-    info = ExportInfo(
-        model=config,
-        path="linear",
-        latent=LatentInfo(
-            kind="sample", shape=(channels, size, size), dtype="float16", shift=[0.0] * channels, scale=[1.0] * channels
-        ),
-        tokenizer=TokenizerInfo(
-            name=decoder.name, sha256=decoder.sha256, image_size=size * decoder.downsample, image_channels=channels
-        ),
-        classes=[str(i) for i in range(10)],
-        trained_with_null_label=True,
-        ema=None,
-        step=0,
-        images_seen=0,
-        checkpoint_sha256="",
-        weights_sha256="",
-    )
-    return Models(model, info, decoder), info
+    side, colours = size * decoder.downsample, decoder.image_channels or channels
+    told = TokenizerInfo(name=decoder.name, sha256=decoder.sha256, image_size=side, image_channels=colours)
+    return Models(model, export_info(config, told), decoder)
 
 
-def solver_alone(models: Models, plan: Plan, device: torch.device) -> None:
+def solver_alone(sampler: Sampler) -> None:
     """All batches of the plan, and nothing of what follows."""
-    for number in range(plan.num_units):
-        unit = plan.unit(number)
-        for start in range(unit.start, unit.stop, plan.batch_size):
-            numbers = image_numbers(range(start, min(start + plan.batch_size, unit.stop)), device)
-            solve(models, plan, numbers, plan.image_labels(numbers))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    for number in range(sampler.plan.num_units):
+        for batch in sampler.plan.batches(number):
+            sampler.solve(image_numbers(batch.solved))
+
+
+def whole_units(models: Models, plan: Plan, features: Extractor) -> None:
+    """What ``ig-dist sample --evaluate`` makes."""
+    with tempfile.TemporaryDirectory() as folder:
+        info: Any = models.info
+        generate_units(models, Samples(plan, info, str(Path(folder)), models.tokenizer.uint8_rule), [features])
+
+
+def under_autocast(models: Models, plan: Plan) -> Sampler:
+    """As sampling was: weights in fp32, cast at each use."""
+    sampler = Sampler(models, plan)
+    sampler._model = models.model
+    return sampler
 
 
 def main(
@@ -83,49 +81,41 @@ def main(
     tokenizer: Annotated[str, typer.Option(help="What decodes them.")] = "pixel",
     extractor: Annotated[str, typer.Option(help="Whose features are made.")] = "pixel",
     weights: Annotated[str, typer.Option(help="Of the extractor; others than the published ones will do.")] = "",
-    num: Annotated[int, typer.Option(help="Images of a round.")] = 1024,
+    num: Annotated[int, typer.Option(help="Images of a round.")] = 256,
     steps: Annotated[int, typer.Option(help="Steps of Heun.")] = 16,
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 128,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    rounds: Annotated[int, typer.Option(help="Rounds after a first one that does not count.")] = 5,
+    precision: Annotated[
+        str, typer.Option(help="fp32, tf32 or bf16: of all but the casts, which are bf16's.")
+    ] = "fp32",
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="The compiled way too.")] = True,
+    rounds: Rounds = 5,
+    record: Record = False,
 ) -> None:
-    """Compare whole sampling with the solver alone."""
+    """Make the same images in each way, and say the ratios."""
     device = this_device()
-    models, info = build(preset, size, channels, tokenizer, device)
+    models = build(preset, size, channels, tokenizer, device)
     features = get_extractor(extractor, weights=weights, device=device, allow_other=bool(weights))
-    ratios, rates = [], []
-    for number in range(rounds + 1):
-        plan = Plan.model_validate(
-            {
-                **{
-                    "num": num,
-                    "labels": "balanced",
-                    "num_classes": 10,
-                    "seed": number,
-                    "solver": "heun",
-                    "steps": steps,
-                },
-                **{"guidance": [{"kind": "ig", "scale": 1.4}], "precision": precision, "unit_size": 256},
-                **{"batch_size": batch_size, "weights_sha256": ""},
-            }
-        )
-        began = time.perf_counter()
-        solver_alone(models, plan, device)
-        alone = time.perf_counter() - began
-        with tempfile.TemporaryDirectory() as folder:
-            samples = Samples(plan, info, str(Path(folder)), models.tokenizer.uint8_rule)
-            began = time.perf_counter()
-            generate_units(models, samples, [features])
-            whole = time.perf_counter() - began
-        if number:
-            ratios.append(whole / alone)
-            rates.append(num / whole)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    console.print(
-        f"{name}, {preset or 'quickstart'}, Heun {steps}, {precision}, {extractor} features, {rounds} rounds of {num}"
-        f" images: {statistics.median(ratios):.3f} of the solver alone (lowest {min(ratios):.3f}, highest"
-        f" {max(ratios):.3f}), {statistics.median(rates):.1f} images/s"
-    )
+    given: dict[str, Any] = {"labels": "balanced", "num_classes": 10, "seed": 0, "solver": "heun", "weights_sha256": ""}
+    given |= {"num": num, "steps": steps, "unit_size": 256, "batch_size": batch_size, "compile": False}
+    plan = Plan.model_validate({**given, "guidance": [{"kind": "ig", "scale": 1.4}], "precision": precision})
+    in_bf16 = plan.model_copy(update={"precision": "bf16"})
+    ways: dict[str, Callable[[], object]] = {
+        "whole units": partial(whole_units, models, plan, features),
+        "solver": partial(solver_alone, Sampler(models, plan)),
+        "weights cast once": partial(solver_alone, Sampler(models, in_bf16)),
+        "under autocast": partial(solver_alone, under_autocast(models, in_bf16)),
+    }
+    of = f"{preset or 'quickstart'}, batch {batch_size}"
+    claims = [
+        Claim(f"sampling, {of}, {precision}: whole units / solver", "whole units", "solver", "<= 1.05"),
+        Claim(f"sampling, {of}, bf16: under autocast / cast once", "under autocast", "weights cast once", ">= 1.0"),
+    ]
+    if compiled:
+        ways["compiled"] = partial(solver_alone, Sampler(models, plan.model_copy(update={"compile": True})))
+        limit = ">= 1.5" if device.type == "cuda" else ">= 1.0"
+        claims.append(Claim(f"sampling, {of}, {precision}: plain / compiled", "solver", "compiled", limit))
+    title = f"{num} images, Heun {steps}, IG 1.4, {extractor} features, {rounds} rounds"
+    show(interleaved(ways, rounds), claims, title=title, record=record)
 
 
 if __name__ == "__main__":
