@@ -22,6 +22,9 @@ from ig_dist.errors import ConfigError
 from ig_dist.run_paths import moved_paths
 from ig_dist.storage.urls import refuse_credentials
 
+MOST_BYTES = 2**20
+MOST_NODES = 100_000
+
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a YAML file, apply ``a.b=c`` overrides, validate.
@@ -36,16 +39,43 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
 
 def _load(path: Path, overrides: typing.Sequence[str], run: Path | None) -> Config:
     """``run``: the run directory whose config it is, wherever that was when the run began."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}") from None
-    tree = {} if tree is None else tree
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a mapping of config groups, found {type(tree).__name__}")
+    tree = read_groups(path)
     tree = tree if run is None else moved_paths(tree, run)
     config = config_from_tree(apply_overrides(tree, overrides), source=str(path))
     return config if config.run.dir else _in_run_dir(config, f"runs/{path.stem}")
+
+
+def read_groups(path: Path) -> dict[str, Any]:
+    """The groups of a YAML file, which may be anything.
+
+    Raises:
+        ConfigError: it is no file that can be read, or no YAML, or not groups.
+    """
+    try:
+        if not path.is_file() or path.stat().st_size > MOST_BYTES:
+            raise ConfigError(f"{path} is no file of less than {MOST_BYTES >> 20} MiB: give a config")
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if node is not None and _nodes(node, {}) > MOST_NODES:
+            raise ConfigError(f"{path} is not a config: its aliases (*name) stand for more than {MOST_NODES:,} values")
+        tree = {} if node is None else loader.construct_document(node) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise ConfigError(f"{path} must hold a mapping of config groups, found {type(tree).__name__}")
+    return tree
+
+
+def _nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values that a YAML node stands for: each alias counts as what it is of, so that a few lines may be millions."""
+    if id(node) not in known:
+        known[id(node)] = MOST_NODES + 1  # until it is counted: then it holds itself
+        parts = node.value if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else []
+        each = [part for pair in parts for part in pair] if isinstance(node, yaml.MappingNode) else parts
+        known[id(node)] = 1 + sum(_nodes(part, known) for part in each)
+    return known[id(node)]
 
 
 def find_config(named: str | Path) -> Path:

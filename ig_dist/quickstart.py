@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from ig_dist.config_file import load_run
 from ig_dist.errors import ConfigError, IgDistError
+from ig_dist.run_dir import read_lines
 from ig_dist.terminal import console
 
 CONFIG = "digits"
@@ -214,11 +214,4 @@ def _run_until(command: list[str], metrics: Path, stop_at: int) -> bool:
 
 
 def _last_step(metrics: Path) -> int:
-    if not metrics.exists():
-        return 0
-    lines = metrics.read_text(encoding="utf-8").splitlines()
-    try:
-        last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
-    except ValueError:  # being written
-        return 0
-    return int(last.get("step", 0))
+    return max((int(line.get("step", 0)) for line in read_lines(metrics)), default=0)

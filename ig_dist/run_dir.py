@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import json
 import os
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import yaml
 from pydantic import ValidationError
 
 from ig_dist.config import Config
+from ig_dist.config_file import read_groups
 from ig_dist.endings import LOCK_WAIT_VARIABLE
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, DataError
 from ig_dist.run_paths import absolute_paths, moved_paths
 from ig_dist.terminal import console
+from ig_dist.this_process import host
 
 CONFIG_NAME = "config.yaml"
+IDENTITY_NAME = "run.json"
+LOCK_NAME = ".lock"
+FILES = ("metrics.jsonl", "goodput.jsonl", "provenance.jsonl")
+FOLDERS = ("tensorboard", "checkpoints", "export", "samples", "hang")
+MOST_IDENTITY_BYTES = 4096
+MOST_DIFFERENCES = 8  # that are told
 
 # What may change when a run goes on: it does not enter the weights (beyond the order of float sums).
 FREE_GROUPS = {"log", "engine", "guidance", "sample", "evaluate"}
@@ -52,46 +63,94 @@ FREE_KEYS = {
 }
 
 
+class Identity(NamedTuple):
+    """Which run a folder or a checkpoint is of, wherever it lies and whatever it is called."""
+
+    id: str
+    """Drawn at the first start; empty: of a version that drew none."""
+    parent: str = ""
+    """Of the run that it was forked from."""
+
+
+def new_identity(parent: str = "") -> Identity:
+    """That of a run that begins."""
+    return Identity(uuid.uuid4().hex[:16], parent)
+
+
+def read_identity(path: Path) -> Identity:
+    """That of the run in a folder; empty where none can be read."""
+    with contextlib.suppress(OSError, ValueError, RecursionError, TypeError):
+        if (path / IDENTITY_NAME).is_file():
+            found = Identity(**json.loads((path / IDENTITY_NAME).read_bytes()[:MOST_IDENTITY_BYTES]))
+            if all(isinstance(part, str) for part in found):
+                return found
+    return Identity("")
+
+
 @contextmanager
-def claim(config: Config, *, force: bool = False) -> Iterator[Path]:
+def claim(config: Config, identity: Identity | None = None, *, force: bool = False) -> Iterator[Path]:
     """Hold the run directory for this process: check, create, lock and write ``config.yaml``. Rank 0 only.
 
     Args:
         config: the resolved config.
+        identity: of the run, written beside it unless one is there; None: a new one.
         force: go on under a config that differs; what differs is printed.
 
     Raises:
-        ConfigError: another process holds it, or it belongs to another config.
+        ConfigError: another process holds it, it belongs to another config, or it cannot be written.
     """
     path = Path(config.run.dir)
-    differ = changed_keys(path, config)
-    if differ and not force:
-        raise ConfigError(
-            f"run.dir {path} belongs to another config: {', '.join(differ)};"
-            " choose another run.dir, or go on under the new config with --force-config"
-        )
+    if differ := changed_keys(path, config):
+        refuse_other_config(f"run.dir {path}", differ, force=force)
     for change in differ:
         console.print(f"changed by --force-config: {change}")
+    _check_kinds(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("a+")
+        descriptor = os.open(path / LOCK_NAME, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise ConfigError(f"run.dir {path}: {error.strerror}: choose a folder that can be written") from None
-    with lock:
+    with open(descriptor, "a+") as lock:  # noqa: PTH123  (a descriptor)
         try:
             if not _locked(lock, float(os.environ.get(LOCK_WAIT_VARIABLE, "0"))):
                 lock.seek(0)
-                raise ConfigError(f"run.dir {path} is in use by process {lock.read().strip()}: wait for it or stop it")
+                raise ConfigError(
+                    f"run.dir {path} is in use by process {lock.read(99).strip()}: wait for it or stop it"
+                )
         except OSError as error:
             raise ConfigError(
                 f"run.dir {path}: no file locks there ({error.strerror}): use another file system"
             ) from None
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
         kept = absolute_paths(config.model_dump(mode="json"))  # they hold from any folder
-        replace_text(path / CONFIG_NAME, yaml.safe_dump(kept, sort_keys=False))
+        try:
+            lock.truncate(0)
+            lock.write(f"{os.getpid()} on {host()}\n")
+            lock.flush()
+            replace_text(path / CONFIG_NAME, yaml.safe_dump(kept, sort_keys=False))
+            if not read_identity(path).id:
+                replace_text(path / IDENTITY_NAME, json.dumps((identity or new_identity())._asdict()) + "\n")
+        except OSError as error:
+            raise ConfigError(f"run.dir {path}: {error.strerror}: see that it has space and can be written") from None
         yield path
+
+
+def _check_kinds(path: Path) -> None:
+    """Refuse a run directory in which something else stands where a run writes.
+
+    Raises:
+        ConfigError: a folder, a device or a pipe where a file is written, a file where a folder is, or a link for the
+            lock, which would be written over.
+    """
+    for name in (CONFIG_NAME, IDENTITY_NAME, LOCK_NAME, *FILES):
+        for file in (path / name, path / f"{name}.tmp"):
+            if file.exists() and not file.is_file():
+                raise ConfigError(f"run.dir: {file} is not a file: move it away")
+    for name in FOLDERS:
+        if (path / name).exists() and not (path / name).is_dir():
+            raise ConfigError(f"run.dir: {path / name} is not a folder: move it away")
+    for name in (LOCK_NAME, f"{CONFIG_NAME}.tmp", f"{IDENTITY_NAME}.tmp"):
+        if (path / name).is_symlink():
+            raise ConfigError(f"run.dir: {path / name} is a link, whose target would be written over: remove it")
 
 
 def _locked(lock: IO[str], wait_s: float) -> bool:
@@ -111,17 +170,25 @@ def changed_keys(path: Path, config: Config) -> list[str]:
     """Keys of the run in ``path`` that ``config`` changes and that enter the weights, as ``key (old -> new)``.
 
     Raises:
-        ConfigError: ``path`` is a file.
+        ConfigError: ``path`` is a file, or its config is none.
     """
     file = path / CONFIG_NAME
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"run.dir {path} is a file: choose another run.dir")
     if not file.exists():
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"run.dir {path} is a file: choose another run.dir")
         return []
-    tree = absolute_paths(moved_paths(yaml.safe_load(file.read_text(encoding="utf-8")) or {}, path))
+    try:
+        tree = moved_paths(read_groups(file), path)
+    except ConfigError as error:
+        raise ConfigError(f"the run's own {error}; move it away to go on: the checkpoints know its settings") from None
+    return differences(tree, config)
+
+
+def differences(tree: dict[str, Any], config: Config) -> list[str]:
+    """Keys of a stored config that ``config`` changes and that enter the weights, as ``key (old -> new)``."""
     with contextlib.suppress(ValidationError):  # of a key that is gone since: it differs
         tree = Config.model_validate(tree).model_dump(mode="json")  # a key that was not there yet had its default
-    old = _flatten(tree)
+    old = _flatten(absolute_paths(tree))
     new = _flatten(absolute_paths(config.model_dump(mode="json")))
     free = FREE_KEYS | ({"train.steps", "train.epochs"} if config.optimizer.schedule == "constant" else set())
     return [
@@ -129,6 +196,64 @@ def changed_keys(path: Path, config: Config) -> list[str]:
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and key not in free and key.split(".")[0] not in FREE_GROUPS
     ]
+
+
+def refuse_other_config(what: str, differ: Sequence[str], *, force: bool) -> None:
+    """Raise ConfigError unless it is to be gone on with under the new config."""
+    if not force:
+        more = f" and {len(differ) - MOST_DIFFERENCES} more" if len(differ) > MOST_DIFFERENCES else ""
+        raise ConfigError(
+            f"{what} belongs to another config: {', '.join(differ[:MOST_DIFFERENCES])}{more};"
+            " choose another run.dir, or go on under the new config with --force-config"
+        )
+
+
+class LineFile:
+    """A file of JSON lines that a run appends to. A line that finds no space waits for the next; then one is told."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._waiting = file, b""
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Add a line, whole or not at all.
+
+        Raises:
+            DataError: the folder is gone.
+        """
+        failed_before = bool(self._waiting)
+        self._waiting += json.dumps(line).encode() + b"\n"
+        try:
+            with self._file.open("a+b", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size and os.pread(file.fileno(), 1, size - 1) != b"\n" and not failed_before:
+                    self._waiting = b"\n" + self._waiting  # ends a line that a kill cut off
+                try:
+                    if file.write(self._waiting) != len(self._waiting):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(size)
+                    raise
+        except FileNotFoundError:
+            raise DataError(f"run.dir {self._file.parent} is gone while the run goes on: start it again") from None
+        except OSError as error:
+            if not failed_before:
+                console.print(
+                    f"{self._file}: {error.strerror}: the run goes on, and its lines wait for space", markup=False
+                )
+        else:
+            self._waiting = b""
+
+
+def read_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a file of JSON lines; what was cut off, is being written or is no object is passed over."""
+    if not file.is_file():
+        return
+    with file.open("rb") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError, RecursionError):
+                found = json.loads(line)
+                if isinstance(found, dict):
+                    yield found
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -33,8 +33,9 @@ def absolute_paths(tree: dict[str, Any]) -> dict[str, Any]:
 
 def moved_paths(tree: dict[str, Any], run: Path) -> dict[str, Any]:
     """The config of a run that now lies in ``run``, with its paths as they are now."""
-    old = (tree.get("run") or {}).get("dir") or ""
-    return _each_path(tree, lambda key, value: moved_path(value, old, run)) if old else tree
+    run_group = tree.get("run")
+    old = run_group.get("dir") if isinstance(run_group, dict) else None
+    return _each_path(tree, lambda key, value: moved_path(value, old, run)) if isinstance(old, str) and old else tree
 
 
 def moved_path(path: str, old: str, run: Path) -> str:

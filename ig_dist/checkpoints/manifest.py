@@ -14,9 +14,13 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
 
-from ig_dist.checkpoints.snapshot import DTYPE_NAMES
+from pydantic import BaseModel, Field, ValidationError
+
+from ig_dist.checkpoints.snapshot import DTYPE_NAMES, PART_BYTES
 from ig_dist.errors import ConfigError, DamagedError
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import list_sizes, read_file
@@ -25,6 +29,40 @@ from ig_dist.storage.urls import is_local
 FORMAT = "ig-dist-checkpoint/3"
 FORMATS = ("ig-dist-checkpoint/2", FORMAT)
 MANIFEST = "manifest.json"
+MOST_BYTES = 2**28
+"""Of a manifest: 13 times that of 512 ranks of FSDP2."""
+
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Crc32 = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+\.safetensors$")]
+
+
+class _File(BaseModel):
+    name: FileName
+    bytes: Count
+    sha256: Sha256
+    header: tuple[Count, Crc32] = (0, 0)
+
+
+class _Tensor(BaseModel):
+    shape: list[Count]
+    dtype: str
+    pieces: list[tuple[Count, Count, Count, Count, list[Crc32] | Crc32]]
+
+
+class _Meta(BaseModel):
+    optimizer_steps: Count
+
+
+class _Manifest(BaseModel):
+    format: str
+    step: Count
+    world_size: Count
+    meta: _Meta
+    files: Annotated[list[_File], Field(min_length=1)]
+    tensors: dict[str, _Tensor]
+    sha256: Sha256
 
 
 def folder_name(step: int) -> str:
@@ -73,25 +111,60 @@ def unsealed(data: bytes) -> dict[str, Any] | None:
     try:
         document = json.loads(data)
         return document if document == sealed(document) else None
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return None
+
+
+def check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Refuse what no save writes: a reader may then trust every number in it.
+
+    Raises:
+        DamagedError: a field is missing or of another kind, a tensor is not whole, or pieces lie outside of their file
+            or over one another.
+    """
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise DamagedError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    files = manifest["files"]
+    if len({file["name"] for file in files}) < len(files):
+        raise DamagedError("two files have one name")
+    places = [[(0, file["header"][0] if "header" in file else 0)] for file in files]
+    for name, entry in manifest["tensors"].items():
+        check_tensor(name, entry)
+        width = DTYPE_NAMES[entry["dtype"]].itemsize
+        for number, start, stop, at, crcs in entry["pieces"]:
+            size = (stop - start) * width
+            if number >= len(files) or at + size > files[number]["bytes"]:
+                raise DamagedError(f"tensor {name!r} lies outside of its file")
+            if isinstance(crcs, list) and len(crcs) != -(-size // PART_BYTES):
+                raise DamagedError(f"tensor {name!r} has {len(crcs)} CRCs for {size} bytes")
+            places[number].append((at, at + size))
+    for file, taken in zip(files, places, strict=True):
+        bounds = pairwise(sorted([*taken, (file["bytes"], file["bytes"])]))
+        gaps = [after[0] - before[1] for before, after in bounds]
+        if min(gaps) < 0 or ("header" in file and any(gaps)):  # format 2 kept no CRC of the header
+            raise DamagedError(f"the tensors in {file['name']} do not lie one after the other")
 
 
 def check_tensor(name: str, entry: Mapping[str, Any]) -> None:
     """Refuse a tensor of which a part would be whatever was in memory.
 
     Raises:
-        DamagedError: its pieces leave elements out, or its dtype is none.
+        DamagedError: its pieces do not make it whole, each element once, or its dtype is none.
     """
     if entry["dtype"] not in DTYPE_NAMES:
         raise DamagedError(f"tensor {name!r} has an unknown dtype {entry['dtype']!r}")
-    end = 0
+    end, what = 0, f"tensor {name!r} of shape {entry['shape']}"
     for _, start, stop, *_ in entry["pieces"]:
+        if start < end or stop < start:
+            raise DamagedError(f"{what} has element {start} in two pieces")
         if start > end:
             break
-        end = max(end, stop)
+        end = stop
     if end != math.prod(entry["shape"]):
-        raise DamagedError(f"tensor {name!r} of shape {entry['shape']} is not whole: element {end} is in no piece")
+        raise DamagedError(f"{what} is not whole: element {end} is in no piece")
 
 
 def inspect(fs: Any, folder: str, step: int, patience: Patience) -> tuple[dict[str, Any] | None, str]:
@@ -115,27 +188,30 @@ def _is_later(found: str) -> bool:
 
 def _inspect_once(fs: Any, folder: str, step: int, patience: Patience) -> tuple[dict[str, Any] | None, str]:
     try:
+        sizes = list_sizes(fs, folder, patience)
+        if MANIFEST not in sizes or sizes[MANIFEST] > MOST_BYTES:
+            return None, f"{MANIFEST} is no file of less than {MOST_BYTES >> 20} MiB"
         manifest = unsealed(read_file(fs, f"{folder}/{MANIFEST}", patience))
         if manifest is None:
             return None, f"{MANIFEST} has changed"
-        if _is_later(manifest["format"]):  # nor is it passed over: it would be written over
+        if _is_later(str(manifest.get("format"))):  # nor is it passed over: it would be written over
             raise ConfigError(
                 f"{folder} is of format {manifest['format']}, this version of ig-dist knows {FORMAT} and older: use the"
                 " version that saved it"
             )
+        check_manifest(manifest)
         if manifest["format"] not in FORMATS or manifest["step"] != step:
             return None, f"{MANIFEST} is of another format or step"
-        sizes = list_sizes(fs, folder, patience)
         for file in manifest["files"]:
             name, size = file["name"], file["bytes"]
             if name not in sizes:
                 return None, f"{name} is missing"
             if sizes[name] != size:
                 return None, f"{name} has {sizes[name]} bytes, not {size}"
-        for name, entry in manifest["tensors"].items():
-            check_tensor(name, entry)
+            if is_local(fs) and Path(folder, name).is_symlink():
+                return None, f"{name} is a link"
     except DamagedError as error:
-        return None, str(error)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return None, f"{MANIFEST}: {error}"
+    except OSError as error:
         return None, f"{type(error).__name__}: {' '.join(str(error).split())}"
     return manifest, ""

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ig_dist.background import in_background
@@ -32,7 +34,7 @@ from ig_dist.parallel.dist import Dist, from_main, gather_objects
 from ig_dist.storage.faults import Patience, retried
 from ig_dist.storage.files import list_sizes, open_url
 from ig_dist.storage.s3 import abort_orphaned_uploads
-from ig_dist.storage.urls import once
+from ig_dist.storage.urls import is_local, once
 
 _TIDYING_S = 30.0  # how long is tried what need not succeed
 log = logging.getLogger(__name__)
@@ -69,7 +71,8 @@ class CheckpointStore:
         Args:
             dist: this process; all of them share the reading.
             keep: hold what this rank reads, for ``Loaded``.
-            fits: called before anything is read; raises if it is not for this run, on all ranks alike.
+            fits: called before anything is read; raises if it is not for this run, on all ranks alike. ``DamagedError``
+                is a damage like others.
             beat: called now and then while it is read.
 
         Raises:
@@ -123,7 +126,10 @@ class CheckpointStore:
         """The checkpoint of a manifest, read by all ranks; and what some rank found to be damaged. COLLECTIVE."""
         url = f"{self.url}/{folder_name(manifest['step'])}"
         checkpoint = Checkpoint(url, manifest, self.patience)
-        fits(checkpoint)
+        try:
+            fits(checkpoint)
+        except DamagedError as error:  # on all ranks alike
+            return checkpoint, str(error)
         read = partial(read_share, url, manifest, dist.rank, dist.world_size, self.patience, keep=keep)
         work = in_background(read)
         meet(work, dist, beat)
@@ -159,7 +165,13 @@ class CheckpointStore:
         except (FileNotFoundError, NotADirectoryError):  # what is in the way is said when the run directory is claimed
             return {}
         steps = [int(match[1]) for p in paths if (match := re.fullmatch(r"step_(\d{10})", PurePosixPath(p).name))]
-        return {step: MANIFEST in list_sizes(self.fs, self.folder(step), self.patience) for step in steps}
+        return {step: self._has_manifest(self.folder(step)) for step in steps}
+
+    def _has_manifest(self, folder: str) -> bool:
+        """Whether there is one, which may be damaged: on a disk it may be anything."""
+        if is_local(self.fs):
+            return os.path.lexists(f"{folder}/{MANIFEST}")
+        return MANIFEST in list_sizes(self.fs, folder, self.patience)
 
     def folder(self, step: int) -> str:
         """Path of a step's folder within the file system."""
@@ -192,8 +204,10 @@ class CheckpointStore:
             log.warning("uploads that were cut off in %s were not deleted: %s", self.url, error)
 
     def remove(self, path: str) -> None:
-        """Delete a file, if it is there."""
+        """Delete a file, or what a damaged disk has in its place, if it is there."""
         with contextlib.suppress(FileNotFoundError):
+            if is_local(self.fs) and Path(path).is_dir() and not Path(path).is_symlink():
+                shutil.rmtree(path)
             retried(self.fs, path, lambda: self.fs.rm_file(path), self.patience)
 
     def _delete(self, step: int, has_manifest: bool) -> None:

@@ -22,11 +22,11 @@ from ig_dist.provenance import FILE_NAME
 from ig_dist.report.evaluations import evaluation_sections, step_charts
 from ig_dist.report.facts import newest_manifest, provenance_facts, read_conversion, read_index, run_facts
 from ig_dist.report.pictures import embedded, nearest_pictures, plan_pictures, training_grids
-from ig_dist.report.results import PAPER_IMAGES, Row, best_row, read_lines, read_result, read_results, read_sweeps
+from ig_dist.report.results import PAPER_IMAGES, Row, best_row, read_result, read_results, read_sweeps
 from ig_dist.report.sweeps import sweep_section, tiles
 from ig_dist.report.text import compact, folded, images_text, number, protocol_parts, score
 from ig_dist.report.training import goodput_section, training_charts
-from ig_dist.run_dir import CONFIG_NAME, replace_text
+from ig_dist.run_dir import CONFIG_NAME, read_lines, replace_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -47,7 +47,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     """
     out, quoted = out or run / "report.html", shlex.quote(str(run))
     config, conversion = load_run(run), read_conversion(run)
-    lines = [line for line in read_lines(run / "metrics.jsonl") if "step" in line]
+    lines = [line for line in read_lines(run / "metrics.jsonl") if isinstance(line.get("step"), int)]
     metrics = [line for line in lines if {"images_seen", "loss", "images_per_s"} <= line.keys()]
     if not metrics and conversion is None:
         command = f"ig-dist train {shlex.quote(str(run / CONFIG_NAME))}"
@@ -80,7 +80,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         "curves": training_charts(run, lines),
         "goodput": goodput_section(run),
         "facts": run_facts(run, config, metrics, index, manifest, conversion),
-        "provenance": provenance_facts(read_lines(run / FILE_NAME)),
+        "provenance": provenance_facts(list(read_lines(run / FILE_NAME))),
         "config": (run / CONFIG_NAME).read_text(encoding="utf-8"),
     }
     context["next_steps"] = _next_steps(quoted, config, newest if metrics else None, context, results)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -76,19 +75,6 @@ class Cell(NamedTuple):
 
     text: str
     small: str = ""
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file; a line that is being written is passed over."""
-    lines = []
-    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            lines.append(line)
-    return lines
 
 
 def read_sweeps(run: Path, command: str) -> list[tuple[Path, Row]]:

@@ -137,11 +137,9 @@ def _create_local(path: Path, data: bytes) -> bool:
             os.fsync(file.fileno())
         try:
             os.link(temporary, path)
-        except FileExistsError:
-            return path.read_bytes() == data
-        except OSError:  # a file system without hard links
-            if path.exists():
-                return path.read_bytes() == data
+        except OSError as error:  # also of a file system without hard links
+            if isinstance(error, FileExistsError) or os.path.lexists(path):  # it may be anything
+                return path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

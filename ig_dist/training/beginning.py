@@ -4,19 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
+from pydantic import BaseModel, ValidationError
 
 from ig_dist.checkpoints.exchange import Loaded
+from ig_dist.checkpoints.manifest import Count
 from ig_dist.checkpoints.store import Checkpoint, CheckpointStore
 from ig_dist.config import Config
 from ig_dist.config_file import load_run, saved_config
 from ig_dist.data.index import ShardIndex
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, DamagedError
 from ig_dist.models.dit import DiT
-from ig_dist.parallel.dist import Dist
+from ig_dist.parallel.dist import Dist, from_main
+from ig_dist.run_dir import Identity, differences, new_identity, read_identity, refuse_other_config
 from ig_dist.storage.faults import Patience
+
+
+class _Meta(BaseModel):
+    """What a training stores beside its tensors."""
+
+    images_seen: Count
+    optimizer_steps: Count
+    config: dict[str, Any]
+    index_sha256: str
+    run: Identity = Identity("")
 
 
 def checkpoint_store(config: Config) -> CheckpointStore:
@@ -28,16 +43,35 @@ def checkpoint_store(config: Config) -> CheckpointStore:
 
 
 def find_checkpoint(
-    store: CheckpointStore, config: Config, index: ShardIndex, dist: Dist, beat: Callable[[], None]
-) -> Loaded | None:
+    store: CheckpointStore,
+    config: Config,
+    index: ShardIndex,
+    dist: Dist,
+    beat: Callable[[], None],
+    *,
+    force: bool = False,
+) -> tuple[Loaded | None, Identity]:
     """What to go on from: the run's own newest whole checkpoint, else that of ``run.fork_from``. COLLECTIVE.
 
+    Returns:
+        It, and which run this is.
+
     Raises:
-        ConfigError: no such checkpoint, or one of another model, of other averages or (the run's own) of another index.
+        ConfigError: no such checkpoint, or one of another model, of other averages or (the run's own) of another run
+            or index.
         DataError: the run has checkpoints and none is whole.
     """
+    own, new = from_main((read_identity(Path(config.run.dir)), new_identity()) if dist.is_main else None, dist)
 
     def fits(checkpoint: Checkpoint) -> None:
+        theirs = _run_of(checkpoint)
+        if own.id and theirs.id and own.id != theirs.id:
+            raise ConfigError(
+                f"{checkpoint.url} is of another run, {theirs.id}, and not of {own.id} ({config.run.dir}): take it"
+                " away, or begin from it with run.fork_from or train.init_from"
+            )
+        if not own.id and (differ := differences(checkpoint.meta["config"], config)):
+            refuse_other_config(checkpoint.url, differ, force=force)
         if checkpoint.meta["index_sha256"] != index.sha256:
             raise ConfigError(
                 f"the index at {index.folder} is not the one that {checkpoint.url} was trained on:"
@@ -46,9 +80,25 @@ def find_checkpoint(
         _check_same_model(checkpoint, config)
 
     checkpoint = store.latest(dist, keep=True, fits=fits, beat=beat)
-    if checkpoint is None and config.run.fork_from:
+    if checkpoint is not None:
+        return Loaded(checkpoint, dist), own if own.id else _run_of(checkpoint) if _run_of(checkpoint).id else new
+    if config.run.fork_from:
         checkpoint = _fork(config, dist, beat)
-    return None if checkpoint is None else Loaded(checkpoint, dist)
+        return Loaded(checkpoint, dist), own if own.id else Identity(new.id, _run_of(checkpoint).id)
+    return None, own if own.id else new
+
+
+def _run_of(checkpoint: Checkpoint) -> Identity:
+    """The run that saved a checkpoint.
+
+    Raises:
+        DamagedError: what a training stores beside its tensors is not there.
+    """
+    try:
+        return _Meta.model_validate(checkpoint.meta).run
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise DamagedError(f"meta.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def _fork(config: Config, dist: Dist, beat: Callable[[], None]) -> Checkpoint:
@@ -74,6 +124,13 @@ def _fork(config: Config, dist: Dist, beat: Callable[[], None]) -> Checkpoint:
 
 
 def _check_same_model(checkpoint: Checkpoint, config: Config) -> None:
+    """Refuse what this run cannot go on from.
+
+    Raises:
+        ConfigError: it is of another model, optimizer or average.
+        DamagedError: its tensors are not those of its own model.
+    """
+    _run_of(checkpoint)
     theirs = saved_config(checkpoint.meta["config"], checkpoint.url)
     if theirs.model.to_dit() != config.model.to_dit():
         raise ConfigError(
@@ -97,6 +154,28 @@ def _check_same_model(checkpoint: Checkpoint, config: Config) -> None:
             f"{checkpoint.url} has averages with decay {theirs.ema.decays}, none with {missing}:"
             " use those in ema.decays, or begin a new run.dir"
         )
+    _check_tensors(checkpoint, theirs, [f"ema/{decay}" for decay in config.ema.decays])
+
+
+def _check_tensors(checkpoint: Checkpoint, config: Config, averages: list[str]) -> None:
+    """Refuse tensors that are not those that a training with this config saves."""
+    with torch.device("meta"):
+        model = DiT(config.model.to_dit())
+    parameters = dict(model.named_parameters())
+    averaged = parameters | ({"pos_embed": model.pos_embed} if config.optimizer.decay_pos_embed else {})
+    groups = {"model": model.state_dict(), **dict.fromkeys(averages, averaged)}
+    if checkpoint.optimizer_steps:
+        muon = config.optimizer.kind == "muon"  # it has one moment of a matrix
+        groups["exp_avg"] = parameters
+        groups["exp_avg_sq"] = {name: p for name, p in parameters.items() if p.ndim < 2 or not muon}
+    for group, tensors in groups.items():
+        for name, tensor in tensors.items():
+            entry = checkpoint.manifest["tensors"].get(f"{group}/{name}", {"shape": None, "dtype": None})
+            if entry["shape"] != list(tensor.shape) or entry["dtype"] != "float32":
+                raise DamagedError(
+                    f"{group}/{name} is {entry['dtype']} of shape {entry['shape']}, the model has float32 of"
+                    f" {list(tensor.shape)}"
+                )
 
 
 def load_weights(model: DiT, source: str) -> None:

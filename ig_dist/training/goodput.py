@@ -6,16 +6,17 @@ in it, and is its lost work.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, FiniteFloat, NonNegativeInt, ValidationError
 
 from ig_dist.report.text import duration
+from ig_dist.run_dir import LineFile, read_lines
 from ig_dist.terminal import console
 from ig_dist.training.phases import Phases
 
@@ -34,6 +35,15 @@ KINDS = {
     "scoring": "scores",
 }
 """Kinds of time and what they are called. ``step`` is the productive one."""
+
+
+class Line(BaseModel):
+    """What a start has spent until a step."""
+
+    began: FiniteFloat
+    from_step: NonNegativeInt
+    step: NonNegativeInt
+    seconds: dict[str, FiniteFloat]
 
 
 @dataclass(frozen=True)
@@ -74,17 +84,15 @@ class Ledger:
     """
 
     def __init__(self, path: Path | None, phases: Phases, start: int) -> None:
-        self._file = path and path / NAME
+        self._lines = None if path is None else LineFile(path / NAME)
+        self._path = path
         self._phases, self._start, self._step = phases, start, start
-        if self._file is not None and self._file.exists() and self._file.read_bytes()[-1:] != b"\n":
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write("\n")  # ends a line that a kill cut off
         self.note(start)
 
     def note(self, step: int) -> None:
         """Append what the time has gone to until now, after ``step``; the phase in progress begins anew."""
         self._step = step
-        if self._file is None:
+        if self._lines is None:
             return
         self._phases.settle()
         line = {
@@ -93,13 +101,12 @@ class Ledger:
             "step": step,
             "seconds": {kind: round(seconds, 4) for kind, seconds in self._phases.seconds.items()},
         }
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._lines.append(line)
 
     def close(self) -> None:
         """The last line of the start, and one for the user."""
         self.note(self._step)
-        if self._file is not None and (found := read_goodput(self._file.parent)) is not None:
+        if self._path is not None and (found := read_goodput(self._path)) is not None:
             console.print(str(found))
 
 
@@ -112,48 +119,44 @@ def read_goodput(run: Path) -> Goodput | None:
 def read_saves(run: Path) -> dict[int, float]:
     """Seconds that the loop stood still for the save of each step, in the order of steps."""
     saves: dict[int, float] = {}
-    before: Mapping[str, Any] = {"began": None}
+    before: Line | None = None
     for line in _read_ledger(run):
-        known = before["seconds"].get("checkpoint", 0.0) if before["began"] == line["began"] else 0.0
-        if (spent := line["seconds"].get("checkpoint", 0.0) - known) >= SHORTEST_SAVE_S:
-            saves[line["step"]] = saves.get(line["step"], 0.0) + spent
+        known = before.seconds.get("checkpoint", 0.0) if before and before.began == line.began else 0.0
+        if (spent := line.seconds.get("checkpoint", 0.0) - known) >= SHORTEST_SAVE_S:
+            saves[line.step] = saves.get(line.step, 0.0) + spent
         before = line
     return dict(sorted(saves.items()))
 
 
-def _read_ledger(run: Path) -> list[dict[str, Any]]:
+def _read_ledger(run: Path) -> list[Line]:
     """Its lines; those that were cut off are passed over."""
     lines = []
-    file = run / NAME
-    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        try:
-            line = json.loads(text)
-            lines.append({key: line[key] for key in ("began", "from_step", "step", "seconds")})
-        except (ValueError, KeyError, TypeError):
-            continue
+    for line in read_lines(run / NAME):
+        with suppress(ValidationError):
+            lines.append(Line.model_validate(line))
     return lines
 
 
-def add_up(lines: Sequence[Mapping[str, Any]]) -> Goodput:
+def add_up(lines: Sequence[Line]) -> Goodput:
     """Where the time went, from the ledger's lines: each holds what its start has spent until then."""
-    starts: dict[float, list[Mapping[str, Any]]] = {}
+    starts: dict[float, list[Line]] = {}
     for line in lines:
-        starts.setdefault(line["began"], []).append(line)
+        starts.setdefault(line.began, []).append(line)
     ordered = list(starts.values())
     seconds, lost_steps, between = dict.fromkeys(KINDS, 0.0), 0, 0.0
     for number, start in enumerate(ordered):
-        for kind, spent in start[-1]["seconds"].items():
-            seconds[kind] += spent
+        for kind in KINDS:
+            seconds[kind] += start[-1].seconds.get(kind, 0.0)
         # a later start that began before this one's end did some of its steps again
-        kept = min([start[-1]["step"], *(later[0]["from_step"] for later in ordered[number + 1 :])])
-        lost_steps += start[-1]["step"] - max(kept, start[0]["from_step"])
+        kept = min([start[-1].step, *(later[0].from_step for later in ordered[number + 1 :])])
+        lost_steps += start[-1].step - max(kept, start[0].from_step)
         worked: dict[int, float] = {}  # until each step; the first line that tells of it, for what follows is not saved
         for line in start:
-            worked.setdefault(line["step"], line["seconds"].get("step", 0.0))
-        lost = start[-1]["seconds"].get("step", 0.0) - float(np.interp(kept, list(worked), list(worked.values())))
+            worked.setdefault(line.step, line.seconds.get("step", 0.0))
+        lost = start[-1].seconds.get("step", 0.0) - float(np.interp(kept, list(worked), list(worked.values())))
         seconds["step"] -= lost
         seconds["lost"] += lost
     for before, after in pairwise(ordered):
-        ended = before[-1]["began"] + sum(before[-1]["seconds"].values())
-        between += max(0.0, after[0]["began"] - ended)
+        ended = before[-1].began + sum(before[-1].seconds.values())
+        between += max(0.0, after[0].began - ended)
     return Goodput(len(ordered), seconds, lost_steps, between)

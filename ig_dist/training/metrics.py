@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -15,8 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ig_dist.run_dir import replace_text
+from ig_dist.errors import ConfigError
+from ig_dist.run_dir import LineFile, read_lines, replace_text
 from ig_dist.terminal import console
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 # Dense bf16 peaks in TFLOP/s, from the vendors' data sheets, by a part of the device's name.
 PEAK_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0}
@@ -54,6 +59,7 @@ class RunLog:
 
     def __init__(self, path: Path | None, *, start: int, total: int, name: str) -> None:
         self._path, self._start, self._total = path, start, total
+        self._board: SummaryWriter | None = None
         self._progress = Progress(
             TextColumn(name),
             BarColumn(),
@@ -69,10 +75,13 @@ class RunLog:
         if self._path is not None:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            self._file = self._path / "metrics.jsonl"
-            cut_back(self._file, self._start)
-            self._stream = self._file.open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(self._path / "tensorboard"), purge_step=self._start + 1)
+            try:
+                cut_back(self._path / "metrics.jsonl", self._start)
+            except OSError as error:
+                raise ConfigError(f"{self._path}/metrics.jsonl: {error.strerror}: see that it has space") from None
+            self._lines = LineFile(self._path / "metrics.jsonl")
+            with self._board_may_fail():
+                self._board = SummaryWriter(str(self._path / "tensorboard"), purge_step=self._start + 1)
         self._progress.start()
         return self
 
@@ -80,9 +89,24 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
-        if self._path is not None:
-            self._stream.close()
-            self._board.close()
+        if self._board is not None:
+            with self._board_may_fail():
+                self._board.close()
+
+    @contextmanager
+    def _board_may_fail(self) -> Iterator[None]:
+        """TensorBoard's file is a copy for the eye: without space for it the run goes on without it."""
+        try:
+            yield
+        except OSError as error:
+            self._board = None
+            console.print(f"no TensorBoard from now on ({error.strerror}): metrics.jsonl has its values", markup=False)
+
+    def _show(self, step: int, group: str, values: Mapping[str, Any]) -> None:
+        for key, value in values.items():
+            if self._board is not None and isinstance(value, (int, float)):
+                with self._board_may_fail():
+                    self._board.add_scalar(f"{group}/{key}", value, step)
 
     def advance(self, step: int) -> None:
         """Move the bar."""
@@ -92,10 +116,8 @@ class RunLog:
         """Values that are not measured at every line: a line of their own, and TensorBoard under ``group``."""
         if self._path is None:
             return
-        self._stream.write(json.dumps({"step": step, **values}) + "\n")
-        self._stream.flush()
-        for key, value in values.items():
-            self._board.add_scalar(f"{group}/{key}", value, step)
+        self._lines.append({"step": step, **values})
+        self._show(step, group, values)
         console.print(
             "  ".join(
                 [
@@ -110,22 +132,25 @@ class RunLog:
 
     def add_picture(self, step: int, picture: NDArray[np.uint8]) -> None:
         """A picture (H, W, channels), in ``samples/training`` for the report and in TensorBoard."""
-        if self._path is not None:
+        if self._path is None:
+            return
+        try:
             (folder := self._path / "samples" / "training").mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture.squeeze()).save(folder / f"step_{step:010d}.png")
-            self._board.add_image("samples", picture, step, dataformats="HWC")
-            self._board.flush()
+        except OSError as error:
+            console.print(f"the samples of step {step} were not written ({error.strerror})", markup=False)
+        if self._board is not None:
+            with self._board_may_fail():
+                self._board.add_image("samples", picture, step, dataformats="HWC")
+                self._board.flush()
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """One line of metrics; ``step`` is among them. TensorBoard gets the numbers."""
         if self._path is None:
             return
-        self._stream.write(json.dumps(metrics) + "\n")
-        self._stream.flush()
+        self._lines.append(metrics)
         step = int(metrics["step"] or 0)
-        for key, value in metrics.items():
-            if key != "step" and isinstance(value, (int, float)):
-                self._board.add_scalar(f"train/{key}", value, step)
+        self._show(step, "train", {key: value for key, value in metrics.items() if key != "step"})
         status = f"loss {metrics['loss']:.4f}  {metrics['images_per_s']:.0f} images/s"
         self._progress.update(self._task, completed=step, status=status)
         if not console.is_terminal:
@@ -135,14 +160,7 @@ class RunLog:
 
 
 def cut_back(file: Path, step: int) -> None:
-    """Drop the lines of ``metrics.jsonl`` after ``step``, and a last line that was cut off."""
-    if not file.exists():
-        return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            break
-    replace_text(file, "".join(kept))
+    """Drop the lines of ``metrics.jsonl`` after ``step``, and what is none of its lines."""
+    if file.exists():
+        kept = [line for line in read_lines(file) if isinstance(line.get("step"), int) and line["step"] <= step]
+        replace_text(file, "".join(json.dumps(line) + "\n" for line in kept))

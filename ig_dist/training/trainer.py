@@ -39,7 +39,7 @@ from ig_dist.parallel.dist import (
 )
 from ig_dist.parallel.engine import Engine, LoadedState, StepResult
 from ig_dist.provenance import note_start
-from ig_dist.run_dir import claim
+from ig_dist.run_dir import Identity, claim, read_identity
 from ig_dist.terminal import console
 from ig_dist.training.beginning import checkpoint_store, find_checkpoint, load_weights
 from ig_dist.training.ema import EMA
@@ -90,11 +90,12 @@ def train(config: Config, *, force: bool = False, lives_on: bool = False) -> Non
         order = build_order(config, index, dist)
         store = checkpoint_store(config)
         seen = store.agreed_steps(dist)
-        state = find_checkpoint(store, config, index, dist, phases.beat)
+        state, identity = find_checkpoint(store, config, index, dist, phases.beat, force=force)
         model = _first_model(config, state is not None)
-        path = cleanup.enter_context(_claimed_by_main(config, dist, force))
+        path = cleanup.enter_context(_claimed_by_main(config, identity, dist, force))
+        identity = from_main(path and read_identity(path), dist)  # whoever held it until now may have begun it
         if store.agreed_steps(dist) != seen:  # whoever held the run until now has saved once more
-            state = find_checkpoint(store, config, index, dist, phases.beat)
+            state, _ = find_checkpoint(store, config, index, dist, phases.beat)
             model = _first_model(config, state is not None)
         start, total = state.checkpoint.step if state else 0, config.total_steps(order.num_samples)
         if dist.is_main:
@@ -143,6 +144,7 @@ def train(config: Config, *, force: bool = False, lives_on: bool = False) -> Non
             phases.enter("checkpoint")
             with meter.saving():
                 pieces, meta = _snapshot(engine, ema, model, config, index, step, dist)
+                meta["run"] = identity._asdict()
                 saver.save(step, pieces, meta, partial(_saved, export=config if exported else None))
             ledger.note(step)
 
@@ -293,13 +295,13 @@ def build_order(config: Config, index: ShardIndex, dist: Dist) -> SampleOrder:
 
 
 @contextmanager
-def _claimed_by_main(config: Config, dist: Dist, force: bool) -> Iterator[Any]:
+def _claimed_by_main(config: Config, identity: Identity, dist: Dist, force: bool) -> Iterator[Any]:
     """Rank 0 holds the run directory; a refusal ends every rank."""
     with ExitStack() as held:
         refusal = path = None
         if dist.is_main:
             try:
-                path = held.enter_context(claim(config, force=force))
+                path = held.enter_context(claim(config, identity, force=force))
             except ConfigError as error:
                 refusal = str(error)
         refusal = from_main(refusal, dist)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from ig_dist.training.goodput import NAME, Ledger, add_up, read_goodput
+from ig_dist.training.goodput import NAME, Ledger, Line, add_up, read_goodput
 from ig_dist.training.phases import Phases
 
 
-def line(began: float, from_step: int, at: int, **seconds: float) -> dict[str, Any]:
-    return {"began": began, "from_step": from_step, "step": at, "seconds": seconds}
+def line(began: float, from_step: int, at: int, **seconds: float) -> Line:
+    return Line(began=began, from_step=from_step, step=at, seconds=seconds)
 
 
 def test_work_beyond_the_checkpoint_is_lost() -> None:
