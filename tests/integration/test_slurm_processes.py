@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 from tests.slurm_cluster import SlurmCluster
 
@@ -36,3 +39,21 @@ def test_srun_tells_its_processes_which_they_are(slurm: SlurmCluster, tmp_path: 
     assert sorted(said[1:5]) == [f"told {rank} 4 {rank % 2} 2 {first} 0 GPU {rank % 2} of 2" for rank in range(4)]
     assert sorted(said[5:7]) == [f"told {rank} 2 {rank} 2 127.0.0.1 1009 GPU 0 of 1" for rank in range(2)]
     assert said[7] == "told 0 1 0 1 alone 0 GPU 0 of 2"
+
+
+def test_a_cluster_is_as_sites_are(slurm: SlurmCluster) -> None:
+    """Each node has its own processes and network, its own name stands for 127.0.1.1, and users are not root."""
+    told = "id -un; hostname; getent hosts node1 node2; head -1 /proc/1/cmdline | tr '\\0' ' '"
+    job = ["sbatch", "--wait", "-N2", "--ntasks-per-node=1", "--output=log", "--wrap", f'srun --label bash -c "{told}"']
+    done = slurm.as_user(*job)
+    assert done.returncode == 0, done.stderr
+    said = (slurm.home / "log").read_text().splitlines()
+    first = [line.removeprefix("0: ").split() for line in said if line.startswith("0: ")]
+    assert first[:3] == [["ada"], ["node1"], ["127.0.1.1", "node1"]] and first[3][1] == "node2", said
+    assert first[3][0].startswith("198.18.") and first[4][0] == "bash"
+    ping = ["nsenter", "-t", str(slurm.process("node1")), "-n", "bash", "-c", f"</dev/tcp/{first[3][0]}/1"]
+    assert "refused" in subprocess.run(ping, capture_output=True, text=True, timeout=20, check=False).stderr
+    slurm.network.cut("node2")
+    with pytest.raises(subprocess.TimeoutExpired):
+        subprocess.run(ping, capture_output=True, timeout=0.5, check=False)
+    slurm.network.mend("node2")
