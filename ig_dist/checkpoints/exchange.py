@@ -17,7 +17,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from ig_dist.checkpoints.reading import Part, owners, parts_of
-from ig_dist.checkpoints.snapshot import DTYPE_NAMES, PART_BYTES, Piece
+from ig_dist.checkpoints.snapshot import ALIGNMENT, DTYPE_NAMES, PART_BYTES, Piece
 from ig_dist.checkpoints.store import Checkpoint
 from ig_dist.parallel.dist import Dist, gather_objects
 
@@ -42,13 +42,13 @@ class Loaded:
         return self.checkpoint.optimizer_steps
 
     def whole(self, group: str) -> dict[str, Tensor]:
-        """All tensors of a group, whole, on the CPU. COLLECTIVE."""
+        """All tensors of a group, whole, on this rank's device. COLLECTIVE."""
         shapes = {name: self.checkpoint.entry(f"{group}/{name}")["shape"] for name in self.checkpoint.names(group)}
         whole = {name: Piece(tuple(shape), 0, torch.empty(shape, device="meta")) for name, shape in shapes.items()}
         return self.parts(group, whole)
 
     def parts(self, group: str, shards: Mapping[str, Piece]) -> dict[str, Tensor]:
-        """This rank's parts of a group's tensors, each like the ``data`` of its shard. COLLECTIVE.
+        """This rank's parts of a group's tensors, each of the shape of its shard, on its device. COLLECTIVE.
 
         Args:
             group: ``exp_avg``, ``ema/0.9999``, ...
@@ -57,21 +57,25 @@ class Loaded:
         Raises:
             DataError: the checkpoint has no such tensor.
         """
-        outs, flat, wanted = {}, {}, {}
+        dtypes = {name: DTYPE_NAMES[self.checkpoint.entry(f"{group}/{name}")["dtype"]] for name in shards}
+        wanted = {}
         for name, (_, first, data) in shards.items():
-            tensor = f"{group}/{name}"
-            dtype = DTYPE_NAMES[self.checkpoint.entry(tensor)["dtype"]]
-            outs[name] = torch.empty(data.shape, dtype=dtype, device="cpu" if data.is_meta else data.device)
-            flat[tensor] = outs[name].view(-1).view(torch.uint8)
-            wanted[tensor] = first * dtype.itemsize, first * dtype.itemsize + len(flat[tensor])
+            width = dtypes[name].itemsize
+            wanted[f"{group}/{name}"] = first * width, (first + data.numel()) * width
         wants = gather_objects(wanted, self.dist)
         alike = self.dist.world_size > 1 and all(theirs == wants[0] for theirs in wants)
+        found, flat = {}, {}
+        for tensor, (begin, end) in wanted.items():
+            held = None if alike else self._as_read(tensor, begin, end)
+            if held is None:
+                held = flat[tensor] = torch.empty(end - begin, dtype=torch.uint8, device=self.dist.device)
+            found[tensor] = held
         for sent in self._rounds(group):
             for part, data in self._to_all(sent) if alike else self._to_each(sent, wants):
-                if cut := _wanted_of(part, wanted):
+                if part.tensor in flat and (cut := _wanted_of(part, wanted)):
                     at = part.at + cut.start - wanted[part.tensor][0]
                     flat[part.tensor][at : at + len(cut)].copy_(data[cut.start : cut.stop] if alike else data)
-        return outs
+        return {n: found[f"{group}/{n}"].view(dtypes[n]).view(shard.data.shape) for n, shard in shards.items()}
 
     @cached_property
     def _plan(self) -> tuple[list[Part], list[int]]:
@@ -92,8 +96,30 @@ class Loaded:
         while any(queues):
             yield [_take(queue, parts, max(PART_BYTES, _ROUND_BYTES // world)) for queue in queues]
 
+    @cached_property
+    def _own(self) -> dict[str, list[int]]:
+        """Parts that this rank holds, by tensor."""
+        own: dict[str, list[int]] = {}
+        for number in sorted(self.checkpoint.share):
+            own.setdefault(self._plan[0][number].tensor, []).append(number)
+        return own
+
+    def _as_read(self, tensor: str, begin: int, end: int) -> Tensor | None:
+        """These bytes where they were read to, if they lie there together and a CPU can use them as they lie."""
+        own, (parts, _), share = self._own.get(tensor), self._plan, self.checkpoint.share
+        if not own or self.dist.device.type != "cpu":
+            return None
+        first, last = parts[own[0]], parts[own[-1]]
+        (memory, place), (other, last_place) = share[own[0]], share[own[-1]]
+        together = memory is other and last_place - place == last.at - first.at
+        at = place + begin - first.at
+        if not together or begin < first.at or end > last.at + _size(last) or (memory.data_ptr() + at) % ALIGNMENT:
+            return None
+        return torch.frombuffer(memory.numpy(), dtype=torch.uint8, count=end - begin, offset=at)  # a storage of its own
+
     def _bytes(self, number: int) -> Tensor:
-        return torch.frombuffer(self.checkpoint.share[number], dtype=torch.uint8)
+        memory, place = self.checkpoint.share[number]
+        return memory[place : place + _size(self._plan[0][number])]
 
     def _to_all(self, sent: Sequence[Sequence[int]]) -> Iterator[tuple[Part, Tensor]]:
         """Each part that the ranks send, with its bytes on this device. COLLECTIVE."""

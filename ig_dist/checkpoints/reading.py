@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+from torch import Tensor
 from zlib_ng import zlib_ng
 
 from ig_dist.background import in_parallel
-from ig_dist.checkpoints.snapshot import DTYPE_NAMES, PART_BYTES
+from ig_dist.checkpoints.snapshot import ALIGNMENT, DTYPE_NAMES, PART_BYTES
 from ig_dist.errors import DamagedError
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import REQUEST_BYTES, open_url, read_range
@@ -22,8 +26,8 @@ from ig_dist.storage.files import REQUEST_BYTES, open_url, read_range
 READS = 4  # of the same bytes, before they are damaged and did not suffer on the way
 _THREADS = 8
 
-Share = dict[int, memoryview]
-"""What a rank has read: the bytes of parts, by their place in ``parts_of``."""
+Share = dict[int, tuple[Tensor, int]]
+"""What a rank has read of parts, by their place in ``parts_of``: the bytes of a request, and where among them it is."""
 
 
 class Part(NamedTuple):
@@ -68,13 +72,21 @@ def owners(parts: Sequence[Part], world_size: int) -> list[int]:
 
 
 def requests(parts: Sequence[Part], numbers: Sequence[int]) -> list[list[int]]:
-    """Parts, by number, that one request reads: neighbours in a file, up to ``REQUEST_BYTES``."""
+    """Parts, by number, that one request reads: neighbours in a file, up to ``REQUEST_BYTES``.
+
+    A tensor that is no larger is not cut in two.
+    """
     runs: list[list[int]] = []
-    for number in numbers:
-        part = parts[number]
-        first, last = (parts[runs[-1][0]], parts[runs[-1][-1]]) if runs else (part, part)
-        joins = runs and (last.file, last.end) == (part.file, part.begin) and part.end - first.begin <= REQUEST_BYTES
-        runs[-1].append(number) if joins else runs.append([number])
+    for _, piece in groupby(numbers, lambda number: (parts[number].file, parts[number].tensor)):
+        whole = list(piece)
+        fits = parts[whole[-1]].end - parts[whole[0]].begin <= REQUEST_BYTES
+        for more in [whole] if fits else [[number] for number in whole]:
+            begin, end, file = parts[more[0]].begin, parts[more[-1]].end, parts[more[0]].file
+            first, last = (parts[runs[-1][0]], parts[runs[-1][-1]]) if runs else (parts[more[0]],) * 2
+            if runs and (last.file, last.end) == (file, begin) and end - first.begin <= REQUEST_BYTES:
+                runs[-1] += more
+            else:
+                runs.append(more)
     return runs
 
 
@@ -103,13 +115,16 @@ def read_share(
         first, last = parts[run[0]], parts[run[-1]]
         name = manifest["files"][first.file]["name"]
         fs, path = open_url(f"{url}/{name}", "checkpoint.url", patience)
+        # numpy asks for huge pages: the kernel clears and maps new memory several times faster
+        memory = torch.from_numpy(np.empty(last.end - first.begin + ALIGNMENT, dtype=np.uint8))
+        memory = memory[-memory.data_ptr() % ALIGNMENT :][: last.end - first.begin]
         for tries_left in reversed(range(READS)):
             try:
-                data = read_range(fs, path, first.begin, last.end, patience)
+                data = read_range(fs, path, first.begin, last.end, patience, into=memory.numpy().data)
             except OSError as error:
                 raise DamagedError(f"{name}: {error.strerror or error}") from None
-            found = {n: data[parts[n].begin - first.begin : parts[n].end - first.begin] for n in run}
-            bad = [n for n, part in found.items() if zlib_ng.crc32(part) != parts[n].crc32]
+            found = {n: slice(parts[n].begin - first.begin, parts[n].end - first.begin) for n in run}
+            bad = [n for n, place in found.items() if zlib_ng.crc32(data[place]) != parts[n].crc32]
             if not bad:
                 break
             what = f"tensor {parts[bad[0]].tensor!r}" if parts[bad[0]].tensor else "its header"
@@ -117,7 +132,7 @@ def read_share(
                 raise DamagedError(f"{name}: {what} is damaged (its CRC differs)")
             patience.count(f"{url}/{name}", DamagedError(f"{what} has another CRC"), 0.0)
         if keep:
-            share.update(found)
+            share.update({n: (memory, place.start) for n, place in found.items()})
 
     in_parallel(read, requests(parts, mine), _THREADS, threading.Event())
     return share

@@ -199,9 +199,10 @@ class Saver:
         if is_local(store.fs):
             store.fs.makedirs(folder, exist_ok=True)
         prefix = f"rank_{self._dist.rank:05d}"
+        described = in_background(self._snapshot.described)
         file = write_hashed(store.fs, folder, prefix, self._snapshot.chunks(), store.patience)
         header = {"header": self._snapshot.header()}
-        return {"file": {**file, **header}, "tensors": self._snapshot.described()}
+        return {"file": {**file, **header}, "tensors": described.result()}
 
     def _records(self, save: _Save, patience_s: float) -> list[dict[str, Any]]:
         """What the other ranks say of their files, in rank order.

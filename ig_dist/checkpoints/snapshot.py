@@ -24,6 +24,8 @@ SMALL_BYTES = 2**20
 """Tensors below this lie together, so that one request to an object store reads many of them."""
 PART_BYTES = 2**20
 """Each so many bytes of a piece have a CRC of their own: whoever reads a part of a piece can check it."""
+ALIGNMENT = 64
+"""As torch aligns tensors on CPUs: sums may round otherwise elsewhere."""
 
 DTYPES = {
     torch.float64: "F64",
@@ -54,9 +56,10 @@ class Piece(NamedTuple):
 def layout(pieces: Mapping[str, Piece]) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """The head of a rank's file, and the place of each piece in it: first byte, and the one after the last."""
 
-    def place(item: tuple[str, Piece]) -> tuple[int, bool, str]:
-        # the widest types first: every tensor is then aligned, and can be mapped from the file
-        return -item[1].data.element_size(), item[1].data.nbytes >= SMALL_BYTES, item[0]
+    def place(item: tuple[str, Piece]) -> tuple[int, bool, bool, str]:
+        # the widest types first, odd sizes last among them: tensors are aligned, and can be used where they are read
+        size = item[1].data.nbytes
+        return -item[1].data.element_size(), size % ALIGNMENT > 0, size >= SMALL_BYTES, item[0]
 
     header, end = dict[str, Any](), 0
     for name, piece in sorted(pieces.items(), key=place):
@@ -64,7 +67,7 @@ def layout(pieces: Mapping[str, Piece]) -> tuple[bytes, dict[str, tuple[int, int
         offsets = [begin, end]
         header[name] = {"dtype": DTYPES[piece.data.dtype], "shape": list(piece.data.shape), "data_offsets": offsets}
     packed = json.dumps(header).encode()
-    packed += b" " * (-len(packed) % 8)
+    packed += b" " * (-(8 + len(packed)) % ALIGNMENT)
     first = len(packed).to_bytes(8, "little") + packed
     places = {name: [len(first) + offset for offset in entry["data_offsets"]] for name, entry in header.items()}
     return first, {name: (begin, end) for name, (begin, end) in places.items()}

@@ -29,7 +29,7 @@ class LoadedState(Protocol):
         ...
 
     def whole(self, group: str) -> dict[str, Tensor]:
-        """All tensors of a group, e.g. ``model``, whole, on the CPU. COLLECTIVE."""
+        """All tensors of a group, e.g. ``model``, whole, on this rank's device. COLLECTIVE."""
         ...
 
     def parts(self, group: str, shards: Mapping[str, Piece]) -> dict[str, Tensor]:

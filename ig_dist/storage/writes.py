@@ -19,6 +19,7 @@ from ig_dist.storage.s3 import md5
 from ig_dist.storage.urls import is_local, once
 
 _PARALLEL_PARTS = 4
+_SYNC_BYTES = 32 * 2**20
 _MOST_IN_MEMORY = 8 * 2**20
 MOST_PARTS = 10_000  # of one upload to S3; each but the last has 5 MiB at least
 
@@ -41,21 +42,21 @@ def write_hashed(fs: Any, folder: str, prefix: str, chunks: Sequence[memoryview]
     """
     digest = hashlib.sha256()
 
+    def hash_all() -> str:
+        for chunk in chunks:
+            digest.update(chunk)  # lets go of the interpreter's lock
+        return digest.hexdigest()
+
+    hashing = in_background(hash_all)
+
     def name() -> str:
-        return f"{prefix}.{digest.hexdigest()[:16]}.safetensors"
+        return f"{prefix}.{hashing.result()[:16]}.safetensors"
 
-    def digested() -> Iterator[memoryview]:
-        for chunk in chunks:
-            digest.update(chunk)
-            yield chunk
-
-    if is_local(fs):
-        write_durably(Path(folder, prefix), digested(), name)
+    if is_local(fs):  # which is written meanwhile
+        write_durably(Path(folder, prefix), chunks, name)
     else:
-        for chunk in chunks:
-            digest.update(chunk)
         _upload(fs, f"{folder}/{name()}", chunks, patience)
-    return {"name": name(), "bytes": sum(map(len, chunks)), "sha256": digest.hexdigest()}
+    return {"name": name(), "bytes": sum(map(len, chunks)), "sha256": hashing.result()}
 
 
 def write_durably(path: Path, pieces: Iterable[memoryview], name: Callable[[], str] | None = None) -> None:
@@ -69,8 +70,14 @@ def write_durably(path: Path, pieces: Iterable[memoryview], name: Callable[[], s
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as file:
+            reaching, unsynced = in_background(lambda: None), 0  # the disk writes what it has while more comes
             for piece in pieces:
-                file.write(piece)
+                unsynced += file.write(piece)
+                if unsynced >= _SYNC_BYTES and reaching.done():
+                    reaching.result()
+                    file.flush()
+                    reaching, unsynced = in_background(partial(os.fdatasync, file.fileno())), 0
+            reaching.result()
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path.with_name(name()) if name else path)

@@ -116,6 +116,10 @@ def test_a_rank_gets_its_ranges(tmp_path: Path) -> None:
     assert loaded.optimizer_steps == 3
     for name, tensor in loaded.whole("model").items():
         assert torch.equal(tensor, TENSORS[f"model/{name}"])
+    read = {memory.data_ptr(): len(memory) for memory, _ in checkpoint.share.values()}
+    large = loaded.whole("model")["large"]  # is where it was read to, as torch would align it
+    assert any(at <= large.data_ptr() < at + size for at, size in read.items()) and large.data_ptr() % 64 == 0
+    assert large.untyped_storage().nbytes() == LARGE.nbytes
     begin = PART_BYTES // 4 - 3  # across the end of a part
     shards = {"large": Piece((5, 2**20), begin, torch.empty(2, 3)), "small": Piece((7,), 6, torch.empty(1))}
     found = loaded.parts("model", shards)
