@@ -1,37 +1,32 @@
-"""What a save costs the training loop: in the background against at once, side by side in one run.
+"""What a checkpoint costs: until it is whole on the disk, until it is restored, and the stall of the training loop.
 
-    python benchmarks/checkpoint.py              # to a disk; to S3 too where Ceph's radosgw is installed
-    python benchmarks/checkpoint.py --megabytes 1000 --rounds 9
+    python benchmarks/checkpoint.py --folder DISK    # 600 MB; to S3 too where Ceph's radosgw is installed
 
-Each round saves the same state in both ways while the loop computes, and takes the time for which the loop stands
-still. Then the average (EMA) and the optimizer, each over all tensors at once and tensor by tensor, beside a step.
+Saving is held against ``torch.save`` with fsync, and restoring (found, read, each byte checked) against ``torch.load``,
+in turn. The stall is that of a save behind the loop, which computes meanwhile, against that of one at once.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the S3 server of the tests
 
 import torch
 import typer
-from torch import Tensor
 
+from benchmarks.side_by_side import Claim, Record, Rounds, interleaved, seconds, show
+from ig_dist.checkpoints.exchange import Loaded
 from ig_dist.checkpoints.saving import Saver
 from ig_dist.checkpoints.store import CheckpointStore, Piece
-from ig_dist.config.model import ModelConfig
 from ig_dist.export import ALONE
-from ig_dist.models.dit import DiT
 from ig_dist.terminal import run_app
-from ig_dist.training.ema import EMA
 
 
 def state(megabytes: int) -> dict[str, Piece]:
@@ -40,44 +35,67 @@ def state(megabytes: int) -> dict[str, Piece]:
     return {name: Piece(tuple(tensor.shape), 0, tensor) for name, tensor in tensors.items()}
 
 
-def seconds(function: Callable[[], object]) -> float:
-    """How long a call takes."""
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
+class Ours:
+    """Saves and restores at a URL, each in one call."""
 
+    def __init__(self, url: str, pieces: Mapping[str, Piece]) -> None:
+        self.store = CheckpointStore(url, keep_last=1)
+        self.saver, self.pieces, self.step = Saver(self.store, ALONE), pieces, 0
 
-def stalls(url: str, pieces: dict[str, Piece], rounds: int) -> list[tuple[float, float, float]]:
-    """Of each round: the stall in the background, that of a save at once, and the time of the write behind it."""
-    saver = Saver(CheckpointStore(url, keep_last=1), ALONE)
-    step, measured = 0, []
-    weights = torch.randn(512, 512)
-    for number in range(rounds + 1):
-        step += 1
-        behind = seconds(lambda: saver.save(step, pieces, {"optimizer_steps": step}))  # noqa: B023
-        while saver.busy:  # the loop goes on, and takes its share of the cores
+    def begin(self) -> None:
+        """Save behind the loop."""
+        self.step += 1
+        self.saver.save(self.step, self.pieces, {"optimizer_steps": self.step})
+
+    def save(self) -> None:
+        """Save, and wait until it is whole and the one before is gone."""
+        self.begin()
+        self.saver.wait()
+
+    def stall(self) -> float:
+        """Of a loop that goes on at once, and takes its share of the cores."""
+        stalled, weights = seconds(self.begin), torch.randn(512, 512)
+        while self.saver.busy:
             weights = torch.tanh(weights @ weights.T / 512)
-        written = saver.write_s or 0.0
-        step += 1
+        return stalled
 
-        def save_and_wait(step: int = step) -> None:
-            saver.save(step, pieces, {"optimizer_steps": step})
-            saver.wait()
-
-        at_once = seconds(save_and_wait)
-        if number:  # the first round fills the buffers
-            measured.append((behind, at_once, written))
-    return measured
+    def restore(self) -> None:
+        """As a start does."""
+        checkpoint = self.store.latest(ALONE, keep=True)
+        assert checkpoint is not None and len(Loaded(checkpoint, ALONE).whole("model")) == len(self.pieces)
 
 
-def report_stalls(name: str, measured: list[tuple[float, float, float]]) -> None:
-    """The medians."""
-    behind, at_once, written = (1000 * statistics.median(column) for column in zip(*measured, strict=True))
-    ratios = [b / a for b, a, _ in measured]
-    print(
-        f"{name:5s} stall {behind:5.0f} ms in the background, {at_once:5.0f} ms at once:"
-        f" ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f});"
-        f" written behind the loop in {written:.0f} ms"
+def measure_disk(folder: Path, pieces: Mapping[str, Piece], rounds: int, *, record: bool) -> None:
+    """All claims."""
+    ours, file = Ours(f"{folder}/checkpoints", pieces), folder / "state.pt"
+    tensors = {name: piece.data for name, piece in pieces.items()}
+
+    def torch_save() -> None:
+        with (folder / "next.pt").open("wb") as stream:
+            torch.save(tensors, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        (folder / "next.pt").replace(file)
+
+    ways = {
+        "save": ours.save,
+        "torch.save, fsync": torch_save,
+        "restore": ours.restore,
+        "torch.load": lambda: torch.load(file),
+        "stall behind the loop": ours.stall,
+    }
+    claims = [
+        Claim("checkpoint whole on disk / torch.save with fsync", "save", "torch.save, fsync", "<= 1.0"),
+        Claim("restore from disk, checked / torch.load", "restore", "torch.load", "<= 1.0"),
+        Claim("stall of the loop for a save to disk / save at once", "stall behind the loop", "save", "<= 0.2"),
+    ]
+    ours.save()
+    torch_save()
+    show(
+        interleaved(ways, rounds),
+        claims,
+        title=f"{sum(t.nbytes for t in tensors.values()) / 1e6:.0f} MB, disk",
+        record=record,
     )
 
 
@@ -96,71 +114,26 @@ def object_store(kind: Literal["memstore", "bluestore"] = "memstore") -> Iterato
         yield "s3://benchmark/checkpoints"
 
 
-def updates(preset: str, batch_size: int, rounds: int) -> None:
-    """The shares of EMA and optimizer in a step of training."""
-    shape = {"input_size": 32, "in_channels": 4, "num_classes": 1000}
-    config = ModelConfig.model_validate({"preset": preset, "aux_depth": 2, **shape}).to_dit()
-    model = DiT(config)
-    x_t, t, labels = torch.randn(batch_size, 4, 32, 32), torch.rand(batch_size), torch.zeros(batch_size).long()
-
-    def passes() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            out = model(x_t, t, labels)
-        out.velocity.float().square().mean().backward()
-
-    passes()
-    weights: dict[str, Tensor] = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    average, one = EMA(weights, [0.9999]), torch.ones(())
-    single = {name: weight.clone() for name, weight in weights.items()}
-
-    together = [weight.clone() for weight in weights.values()]
-
-    def foreach() -> None:
-        difference = torch._foreach_sub(list(weights.values()), together)
-        torch._foreach_mul_(difference, 1e-4)
-        torch._foreach_add_(together, difference)
-
-    def one_by_one() -> None:
-        for name, weight in weights.items():
-            single[name].lerp_(weight, 1e-4)
-
-    optimizers: dict[str, Any] = {
-        "fused": torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True),
-        "foreach": torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=True),
-    }
-    optimizers["one by one"] = torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=False)
-    ways: dict[str, Callable[[], object]] = {
-        "forward and backward": passes,
-        "EMA (ours)": lambda: average.update(one),
-        "EMA, foreach": foreach,
-        "EMA, one by one": one_by_one,
-        **{f"AdamW, {name}{' (ours)' * (name == 'fused')}": o.step for name, o in optimizers.items()},
-    }
-    results = [{name: seconds(way) for name, way in ways.items()} for _ in range(rounds + 1)][1:]
-    print(f"{preset}, {sum(w.numel() for w in weights.values()):,} weights, batch {batch_size}, bf16:")
-    for name in ways:
-        time_ms = 1000 * statistics.median(r[name] for r in results)
-        share = statistics.median(r[name] / r["forward and backward"] for r in results)
-        print(f"{name:24s} {time_ms:8.1f} ms, x forward and backward {share:.3f}")
-
-
 def main(
-    megabytes: Annotated[int, typer.Option(help="Size of the state.")] = 200,
-    rounds: Annotated[int, typer.Option(help="Rounds; the medians are printed.")] = 5,
+    rounds: Rounds = 7,
+    record: Record = False,
+    megabytes: Annotated[int, typer.Option(help="Size of the state.")] = 600,
     folder: Annotated[str, typer.Option(help="A folder on the disk to write to; default: a temporary one.")] = "",
-    preset: Annotated[str, typer.Option(help="Model whose step EMA and optimizer are compared with.")] = "SiT-S/2",
-    batch_size: Annotated[int, typer.Option(help="Of that step.")] = 8,
 ) -> None:
     """Measure."""
     pieces = state(megabytes)
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder or None) as temporary:
-        report_stalls("disk", stalls(f"{temporary}/checkpoints", pieces, rounds))
+        measure_disk(Path(temporary), pieces, rounds, record=record)
     with object_store() as url:
         if url:
-            report_stalls("S3", stalls(url, pieces, rounds))
-    updates(preset, batch_size, rounds)
+            ours = Ours(url, pieces)
+            claim = Claim(
+                "stall of the loop for a save to S3 / save at once", "stall behind the loop", "save", "<= 0.2"
+            )
+            times = interleaved({"save": ours.save, "stall behind the loop": ours.stall}, rounds)
+            show(times, [claim], title="S3 on loopback", record=record)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from tests.conftest import run_command
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (["benchmarks/checkpoint.py", "--megabytes", "2", "--rounds", "1", "--folder", "DISK"], "disk  stall"),
+        (["benchmarks/checkpoint.py", "--megabytes", "2", "--rounds", "1", "--folder", "DISK"], "torch.load"),
         (
             ["benchmarks/startup.py", "digits", "--ranks", "2", "--rounds", "1", "--on", "disk", "--folder", "DISK"],
             "disk",
@@ -30,9 +30,9 @@ from tests.conftest import run_command
         (
             [
                 *("benchmarks/train_step.py", "--preset", "SiT-S/8", "--batch-size", "2", "--size", "16"),
-                *("--rounds", "1", "--steps", "1", "--no-compile"),
+                *("--rounds", "1", "--no-compile"),
             ],
-            "1 rounds of 1 steps",
+            "auxiliary head / forward pass, SiT-S/8",
         ),
         (["benchmarks/vote.py", "--processes", "2", "--step-ms", "5"], "2 processes: a vote"),
         pytest.param(
