@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from ig_dist.optim.gated import move, subtract
+
 MOMENTUM = 0.95
 WEIGHT_DECAY = 0.01
 SCALE = 0.2
@@ -26,17 +28,28 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: the quintic tha
 NEWTON_SCHULZ_STEPS = 5
 
 
+AT_ONCE = 2**25
+"""Elements of the matrices that are iterated on together: a workspace of about 400 MB on a GPU."""
+
+
 def orthogonalise_each(matrices: Sequence[Tensor]) -> None:
-    """Replace each matrix, or kernel as the matrix out x rest, by ``orthogonalised`` of it."""
+    """Replace each matrix, or kernel as the matrix out x rest, by ``orthogonalised`` of it; equal shapes together."""
+    alike: dict[torch.Size, list[Tensor]] = {}
     for matrix in matrices:
-        matrix.copy_(orthogonalised(matrix.flatten(1)).view_as(matrix))
+        alike.setdefault(matrix.shape, []).append(matrix)
+    for shape, same in alike.items():
+        count = max(1, AT_ONCE // shape.numel())
+        for first in range(0, len(same), count):
+            batch = same[first : first + count]
+            results = orthogonalised(torch.stack(batch).flatten(2))
+            torch._foreach_copy_(batch, list(results.view(-1, *shape).unbind()))
 
 
 class Muon(Optimizer):
     """Muon on matrices and kernels, Adam (fused) on vectors.
 
-    Like the fused optimizers of torch, it takes ``found_inf`` on the device: where that is 1, a step changes nothing.
-    A step uses the gradients of matrices as its workspace: it needs no memory of its own.
+    Like the fused optimizers of torch, it takes ``found_inf`` and ``grad_scale`` on the device: where the first is 1, a
+    step changes nothing; by the second the gradient is divided. A step turns the gradients of matrices into the update.
 
     Args:
         parameters: all of the model's, or this rank's parts of them.
@@ -51,6 +64,7 @@ class Muon(Optimizer):
     """
 
     found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
 
     def __init__(
         self,
@@ -78,34 +92,28 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient. COLLECTIVE where ``orthogonalise`` is."""
-        finite = 1.0 if self.found_inf is None else 1.0 - self.found_inf
-        lr = self.param_groups[0]["lr"]
+        void, lr = self.found_inf, self.param_groups[0]["lr"]
         matrices = [weight for weight in self.param_groups[0]["params"] if weight.grad is not None]
-        for weight in matrices:
-            self._to_direction(weight, finite)
-        self._orthogonalise([weight.grad for weight in matrices])
-        for tensor in (*matrices, *self._decayed):
-            tensor.mul_(1 - finite * (lr * self._weight_decay))
-        for weight in matrices:
-            weight.sub_(weight.grad * (finite * (lr * self._scales[weight])))
-            self.state[weight]["step"] += finite
+        grads, states = [weight.grad for weight in matrices], [self._state_of(weight) for weight in matrices]
+        momenta = [state["exp_avg"] for state in states]
+        move(momenta, grads, 1 - MOMENTUM, void, self.grad_scale)
+        torch._foreach_lerp_(grads, momenta, MOMENTUM)
+        self._orthogonalise(grads)
+        finite = torch.ones_like(states[0]["step"]) if void is None else 1.0 - void
+        torch._foreach_mul_([*matrices, *self._decayed], 1 - finite * (lr * self._weight_decay))
+        for factor in {self._scales[weight] for weight in matrices}:
+            alike = [weight for weight in matrices if self._scales[weight] == factor]
+            subtract(alike, [weight.grad for weight in alike], lr * factor, void)
+        torch._foreach_add_([state["step"] for state in states], finite, alpha=1)  # without alpha it would be read
         if self._adam:
-            self._adam.found_inf = self.found_inf  # type: ignore[attr-defined]
+            self._adam.found_inf, self._adam.grad_scale = void, self.grad_scale  # type: ignore[attr-defined]
             self._adam.step()
 
-    def _to_direction(self, weight: Tensor, finite: Tensor | float) -> None:
-        """Take the gradient into the momentum, and replace it by the direction that is to be orthogonalised."""
-        grad = weight.grad
-        assert grad is not None
-        state = self.state[weight]
+    def _state_of(self, weight: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[weight]
         if not state:
-            state["step"] = torch.zeros((), device=weight.device)
-            state["exp_avg"] = torch.zeros_like(weight)
-        if isinstance(finite, Tensor):
-            grad.copy_(torch.where(finite > 0, grad, 0.0))  # 0 times infinity would still be NaN
-        momentum = state["exp_avg"]
-        momentum.lerp_(grad, (1 - MOMENTUM) * torch.as_tensor(finite, device=weight.device))
-        grad.lerp_(momentum, MOMENTUM)
+            state |= {"step": torch.zeros((), device=weight.device), "exp_avg": torch.zeros_like(weight)}
+        return state
 
 
 def scale(shape: Sequence[int]) -> float:
@@ -116,20 +124,20 @@ def scale(shape: Sequence[int]) -> float:
 
 
 def orthogonalised(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """About U V^T of a matrix (rows, columns) = U S V^T, by five steps of the quintic Newton-Schulz iteration.
+    """About U V^T of a matrix U S V^T, by five steps of the quintic Newton-Schulz iteration.
 
     Args:
-        matrix: of any dtype, which the result has too.
+        matrix: (..., rows, columns), one or several, of any dtype, which the result has too.
         dtype: of the iteration; None: bf16 on a GPU, as published, fp32 on a CPU. In bf16 the order of the products
             shows: with (c A) A in place of c (A A), 20 steps end 0.12 of their way from where the published ones do.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrix.to(dtype or (torch.bfloat16 if matrix.is_cuda else torch.float32))
-    if wide := matrix.shape[0] > matrix.shape[1]:
-        x = x.T
-    x = x / (x.norm() + 1e-7)
+    if tall := matrix.shape[-2] > matrix.shape[-1]:
+        x = x.mT
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    result: Tensor = (x.T if wide else x).to(matrix.dtype)
+    result: Tensor = (x.mT if tall else x).to(matrix.dtype)
     return result

@@ -10,8 +10,24 @@ import torch.distributed as torch_dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ig_dist.optim.muon import orthogonalise_each, orthogonalised
+from ig_dist.optim.muon import AT_ONCE, orthogonalise_each
 from ig_dist.parallel.dist import Dist
+
+
+def turns(shapes: Sequence[Sequence[int]], ranks: int, groups: int = 1) -> list[list[int]]:
+    """Numbers of the matrices that ``ranks`` of a group do in a turn, like beside like, the largest first.
+
+    A rank does every ``ranks``-th of a turn, as many as are iterated on at once; but no turn is so long that not each
+    of ``groups`` gets one.
+    """
+    order = sorted(range(len(shapes)), key=lambda number: (-math.prod(shapes[number]), tuple(shapes[number])))
+    most = -(-len(order) // (ranks * groups))
+    found: list[list[int]] = []
+    while order:
+        count = ranks * max(1, min(most, AT_ONCE // math.prod(shapes[order[0]])))
+        found.append(order[:count])
+        order = order[count:]
+    return found
 
 
 def orthogonalise_replicas(matrices: Sequence[Tensor], dist: Dist) -> None:
@@ -19,10 +35,11 @@ def orthogonalise_replicas(matrices: Sequence[Tensor], dist: Dist) -> None:
     if dist.world_size == 1:
         return orthogonalise_each(matrices)
     pending = []
-    for turn, matrix in enumerate(sorted(matrices, key=lambda matrix: -matrix.numel())):  # like beside like
-        if turn % dist.world_size == dist.rank:
-            orthogonalise_each([matrix])
-        pending.append(torch_dist.broadcast(matrix, src=turn % dist.world_size, async_op=True))
+    for numbers in turns([matrix.shape for matrix in matrices], dist.world_size):
+        orthogonalise_each([matrices[number] for number in numbers[dist.rank :: dist.world_size]])
+        for place, number in enumerate(numbers):
+            source = place % dist.world_size
+            pending.append(torch_dist.broadcast(matrices[number], src=source, async_op=True))
     for work in pending:
         assert work is not None
         work.wait()
@@ -37,8 +54,8 @@ def orthogonalise_shards(
 ) -> None:
     """Replace the rows that this rank holds by those of the orthogonal whole. COLLECTIVE.
 
-    As many matrices as a group has ranks are made whole at a time, each on another rank. Where several groups hold the
-    same, they take turns and send each other the rows: two machines need not compute the same bits.
+    In a turn matrices are made whole, each on one rank. Where several groups hold the same, they take turns and send
+    each other the rows: two machines need not compute the same bits.
 
     Args:
         shards: of those matrices of which this rank has rows, in the order of ``shapes``.
@@ -52,31 +69,39 @@ def orthogonalise_shards(
     left = iter(shards)
     counts = [[_rows(shape[0], other, size) * math.prod(shape[1:]) for other in range(size)] for shape in shapes]
     held = [next(left).view(-1) if count[rank] else shards[0].new_empty(0) for count in counts]
-    order = sorted(range(len(shapes)), key=lambda number: -math.prod(shapes[number]))
+    groups = 1 if across is None else torch_dist.get_world_size(across)
     done = []
-    for turn, first in enumerate(range(0, len(order), size)):
-        numbers = order[first : first + size]
-        parts, sent = torch.cat([held[number] for number in numbers]), [counts[number][rank] for number in numbers]
-        whose = 0 if across is None else turn % torch_dist.get_world_size(across)
-        if across is None or whose == torch_dist.get_rank(across):
-            own = numbers[rank] if rank < len(numbers) else None
-            received = [0] * size if own is None else counts[own]
-            padded = sent + [0] * (size - len(numbers))
+    for turn, numbers in enumerate(turns(shapes, size, groups)):
+        by_rank = [numbers[other::size] for other in range(size)]  # who makes which whole
+        numbers = [number for whose in by_rank for number in whose]
+        parts = torch.cat([held[number] for number in numbers])
+        if across is None or turn % groups == torch_dist.get_rank(across):
+            sent = [sum(counts[number][rank] for number in whose) for whose in by_rank]
+            received = [sum(counts[number][other] for number in by_rank[rank]) for other in range(size)]
             whole = parts.new_empty(sum(received))
-            torch_dist.all_to_all_single(whole, parts, received, padded, group=within)
-            if own is not None:
-                whole = orthogonalised(whole.view(shapes[own][0], -1)).flatten()
-            torch_dist.all_to_all_single(parts, whole, padded, received, group=within)
+            torch_dist.all_to_all_single(whole, parts, received, sent, group=within)
+            if own := by_rank[rank]:
+                whole = _orthogonal(whole, [shapes[number] for number in own], [counts[number] for number in own])
+            torch_dist.all_to_all_single(parts, whole, sent, received, group=within)
         work = None
         if across is not None:
-            work = torch_dist.broadcast(parts, torch_dist.get_global_rank(across, whose), across, async_op=True)
-        done.append((work, [held[number] for number in numbers], torch.split(parts, sent)))
+            source = torch_dist.get_global_rank(across, turn % groups)
+            work = torch_dist.broadcast(parts, source, across, async_op=True)
+        done.append((work, [held[n] for n in numbers], torch.split(parts, [counts[n][rank] for n in numbers])))
     for work, rows, results in done:
         if work is not None:
             work.wait()
-        for row, result in zip(rows, results, strict=True):
-            row.copy_(result)
+        torch._foreach_copy_(rows, list(results))
     return None
+
+
+def _orthogonal(rows: Tensor, shapes: Sequence[Sequence[int]], counts: Sequence[Sequence[int]]) -> Tensor:
+    """Whole matrices as they came, from one rank after the other its rows of each, made orthogonal."""
+    pieces = torch.split(rows, [count for of_rank in zip(*counts, strict=True) for count in of_rank])
+    wholes = [torch.cat(pieces[i :: len(shapes)]).view(*shape) for i, shape in enumerate(shapes)]
+    orthogonalise_each(wholes)
+    cut = [torch.split(whole.view(-1), list(count)) for whole, count in zip(wholes, counts, strict=True)]
+    return torch.cat([part for of_rank in zip(*cut, strict=True) for part in of_rank])
 
 
 def _rows(rows: int, rank: int, world_size: int) -> int:

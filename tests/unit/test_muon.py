@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from ig_dist.optim.muon import Muon, orthogonalised
+from ig_dist.optim.muon import Muon, orthogonalise_each, orthogonalised
+from tests.counting import Operations
 
 SHAPES = [(6, 10), (10, 6), (5, 5), (8, 3, 2, 2), (12, 1), (7,), (1,)]
 
@@ -117,6 +118,22 @@ def test_the_bf16_iteration_of_gpus_rounds_in_the_published_order(shape: tuple[i
     found = orthogonalised(matrix, torch.bfloat16)
     assert found.dtype == torch.float32 and torch.equal(found, expected)
     assert not torch.equal(found, orthogonalised(matrix))  # fp32 on a CPU
+
+
+def test_matrices_of_one_shape_are_done_together_and_come_out_the_same() -> None:
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(20, 50), (50, 20), (20, 50), (8, 3, 2, 2), (20, 50), (50, 20), (8, 3, 2, 2)]
+    matrices = [torch.randn(shape, generator=draw) for shape in shapes]
+    alone = [orthogonalised(matrix.flatten(1)).view_as(matrix) for matrix in matrices]
+    with Operations() as operations:
+        orthogonalise_each(matrices)
+    assert operations.launched["bmm"] == 3 * 5 * 3  # shapes, steps, products
+    for found, expected in zip(matrices, alone, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-6)
+    pair = torch.stack([matrices[0], matrices[2]])
+    together = orthogonalised(pair, torch.bfloat16)
+    for found, matrix in zip(together, pair, strict=True):
+        torch.testing.assert_close(found, orthogonalised(matrix, torch.bfloat16), rtol=0, atol=2e-2)
 
 
 @pytest.mark.parametrize("shape", [(20, 50), (50, 20), (30, 30)])
