@@ -64,22 +64,23 @@ def build_engine(model: DiT, config: Config, state: LoadedState | None, dist: Di
         engine = DeepSpeedEngine(model, config.optimizer, config.engine.zero_stage or 2, micro, state, dist)
     else:
         engine = DDPEngine(model, config.optimizer, state, dist)
-        warm_up(engine, model, micro, dist.device)
+        passes = 2 if dist.world_size > 1 else int(config.train.compile)
+        warm_up(engine, model, micro, dist.device, passes)
     align_timeouts(dist)
     return engine
 
 
-def warm_up(engine: Engine, model: DiT, batch_size: int, device: torch.device) -> None:
-    """Two forward and backward passes on zeros, gradients discarded.
+def warm_up(engine: Engine, model: DiT, batch_size: int, device: torch.device, passes: int) -> None:
+    """Forward and backward passes on zeros, gradients discarded.
 
     DDP orders its buckets anew after the first backward pass, and with three or more ranks the order decides how
-    sums round: without this, the first step after a restart would differ from the same step without one. Compilation
-    happens here too, before the first batch is waited for.
+    sums round: without two of them, the first step after a restart would differ from the same step without one.
+    Compilation happens here too, before the first batch is waited for.
     """
     size, channels = model.config.input_size, model.config.in_channels
     x = torch.zeros(batch_size, channels, size, size, device=device)
     labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    for _ in range(2):
+    for _ in range(passes):
         with engine.microbatch(last=True):
             output = engine.module(x, torch.zeros(batch_size, device=device), labels)
             engine.backward(

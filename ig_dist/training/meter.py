@@ -21,7 +21,7 @@ from ig_dist.models.presets import forward_flops
 from ig_dist.parallel.dist import Dist, gather_objects, max_over_ranks, sum_over_ranks
 from ig_dist.parallel.engine import StepResult
 from ig_dist.terminal import console
-from ig_dist.training.metrics import model_flops_utilisation
+from ig_dist.training.metrics import model_flops_utilisation, peak_tflops_of
 from ig_dist.training.phases import Phases
 from ig_dist.training.stragglers import OwnWork, Watch, slowest
 
@@ -35,7 +35,9 @@ class Meter:
 
     def __init__(self, config: Config, model: DiT, dist: Dist, phases: Phases) -> None:
         self._config, self._dist, self.phases = config, dist, phases
-        self._train_flops = 3 * forward_flops(model.config)  # backward costs twice the forward
+        peak = config.train.peak_tflops or peak_tflops_of(dist.device)
+        # backward costs twice the forward; where no share of a peak can be told, the second that counting takes to load
+        self._train_flops = 3 * forward_flops(model.config) if peak else 0
         self._streak = torch.zeros((), device=dist.device)
         self._skipped = torch.zeros((), device=dist.device)
         self._told = 0
