@@ -3,13 +3,12 @@
 Which shards are kept is a function of the index and the byte cap alone: the first ones that fit. Nothing is counted,
 locked or evicted. (Every epoch visits every shard once, in another order: whatever fits is hit once an epoch, and no
 rule of eviction does better.) A block appears whole by a rename, so processes that read the same one at once write
-the same bytes; it is read back by mmap. Damage is found by the reader, which checks every sample that it hands out.
+the same bytes. Damage is found by the reader, which checks every sample that it hands out.
 """
 
 from __future__ import annotations
 
 import errno
-import mmap
 import threading
 import time
 import uuid
@@ -42,7 +41,9 @@ class BlockCache:
 
     def __init__(self, folder: str, cap: int, index: ShardIndex) -> None:
         self._folder = Path(folder).expanduser() / index.sha256[:16]
-        self._full, self._lock = False, threading.Lock()
+        self.full = False
+        """Nothing more is kept."""
+        self._lock = threading.Lock()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_whole(LOCAL, str(self._folder / f"{uuid.uuid4().hex}.probe"), b"probe")
@@ -60,33 +61,21 @@ class BlockCache:
                     if time.time() - left.stat().st_mtime > _LEFT_S:
                         left.unlink()
         # offsets and names are known: a shard's last byte counts, its tar padding does too
-        self._kept = int(np.searchsorted(np.cumsum([shard.bytes for shard in index.info.shards]), cap, side="right"))
+        self.shards = int(np.searchsorted(np.cumsum([shard.bytes for shard in index.info.shards]), cap, side="right"))
+        """Number of the first ones, whose blocks are kept."""
 
-    def holds(self, shard: int) -> bool:
-        """Whether blocks of this shard are kept."""
-        return shard < self._kept
-
-    def get(self, shard: int, first: int, size: int) -> memoryview | None:
-        """The block that begins with sample ``first``, mapped into memory; None: not there, or of another size."""
-        try:
-            with self._file(shard, first).open("rb") as file:
-                mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except (OSError, ValueError):  # ValueError: an empty file
-            return None
-        return mapped if len(mapped) == size else None
-
-    def put(self, shard: int, first: int, data: memoryview) -> None:
+    def put(self, shard: int, block: int, data: memoryview) -> None:
         """Keep a block. When the disk is full, this process says so once and keeps no more."""
-        if self._full:
+        if self.full:
             return
         try:
-            write_whole(LOCAL, str(self._file(shard, first)), data)
+            write_whole(LOCAL, self.path(shard, block), data)
         except OSError as error:
             self._stop_keeping(error)
 
     def _stop_keeping(self, error: OSError) -> None:
         with self._lock:
-            said, self._full = self._full, True
+            said, self.full = self.full, True
         if said:
             return
         console.print(
@@ -95,9 +84,10 @@ class BlockCache:
             markup=False,
         )
 
-    def drop(self, shard: int, first: int) -> None:
+    def drop(self, shard: int, block: int) -> None:
         """Forget a block that turned out damaged."""
-        self._file(shard, first).unlink(missing_ok=True)
+        Path(self.path(shard, block)).unlink(missing_ok=True)
 
-    def _file(self, shard: int, first: int) -> Path:
-        return self._folder / f"{shard:06d}-{first:06d}.bin"
+    def path(self, shard: int, block: int) -> str:
+        """The file of a block."""
+        return f"{self._folder}/{shard:06d}-{block:05d}.bin"

@@ -93,7 +93,7 @@ def read_range(
     patience: Patience = PATIENCE,
     *,
     into: memoryview | None = None,
-    arrived: Callable[[memoryview, int], None] | None = None,
+    taken: Callable[[memoryview], None] | None = None,
 ) -> memoryview:
     """Bytes ``start`` to ``stop`` (exclusive) of a file, all of them.
 
@@ -103,32 +103,34 @@ def read_range(
         start: first byte.
         stop: byte after the last.
         patience: how long faults are borne.
-        into: memory for them, at least as long; None: new memory.
-        arrived: called after each part that came, with the memory and how many of its bytes are there: what is done
-            there overlaps with the sending of the next part.
+        into: memory for them; with ``taken`` of any length, and used again and again. None: new memory.
+        taken: called with each part that came, in order, while the next is sent; it keeps what it needs.
 
     Raises:
         DataError: as ``retried``, or the file is shorter.
         FileNotFoundError: there is no such file.
     """
+    size, done = stop - start, 0  # a try goes on where the one before broke off
     # numpy asks for huge pages: the kernel then clears and maps new memory several times faster
-    buffer = np.empty(stop - start, dtype=np.uint8).data if into is None else into[: stop - start]
-    done = 0  # a try goes on where the one before broke off
+    buffer = np.empty(size, dtype=np.uint8).data if into is None else into
+
+    def room() -> memoryview:
+        return buffer[: size - done] if taken else buffer[done:size]
 
     def read() -> None:
         nonlocal done
-        for count in _chunks(fs, path, start + done, buffer[done:], patience):
-            done += count
-            if arrived:
-                arrived(buffer, done)
-        if done != len(buffer):  # a proxy's short body with a consistent length looks like success
-            raise ShortReadError(f"got {done} of {len(buffer)} bytes at {start}")
+        for part in _parts(fs, path, start + done, size - done, room, patience):
+            if taken:
+                taken(part)
+            done += len(part)
+        if done != size:  # a proxy's short body with a consistent length looks like success
+            raise ShortReadError(f"got {done} of {size} bytes at {start}")
 
     try:
         retried(fs, path, read, patience)
     except ShortReadError as error:
         raise DataError(f"{full_url(fs, path)} is too short ({error}): restore it") from None
-    return buffer
+    return buffer[:size]
 
 
 class ShortReadError(OSError):
@@ -184,21 +186,27 @@ def upload_options(fs: Any, data: bytes | memoryview, patience: Patience) -> dic
     return request_timeout(fs, len(data), patience) | checked
 
 
-def _chunks(fs: Any, path: str, start: int, into: memoryview, patience: Patience) -> Iterator[int]:
-    """Read from byte ``start`` on until ``into`` is full or the file ends; the size of each part that came."""
+def _parts(
+    fs: Any, path: str, start: int, size: int, room: Callable[[], memoryview], patience: Patience
+) -> Iterator[memoryview]:
+    """Read from byte ``start`` on, at most ``size`` bytes, into the room that there is; each part as it came."""
     if is_local(fs):
         with Path(path).open("rb", buffering=0) as file:
             file.seek(start)
-            yield file.readinto(into) or 0
+            while (here := room()) and (count := file.readinto(here)):
+                yield here[:count]
     elif "s3" in fs.protocol:
-        yield from s3.get_chunks(fs, path, start, into, patience)
+        yield from s3.get_parts(once(fs), path, start, size, room, patience)
     else:
         fs = once(fs)
-        data = fs.cat_file(path, start=start, end=start + len(into), **request_timeout(fs, len(into), patience))
-        if len(data) > len(into):
+        data = memoryview(fs.cat_file(path, start=start, end=start + size, **request_timeout(fs, size, patience)))
+        if len(data) > size:
             raise DataError(f"{full_url(fs, path)}: the server sends no parts of files: download it and use the copy")
-        into[: len(data)] = data
-        yield len(data)
+        while data and (here := room()):
+            count = min(len(here), len(data))
+            here[:count] = data[:count]
+            yield here[:count]
+            data = data[count:]
 
 
 def request_timeout(fs: Any, size: int, patience: Patience) -> dict[str, Any]:

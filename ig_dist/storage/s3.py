@@ -6,7 +6,7 @@ import base64
 import contextlib
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -15,7 +15,7 @@ from ig_dist.storage.urls import once
 
 SINGLE_PUT_BYTES = 5 * 2**30  # S3's limit. One PUT is atomic and leaves no half upload behind.
 
-_CHUNK_BYTES = 2**20
+_PART_BYTES = 2**20
 
 _CLIENT_LOCK = threading.Lock()
 
@@ -30,24 +30,30 @@ def client_config(patience: Patience) -> dict[str, Any]:
     }
 
 
-def get_chunks(fs: Any, path: str, start: int, into: memoryview, patience: Patience) -> Iterator[int]:
-    """One streaming GET into memory, in this thread.
+def get_parts(
+    fs: Any, path: str, start: int, size: int, room: Callable[[], memoryview], patience: Patience
+) -> Iterator[memoryview]:
+    """One streaming GET into the room that there is, in this thread.
 
     s3fs hands every chunk through the one event loop of the process, joins them, and needs the GIL for each; with plain
-    sockets reader threads read side by side, straight into their buffers.
+    sockets reader threads read side by side, from the socket straight into their memory (urllib3 copies twice).
     """
     import botocore.exceptions
     import s3fs.errors
 
     bucket, key, _ = fs.split_path(path)
     try:
-        asked = f"bytes={start}-{start + len(into) - 1}"
+        asked = f"bytes={start}-{start + size - 1}"
         body = _client(fs, patience).get_object(Bucket=bucket, Key=key, Range=asked)["Body"]
         with closing(body):  # what is left of a broken answer must not reach the next request
-            done = 0
-            while done < len(into) and (count := body.readinto(into[done : done + _CHUNK_BYTES])):
-                done += count
-                yield count
+            raw = body._raw_stream
+            plain: Any = getattr(raw, "_fp", None)  # http.client's answer
+            source = plain if hasattr(plain, "readinto") and not getattr(raw, "chunked", True) else body
+            while (here := room()[:_PART_BYTES]) and (count := source.readinto(here)):
+                size -= count
+                yield here[:count]
+            if not size:
+                raw.release_conn()  # the connection serves the next request
     except botocore.exceptions.ClientError as error:
         raise s3fs.errors.translate_boto_error(error) from error
 

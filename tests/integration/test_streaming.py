@@ -105,7 +105,7 @@ def test_transient_faults_cost_time_only(
 def test_flips_in_one_reading_after_another_condemn_no_sample(url: str, fault_proxy: FaultProxy) -> None:
     index = read_index(url)
     begin = int(index.table.offset[0])  # where the request for the whole shard begins
-    for sample in (0, 0, 5):  # sample 5 is whole before its byte changes
+    for sample in (5, 0, 0):  # the others are whole, so that only sample 5 is asked for again
         fault_proxy.add(Fault("flip", next=1, path="shard-000000", after_bytes=int(index.table.offset[sample]) - begin))
     reader = ShardReader(index, "skip")
     samples, good = reader.read(0, 0, SIZES[0])
@@ -203,7 +203,7 @@ def test_a_hanging_server_is_noticed(url: str, fault_proxy: FaultProxy) -> None:
 def test_a_stream_closes_at_once_whatever_its_requests_wait_for(url: str, fault_proxy: FaultProxy, kind: str) -> None:
     index = read_index(url)
     stream = stream_of(index, Patience(stall_s=30.0, deadline_s=60.0))
-    fault_proxy.add(Fault(kind, path=r"\.tar", after_bytes=40 if kind == "stall" else 0))
+    fault_proxy.add(Fault(kind, path=r"\.tar", after_bytes=20 if kind == "stall" else 0))
     assert stream.get(0.0) is None  # it begins to read
     while not fault_proxy.log:
         time.sleep(0.01)

@@ -59,7 +59,7 @@ def test_what_lies_between_latents_is_not_held_all_at_once(tmp_path: Path, run: 
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert good.all() and (samples == latent).all()
-    assert 2**19 < peak < 2**20 + 2 * samples.nbytes  # one request, of ten, and the samples
+    assert samples.nbytes < peak < 2**20 + 4 * samples.nbytes  # one request, of ten, at most, and the samples
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("sample", "float32"), ("moments", "float16"), ("moments", "float32")])

@@ -3,12 +3,14 @@
 import hashlib
 import io
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from ig_dist.data import stream as streaming
 from ig_dist.data.index import SampleTable, ShardIndex, read_index, write_index
 from ig_dist.data.latents import model_latents, normalisation, tokenizer_latents
 from ig_dist.data.order import SampleOrder
@@ -24,12 +26,14 @@ SIZES = [23, 1, 40, 17, 16]
 SHAPE = (2, 3, 3)
 
 
-def make_index(folder: Path, kind: str = "sample") -> ShardIndex:
+def make_index(
+    folder: Path, kind: str = "sample", sizes: list[int] = SIZES, shape: tuple[int, int, int] = SHAPE
+) -> ShardIndex:
     """Shards of uneven size whose latents say which sample they are."""
-    stored = (2 * SHAPE[0], *SHAPE[1:]) if kind == "moments" else SHAPE
+    stored = (2 * shape[0], *shape[1:]) if kind == "moments" else shape
     folder.mkdir(exist_ok=True)
     shards, rows, first = [], [], 0
-    for number, size in enumerate(SIZES):
+    for number, size in enumerate(sizes):
         ids = np.arange(first, first + size)
         latents = np.broadcast_to(ids[:, None, None, None], (size, *stored)).astype(np.float16)
         data = pack_shard([f"{i:06d}" for i in ids], latents, ids % 10)
@@ -38,7 +42,7 @@ def make_index(folder: Path, kind: str = "sample") -> ShardIndex:
         rows += scan_shard(io.BytesIO(data), np.dtype(np.float16), stored)
         shards.append({"name": name, "bytes": len(data), "samples": size, "sha256": hashlib.sha256(data).hexdigest()})
         first += size
-    latent = {"kind": kind, "shape": SHAPE, "dtype": "float16", "shift": [1.0, 2.0], "scale": [0.5, 4.0]}
+    latent = {"kind": kind, "shape": shape, "dtype": "float16", "shift": [1.0, 2.0], "scale": [0.5, 4.0]}
     info = {
         "source": "test",
         "seed": 0,
@@ -67,6 +71,16 @@ def take(stream: BatchStream, count: int) -> list[Batch]:
     return batches
 
 
+@pytest.fixture(params=["picked", "held"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Samples come from the kernel's memory; or the kernel keeps nothing, as over a network, and windows are held."""
+    if request.param == "held":
+        monkeypatch.setattr(os, "RWF_NOWAIT", 2**30)  # no kernel knows it
+        monkeypatch.setattr(streaming, "_LEAST", 1)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("start", [0, 7])
@@ -118,6 +132,32 @@ def test_a_damaged_sample_ends_the_run_by_default(index: ShardIndex) -> None:
         take(BatchStream(index, make_order(index), workers=1), 20)
 
 
+def told_by_kernel(file: str, name: str) -> int:
+    """A number of this process: bytes read from files and sockets, or KiB of memory of its own."""
+    return int(Path("/proc/self", file).read_text().partition(f"{name}:")[2].split()[0])
+
+
+def test_the_first_batch_reads_its_samples_only_and_windows_need_no_more_memory_than_they_must(
+    tmp_path: Path, way: str
+) -> None:
+    index = make_index(tmp_path / "shards", sizes=[500, 524], shape=(2, 64, 128))  # 32 KiB a sample
+    order = SampleOrder(index.shard_sizes, streams=2, global_batch_size=8, window_samples=256, seed=0)
+    take(BatchStream(index, order), 1)  # what is imported or kept at the first time
+    batches = BatchStream(index, order)._batches()
+    read, memory = told_by_kernel("io", "rchar"), told_by_kernel("status", "RssAnon")
+    seen = [next(batches).ids]
+    assert 8 * 2**15 <= told_by_kernel("io", "rchar") - read < 9 * 2**15
+    highest = 0
+    for batch in itertools.islice(batches, 127):
+        seen.append(batch.ids)
+        assert (batch.latents[:, 0, 0, 0] == batch.ids).all()
+        highest = max(highest, told_by_kernel("status", "RssAnon") - memory)
+    assert sorted(torch.cat(seen).tolist()) == list(range(1024))
+    windows = 2 * 256 * 2**5  # KiB
+    assert highest < (4096 if way == "picked" else 1.25 * windows + 4096), highest
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("workers", [0, 3])
 def test_a_quarantined_sample_is_replaced_within_its_window_and_counted(index: ShardIndex, workers: int) -> None:
     order = make_order(index)
