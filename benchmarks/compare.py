@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.reference import Published
-from benchmarks.side_by_side import Claim, Record, Result, Rounds, interleaved, show
+from benchmarks.side_by_side import Claim, Record, Result, Rounds, interleaved, profiled, show
 from benchmarks.synthetic import build_model, build_step, export_info, synthetic_info
 from ig_dist.arithmetic import arithmetic
 from ig_dist.config import Config
@@ -57,7 +57,7 @@ class Case(NamedTuple):
     precision: Literal["fp32", "tf32", "bf16"]
     limit: str = ""
     compiled: str | None = None
-    """The limit of the compiled form of ours; None: it is not measured."""
+    """The limit of the compiled form of ours; None: it is not measured. Without ``limit`` it alone is."""
     steps: int = 0
     """Of the solver."""
 
@@ -113,10 +113,10 @@ GPU = (
 )
 
 
-def our_model(case: Case) -> DiT:
+def our_model(case: Case, device: torch.device) -> DiT:
     """With weights that are nowhere zero: the velocity of a model as it begins is."""
-    model = build_model(case.config(compiled=False), case.info())
-    generator = torch.Generator().manual_seed(0)
+    model = build_model(case.config(compiled=False), case.info(), device)
+    generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
@@ -132,10 +132,11 @@ def their_model(case: Case, published: Published, ours: DiT) -> nn.Module:
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes")
     }
     shape["encoder_depth"] = config.aux_depth
-    if case.is_sit:
-        model = published.sit.SiT(**shape, decoder_hidden_size=config.hidden_size, fused_attn=True, qk_norm=False)
-    else:
-        model = published.lightningdit.LightningDiT(**shape, use_swiglu=True, use_rope=True, use_rmsnorm=True)
+    with ours.pos_embed.device:
+        if case.is_sit:
+            model = published.sit.SiT(**shape, decoder_hidden_size=config.hidden_size, fused_attn=True, qk_norm=False)
+        else:
+            model = published.lightningdit.LightningDiT(**shape, use_swiglu=True, use_rope=True, use_rmsnorm=True)
     weights = to_published(ours.state_dict(), "ig-sit" if case.is_sit else "ig-lightningdit")
     model.load_state_dict(weights)
     built: nn.Module = model
@@ -217,7 +218,7 @@ def their_step(case: Case, published: Published, model: nn.Module, device: torch
         stored, labels = stored.pin_memory(), labels.pin_memory()
     if case.precision == "bf16":  # as accelerate prepares a model
         forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
-        model.forward = lambda *args, **kwargs: _to_fp32(forward(*args, **kwargs))  # type: ignore[method-assign]
+        model.forward = lambda *args, **kwargs: _to_fp32(forward(*args, **kwargs))
     scale, bias = torch.full((1, 4, 1, 1), 0.18215, device=device), torch.zeros(1, 4, 1, 1, device=device)
 
     def step() -> None:
@@ -289,21 +290,22 @@ class Ways(NamedTuple):
 
 def training_ways(case: Case, published: Published, device: torch.device) -> Ways:
     """Training steps, theirs and ours."""
-    ours = our_model(case).to(device)
-    theirs = their_model(case, published, ours).to(device)
+    ours = our_model(case, device)
+    theirs = their_model(case, published, ours)
     check(case, published, ours, theirs)
     dist = Dist(0, 1, 0, 1, device)
     calls: dict[str, Callable[[], object]] = {"published": their_step(case, published, theirs, device)}
     if case.compiled is not None:
         calls["ours, compiled"] = build_step(case.config(compiled=True), case.info(), dist, copy.deepcopy(ours))
-    calls["ours"] = build_step(case.config(compiled=False), case.info(), dist, ours)
+    if case.limit:
+        calls["ours"] = build_step(case.config(compiled=False), case.info(), dist, ours)
     return Ways(calls, 3 * forward_flops(ours.config))
 
 
 def sampling_ways(case: Case, published: Published, device: torch.device) -> Ways:
     """Whole batches, theirs and ours, without a decoder."""
-    ours = our_model(case).eval().requires_grad_(False).to(device)
-    theirs = their_model(case, published, ours).eval().to(device)
+    ours = our_model(case, device).eval().requires_grad_(False)
+    theirs = their_model(case, published, ours)
     check(case, published, ours, theirs)
     theirs.eval()
     plan, numbers, shape = plan_of(case), torch.arange(case.batch), case.info().latent.shape
@@ -335,7 +337,7 @@ def measure(case: Case, published: Published, device: torch.device, rounds: int,
     with fitting_memory(case):
         ways = (training_ways if case.what == "training step" else sampling_ways)(case, published, device)
         times = interleaved(ways.calls, rounds)
-        claims = [Claim(f"{case.name}: published / ours", "published", "ours", case.limit)]
+        claims = [Claim(f"{case.name}: published / ours", "published", "ours", case.limit)] if case.limit else []
         if case.compiled is not None:
             claims.append(
                 Claim(f"{case.name}: published / ours compiled", "published", "ours, compiled", case.compiled)
@@ -363,16 +365,13 @@ def fitting_memory(case: Case) -> Iterator[None]:
 def profile(case: Case, published: Published, device: torch.device, top: int = 30) -> None:
     """Where a step or a batch spends its time, operation by operation, on both sides."""
     ways = (training_ways if case.what == "training step" else sampling_ways)(case, published, device)
-    found: dict[str, Mapping[str, tuple[float, int]]] = {}
+    found: dict[str, dict[str, tuple[float, int]]] = {}
     for name, call in ways.calls.items():
         call()
         call()
-        with torch.profiler.profile() as profiled:
-            call()
-        own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-        found[name] = {e.key: (getattr(e, own) / 1e3, e.count) for e in profiled.key_averages()}
+        found[name] = profiled(call)
     names = list(found)
-    table = Table("operation", *(f"{name}, ms (calls)" for name in names), "ours - published", title=case.name)
+    table = Table("operation", *(f"{name}, ms (calls)" for name in names), f"{names[-1]} - published", title=case.name)
     rows = sorted(
         {key for one in found.values() for key in one},
         key=lambda key: -max(one.get(key, (0.0, 0))[0] for one in found.values()),
@@ -380,7 +379,7 @@ def profile(case: Case, published: Published, device: torch.device, top: int = 3
     for key in rows[:top]:
         spent = {name: found[name].get(key, (0.0, 0)) for name in names}
         cells = (f"{ms:.1f} ({calls})" for ms, calls in spent.values())
-        table.add_row(key[:60], *cells, f"{spent['ours'][0] - spent['published'][0]:+.1f}")
+        table.add_row(key[:60], *cells, f"{spent[names[-1]][0] - spent['published'][0]:+.1f}")
     table.add_row("all", *(f"{sum(ms for ms, _ in found[name].values()):.1f}" for name in names), "")
     console.print(table)
 
@@ -392,7 +391,7 @@ def main(
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Time the compiled form of ours too.")
     ] = True,
-    profiled: Annotated[bool, typer.Option("--profile", help="Print where the time goes, and time nothing.")] = False,
+    where: Annotated[bool, typer.Option("--profile", help="Print where the time goes, and time nothing.")] = False,
     record: Record = False,
 ) -> None:
     """Compare with the published code."""
@@ -405,7 +404,7 @@ def main(
     published = Published(reference, compiled=device.type == "cuda")
     console.print(f"stood in for: {', '.join(published.stood_in) or 'nothing'}")
     for case in cases:
-        if profiled:
+        if where:
             profile(case, published, device)
         else:
             measure(case, published, device, rounds, record=record)

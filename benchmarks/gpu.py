@@ -1,7 +1,9 @@
 """Whether a GPU does what was tried on CPUs, and how fast: one command for the first minutes on a new machine.
 
-    python benchmarks/gpu.py                    # all of it, eight minutes at most
-    python benchmarks/gpu.py --only apex        # the checks with that in their names
+    python benchmarks/gpu.py                                             # the checks first, eight minutes at most
+    python benchmarks/gpu.py --only training --only profile              # those with that in their names
+    python benchmarks/gpu.py --only published --reference DIR            # against the published code in DIR
+    python benchmarks/gpu.py --only sampling --only plan
 
 Each check is a process of its own with a time limit, so that one that crashes or hangs costs one row of the table. The
 table is written after each, as Markdown and as JSON. It needs a checkout and torch, nothing from the network. On a CPU
@@ -141,6 +143,7 @@ def main(
     ),
     only: Annotated[list[str] | None, typer.Option(help="Only checks with this in their names.")] = None,
     numbers: Annotated[Path, typer.Option(help="Folder of the recorded numbers.")] = golden.FOLDER,
+    reference: Annotated[Path | None, typer.Option(help="Folder of the published code to compare with.")] = None,
     limit_s: Annotated[float, typer.Option(help="Seconds that all checks may take together.")] = LIMIT_S,
 ) -> None:
     """Check this machine's GPU, and measure."""
@@ -149,7 +152,7 @@ def main(
     log.unlink(missing_ok=True)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
-        case = Case(torch.device("cpu"), numbers, Path(scratch))
+        case = Case(torch.device("cpu"), numbers, Path(scratch), reference)
         for name, (budget_s, check) in {"machine": (60, machine), **gpu_checks.CHECKS, **gpu_speed.SPEED}.items():
             if rows and only and not any(part in name for part in only):
                 continue

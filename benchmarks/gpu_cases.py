@@ -11,9 +11,10 @@ from unittest import mock
 
 import torch
 
-from benchmarks.train_step import build_step, synthetic_info
+from benchmarks.synthetic import build_step, synthetic_info
 from ig_dist.config import Config
 from ig_dist.config_file import load_config
+from ig_dist.models.presets import forward_flops
 from ig_dist.parallel.dist import Dist
 
 Found = dict[str, float | int | str]
@@ -30,6 +31,8 @@ class Case(NamedTuple):
     """Folder of the recorded numbers."""
     folder: Path
     """Scratch space that the checks of one report share."""
+    reference: Path | None = None
+    """Folder of the published code, where it is at hand."""
 
     @property
     def small(self) -> bool:
@@ -73,7 +76,13 @@ def step_config(case: Case, name: str, batch_size: int, *, compiled: bool) -> Co
     return load_config(name, [*tiny, *(f"{key}={value}" for key, value in given.items())])
 
 
-def step_of(case: Case, config: Config) -> tuple[Callable[[], None], int]:
+def step_of(case: Case, config: Config) -> Callable[[], None]:
     """``build_step`` for the latents of a published config."""
     shape = config.model.in_channels or 4, config.model.input_size or 32
     return build_step(config, synthetic_info(*shape, 1000), case.dist)
+
+
+def flops_of(config: Config) -> int:
+    """FLOPs of a forward pass of one image of a published config."""
+    channels, side = config.model.in_channels or 4, config.model.input_size or 32
+    return forward_flops(config.with_data((channels, side, side), 1000).model.to_dit())

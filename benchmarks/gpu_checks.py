@@ -21,7 +21,7 @@ from torch import Tensor
 
 import ig_dist
 from benchmarks.gpu_cases import Case, Found, NotHereError, needs_a_gpu, small_compiler, step_config
-from benchmarks.train_step import synthetic_info
+from benchmarks.synthetic import synthetic_info
 from ig_dist.arithmetic import Precision, arithmetic, switches
 from ig_dist.config.training import EngineConfig, OptimizerConfig
 from ig_dist.config_file import apply_overrides, config_from_tree

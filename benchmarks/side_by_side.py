@@ -102,6 +102,23 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> tuple[float, float, 
     return float(np.median(ratios)), float(low), float(high)
 
 
+def profiled(call: Callable[[], object]) -> dict[str, tuple[float, int]]:
+    """Milliseconds and calls of a GPU's kernels, or on a CPU of operations without those that they call."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    with torch.profiler.profile() as profile:
+        call()
+        wait_for_device()
+    spent = {}
+    for event in profile.key_averages():
+        if not cuda:
+            spent[event.key] = event.self_cpu_time_total / 1e3, event.count
+        elif event.device_type.name == "CUDA" and not event.is_user_annotation:
+            spent[event.key] = event.self_device_time_total / 1e3, event.count
+    return spent
+
+
 def show(times: Times, claims: Sequence[Claim], *, title: str = "", record: bool = False) -> list[Result]:
     """Print the ways and the claims, and record these where asked."""
     table = Table("way", "ms, median", "lowest", "highest", title=title, title_justify="left")

@@ -61,9 +61,10 @@ def export_info(config: DiTConfig, tokenizer: TokenizerInfo | None = None) -> Ex
     )
 
 
-def build_model(config: Config, info: IndexFile) -> DiT:
-    """As a run begins, on the CPU."""
-    model = DiT(config.with_data(info.latent.shape, len(info.classes)).model.to_dit())
+def build_model(config: Config, info: IndexFile, device: torch.device) -> DiT:
+    """As a run begins."""
+    with device:
+        model = DiT(config.with_data(info.latent.shape, len(info.classes)).model.to_dit())
     initialize(model, 0)
     return model
 
@@ -82,7 +83,7 @@ def build_draws(config: Config, info: IndexFile, dist: Dist) -> Callable[[], Tas
 
 def build_step(config: Config, info: IndexFile, dist: Dist, model: DiT | None = None) -> Callable[[], None]:
     """A function that makes one training step on a fixed batch: draws, loss, engine, fused optimizer, EMA."""
-    engine = build_engine(model or build_model(config, info), config, None, dist)
+    engine = build_engine(model or build_model(config, info, dist.device), config, None, dist)
     ema = EMA(engine.masters(), config.ema.decays)
     draws = build_draws(config, info, dist)
 

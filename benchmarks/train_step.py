@@ -1,171 +1,124 @@
-"""A training step of a preset on synthetic latents: eager against per-block compile, auxiliary head on and off.
+"""A training step of a preset on synthetic latents: compiled against eager, and what the auxiliary head costs.
 
-    python benchmarks/train_step.py --preset SiT-B/2 --aux-depth 4 --batch-size 64
+    python benchmarks/train_step.py --preset SiT-B/2 --batch-size 64
 
-The variants run in turn, round by round, in one process, so that a machine whose speed drifts slows all of them alike;
-the table shows the median of the rounds and the median of the ratios to the first variant of the same round. The step
-is the product's own: draws, engine, loss, fused AdamW, EMA. Absolute numbers mean something on a GPU only.
+The step is the product's own: draws, loss, engine, fused optimizer, EMA. The head's cost is counted in FLOPs of
+SiT-XL/2, and timed by itself beside whole steps: steps with and without it differ by less than steps of one kind do.
 """
 
 from __future__ import annotations
 
-import platform
-import statistics
-import time
+import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
-from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import typer
-from rich.table import Table
+from torch import Tensor
 
+from benchmarks.side_by_side import Claim, Record, Result, Rounds, interleaved, show, show_results
+from benchmarks.synthetic import build_draws, build_model, build_step, synthetic_info
+from ig_dist.arithmetic import arithmetic
 from ig_dist.config import Config
+from ig_dist.config.model import ModelConfig
 from ig_dist.config_file import config_from_tree
-from ig_dist.data.index import IndexFile, LatentInfo, ShardInfo, Statistics, TokenizerInfo
-from ig_dist.data.stream import Batch
-from ig_dist.models.dit import DiT, initialize
+from ig_dist.models.dit import DiT
 from ig_dist.models.presets import forward_flops
-from ig_dist.parallel.build import build_engine
-from ig_dist.parallel.dist import Dist, init_distributed
+from ig_dist.parallel.dist import init_distributed
 from ig_dist.terminal import console, run_app
-from ig_dist.training.ema import EMA
 from ig_dist.training.metrics import model_flops_utilisation
-from ig_dist.training.objective import Task, TaskMaker, training_loss
+
+TRAINING, SAMPLING = "<= 0.015", "<= 0.01"
 
 
-def synthetic_info(channels: int, size: int, num_classes: int) -> IndexFile:
-    """What an index would say of latents of that shape."""
-    return IndexFile(
-        format="ig-dist-index/1",
-        source="synthetic",
-        seed=0,
-        tokenizer=TokenizerInfo(name="pixel", sha256="", image_size=8 * size, image_channels=3),
-        latent=LatentInfo(
-            kind="moments",
-            shape=(channels, size, size),
-            dtype="float16",
-            shift=[0.0] * channels,
-            scale=[0.18215] * channels,
-        ),
-        classes=[str(i) for i in range(num_classes)],
-        statistics=Statistics(mean=[0.0] * channels, std=[1.0] * channels),
-        table_sha256="",
-        shards=[ShardInfo(name="none", bytes=0, samples=1, sha256="")],
-    )
+def counted(preset: str = "SiT-XL/2") -> list[Result]:
+    """FLOPs of the head over those of a model without it, in training and in a forward pass alike."""
+    shape = {"preset": preset, "input_size": 32, "in_channels": 4, "num_classes": 1000}
+    with_head, without = (forward_flops(ModelConfig(**shape, aux_depth=depth).to_dit()) for depth in (8, None))
+    share = with_head / without - 1
+    return [
+        Result(f"auxiliary head's FLOPs / {preset}'s, training", share, limit=TRAINING),
+        Result(f"auxiliary head's FLOPs / {preset}'s, sampling", share, limit=SAMPLING),
+    ]
 
 
-def build_draws(config: Config, info: IndexFile, dist: Dist) -> Callable[[], Task]:
-    """A function that makes the task of a fixed batch: what a step does before the model."""
-    rows = config.train.global_batch_size
-    generator = torch.Generator().manual_seed(0)
-    stored = torch.rand(rows, *info.latent.stored_shape, generator=generator).half()
-    numbers = torch.arange(rows)
-    columns = [stored, numbers % len(info.classes), numbers, numbers, numbers * 0]
-    pinned = dist.device.type == "cuda"  # as a run's loader has them
-    batch = Batch(*(column.pin_memory() if pinned else column for column in columns))
-    return partial(TaskMaker(config, info, dist.device), batch)
+def head_alone(model: DiT, rows: int, config: Config, *, backward: bool) -> Callable[[], None]:
+    """What a step or a forward pass has more with the head: the head on tokens, its loss, its gradients."""
+    device, width = model.pos_embed.device, model.config.hidden_size
+    tokens = torch.randn(rows, model.config.grid_size**2, width, device=device, requires_grad=backward)
+    condition = torch.randn(rows, width, device=device, requires_grad=backward)
+    target = torch.randn(rows, model.config.in_channels, *2 * [model.config.input_size], device=device)
 
+    def call() -> None:
+        with torch.set_grad_enabled(backward), arithmetic(config.train.precision, device):
+            assert model.aux_layer is not None
+            velocity: Tensor = model._unpatchify(model.aux_layer(tokens, condition))
+        if backward:
+            loss = 0.5 * (velocity.float() - target).square().mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+            tokens.grad = condition.grad = None
 
-def build_step(config: Config, info: IndexFile, dist: Dist) -> tuple[Callable[[], None], int]:
-    """A function that makes one training step on a fixed batch, and the FLOPs of a training image."""
-    model = DiT(config.with_data(info.latent.shape, len(info.classes)).model.to_dit())
-    initialize(model, 0)
-    flops = 3 * forward_flops(model.config)
-    engine = build_engine(model, config, None, dist)
-    ema = EMA(engine.masters(), config.ema.decays)
-    draws = build_draws(config, info, dist)
-
-    def step() -> None:
-        task = draws()
-        with engine.microbatch(last=True):
-            engine.backward(training_loss(engine.module, task, config, step=0).mean(dim=1)[0])
-        ema.update(engine.step(1e-4).finite)
-
-    return step, flops
-
-
-def seconds_per_step(step: Callable[[], object], steps: int, device: torch.device) -> float:
-    """Wall time of a step, the device waited for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    for _ in range(steps):
-        step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - began) / steps
+    return call
 
 
 def main(
     preset: Annotated[str, typer.Option(help="Model size.")] = "SiT-B/2",
-    aux_depth: Annotated[int, typer.Option(help="Block of the auxiliary head where it is on.")] = 4,
+    aux_depth: Annotated[int, typer.Option(help="Block of the auxiliary head.")] = 4,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 64,
     channels: Annotated[int, typer.Option(help="Latent channels.")] = 4,
     size: Annotated[int, typer.Option(help="Latent side.")] = 32,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",
-    rounds: Annotated[int, typer.Option(help="Rounds; the table shows medians.")] = 5,
-    steps: Annotated[int, typer.Option(help="Steps a round.")] = 10,
-    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Time the compiled variants too.")] = True,
+    rounds: Rounds = 7,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Time the compiled step too.")] = True,
+    record: Record = False,
 ) -> None:
-    """Time a training step, eager and compiled, with and without the auxiliary head."""
+    """Time a training step, and the auxiliary head."""
     dist = init_distributed(600, 600)
     info = synthetic_info(channels, size, 1000)
-    variants: dict[str, tuple[Callable[[], object], int]] = {}
-    before: dict[str, Callable[[], Task]] = {}
-    peaks: dict[str, float] = {}
-    for compile_blocks in (False, True) if compiled else (False,):
-        for depth in (None, aux_depth):
-            name = f"{'compiled' if compile_blocks else 'eager'}, {'with' if depth else 'no'} auxiliary head"
-            tree: dict[str, Any] = {
-                "model": {"preset": preset, "aux_depth": depth},
-                "data": {"index": "synthetic", "streams": 1},
-                "train": {
-                    "steps": 1,
-                    "global_batch_size": batch_size,
-                    "precision": precision,
-                    "compile": compile_blocks,
-                },
-            }
-            if dist.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-                allocated = torch.cuda.memory_allocated()
-            config = config_from_tree(tree, "benchmark")
-            step, flops = build_step(config, info, dist)
-            step()  # warm: compilation, optimizer state
-            variants[name] = step, flops
-            before[f"{'compiled' if compile_blocks else 'eager'}, the draws alone"] = build_draws(config, info, dist)
-            if dist.device.type == "cuda":
-                peaks[name] = (torch.cuda.max_memory_allocated() - allocated) / 2**30
-    for name, draws in before.items():
-        draws()
-        variants[name] = draws, 0
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, (timed, _) in variants.items():
-            times[name].append(seconds_per_step(timed, steps, dist.device))
+    case = f"{preset}, batch {batch_size}, {precision}"
 
-    device = torch.cuda.get_device_name() if dist.device.type == "cuda" else platform.processor() or platform.machine()
-    title = (
-        f"{preset}, batch {batch_size}, {channels} x {size} x {size}, {precision}, {device}, torch {torch.__version__}"
-    )
-    table = Table("variant", "ms a step", "images/s", "MFU", "peak GiB", "time / first", title=title)
-    first = times[next(iter(times))]
-    for name, (_, flops) in variants.items():
-        seconds = statistics.median(times[name])
-        ratio = statistics.median(mine / theirs for mine, theirs in zip(times[name], first, strict=True))
-        mfu = model_flops_utilisation(flops, batch_size / seconds, 1, dist.device, None)
-        table.add_row(
-            name,
-            f"{1000 * seconds:.1f}",
-            f"{batch_size / seconds:.1f}",
-            "-" if not mfu else f"{100 * mfu:.1f}%",
-            f"{peaks[name]:.2f}" if name in peaks else "-",
-            f"{ratio:.4f}",
-        )
-    console.print(table)
-    console.print(f"{datetime.now(UTC):%Y-%m-%d}, {rounds} rounds of {steps} steps, medians")
+    def config(*, compile_blocks: bool) -> Config:
+        tree: dict[str, Any] = {
+            "model": {"preset": preset, "aux_depth": aux_depth},
+            "data": {"index": "synthetic", "streams": 1},
+            "train": {"steps": 1, "global_batch_size": batch_size, "precision": precision, "compile": compile_blocks},
+        }
+        return config_from_tree(tree, "benchmark")
+
+    eager = config(compile_blocks=False)
+    model = build_model(eager, info, dist.device)
+    x, t = torch.randn(batch_size, channels, size, size, device=dist.device), torch.rand(batch_size, device=dist.device)
+    labels = torch.zeros(batch_size, dtype=torch.int64, device=dist.device)
+
+    def forward() -> None:
+        with torch.no_grad(), arithmetic(eager.train.precision, dist.device):
+            model(x, t, labels, with_aux=False)
+
+    ways: dict[str, Callable[[], object]] = {
+        "step": build_step(eager, info, dist),
+        "draws": build_draws(eager, info, dist),
+        "head in training": head_alone(model, batch_size, eager, backward=True),
+        "forward without head": forward,
+        "head in sampling": head_alone(model, batch_size, eager, backward=False),
+    }
+    claims = [
+        Claim(f"auxiliary head / training step, {case}", "head in training", "step", TRAINING),
+        Claim(f"auxiliary head / forward pass, {case}", "head in sampling", "forward without head", SAMPLING),
+        Claim(f"draws / training step, {case}", "draws", "step"),
+    ]
+    if compiled:
+        ways["step, compiled"] = build_step(config(compile_blocks=True), info, dist)
+        claims.append(Claim(f"training step, {case}: eager / compiled", "step", "step, compiled"))
+    show_results(counted(), record=record)
+    times = interleaved(ways, rounds)
+    show(times, claims, title=case, record=record)
+    for name in ("step", "step, compiled")[: 1 + compiled]:
+        rate = batch_size / sorted(times[name])[rounds // 2]
+        mfu = model_flops_utilisation(3 * forward_flops(model.config), rate, 1, dist.device, None)
+        console.print(f"{name}: {rate:.4g} images/s" + (f", MFU {100 * mfu:.1f}%" if mfu else ""))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from tests.conftest import run_command
                 *("benchmarks/train_step.py", "--preset", "SiT-S/8", "--batch-size", "2", "--size", "16"),
                 *("--rounds", "1", "--no-compile"),
             ],
-            "auxiliary head / forward pass, SiT-S/8",
+            "head in training",
         ),
         (["benchmarks/vote.py", "--processes", "2", "--step-ms", "5"], "2 processes: a vote"),
         pytest.param(
