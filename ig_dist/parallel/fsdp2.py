@@ -166,8 +166,10 @@ def shard_blocks(
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     gathered = torch.bfloat16 if precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.blocks:
+    *others, last = model.blocks
+    for block in others:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    fully_shard(last, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # its backward comes at once
     root_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     # the root's backward begins where its forward ends: no use in freeing it in between
     return fully_shard(model, mesh=mesh, mp_policy=root_policy, reshard_after_forward=False)

@@ -6,10 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from ig_dist.config.model import ModelConfig
 from ig_dist.config.training import OptimizerConfig
+from ig_dist.models.dit import DiT, initialize
 from ig_dist.optim.optimizer import build_optimizer
+from ig_dist.parallel.dist import Dist, shut_down
+from ig_dist.parallel.fsdp2 import FSDP2Engine
 from ig_dist.parallel.sharded import total_norm, update
+from tests.counting import Operations
 
 SHAPES = [(6, 10), (5, 3, 2, 2), (7,), (1,)]
 
@@ -60,3 +66,22 @@ def test_a_void_step_changes_no_bit(kind: str, bad: float) -> None:
             assert torch.equal(parameter, weight) == void
             if void:
                 assert all(torch.equal(optimizer.state[parameter][key], value) for key, value in state.items())
+
+
+def test_fsdp2_gathers_a_block_twice_a_step_but_the_last_one_and_the_root_once(
+    request: pytest.FixtureRequest,
+) -> None:
+    request.addfinalizer(shut_down)
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    shape = {"preset": "SiT-S/2", "hidden_size": 32, "num_heads": 2, "depth": 4, "aux_depth": 2}
+    config = ModelConfig.model_validate({**shape, "input_size": 8, "in_channels": 4, "num_classes": 10})
+    model = DiT(config.to_dit())
+    initialize(model, 0)
+    engine = FSDP2Engine(model, OptimizerConfig(), "fp32", True, 1, None, Dist(0, 2, 0, 2, torch.device("cpu")))
+    x, t, labels = torch.randn(2, 4, 8, 8), torch.rand(2), torch.zeros(2, dtype=torch.int64)
+    for _ in range(2):
+        with Operations() as operations, engine.microbatch(last=True):
+            output = engine.module(x, t, labels)
+            engine.backward(sum(v.square().mean() for v in output if v is not None))  # type: ignore[arg-type]
+    assert operations.launched["_allgather_base_"] == 2 * 3 + 1 + 1
+    assert operations.launched["_reduce_scatter_base_"] == 4 + 1
