@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
+from ig_dist.optim.fused_adamw import FusedAdamW
 from ig_dist.optim.gated import move, subtract
 
 MOMENTUM = 0.95
@@ -83,7 +84,7 @@ class Muon(Optimizer):
         self._weight_decay, self._orthogonalise, self._decayed = weight_decay, orthogonalise, decayed
         whole = shapes or [parameter.shape for parameter in parameters]
         self._scales = {parameter: scale(shape) for parameter, shape in zip(parameters, whole, strict=True)}
-        self._adam = AdamW(vectors, lr=lr, betas=betas, eps=eps, weight_decay=0.0, fused=True) if vectors else None
+        self._adam = FusedAdamW(vectors, lr=lr, betas=betas, eps=eps, weight_decay=0.0, fused=True) if vectors else None
         if self._adam:  # one place for the state and the learning rate of every parameter
             self._adam.param_groups[0] = self.param_groups[1] | self._adam.param_groups[0]
             self.param_groups[1] = self._adam.param_groups[0]

@@ -7,24 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from ig_dist.config.training import OptimizerConfig
 from ig_dist.optim.apex_adam import apex_adam
+from ig_dist.optim.fused_adamw import FusedAdamW
 from ig_dist.optim.muon import Muon, orthogonalise_each
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class _AdamW(AdamW):
-    """torch's, which imports the compiler, for a second, to say that it be not compiled: nobody does."""
-
-    step = torch.no_grad()(getattr(Adam.step, "__wrapped__", Adam.step))
-
-
-for _method in (Optimizer.add_param_group, Optimizer.zero_grad):
-    if _plain := getattr(_method, "__wrapped__", None):
-        _plain.__dict__.setdefault("__dynamo_disable", _plain)
 
 
 def build_optimizer(
@@ -48,7 +38,7 @@ def build_optimizer(
     if config.kind == "muon":
         adam = (config.lr, config.betas, config.eps)
         return Muon(parameters, *adam, config.weight_decay, shapes, orthogonalise, decayed)
-    return _AdamW(
+    return FusedAdamW(
         parameters,
         lr=config.lr,
         betas=config.betas,
