@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 import torch.utils.deterministic
 
+from ig_dist.compile_cache import keep_compiled, shared
+
 F = TypeVar("F", bound=Callable[..., Any])
 Precision = Literal["fp32", "tf32", "bf16"]
 """Of matrix products and convolutions. fp32 is fp32; tf32 rounds their factors to 10 bits on NVIDIA GPUs, as PyTorch's
@@ -84,4 +86,5 @@ def compiled(function: F, *, dynamic: bool | None = None) -> F:
     collective that hangs no thread would run, the watchdog's neither. Triton's lets go of it.
     """
     options: dict[str, str | int | bool | Callable[..., Any]] = {"use_static_cuda_launcher": False}
-    return cast(F, torch.compile(function, fullgraph=True, dynamic=dynamic, options=options))
+    keep_compiled()
+    return cast(F, shared(torch.compile(function, fullgraph=True, dynamic=dynamic, options=options)))
