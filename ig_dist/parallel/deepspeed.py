@@ -162,6 +162,7 @@ def initialize(model: DiT, optimizer: Optimizer, stage: int, batch_size: int, di
         "train_micro_batch_size_per_gpu": batch_size,
         "gradient_accumulation_steps": 1,  # we say where a step ends
         "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # it knows torch's AdamW, not what is derived from it
         "gradient_clipping": 0.0,  # ours; the default would clip
         "steps_per_print": None,
     }
