@@ -56,7 +56,7 @@ def build(preset: str | None, size: int, channels: int, tokenizer: str, device: 
 def solver_alone(sampler: Sampler) -> None:
     """All batches of the plan, and nothing of what follows."""
     for number in range(sampler.plan.num_units):
-        for batch in sampler.plan.batches(number):
+        for batch in sampler.batches(number):
             sampler.solve(image_numbers(batch.solved))
 
 

@@ -173,7 +173,7 @@ class Pipeline:
         sampler = Sampler(Models(self.model, self.info, self._decoder(config), weak_model), plan)
         made = list[Tensor]()
         with progress("sample", plan.num, "images") as advance:
-            for batch in chain.from_iterable(map(plan.batches, range(plan.num_units))):
+            for batch in chain.from_iterable(map(sampler.batches, range(plan.num_units))):
                 latents = sampler.solve(image_numbers(batch.solved))[0][: len(batch.kept)]
                 made.append(latents if output == "latents" else sampler.decode(latents))
                 advance(len(batch.kept))

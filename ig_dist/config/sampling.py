@@ -66,8 +66,8 @@ class SampleConfig(Group):
     weak_model: str = ""
     """Second model of ``auto`` guidance: a run (RUN, or RUN@STEP for an earlier checkpoint) or an export folder."""
     batch_size: Positive = 64
-    """Images at a time, at most: a unit is cut into batches of one size. The last one is filled up with images that
-    would come next, and are not kept."""
+    """Images at a time, at most: a unit is cut into equal batches. Where blocks are compiled the last batch of a plan
+    is filled up with images that would come next, and are not kept."""
     unit_size: Positive = 512
     """Images per unit, the piece of work that one worker claims and writes whole."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"

@@ -135,7 +135,7 @@ def solve_unit(
 ) -> tuple[Tensor, NDArray[np.int64], Work]:
     """Images (uint8, on the device), labels and work of one unit, batch by batch."""
     plan, images, work = sampler.plan, [], []
-    for batch in plan.batches(number):
+    for batch in sampler.batches(number):
         latents, took = sampler.solve(image_numbers(batch.solved))
         images.append(beside(sampler.decode, latents[: len(batch.kept)]))
         work.append(np.tile(np.array(took), (len(batch.kept), 1)))

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     """Images that are solved at once."""
 
     solved: range
-    """Their numbers, as many in each batch of a plan: at its end also of images that would come next."""
+    """Their numbers; of a plan in one size also those of images that would come after its last one."""
     kept: range
     """Those that the batch is made for."""
 
@@ -85,12 +85,13 @@ class Plan(BaseModel):
         """Image numbers of a unit."""
         return range(number * self.unit_size, min((number + 1) * self.unit_size, self.num))
 
-    def batches(self, number: int) -> list[Batch]:
-        """Those of a unit: as few as may be, all of one size, which is also that of the other units."""
-        unit, whole = self.unit(number), min(self.unit_size, self.num)
-        rows = -(-whole // -(-whole // self.batch_size))
-        starts = range(unit.start, unit.stop, rows)
-        return [Batch(range(start, start + rows), range(start, min(start + rows, unit.stop))) for start in starts]
+    def batches(self, number: int, *, one_size: bool) -> list[Batch]:
+        """Those of a unit, as few as may be and of about one size; ``one_size``: of just that, in all units."""
+        unit = self.unit(number)
+        images = min(self.unit_size, self.num) if one_size else len(unit)
+        rows = -(-images // -(-images // self.batch_size))
+        kept = [range(start, min(start + rows, unit.stop)) for start in range(unit.start, unit.stop, rows)]
+        return [Batch(range(part.start, part.start + rows) if one_size else part, part) for part in kept]
 
     @property
     def evaluations(self) -> int:

@@ -16,11 +16,10 @@ from ig_dist.data.latents import Affine, normalisation, tokenizer_latents
 from ig_dist.diffusion.guidance import guided_velocity
 from ig_dist.diffusion.path import Path
 from ig_dist.diffusion.samplers import NoiseFn, VelocityFn, dopri5, euler, euler_maruyama, heun, sde_grid, time_grid
-from ig_dist.evaluation.plan import Plan
+from ig_dist.evaluation.plan import Batch, Plan
 from ig_dist.export import ModelInfo
 from ig_dist.latents.tokenizer import Tokenizer
 from ig_dist.models.dit import DiT, DiTOutput
-from ig_dist.models.layers import AffineNorm
 from ig_dist.models.presets import forward_flops
 from ig_dist.rng import Draws, Purpose, normal, to_normal
 
@@ -52,12 +51,16 @@ class Sampler:
     def __init__(self, models: Models, plan: Plan) -> None:
         self.plan, self.device = plan, models.model.pos_embed.device
         self._info, self._tokenizer = models.info, models.tokenizer
-        compiling = compiles(plan, models.model)
+        self._compiling = compiling = compiles(plan, models.model)
         self._model = as_planned(models.model, plan.precision, compiling=compiling)
         self._weak = None if models.weak is None else as_planned(models.weak, plan.precision, compiling=compiling)
         self._affine = normalisation(models.info.latent, self.device)
         self._words = Draws(plan.seed, {Purpose.SAMPLE_STEP: math.prod(models.info.latent.shape)}, self.device)
         self._noise = compiled(self._draw, dynamic=False) if compiling else self._draw
+
+    def batches(self, number: int) -> list[Batch]:
+        """Those of a unit; of one size where blocks are compiled for it."""
+        return self.plan.batches(number, one_size=self._compiling)
 
     @torch.no_grad()
     def solve(self, numbers: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
@@ -113,9 +116,9 @@ def as_planned(model: DiT, precision: Precision, *, compiling: bool) -> DiT:
         ready = DiT(model.config)
     ready.load_state_dict(model.state_dict(), assign=True)
     ready.eval().requires_grad_(False)
-    for module in ready.modules():
-        if precision == "bf16" and isinstance(module, nn.Linear | nn.Conv2d | AffineNorm):
-            module.to(torch.bfloat16)
+    for module in ready.modules() if precision == "bf16" else ():
+        for weight in () if isinstance(module, nn.Embedding) else module.parameters(recurse=False):
+            weight.data = weight.to(torch.bfloat16)
     for part in (*ready.blocks, ready.final_layer, ready.aux_layer) if compiling else ():
         if isinstance(part, nn.Module):
             part.forward = compiled(part.forward, dynamic=False)

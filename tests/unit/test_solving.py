@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ig_dist.arithmetic import arithmetic
-from ig_dist.config.sampling import GuidanceConfig
 from ig_dist.evaluation.generate import make_unit, solve_unit
 from ig_dist.evaluation.solving import Models, Sampler, as_planned, compiles, decode
 from ig_dist.latents.tokenizer import PIXEL
@@ -91,6 +90,11 @@ def test_compiled_blocks_and_noise_are_the_plain_ones() -> None:
     assert compiled_graphs() - before >= 3  # of a block, a head and the noise
     assert (compiled - plain).abs().max() < 1e-5 * plain.abs().max()
     assert plain.abs().max() > 1
+    graphs = compiled_graphs()
+    short, long = (plan.model_copy(update={"compile": True, "num": num}) for num in (7, 8))
+    for cut, whole in zip(make_unit(MODELS, short, 1), make_unit(MODELS, long, 1), strict=True):
+        assert len(cut) == 3 and len(whole) == 4 and (cut == whole[:3]).all()  # filled up with what comes next
+    assert compiled_graphs() == graphs
 
 
 def test_a_plan_is_compiled_where_it_takes_longer_than_that() -> None:
@@ -103,17 +107,17 @@ def test_a_plan_is_compiled_where_it_takes_longer_than_that() -> None:
         assert compiles(make_plan(compile=way), on_gpu) is compiles(make_plan(compile=way), MODELS.model) is way
 
 
-def test_batches_have_one_size_and_an_image_is_that_of_a_longer_plan() -> None:
-    plan = make_plan(num=230, unit_size=100, batch_size=64)
-    assert [[(b.solved, b.kept) for b in plan.batches(k)] for k in (0, 2)] == [
-        [(range(50), range(50)), (range(50, 100), range(50, 100))],
-        [(range(200, 250), range(200, 230))],
-    ]
-    assert [len(b.solved) for b in make_plan(num=3, unit_size=100, batch_size=64).batches(0)] == [3]
-    guidance = (GuidanceConfig(kind="cfg", scale=1.5, interval=(0, 0.5)),)
-    short, long = (make_plan(num=num, guidance=guidance, solver="dopri5") for num in (35, 48))
-    for cut, whole in zip(make_unit(MODELS, short, 2), make_unit(MODELS, long, 2), strict=True):
-        assert len(cut) == 3 and len(whole) == 16 and (cut == whole[:3]).all()
+def test_a_unit_is_cut_into_equal_batches() -> None:
+    plan = make_plan(num=270, unit_size=100, batch_size=64)
+    for one_size, last in ((False, [(range(200, 235), 35), (range(235, 270), 35)]), (True, [])):
+        first = [(range(50), 50), (range(50, 100), 50)]
+        last = last or [(range(200, 250), 50), (range(250, 300), 20)]
+        for number, expected in ((0, first), (2, last)):
+            batches = plan.batches(number, one_size=one_size)
+            assert [(batch.solved, len(batch.kept)) for batch in batches] == expected
+    for one_size in (False, True):
+        batches = make_plan(num=3, unit_size=100, batch_size=64).batches(0, one_size=one_size)
+        assert [len(batch.solved) for batch in batches] == [3]
 
 
 def test_nothing_waits_for_the_device_from_batch_to_batch() -> None:
