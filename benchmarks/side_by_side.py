@@ -14,6 +14,7 @@ import operator
 import os
 import platform
 import re
+import shlex
 import statistics
 import sys
 import time
@@ -160,8 +161,8 @@ def append(results: Sequence[Result], file: Path = RESULTS) -> None:
 
 def command() -> str:
     """What was typed, without this machine's paths."""
-    words = [word for word in sys.argv[1:] if word != "--record"]
-    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *("DIR" if w[:1] == "/" else w for w in words)])
+    words = ["DIR" if word.startswith("/") else word for word in sys.argv[1:] if word != "--record"]
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
 def machine() -> str:
