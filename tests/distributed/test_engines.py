@@ -434,7 +434,7 @@ def assert_went_on(folder: Path, source: str, target: str, processes: int) -> No
     name = f"{source}-{target}{processes}"
     assert_equal(saved(folder / f"{name}-reload", SAVED), saved(folder / source, SAVED))
     checkpoints = [CheckpointStore(str(folder / n / "checkpoints")) for n in (f"{name}-reload", source)]
-    metas = [{**store.at(SAVED, ALONE).meta, "config": None} for store in checkpoints]
+    metas = [{**store.at(SAVED, ALONE).meta, "config": None, "run": None} for store in checkpoints]
     assert metas[0] == metas[1] and metas[0]["optimizer_steps"] == SAVED
     assert_curve(folder / name, folder / source, rel=1e-4)
 
