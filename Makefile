@@ -18,7 +18,7 @@ TIERS := test-unit test-distributed test-integration test-gpu
 	.venv-lowest/bin/python -m pip install --quiet --no-compile --constraint .venv-lowest/constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: install quickstart test $(TIERS) test-lowest test-full lint help
+.PHONY: install quickstart test $(TIERS) test-lowest test-full soak lint help
 
 install: .venv/.installed  ## Make .venv with everything in it
 
@@ -36,6 +36,9 @@ test-lowest: .venv-lowest/.installed  ## With the oldest packages that pyproject
 
 test-full: .venv/.installed  ## All tests, long forms too
 	$(BIN)/pytest tests -m 'full or not full'
+
+soak: .venv/.installed  ## Faults at seeded moments, for ten minutes; python tests/soak.py --help says more
+	$(BIN)/python tests/soak.py
 
 lint: .venv/.installed  ## ruff and mypy --strict
 	$(BIN)/ruff check .

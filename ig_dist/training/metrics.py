@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -60,6 +61,7 @@ class RunLog:
     def __init__(self, path: Path | None, *, start: int, total: int, name: str) -> None:
         self._path, self._start, self._total = path, start, total
         self._board: SummaryWriter | None = None
+        self._hook = threading.excepthook
         self._progress = Progress(
             TextColumn(name),
             BarColumn(),
@@ -80,6 +82,7 @@ class RunLog:
             except OSError as error:
                 raise ConfigError(f"{self._path}/metrics.jsonl: {error.strerror}: see that it has space") from None
             self._lines = LineFile(self._path / "metrics.jsonl")
+            threading.excepthook = self._thread_failed
             with self._board_may_fail():
                 self._board = SummaryWriter(str(self._path / "tensorboard"), purge_step=self._start + 1)
         self._progress.start()
@@ -89,6 +92,7 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+        threading.excepthook = self._hook
         if self._board is not None:
             with self._board_may_fail():
                 self._board.close()
@@ -101,6 +105,11 @@ class RunLog:
         except OSError as error:
             self._board = None
             console.print(f"no TensorBoard from now on ({error.strerror}): metrics.jsonl has its values", markup=False)
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread; what goes wrong there is raised once more at the next value."""
+        if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboard")):
+            self._hook(failure)
 
     def _show(self, step: int, group: str, values: Mapping[str, Any]) -> None:
         for key, value in values.items():
