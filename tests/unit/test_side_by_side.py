@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import plots
 from benchmarks.reference import Published
 from benchmarks.side_by_side import COLUMNS, Claim, Result, append, interleaved, ratio, show
 
@@ -35,6 +36,15 @@ def test_ways_take_turns_and_ratios_are_of_one_round(monkeypatch: pytest.MonkeyP
     rows = list(csv.DictReader(file.open()))
     assert tuple(rows[0]) == COLUMNS and [row["claim"] for row in rows] == ["a, quoted", "b", "b / a"]
     assert rows[0]["command"] == "python benchmarks/compare.py --reference DIR" and rows[0]["low"] == ""
+
+    append([Result("b / a", 1.4, 1.3, 1.6, ">= 1.5, low > 1.2"), Result("what has no limit, s", 3.0)], file)
+    plots.main(file, tmp_path)
+    written = (tmp_path / "RESULTS.md").read_text()
+    table = [line for line in written.splitlines() if line.startswith("| ")]
+    assert len(table) == 3 and "| 1.4 (1.3 to 1.6) **missed** |" in table[2]
+    (tmp_path / "RESULTS.md").write_text(written.replace(table[2], table[2].removesuffix(" |") + "faster kernels |"))
+    plots.main(file, tmp_path)
+    assert "faster kernels |" in (tmp_path / "RESULTS.md").read_text()
 
 
 def test_the_published_code_is_imported_without_what_it_does_not_call(tmp_path: Path) -> None:
