@@ -16,7 +16,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ import typer
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ig_dist.data.index import LatentInfo, TokenizerInfo
+from benchmarks.synthetic import export_info
 from ig_dist.evaluation.collecting import NPZ_NAME, write_samples_npz
 from ig_dist.evaluation.extractors.extractor import Extractor
 from ig_dist.evaluation.features import FeatureFiles
@@ -33,7 +35,6 @@ from ig_dist.evaluation.plan import Plan
 from ig_dist.evaluation.references import Reference
 from ig_dist.evaluation.scores import Scores
 from ig_dist.evaluation.units import Samples, Unit, write_unit
-from ig_dist.export import ExportInfo
 from ig_dist.models.dit import DiTConfig
 from ig_dist.terminal import console, run_app
 
@@ -53,28 +54,15 @@ def extractor() -> Extractor:
 
 def samples(folder: Path, num: int) -> Samples:
     """A plan of so many pictures."""
-    info = ExportInfo(
-        model=DiTConfig(
-            depth=1,
-            hidden_size=32,
-            num_heads=2,
-            patch_size=2,
-            input_size=32,
-            in_channels=4,
-            num_classes=1000,
-            aux_depth=None,
-        ),
-        path="linear",
-        latent=LatentInfo(kind="sample", shape=(4, 32, 32), dtype="float16", shift=[0.0], scale=[1.0]),
-        tokenizer=TokenizerInfo(name="pixel", sha256="", image_size=SIDE, image_channels=3),
-        classes=[str(i) for i in range(1000)],
-        trained_with_null_label=True,
-        ema=None,
-        step=0,
-        images_seen=0,
-        checkpoint_sha256="",
-        weights_sha256="",
-    )
+    shape: dict[str, Any] = {
+        "depth": 1,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "patch_size": 2,
+        "input_size": 32,
+        "in_channels": 4,
+    }
+    info = export_info(DiTConfig(**shape, num_classes=1000, aux_depth=None))
     plan = Plan(
         num=num,
         labels="balanced",

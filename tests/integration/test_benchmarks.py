@@ -34,6 +34,10 @@ from tests.conftest import run_command
             ],
             "head in training",
         ),
+        (
+            ["benchmarks/optimizer.py", "--preset", "SiT-S/8", "--batch-size", "2", "--rounds", "1"],
+            "passes over the weights",
+        ),
         (["benchmarks/vote.py", "--processes", "2", "--step-ms", "5"], "2 processes: a vote"),
         pytest.param(
             [
@@ -44,7 +48,7 @@ from tests.conftest import run_command
             marks=pytest.mark.full,  # three processes
         ),
     ],
-    ids=["checkpoint", "startup", "loader", "train_step", "vote", "index_scale"],
+    ids=["checkpoint", "startup", "loader", "train_step", "optimizer", "vote", "index_scale"],
 )
 def test_it_runs(command: list[str], said: str, tmp_path: Path) -> None:
     done = run_command(["python", *(str(tmp_path / "disk") if word == "DISK" else word for word in command)])
