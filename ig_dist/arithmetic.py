@@ -16,6 +16,8 @@ import torch.utils.deterministic
 
 from ig_dist.compile_cache import keep_compiled, shared
 
+GRAPHS = 64
+"""Of one function in a process."""
 F = TypeVar("F", bound=Callable[..., Any])
 Precision = Literal["fp32", "tf32", "bf16"]
 """Of matrix products and convolutions. fp32 is fp32; tf32 rounds their factors to 10 bits on NVIDIA GPUs, as PyTorch's
@@ -83,8 +85,12 @@ def compiled(function: F, *, dynamic: bool | None = None) -> F:
     """A function as one compiled graph.
 
     PyTorch's own launcher of compiled kernels holds the interpreter's lock while the device's queue is full: behind a
-    collective that hangs no thread would run, the watchdog's neither. Triton's lets go of it.
+    collective that hangs no thread would run, the watchdog's neither. Triton's lets go of it. A process may need many
+    graphs of one function: a sweep has seeds, a pipeline calls of any size, and beyond a limit PyTorch gives up.
     """
+    import torch._dynamo.config as dynamo
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
     options: dict[str, str | int | bool | Callable[..., Any]] = {"use_static_cuda_launcher": False}
     keep_compiled()
     return cast(F, shared(torch.compile(function, fullgraph=True, dynamic=dynamic, options=options)))

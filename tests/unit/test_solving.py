@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ig_dist.arithmetic import arithmetic
+from ig_dist.arithmetic import arithmetic, compiled
 from ig_dist.evaluation.generate import make_unit, solve_unit
 from ig_dist.evaluation.solving import Models, Sampler, as_planned, compiles, decode
 from ig_dist.latents.tokenizer import PIXEL
@@ -84,17 +85,23 @@ def test_compiled_blocks_and_noise_are_the_plain_ones() -> None:
     """To 1e-5 of the latents, in fp32; the bound of tf32 and bf16 is that of their own rounding."""
     plan, numbers = make_plan(num=4, unit_size=4, batch_size=4, solver="euler_maruyama"), torch.arange(4)
     before = compiled_graphs()
-    plain, compiled = (
-        Sampler(MODELS, plan.model_copy(update={"compile": way})).solve(numbers)[0] for way in (False, True)
-    )
+    plain, fast = (Sampler(MODELS, plan.model_copy(update={"compile": way})).solve(numbers)[0] for way in (False, True))
     assert compiled_graphs() - before >= 3  # of a block, a head and the noise
-    assert (compiled - plain).abs().max() < 1e-5 * plain.abs().max()
+    assert (fast - plain).abs().max() < 1e-5 * plain.abs().max()
     assert plain.abs().max() > 1
     graphs = compiled_graphs()
     short, long = (plan.model_copy(update={"compile": True, "num": num}) for num in (7, 8))
     for cut, whole in zip(make_unit(MODELS, short, 1), make_unit(MODELS, long, 1), strict=True):
         assert len(cut) == 3 and len(whole) == 4 and (cut == whole[:3]).all()  # filled up with what comes next
     assert compiled_graphs() == graphs
+
+
+def test_a_function_may_have_many_graphs() -> None:
+    """A sweep has seeds, a pipeline calls of any size."""
+    with torch._dynamo.config.patch(recompile_limit=1):
+        doubled = compiled(lambda x: 2 * x, dynamic=False)
+        for size in (1, 2):
+            assert doubled(torch.ones(size)).tolist() == [2.0] * size
 
 
 def test_a_plan_is_compiled_where_it_takes_longer_than_that() -> None:
