@@ -146,6 +146,8 @@ class DiT(nn.Module):
     """
 
     pos_embed: Tensor  # (1, T, D), a persistent buffer: engines then never shard it
+    residual: torch.dtype | None = None
+    """Type of the tokens between blocks; None: that of the weights. Norms and sums compute in fp32 on GPUs always."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -192,9 +194,11 @@ class DiT(nn.Module):
             with_aux: run the auxiliary head, where there is one.
         """
         x = self.x_embedder(x_t) + self.pos_embed
+        if self.residual is not None:
+            x = x.to(self.residual)
         time = t if self.config.time_input == "t" else 1 - t
         condition = self.t_embedder(time) + self.y_embedder(labels)
-        rope = None if self.feat_rope is None else (self.feat_rope.freqs_cos, self.feat_rope.freqs_sin)
+        rope = None if self.feat_rope is None else self.feat_rope()
         aux_velocity = None
         for number, block in enumerate(self.blocks, start=1):
             x = block(x, condition, rope)

@@ -10,13 +10,7 @@ from torch.nn.functional import gelu, layer_norm, linear, rms_norm, scaled_dot_p
 NormKind = Literal["layernorm", "rmsnorm"]
 MlpKind = Literal["gelu", "swiglu"]
 Rope = tuple[Tensor, Tensor]
-"""Cosines and sines, (T, head width) each."""
-
-
-def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
-    """Scale and shift tokens x (B, T, D) by per-sample vectors (B, D); scale 0 is the identity."""
-    factor = 1 + scale.unsqueeze(1)
-    return x * factor if shift is None else torch.addcmul(shift.unsqueeze(1), x, factor)
+"""Cosines, and sines of which every other one is negative, (T, head width) each."""
 
 
 def sincos_pos_embed(width: int, grid_size: int) -> Tensor:
@@ -48,8 +42,13 @@ class RotaryTable(nn.Module):
         self.register_buffer("freqs_cos", cos)
         self.register_buffer("freqs_sin", sin)
 
+    def forward(self) -> Rope:
+        """What `rotate` needs, made once for all blocks."""
+        even, odd = self.freqs_sin.unflatten(-1, (-1, 2)).unbind(-1)
+        return self.freqs_cos, torch.stack([-even, odd], dim=-1).flatten(-2)
 
-def rotary_table(head_width: int, grid_size: int) -> Rope:
+
+def rotary_table(head_width: int, grid_size: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines (grid_size^2, head_width) of the positions, rows first."""
     pairs = head_width // 4
     frequencies = 10000.0 ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
@@ -63,10 +62,9 @@ def rotary_table(head_width: int, grid_size: int) -> Rope:
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turn each pair of neighbours of x (B, heads, T, head width) by its position's angle."""
-    cos, sin = rope
-    even, odd = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
-    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
-    return x * cos + turned * sin
+    cos, signed_sin = rope
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, swapped, signed_sin)
 
 
 class AffineNorm(nn.Module):
@@ -85,9 +83,14 @@ class AffineNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x of unit variance or mean square along its last dimension, scaled and shifted."""
-        normalise = layer_norm if self.kind == "layernorm" else rms_norm
-        out: Tensor = normalise(x, x.shape[-1:], eps=self.eps) * _rounded(self.weight)
+        out = _normalised(self.kind, x, self.eps) * _rounded(self.weight)
         return out if self.bias is None else out + _rounded(self.bias)
+
+
+def _normalised(kind: NormKind, x: Tensor, eps: float) -> Tensor:
+    normalise = layer_norm if kind == "layernorm" else rms_norm
+    out: Tensor = normalise(x, x.shape[-1:], eps=eps)
+    return out
 
 
 def _rounded(weight: Tensor) -> Tensor:
@@ -97,11 +100,23 @@ def _rounded(weight: Tensor) -> Tensor:
     return weight.to(torch.get_autocast_dtype(device))
 
 
-def token_norm(kind: NormKind, width: int) -> nn.Module:
-    """The norm before a modulation: LayerNorm without weights, or RMSNorm with its weight."""
-    if kind == "layernorm":
-        return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-    return AffineNorm(kind, width, eps=1e-6)
+class ModulatedNorm(nn.Module):
+    """LayerNorm without weights, or RMSNorm with its weight; then scaled and shifted by vectors of the sample."""
+
+    weight: nn.Parameter | None
+
+    def __init__(self, kind: NormKind, width: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.register_parameter("weight", nn.Parameter(torch.ones(width)) if kind == "rmsnorm" else None)
+
+    def forward(self, x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
+        """Return tokens (B, T, D) from tokens, by vectors (B, D); without weight, scale 0 and shift 0 only norm."""
+        normalised = _normalised(self.kind, x, 1e-6)
+        factor = (1 + scale).unsqueeze(1)
+        if self.weight is not None:  # not of the tokens: it costs no pass over them, forward or backward
+            factor = (factor.float() * _rounded(self.weight)).to(normalised.dtype)
+        return normalised * factor if shift is None else torch.addcmul(shift.unsqueeze(1), normalised, factor)
 
 
 class PatchConv(nn.Conv2d):
@@ -243,9 +258,9 @@ class Block(nn.Module):
         modulation_shift: bool,
     ) -> None:
         super().__init__()
-        self.norm1 = token_norm(norm, width)
+        self.norm1 = ModulatedNorm(norm, width)
         self.attn = Attention(width, num_heads, norm if qk_norm else None)
-        self.norm2 = token_norm(norm, width)
+        self.norm2 = ModulatedNorm(norm, width)
         self.mlp = (Mlp if mlp == "gelu" else SwiGLU)(width, mlp_width(mlp, width, mlp_ratio))
         self.num_modulations = 6 if modulation_shift else 4
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.num_modulations * width))
@@ -258,8 +273,8 @@ class Block(nn.Module):
         else:
             shift_msa = shift_mlp = None
             scale_msa, gate_msa, scale_mlp, gate_mlp = modulation
-        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), rope)
-        x = x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        x = x + gate_msa.unsqueeze(1) * self.attn(self.norm1(x, shift_msa, scale_msa), rope)
+        x = x + gate_mlp.unsqueeze(1) * self.mlp(self.norm2(x, shift_mlp, scale_mlp))
         return x
 
 
@@ -268,12 +283,12 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, patch_size: int, out_channels: int, norm: NormKind) -> None:
         super().__init__()
-        self.norm_final = token_norm(norm, width)
+        self.norm_final = ModulatedNorm(norm, width)
         self.linear = nn.Linear(width, patch_size**2 * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Return the patches."""
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
-        out: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
+        out: Tensor = self.linear(self.norm_final(x, shift, scale))
         return out

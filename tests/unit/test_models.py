@@ -11,7 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ig_dist import rng
 from ig_dist.models.dit import DiT, DiTConfig, count_parameters, initialize
-from ig_dist.models.layers import AffineNorm, PatchEmbed, modulate, rotary_table, rotate, sincos_pos_embed
+from ig_dist.models.layers import (
+    AffineNorm,
+    ModulatedNorm,
+    PatchEmbed,
+    RotaryTable,
+    rotary_table,
+    rotate,
+    sincos_pos_embed,
+)
 from ig_dist.models.presets import PRESETS, forward_flops
 
 TINY = DiTConfig(
@@ -191,10 +199,11 @@ def test_rotary_angles_turn_neighbours_by_row_then_column():
     torch.testing.assert_close(cos[2, 1], angle.cos())
     torch.testing.assert_close(sin[2, 1], angle.sin())
     x = rng.normal(0, rng.Purpose.NOISE, torch.arange(1), (2, 9, 8))
-    turned = rotate(x, rotary_table(8, 3))
+    rope = RotaryTable(8, 3)()
+    turned = rotate(x, rope)
     as_complex = torch.view_as_complex(x.reshape(1, 2, 3, 3, 4, 2))[:, :, 2, 1] * torch.polar(torch.ones(4), angle[::2])
     torch.testing.assert_close(turned.reshape(1, 2, 3, 3, 8)[:, :, 2, 1], torch.view_as_real(as_complex).flatten(-2))
-    queries, keys = (rotate(x[:, :, :1].expand(-1, -1, 9, -1), rotary_table(8, 3)) for _ in range(2))
+    queries, keys = (rotate(x[:, :, :1].expand(-1, -1, 9, -1), rope) for _ in range(2))
     products = (queries[:, :, :, None] * keys[:, :, None]).sum(-1)  # depend on the difference of positions only
     torch.testing.assert_close(products[:, :, 0, 4], products[:, :, 4, 8])
 
@@ -343,10 +352,17 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_modulation_and_patches_are_the_plain_mathematics():
+def test_modulated_norms_and_patches_are_the_plain_mathematics():
     x, shift, scale = torch.randn(2, 5, 8), torch.randn(2, 8), torch.randn(2, 8)
-    torch.testing.assert_close(modulate(x, shift, scale), x * (1 + scale[:, None]) + shift[:, None])
-    torch.testing.assert_close(modulate(x, None, scale), x * (1 + scale[:, None]))
+    for kind in ("layernorm", "rmsnorm"):
+        norm, plain = ModulatedNorm(kind, 8), AffineNorm(kind, 8, 1e-6)
+        if norm.weight is not None:
+            norm.weight.data = plain.weight.data = torch.randn(8)
+        for bf16, bound in ((False, {}), (True, {"rtol": 0.01, "atol": 0.03})):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                scaled = plain(x) * (1 + scale[:, None])
+                torch.testing.assert_close(norm(x, shift, scale), scaled + shift[:, None], **bound)
+                torch.testing.assert_close(norm(x, None, scale), scaled, **bound)
     patches = PatchEmbed(2, 4, 32)
     latents = torch.randn(2, 4, 8, 6)
     strided = conv2d(latents, patches.proj.weight, patches.proj.bias, stride=2).flatten(2).transpose(1, 2)
