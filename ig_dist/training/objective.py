@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -23,13 +24,14 @@ from ig_dist.data.reader import Samples, ShardReader
 from ig_dist.data.stream import Batch
 from ig_dist.diffusion.loss import accelerated_target, head_difference, ig_loss
 from ig_dist.diffusion.path import Path, logit_normal, resolve_shift, shift_time
-from ig_dist.errors import DataError, Ending
+from ig_dist.errors import ConfigError, DataError, Ending
 from ig_dist.models.dit import DiTOutput
 from ig_dist.parallel.agreement import Awaited
 from ig_dist.parallel.dist import Dist, StopFlag, sum_over_ranks
 from ig_dist.rng import Draws, Purpose, Words, normal, to_normal, to_uniform
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import REQUEST_BYTES
+from ig_dist.this_process import host
 from ig_dist.training.ema import EMA
 
 VALIDATION_SAMPLES = 4096
@@ -146,7 +148,10 @@ def ema_differences(model: Model, ema: EMA, tasks: Sequence[Task], config: Confi
 def open_reader(index: ShardIndex, config: Config) -> ShardReader:
     """The run's way to read samples: what damage, faults and hangs get, and the node's cache."""
     data = config.data
-    cache = BlockCache(data.cache_dir, data.cache_bytes, index) if data.cache_dir else None
+    folder = os.path.expandvars(data.cache_dir)  # as the node has them, $SLURM_TMPDIR for one
+    if "$" in folder:
+        raise ConfigError(f"data.cache_dir {folder}: there is no such variable on {host()}")
+    cache = BlockCache(folder, data.cache_bytes, index) if folder else None
     return ShardReader(index, data.on_corrupt, patience=Patience(data.stall_s, data.retry_s), cache=cache)
 
 

@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ig_dist.config import Config
 from ig_dist.config_file import load_config, load_run
+from ig_dist.data.index import read_index
 from ig_dist.endings import LOCK_WAIT_VARIABLE
 from ig_dist.errors import ConfigError
 from ig_dist.run_dir import changed_keys, claim
+from ig_dist.run_paths import absolute_paths
+from ig_dist.training.objective import open_reader
 
 
 @pytest.fixture
@@ -105,3 +109,17 @@ def test_a_run_that_is_held_is_refused_or_waited_for(tmp_path: Path, monkeypatch
         with nullcontext() if goes_on else pytest.raises(ConfigError, match="is in use by process"), claim(config):
             assert lock.closed
         letting_go.join()
+
+
+def test_a_variable_in_the_folder_of_the_cache_is_each_nodes_own(
+    tmp_path: Path, digits_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = {"data": {"index": str(digits_index), "cache_dir": "$SLURM_TMPDIR/x"}, "train": {"steps": 1}}
+    assert absolute_paths(tree)["data"]["cache_dir"] == "$SLURM_TMPDIR/x"
+    config, index = Config.model_validate({"model": {"preset": "SiT-B/2"}, **tree}), read_index(str(digits_index))
+    monkeypatch.delenv("SLURM_TMPDIR", raising=False)
+    with pytest.raises(ConfigError, match="no such variable"):
+        open_reader(index, config)
+    monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path))
+    open_reader(index, config)
+    assert (tmp_path / "x").is_dir()
