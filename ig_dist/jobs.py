@@ -44,7 +44,8 @@ def program(job: Job, arguments: Sequence[str]) -> list[str]:
 def own_options_first(launcher: Any, typed: Sequence[str]) -> list[str]:
     """The words of a launcher's command line with its own options first, wherever they were typed.
 
-    An option that the job's verb has too belongs to the job, once its own words have begun.
+    An option that the job's verb has too belongs to the job, once its own words have begun. But --dry-run is always the
+    launcher's, or what was to be looked at first would be started.
 
     Args:
         launcher: its command.
@@ -59,7 +60,7 @@ def own_options_first(launcher: Any, typed: Sequence[str]) -> list[str]:
     job = value_of("--job", typed)
     verbs: Any = typer.main.get_command(app)
     known = set(options(verbs.commands[job if job in JOBS else "train"]))
-    of_the_job = known - {"--help"} if job in JOBS and job != "train" else set()
+    of_the_job = known - {"--help", "--dry-run"} if job in JOBS and job != "train" else set()
     own: list[str] = []
     rest: list[str] = []
     words = iter(typed)

@@ -13,6 +13,7 @@ import os
 import re
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ig_dist.errors import ConfigError, IgDistError, NodeError
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 BROKEN = ("uncorrectable", "hardware", "busy or unavailable", "no CUDA-capable device")
 """What CUDA says of a device that serves nobody, or not this process."""
 _TAKEN = ("busy or unavailable", "in use", "out of memory")
+DEVICE_VARIABLE = "IG_DIST_DEVICE"
+_NO_CUDA = ": ask SLURM for GPUs (--gpus-per-node), install a PyTorch that is built for them, or say IG_DIST_DEVICE=cpu"
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _MPI = {
     "mpirun": (
@@ -201,22 +204,28 @@ def missing_gpus(gpus: int, environment: Mapping[str, str]) -> str:
 
 
 def this_device(process: Process | None = None, *, shared: bool = True) -> torch.device:
-    """This process's GPU, tried and made the current one; the CPU where there is none.
+    """This process's GPU, tried and made the current one; the CPU where there is none, or IG_DIST_DEVICE says so.
 
     Args:
         process: this one; None: asks.
         shared: see ``choose_gpu``.
 
     Raises:
-        ConfigError: there is no GPU for this process, or another one holds it.
+        ConfigError: there is no GPU for this process, or another one holds it; a job of SLURM that has GPUs, or whose
+            node has, sees none.
         NodeError: the GPU is broken; also where another process holds it and a launcher can start this one elsewhere.
     """
     import torch
 
     process = process or this_process()
-    gpus = torch.cuda.device_count()
-    if torch.version.cuda and (missing := missing_gpus(gpus, os.environ)):
-        raise unusable(process, missing, "absent")
+    if os.environ.get(DEVICE_VARIABLE) == "cpu":
+        return torch.device("cpu")
+    gpus, in_job = torch.cuda.device_count(), "SLURM_JOB_ID" in os.environ
+    if (torch.version.cuda or in_job) and (missing := missing_gpus(gpus, os.environ)):
+        raise unusable(process, missing + _NO_CUDA * (not gpus), "absent" if torch.version.cuda else "unfit")
+    unsaid = os.environ.get("CUDA_VISIBLE_DEVICES", "NoDevFiles") == "NoDevFiles"  # SLURM's, of a job without GPUs
+    if in_job and not gpus and unsaid and Path("/dev/nvidia0").exists():
+        raise unusable(process, f"this node has GPUs, and PyTorch finds none{_NO_CUDA}", "unfit")
     if not gpus:
         return torch.device("cpu")
     device = torch.device("cuda", choose_gpu(process, gpus, os.environ, shared=shared))

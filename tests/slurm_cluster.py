@@ -71,7 +71,8 @@ class SlurmCluster:
 
     def environment(self) -> dict[str, str]:
         """What makes SLURM's commands find this cluster."""
-        return {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": SEARCH, "IG_DIST_DEVICE": "cpu"}
+        ranks = {"IG_DIST_DEVICE": "cpu", "IG_DIST_SLURM_SETUP": "export OMP_NUM_THREADS=1"}  # the cores are few
+        return {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": SEARCH, **ranks}
 
     def run(self, *command: object, check: bool = True) -> str:
         """The output of a client command, which gets ``CLIENT_SECONDS``."""

@@ -14,21 +14,21 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from ig_dist.commands.examples import epilog
 from ig_dist.commands.launch import CONTEXT, Launch
 from ig_dist.commands.options import AsJson, complete_config, complete_keys, print_json
 from ig_dist.errors import ConfigError
 from ig_dist.jobs import JOBS, Job, refuse_verb
+from ig_dist.slurm.defaults import defaults_of, say_unused_variables
 from ig_dist.usage import unknown_option
 
-CLUSTER_FILE = Path("~/.config/ig_dist/cluster.yaml")
 DEFAULT = Path("sit_xl2_ig")
 VERBS = ("submit", "status", "cancel", "resume")
 
@@ -61,10 +61,8 @@ Follow = Annotated[bool, typer.Option("--follow", help="Print the log until the 
 
 @app.callback()
 def defaults(context: typer.Context) -> None:
-    """The cluster file stands below the environment, and that below the command line."""
-    prefix = "IG_DIST_SLURM_"
-    said = {name: os.environ[prefix + name.upper()] for name in _option_names() if prefix + name.upper() in os.environ}
-    context.default_map = {"submit": {**_cluster_defaults(), **said}}
+    """The command line stands above the environment, that above the cluster file, and that above sbatch's variables."""
+    context.default_map = {"submit": defaults_of(_option_names())}
 
 
 @app.command(cls=Launch, context_settings=CONTEXT, epilog=epilog("slurm submit"))
@@ -86,7 +84,8 @@ def submit(
         Path | None, typer.Option(metavar="CONFIG", help="Another way to give the config. Default: sit_xl2_ig.")
     ] = None,
     tasks: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Tasks of an array, a GPU each. Default: 8.")
+        str | None,
+        typer.Option(metavar="N", help="Tasks of an array, a GPU each; 16%4: four at a time. Default: 8."),
     ] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=0, metavar="N", help="Default: all that a node has.")] = None,
     tasks_per_node: Annotated[
@@ -95,7 +94,9 @@ def submit(
     cpus_per_gpu: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Default: a node's CPUs over its GPUs.")
     ] = None,
-    partition: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the cluster's.")] = None,
+    partition: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="One, or several with commas. Default: the cluster's.")
+    ] = None,
     account: Annotated[str | None, typer.Option(metavar="NAME", help="Account to charge.")] = None,
     qos: Annotated[str | None, typer.Option(metavar="NAME", help="Quality of service.")] = None,
     time: Annotated[
@@ -111,7 +112,20 @@ def submit(
         int, typer.Option(min=10, metavar="SECONDS", help="So long before the time limit to stop and save.")
     ] = 120,
     setup: Annotated[
-        list[str] | None, typer.Option(metavar="COMMAND", help="Shell line to run first, e.g. `module load cuda`.")
+        list[str] | None,
+        typer.Option(metavar="COMMAND", help="Shell line to run first, e.g. `module load cuda`. It must succeed."),
+    ] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="More for sbatch, e.g. reservation=maintenance. May be repeated."),
+    ] = None,
+    srun: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="More for the srun of the processes, e.g. container-image=IMAGE."),
+    ] = None,
+    notify: Annotated[
+        str | None,
+        typer.Option(metavar="COMMAND", help="Run when the job is done or given up, with RUN, CODE and REASON set."),
     ] = None,
     max_failures: Annotated[
         int, typer.Option(min=0, metavar="N", help="Tries after failures in a row, without a new checkpoint between.")
@@ -141,6 +155,7 @@ def submit(
     arguments = rest or []
     if arguments:
         refuse_verb(arguments[0], job)
+    _refuse_others_options(context, job)
     if job is Job.train:
         _refuse_options(context, arguments)
         if tasks is not None and getattr(context.get_parameter_source("tasks"), "name", "") == "COMMANDLINE":
@@ -151,6 +166,8 @@ def submit(
     from ig_dist.slurm import start
     from ig_dist.slurm.script import Request
 
+    count, at_once = (0, None) if job is Job.train else _tasks(tasks or "8")
+    say_unused_variables()
     request = Request(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
@@ -165,9 +182,13 @@ def submit(
         mem=mem,
         signal_delay=signal_delay,
         setup=setup or [],
+        sbatch=sbatch or [],
+        srun=srun or [],
+        notify=notify or "",
         max_failures=max_failures,
         exclude_after=exclude_after,
-        tasks=0 if job is Job.train else tasks or 8,
+        tasks=count,
+        at_once=at_once,
     )
     if job is Job.train:
         from ig_dist.config_file import load_config
@@ -179,40 +200,91 @@ def submit(
 
 
 @app.command(epilog=epilog("slurm status"))
-def status(run: Run, follow: Follow = False, as_json: AsJson = False) -> None:
+def status(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="As of cancel. Default: all your jobs that wait or run.")
+    ] = None,
+    follow: Follow = False,
+    as_json: AsJson = False,
+) -> None:
     """Say what a run's jobs do, how often they were started, and why each start ended."""
     from ig_dist.slurm import watch
 
+    if run is None:
+        if follow or as_json:
+            raise ConfigError("RUN is missing: --follow and --json are of one run")
+        return watch.show_all()
     if as_json:
         return print_json(watch.describe(run))
     watch.show_status(run)
     if follow:
-        raise typer.Exit(watch.follow(*watch.found_folders(run)[-1]))
+        from ig_dist.slurm import control
+
+        raise typer.Exit(control.follow(*watch.found_folders(run)[-1]))
 
 
 @app.command(epilog=epilog("slurm cancel"))
 def cancel(run: Run) -> None:
     """End a run's jobs; a training saves first. Returns when no process is left."""
-    from ig_dist.slurm import watch
+    from ig_dist.slurm import control
 
-    watch.cancel(run)
+    control.cancel(run)
 
 
-@app.command(epilog=epilog("slurm resume"))
-def resume(run: Run, follow: Follow = False) -> None:
-    """Submit a training again as it was, with the code as it is now."""
+@app.command(
+    epilog=epilog("slurm resume"), context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+def resume(
+    context: typer.Context,
+    words: Annotated[
+        list[str], typer.Argument(metavar="RUN|...", help="Run directory, then options of submit and keys a.b=c.")
+    ],
+) -> None:
+    """Submit a training again as it was, with the code as it is now, and what is typed changed."""
     from ig_dist.config_file import load_config
     from ig_dist.slurm import start, watch
     from ig_dist.slurm.script import Request
+    from ig_dist.terminal import console
 
-    trainings = [found for found in watch.found_folders(run) if found[1].kind == "train"]
+    command: Any = typer.main.get_command(app)
+    with command.commands["submit"].make_context("submit", list(words), parent=context.parent) as given:
+        typed = {k: v for k, v in given.params.items() if given.get_parameter_source(k).name == "COMMANDLINE"}
+    run, *overrides = typed.pop("rest", None) or [""]
+    _refuse_options(given, [run, *overrides])
+    flags = {name: typed.pop(name, False) for name in ("follow", "dry_run")}
+    for name in typed:
+        if not run or name not in Request.model_fields or name == "tasks":
+            raise ConfigError(f"--{name.replace('_', '-')} is not for resume" if run else "RUN is missing")
+    trainings = [found for found in watch.found_folders(Path(run)) if found[1].kind == "train"]
     if not trainings:
         raise ConfigError(f"{run} holds no training: type the command of the array again, it makes what is missing")
     last, submission = trainings[-1]
-    written = run.absolute() / "config.yaml"
-    config = written if written.exists() else last.path.absolute() / "config.yaml"
+    written = Path(run).absolute() / "config.yaml"
+    config = load_config(written if written.exists() else last.path.absolute() / "config.yaml", overrides)
+    if watch.last_step(Path(run)) == config.train.steps and [e.get("next") for e in last.events()][-1:] == ["done"]:
+        console.print(f"{run} is finished: {config.train.steps} steps; for more of them, type train.steps=N")
+        return
     os.chdir(submission.cwd)  # relative paths are meant from there
-    raise typer.Exit(start.training(Request(**submission.options), load_config(config), follow=follow, dry_run=False))
+    raise typer.Exit(start.training(Request(**{**submission.options, **typed}), config, **flags))
+
+
+def _tasks(text: str) -> tuple[int, int | None]:
+    """``16`` or, with a bound on how many run at a time, ``16%4``."""
+    match = re.fullmatch(r"([1-9]\d*)(?:%([1-9]\d*))?", text)
+    if match is None:
+        raise ConfigError(f"--tasks {text!r}: give a number, or one and how many may run at a time, e.g. 16%4")
+    return int(match[1]), int(match[2]) if match[2] else None
+
+
+def _refuse_others_options(context: typer.Context, job: Job) -> None:
+    """What only a training has, or only an array, must not go unheard."""
+    typed = [
+        name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+    if job is Job.train and "folder" in typed:
+        raise ConfigError("--folder is for arrays: a training has its folder in run.dir")
+    if job is not Job.train and "config" in typed:
+        raise ConfigError(f"--config is for --job train: {job.value} has arguments of its own")
 
 
 def _refuse_options(context: typer.Context, arguments: Sequence[str]) -> None:
@@ -239,29 +311,3 @@ def _refuse_misspelt_verb(word: str) -> None:
 def _option_names() -> list[str]:
     command = typer.main.get_command(app).commands["submit"]  # type: ignore[attr-defined]
     return [parameter.name for parameter in command.params if parameter.name != "rest"]
-
-
-def _cluster_defaults() -> dict[str, Any]:
-    """Options from the cluster file.
-
-    Raises:
-        ConfigError: not YAML, or a key that is no option.
-    """
-    named = os.environ.get("IG_DIST_CLUSTER")
-    file = Path(named or CLUSTER_FILE).expanduser()
-    if not file.is_file():
-        if named:
-            raise ConfigError(f"IG_DIST_CLUSTER: no file at {file}")
-        return {}
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{file} must hold option: value lines, found {type(tree).__name__}")
-    tree = {str(key).replace("-", "_"): value for key, value in tree.items()}
-    for key in tree:
-        if key not in _option_names():
-            near = difflib.get_close_matches(key, _option_names(), n=1, cutoff=0.0)[0]
-            raise ConfigError(f"{file}: unknown option {key!r}; did you mean {near!r}?")
-    return tree

@@ -12,7 +12,6 @@ that is to blame for several failures is avoided.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -29,11 +28,22 @@ from typing import IO
 from ig_dist.endings import STOPPED
 from ig_dist.errors import IgDistError
 from ig_dist.parallel.blame import blamed, noted_failure
-from ig_dist.slurm.commands import SlurmError, host_names, queued, slurm
-from ig_dist.slurm.record import BLAME_NAME, SCRIPT_NAME, Folder, Submission, World
-from ig_dist.slurm.verdict import bad_nodes, excluded, exit_codes, judge, nodes_to_blame, usable, what_next
+from ig_dist.slurm.commands import SlurmError, host_names, minutes, queued, slurm
+from ig_dist.slurm.holding import CutOff, end_ranks_here, lock_is_free
+from ig_dist.slurm.record import BLAME_NAME, SCRIPT_NAME, Folder, Submission, World, size
+from ig_dist.slurm.verdict import (
+    Next,
+    bad_nodes,
+    excluded,
+    exit_codes,
+    judge,
+    nodes_to_blame,
+    silent_nodes,
+    usable,
+    what_next,
+)
 
-LOCK_WAIT_S = 600.0
+CANCEL_S, NOTIFY_S = 60.0, 60.0
 
 
 class Signals:
@@ -41,7 +51,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.asked = False
-        """To stop: the time limit is near."""
+        """To stop: the time limit is near, or a user wants it."""
         self.ended = False
         """SLURM is ending the job, and knows what to do with it."""
         self.srun: subprocess.Popen[str] | None = None
@@ -50,7 +60,7 @@ class Signals:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        os.write(sys.stdout.fileno(), b"asked to stop: the time limit is near\n")  # print is not for signal handlers
+        os.write(sys.stdout.fileno(), b"asked to stop\n")  # print is not for signal handlers
         if self.srun is not None:
             self.srun.send_signal(signal.SIGUSR2)  # srun passes it on to all ranks
 
@@ -72,7 +82,7 @@ def main(path: str) -> int:
         if folder.cancelled:
             print("cancelled: nothing is started", flush=True)
             return 0
-        if not _lock_is_free(submission.hold, signals):
+        if not lock_is_free(folder, task, submission, given, lambda: signals.ended):
             return 1
         if signals.asked and not signals.ended:  # while nothing ran
             folder.add_event("end", task, code=STOPPED, reason="asked to stop", next="requeue")
@@ -81,8 +91,11 @@ def main(path: str) -> int:
         world = submission.worlds[len(hosts)]
         _say_idle(hosts, world, submission)
         start = f"{os.environ['SLURM_JOB_ID']}-{time.time_ns()}"
-        folder.add_event("start", task, nodes=hosts[: world.nodes], log=_size(folder.batch_log(task)))
+        folder.add_event("start", task, nodes=hosts[: world.nodes], log=size(folder.batch_log(task)))
         srun_code, first_error = _run_ranks(folder, submission, hosts[: world.nodes], world, start, signals)
+        if first_error == CutOff.REASON:
+            print(f"{first_error}: its ranks are ended", flush=True)  # another start may have its history by now
+            return 1
         if signals.ended:
             if folder.cancelled or not _time_is_up():  # SLURM's own log line says why, see Folder.why
                 signals.wait_for_srun()  # the ranks may be saving: a job whose first process ends is at its end
@@ -97,16 +110,26 @@ def main(path: str) -> int:
         if verdict.next == "failed":
             blame = nodes_to_blame(blamed(exits / BLAME_NAME), first_error, hosts, submission.tasks_per_node)
         shutil.rmtree(exits, ignore_errors=True)
-        newest = _newest_checkpoint(folder) if verdict.next == "failed" else None
-        end = {"code": verdict.code, "reason": verdict.reason, "checkpoint": newest, "blame": blame}
-        what = what_next(verdict, end, folder.events(task), given, submission)
+        cancelled = folder.cancelled and verdict.next != "done"
+        newest = _newest_checkpoint(folder) if cancelled or verdict.next == "failed" else None
+        reason = verdict.reason
+        if verdict.next == "requeue":
+            reason = f"{'cancelled' if cancelled else _why_asked(submission)}: {reason}"
+        elif silent := silent_nodes(codes, hosts[: world.nodes], submission.tasks_per_node, verdict.reason):
+            reason = f"no word from {', '.join(silent)}: its processes or the network died ({reason})"
+        end = {"code": verdict.code, "reason": reason, "checkpoint": newest, "blame": blame}
+        what = Next("stop", 0.0, []) if cancelled else what_next(verdict, end, folder.events(task), given, submission)
         folder.add_event("end", task, **end, next=what.step)
         if what.new:
             print(
                 f"avoided from now on: {', '.join(what.new)} (--exclude-after {submission.exclude_after})", flush=True
             )
         pause = f" in {what.pause_s:.0f} s" if what.pause_s else ""
-        print(f"{verdict.reason}: {_SAID[what.step]}{pause}", flush=True)
+        print(f"{reason}: {_SAID[what.step]}{pause}", flush=True)
+        if what.step in ("done", "stop") and submission.notify:
+            _notify(submission, verdict.code, reason)
+        if cancelled:
+            _sleep(CANCEL_S, signals)  # `cancel` ends the job, so that SLURM calls it cancelled
         if what.step in ("done", "stop"):
             return verdict.code
         if what.step == "requeue":
@@ -162,10 +185,14 @@ def _run_ranks(
     reader.start()
     if signals.asked:  # before there was a srun to pass it on to
         signals.srun.send_signal(signal.SIGUSR2)
-    code = None
+    code, watch = None, CutOff(hosts)
     while code is None and not signals.ended:  # then SLURM ends this process too, before a srun whose ranks hang
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = signals.srun.wait(timeout=0.2)
+        if watch.is_cut_off():  # SLURM has started, or will start, the job elsewhere
+            end_ranks_here(folder.path)
+            signals.srun.kill()
+            return 1, watch.REASON
     if code is None:
         return 128 + signal.SIGTERM, ""
     reader.join(timeout=5)
@@ -193,6 +220,7 @@ def srun_command(
         "--unbuffered",
         "--open-mode=append",
         f"--output={folder}/log/{f'task_{task}_' if task else ''}rank_%t.log",
+        *(f"--{key}" if value is True else f"--{key}={value}" for key, value in submission.srun.items()),
         sys.executable,
         "-u",
         "-m",
@@ -273,34 +301,31 @@ def _time_is_up() -> bool:
         return False
 
 
+def _notify(submission: Submission, code: int, reason: str) -> None:
+    """Run the user's line; what it does changes nothing here."""
+    told = {"RUN": submission.run, "CODE": str(code), "REASON": reason}
+    try:
+        subprocess.run(
+            submission.notify, shell=True, env={**os.environ, **told}, timeout=NOTIFY_S, cwd=submission.cwd, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"--notify: {error}", flush=True)
+
+
+def _why_asked(submission: Submission) -> str:
+    """Why the ranks were asked to stop: SLURM does so when the time limit is near."""
+    try:
+        left = slurm("squeue", "--noheader", f"--jobs={os.environ['SLURM_JOB_ID']}", "-o", "%L")
+        near = (minutes(left) or 2**31) * 60 <= submission.signal_delay_s + 60
+    except IgDistError:  # it does not answer, or the time is over
+        near = True
+    return "the time limit was near" if near else "a signal came"
+
+
 def _sleep(seconds: float, signals: Signals) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and not signals.ended:
         time.sleep(0.1)
-
-
-def _lock_is_free(file: str, signals: Signals) -> bool:
-    """Wait until no process of an earlier start holds the run: one may live on where the network was cut."""
-    deadline = time.monotonic() + LOCK_WAIT_S
-    said = False
-    while file and Path(file).exists() and not signals.ended:
-        with Path(file).open("a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    print(
-                        f"{file} is held by a process of another job for {LOCK_WAIT_S:.0f} s: not started", flush=True
-                    )
-                    return False
-                if not said:
-                    print(f"waiting for the process that holds {file}", flush=True)
-                said = True
-            except OSError:  # no locks there: the trainer says so
-                break
-        time.sleep(0.5)
-    return True
 
 
 def _say_idle(hosts: list[str], world: World, submission: Submission) -> None:
@@ -310,10 +335,6 @@ def _say_idle(hosts: list[str], world: World, submission: Submission) -> None:
             f" do not divide data.streams. Idle: {', '.join(hosts[world.nodes :])}",
             flush=True,
         )
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
 
 
 if __name__ == "__main__":

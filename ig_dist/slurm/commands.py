@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ig_dist.errors import ConfigError, IgDistError
+from ig_dist.usage import unknown
 
 CLIENT_SECONDS = 60.0
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
@@ -19,8 +20,12 @@ class SlurmError(IgDistError):
     """SLURM answered no, or nothing."""
 
 
-def slurm(*command: str) -> str:
+def slurm(*command: str, patience_s: float = CLIENT_SECONDS) -> str:
     """The output of a client command.
+
+    Args:
+        command: its words.
+        patience_s: how long it may take.
 
     Raises:
         ConfigError: it is not on PATH, or knows of no cluster.
@@ -30,21 +35,21 @@ def slurm(*command: str) -> str:
         raise ConfigError(
             f"no {command[0]} on PATH: run this on a login node of a SLURM cluster, or use ig-dist launch here"
         )
-    # sbatch typed inside an interactive job would hand that job's shape on to the new one
-    drop = command[0] == "sbatch"
-    environment = {k: v for k, v in os.environ.items() if not (drop and k.startswith("SLURM_") and k != "SLURM_CONF")}
+    # the shape of an interactive job in which sbatch is typed, and variables that come before what the script says
+    drop = ("SLURM_", "SBATCH_") if command[0] == "sbatch" else ()
+    environment = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or not k.startswith(drop)}
     try:
         done = subprocess.run(
             command,
             env=environment,
             capture_output=True,
             text=True,
-            timeout=CLIENT_SECONDS,
+            timeout=patience_s,
             stdin=subprocess.DEVNULL,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{command[0]} did not answer in {CLIENT_SECONDS:.0f} s") from None
+        raise SlurmError(f"{command[0]} did not answer in {patience_s:.0f} s") from None
     if "configuration source" in done.stderr:
         raise ConfigError(
             f"{command[0]} is here, but knows of no cluster (no slurm.conf): run this on a login node, set SLURM_CONF,"
@@ -62,6 +67,8 @@ class QueuedJob(NamedTuple):
     state: str
     reason: str
     nodes: str
+    begins: str = "N/A"
+    """When it began, or SLURM expects that it will; N/A: it does not know."""
 
     @property
     def active(self) -> bool:
@@ -69,19 +76,25 @@ class QueuedJob(NamedTuple):
         return self.state not in ENDED
 
 
-def queued(ids: Sequence[str]) -> list[QueuedJob]:
+def queued(ids: Sequence[str], *, patience_s: float = CLIENT_SECONDS) -> list[QueuedJob]:
     """Those of the jobs that SLURM still knows; an array's tasks one by one."""
     if not ids:
         return []
     try:
-        out = slurm("squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(ids)}", "-o", "%i|%T|%r|%N")
+        which = ("--noheader", "--array", "--states=all", f"--jobs={','.join(ids)}")
+        out = slurm("squeue", *which, "-o", "%i|%T|%r|%N|%S", patience_s=patience_s)
     except SlurmError as error:
         if "Invalid job id" not in str(error):  # all are forgotten
             raise
         if len(ids) == 1:
             return []
         return [job for one in ids for job in queued([one])]
-    return [QueuedJob(*line.split("|", 3)) for line in out.splitlines()]
+    return [QueuedJob(*line.split("|", 4)) for line in out.splitlines()]
+
+
+def my_folders() -> list[str]:
+    """The logs of all jobs of this user that wait or run."""
+    return slurm("squeue", "--noheader", "--me", "-O", "StdOut:").splitlines()
 
 
 def host_names(nodes: str) -> list[str]:
@@ -90,24 +103,92 @@ def host_names(nodes: str) -> list[str]:
 
 
 class Partition(NamedTuple):
-    """What the nodes of a partition have."""
+    """What the nodes have on which a job may run."""
 
     name: str
+    """Several: with commas."""
     gpus: int
     cpus: int
+    """That jobs may have."""
     minutes: int | None
-    """Time limit; None: none."""
+    """Time limit, the shortest of several; None: none."""
+    longest: int | None = None
+    """The longest."""
 
 
-def partition(name: str | None) -> Partition | None:
-    """A partition, or the default one, by its nodes with the most GPUs; None: SLURM names none."""
+class Node(NamedTuple):
+    """What a node has."""
+
+    name: str
+    partitions: list[str]
+    features: list[str]
+    gpus: int
+    cpus: int
+
+
+def partition(
+    names: str | None, *, nodes: int = 1, constraint: str | None = None, exclude: str | None = None
+) -> Partition | None:
+    """What a job can get: the most GPUs of which there are enough nodes; None: no default partition.
+
+    Args:
+        names: of partitions, with commas, as sbatch takes them; None: the default one.
+        nodes: how many it needs.
+        constraint: features that they must have.
+        exclude: nodes that it does not want.
+
+    Raises:
+        ConfigError: there is no such partition.
+    """
+    limits, asked = {}, (names or "").split(",")
+    for line in slurm("sinfo", "--noheader", "--all", "-o", "%P|%l").splitlines():
+        label, limit = line.split("|")
+        limits[label.rstrip("*")] = minutes(limit)
+        if names is None and label.endswith("*"):
+            asked = [label.rstrip("*")]
+    if asked == [""]:
+        return None
+    for name in asked:
+        if name not in limits:
+            raise ConfigError(f"--partition {names}: {unknown('partition', name, limits)}")
+    unwanted = host_names(exclude) if exclude else []
+    known = _nodes()
+    fit = [node for node in known if _fits(constraint, node.features) and node.name not in unwanted]
+    there = fit or known  # SLURM refuses
+    best = {name: _best([node for node in there if name in node.partitions], nodes) for name in asked}
+    most = max(gpus for gpus, _ in best.values())
+    chosen = [name for name in asked if best[name][0] == most]
+    given = sorted((limits[name] for name in chosen), key=lambda limit: 2**31 if limit is None else limit)
+    return Partition(",".join(chosen), most, min(best[name][1] for name in chosen), given[0], given[-1])
+
+
+def _best(there: Sequence[Node], needed: int) -> tuple[int, int]:
+    """The most GPUs that so many of the nodes have, and the CPUs that all of these have."""
+    counts = sorted({node.gpus for node in there}, reverse=True)
+    for gpus in counts:
+        enough = [node.cpus for node in there if node.gpus >= gpus]
+        if len(enough) >= needed:
+            return gpus, min(enough)
+    return (counts[0], min(node.cpus for node in there if node.gpus == counts[0])) if counts else (0, 1)
+
+
+def _fits(constraint: str | None, features: Sequence[str]) -> bool:
+    """Whether a node has what is asked for; what is more than names with & and | is left to SLURM."""
+    if constraint is None or re.search(r"[^\w.&|-]", constraint):
+        return True
+    return any(all(name in features for name in names.split("&")) for names in constraint.split("|"))
+
+
+def _nodes() -> list[Node]:
     found = []
-    for line in slurm("sinfo", "--noheader", "-o", "%P|%G|%c|%l").splitlines():
-        label, gres, cpus, limit = line.split("|", 3)
-        if label == name or label == f"{name}*" or (name is None and label.endswith("*")):
-            gpus = sum(int(number) for number in re.findall(r"gpu:(?:[^:,(]+:)?(\d+)", gres))
-            found.append(Partition(label.rstrip("*"), gpus, int(cpus.rstrip("+")), minutes(limit)))
-    return max(found, key=lambda p: (p.gpus, p.cpus), default=None)
+    for line in slurm("scontrol", "--all", "--oneliner", "show", "node").splitlines():
+        told = {name: value for name, value in reversed(re.findall(r"(?:^| )(\w+)=(\S*)", line))}
+        gpus = sum(int(number) for number in re.findall(r"gpu:(?:[^:,(]+:)?(\d+)", told.get("Gres", "")))
+        # without those that the node keeps for its own (CoreSpecCount)
+        cpus = int(told.get("CPUEfctv", told.get("CPUTot", "1")))
+        names, features = (told.get(key, "").split(",") for key in ("Partitions", "ActiveFeatures"))
+        found.append(Node(told.get("NodeName", ""), names, features, gpus, cpus))
+    return found
 
 
 def minutes(text: str) -> int | None:

@@ -5,7 +5,7 @@ job.json, id      the submission, written once, and the number that SLURM gave i
 batch.sh          what sbatch got
 config.yaml       the resolved config of a training
 source/           the code as it was
-history.jsonl     starts and ends (an array: history_3.jsonl for its task 3)
+history.jsonl     starts and ends, and waits for the lock of the run (an array: history_3.jsonl for its task 3)
 exits/            the exit code of each rank of a start, and which are to blame, until it was judged
 log/              batch.log, rank_0.log, ... appended to at each start
 cancelled         there once `cancel` was asked for
@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 JOB_NAME, SCRIPT_NAME, ID_NAME, CANCELLED_NAME, BLAME_NAME = "job.json", "batch.sh", "id", "cancelled", "blame"
 ACCUMULATION = "{accumulation}"  # in a command: that of the world at hand
+_BEGINNINGS = {"start": "end", "wait": "waited"}
 Kind = Literal["train", "encode", "sample", "sweep", "evaluate", "reference", "merge"]
 
 
@@ -58,8 +59,14 @@ class Submission(BaseModel):
     signal_delay_s: int
     options: dict[str, Any]
     """What was typed, for `resume`."""
+    srun: dict[str, str | bool] = {}
+    """More options of srun."""
+    notify: str = ""
+    """Shell line that runs when the job is done or given up."""
     hold: str = ""
     """File whose lock a running job of this run holds; a start waits until it is free."""
+    hold_s: float = 600.0
+    """How long: until a holder that lost its peers has noticed it, and the server of files that a machine is gone."""
 
 
 class Folder:
@@ -101,29 +108,34 @@ class Folder:
         return self.log / f"batch{_suffix(task)}.log"
 
     def add_event(self, event: str, task: str = "", **what: Any) -> None:
-        """Append a start or an end."""
+        """Append a start or an end, or that a start waits and has waited."""
         line = {"event": event, "time": round(time.time(), 3), **what}
         with (self.path / f"history{_suffix(task)}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def events(self, task: str = "") -> list[dict[str, Any]]:
-        """Starts and ends, oldest first; an end that SLURM brought about is told by SLURM's own log line."""
+    def events(self, task: str = "", *, waits: bool = False) -> list[dict[str, Any]]:
+        """Starts and ends, oldest first; an end that SLURM brought about is told by SLURM's own log line.
+
+        Args:
+            task: of an array.
+            waits: those for the run's lock too.
+        """
         file = self.path / f"history{_suffix(task)}.jsonl"
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         events: list[dict[str, Any]] = []
         for event in map(json.loads, lines):
-            if event["event"] == "start" and events and events[-1]["event"] == "start":
+            if event["event"] in _BEGINNINGS and events and events[-1]["event"] in _BEGINNINGS:
                 events.append(self._unseen_end(events[-1], event["log"], task))
             events.append(event)
-        return events
+        return events if waits else [event for event in events if event["event"] in ("start", "end")]
 
-    def _unseen_end(self, start: dict[str, Any], until: int, task: str) -> dict[str, Any]:
+    def _unseen_end(self, begun: dict[str, Any], until: int, task: str) -> dict[str, Any]:
         return {
-            "event": "end",
-            "time": start["time"],
+            "event": _BEGINNINGS[begun["event"]],
+            "time": begun["time"],
             "code": None,
             "next": "requeue",
-            "reason": self.why(start, until, task),
+            "reason": self.why(begun, until, task),
         }
 
     def why(self, start: dict[str, Any], until: int | None = None, task: str = "") -> str:
@@ -132,7 +144,12 @@ class Folder:
         text = log.read_bytes()[start["log"] : until].decode(errors="replace") if log.exists() else ""
         found = re.findall(r"DUE TO (.+?)(?:, SEE .*)? \*\*\*", text)
         failed = re.findall(r"Node failure on (\S+)", text)
-        words = str(found[0]).lower() if found else "ended by SLURM without a word (a node, or its controller)"
+        if found:
+            words = str(found[0]).lower()
+        elif re.search(r"CANCELLED AT \S+ \*\*\*", text):
+            words = "cancelled"
+        else:
+            words = "ended by SLURM without a word (its first node, or the controller)"
         return words + (f" ({', '.join(dict.fromkeys(failed))})" if failed else "")
 
     def tasks(self) -> list[str]:
@@ -152,3 +169,8 @@ def folders(run: Path) -> Iterator[tuple[Folder, Submission]]:
 
 def _suffix(task: str) -> str:
     return f"_{task}" if task else ""
+
+
+def size(file: Path) -> int:
+    """Of a file that may not be there yet."""
+    return file.stat().st_size if file.exists() else 0

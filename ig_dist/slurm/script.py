@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ig_dist.slurm.commands import Partition, minutes, partition
 from ig_dist.slurm.record import Folder, Submission
 
 DAY = 24 * 60
+OWN = ("account", "constraint", "exclude", "gpus-per-node", "mem", "nodes", "partition", "qos", "time")
 ASSUMED = Partition("", gpus=8, cpus=96, minutes=None)  # a node of H100s, where SLURM cannot be asked
 
 
@@ -36,11 +38,18 @@ class Request(BaseModel):
     mem: str | None = None
     signal_delay: int = 120
     setup: list[str] = []
+    sbatch: list[str] = []
+    srun: list[str] = []
+    notify: str = ""
     max_failures: int = 8
     exclude_after: int = 2
     tasks: int = 0
+    at_once: int | None = None
+    """Tasks that run at a time; None: as many as SLURM gives."""
     exclusive: bool = False
     """Whole nodes; set by `complete` where all of their GPUs are asked for."""
+    on_cpus: bool = False
+    """No GPUs are wanted; set by `complete`."""
 
     @property
     def node_range(self) -> tuple[int, int]:
@@ -76,16 +85,16 @@ def complete(request: Request, *, assume: bool = False) -> Request:
     Raises:
         ConfigError: more time than the partition gives, or GPUs and --tasks-per-node.
     """
-    request.node_range  # noqa: B018  (raises)
     if request.gpus_per_node and request.tasks_per_node not in (None, request.gpus_per_node):
         raise ConfigError("--tasks-per-node is for nodes without GPUs: with GPUs there is one task for each")
     try:
-        found = partition(request.partition)
-    except IgDistError:
-        if not assume:
+        low, _ = request.node_range
+        found = partition(request.partition, nodes=low, constraint=request.constraint, exclude=request.exclude)
+    except IgDistError as error:
+        if not assume or "--partition" in str(error):
             raise
         found = ASSUMED
-    filled: dict[str, Any] = {}
+    filled: dict[str, Any] = {"on_cpus": request.gpus_per_node == 0 or bool(request.tasks_per_node)}
     if request.gpus_per_node is None:
         own = found.gpus if found else 0
         # a task of an array is one GPU's work
@@ -96,12 +105,12 @@ def complete(request: Request, *, assume: bool = False) -> Request:
         filled["cpus_per_gpu"] = max(1, found.cpus // max(gpus or request.tasks_per_node or 1, found.gpus))
     if request.mem is None and filled["exclusive"]:
         filled["mem"] = "0"  # of an exclusive node, SLURM gives all CPUs and GPUs, but not all memory
-    limit = found.minutes if found else None
+    limit, longest = (found.minutes, found.longest) if found else (None, None)
     if request.time is None:
         filled["time"] = _duration(min(limit or DAY, DAY))
-    elif limit is not None and (minutes(request.time) or 2**31) > limit:
+    elif longest is not None and (minutes(request.time) or 2**31) > longest:
         raise ConfigError(
-            f"--time {request.time} is more than partition {found.name if found else ''} gives, {_duration(limit)}:"
+            f"--time {request.time} is more than partition {found.name if found else ''} gives, {_duration(longest)}:"
             " ask for less, the run goes on by itself in a new job"
         )
     whole = request.model_copy(update=filled)
@@ -136,6 +145,7 @@ def batch_script(request: Request, submission: Submission, folder: Path, *, name
     # SLURM would keep the number of tasks of a job's first start, and with it that start's number of nodes
     fixed, cpus = low == high, request.cpus_per_task
     task = "_%a" if submission.array else ""
+    throttle = f"%{request.at_once}" if request.at_once else ""
     log = Folder(folder).log
     said: dict[str, Any] = {
         "nodes": low if fixed else f"{low}-{high}",
@@ -147,8 +157,9 @@ def batch_script(request: Request, submission: Submission, folder: Path, *, name
         "chdir": submission.cwd,
         "output": f"{log}/batch{task}.log",
         **({"mem": request.mem} if request.mem is not None else {}),
-        **({"array": f"0-{submission.array - 1}"} if submission.array else {}),
+        **({"array": f"0-{submission.array - 1}{throttle}"} if submission.array else {}),
     }
+    said |= _more(request, said)
     executor = Script(folder)
     executor.update_parameters(
         job_name=name,
@@ -166,7 +177,7 @@ def batch_script(request: Request, submission: Submission, folder: Path, *, name
         wckey=None,
         stderr_to_stdout=True,
         use_srun=False,  # the first process calls it: how many nodes it uses is known when the job starts
-        setup=[*request.setup, *_environment(request, folder)],
+        setup=[*_threads(request), *checked(request.setup), *_environment(request, folder)],
         additional_parameters=said,
     )
     # submitit's own command would unpickle the call from this folder; ours reads JSON
@@ -174,15 +185,61 @@ def batch_script(request: Request, submission: Submission, folder: Path, *, name
     return str(executor._make_submission_file_text(f"exec {command}", folder.name))
 
 
-def _environment(request: Request, folder: Path) -> list[str]:
+def key_values(option: str, given: Sequence[str]) -> dict[str, str | bool]:
+    """``KEY=VALUE``, or KEY alone, as the program's option ``--KEY``.
+
+    Raises:
+        ConfigError: it does not begin with the name of an option.
+    """
+    found: dict[str, str | bool] = {}
+    for text in given:
+        key, separator, value = text.removeprefix("--").partition("=")
+        if not re.fullmatch(r"[a-z][a-z0-9-]+", key):
+            raise ConfigError(f"{option} {text!r}: write KEY=VALUE, with an option of that program as the key")
+        found[key] = value if separator else True
+    return found
+
+
+def _more(request: Request, said: Mapping[str, Any]) -> dict[str, Any]:
+    """What the user adds for sbatch.
+
+    Raises:
+        ConfigError: an option that is ours, or that the script must have as it is.
+    """
+    more = key_values("--sbatch", request.sbatch)
+    ours = {*OWN, *said}
+    for key in more:
+        if key in ours:
+            here = f"--{key}" if key in OWN else "nothing: the job needs it as it is"
+            raise ConfigError(f"--sbatch {key}: use {here}")
+    return {key.replace("-", "_"): value for key, value in more.items()}
+
+
+def _threads(request: Request) -> list[str]:
     cpus = request.cpus_per_task or 1
     threads = max(1, min(8, cpus // 2)) if request.gpus_per_node else cpus
+    return [
+        "# a fixed number, not that of the shell: sums depend on it, and reader threads need CPUs too",
+        f"export OMP_NUM_THREADS={threads}",
+    ]
+
+
+def checked(setup: Sequence[str]) -> list[str]:
+    """The user's lines, each of which must succeed."""
+    failed = 'echo "error: $SLURMD_NODENAME: "{} >&2; exit 2'
+    return [
+        part
+        for line in setup
+        for part in (line, f"[ $? = 0 ] || {{ {failed.format(shlex.quote(f'--setup {line!r} failed'))}; }}")
+    ]
+
+
+def _environment(request: Request, folder: Path) -> list[str]:
     return [
         "# the code as it was when this was submitted, whatever is edited since",
         f"export PYTHONPATH={shlex.quote(str(folder / 'source'))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export PYTHONSAFEPATH=1  # or the working directory would come before it",
-        "# a fixed number, since sums depend on it; reader threads need CPUs too",
-        f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{threads}}}",
+        *(["export IG_DIST_DEVICE=cpu  # not on GPUs that a node may have"] if request.on_cpus else []),
         "# a link or a GPU that fails is named in the rank's log",
         "export NCCL_DEBUG=${NCCL_DEBUG:-WARN}",
     ]

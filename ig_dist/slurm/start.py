@@ -10,11 +10,13 @@ from ig_dist.config import Config
 from ig_dist.errors import ConfigError
 from ig_dist.jobs import Job, job_folder, program
 from ig_dist.slurm import submit as slurm
-from ig_dist.slurm import watch as watching
 from ig_dist.slurm.batch import srun_command
+from ig_dist.slurm.control import follow as follow_job
 from ig_dist.slurm.record import ACCUMULATION, Folder, Submission, World
-from ig_dist.slurm.script import Request, batch_script, complete
-from ig_dist.terminal import console
+from ig_dist.slurm.script import Request, batch_script, complete, key_values
+from ig_dist.terminal import console, warn
+
+LOCK_WAIT_S, LEASE_S = 600.0, 120.0  # at least; until a server of files lets go of the locks of a machine that is gone
 
 
 def training(request: Request, config: Config, *, follow: bool, dry_run: bool) -> int:
@@ -39,10 +41,15 @@ def training(request: Request, config: Config, *, follow: bool, dry_run: bool) -
         exclude_after=request.exclude_after,
         signal_delay_s=request.signal_delay,
         options=asked.model_dump(),
+        srun=key_values("--srun", request.srun),
+        notify=request.notify,
         hold=f"{run}/.lock",
+        hold_s=max(LOCK_WAIT_S, config.train.timeout_s + LEASE_S),
     )
+    if not (request.gpus_per_node or request.on_cpus):
+        warn(f"partition {request.partition or 'by default'} has no GPUs: trains on CPUs, as --gpus-per-node 0")
     if dry_run:
-        return _print_dry_run(request, [submission], path, lambda: slurm.check_training(config, worlds))
+        return _print_dry_run([request], [submission], path, lambda: slurm.check_training(config, worlds))
     slurm.refuse_active(run, "is in use by")
     slurm.check_training(config, worlds)
     with slurm.submitting(run):
@@ -85,11 +92,13 @@ def array(
             exclude_after=request.exclude_after,
             signal_delay_s=request.signal_delay,
             options=asked.model_dump(),
+            srun=key_values("--srun", request.srun),
+            notify=request.notify if kind == "merge" else "",
         )
         for kind, place, one in ((job.value, path, request), ("merge", after, alone))
     ]
     if dry_run:
-        return _print_dry_run(request, submissions, path, lambda: None)
+        return _print_dry_run([request, alone], submissions, path, lambda: None)
     with slurm.submitting(run):
         number = slurm.submit(path, submissions[0], request)
         # it waits for all tasks, whatever became of them, and makes what is missing
@@ -115,11 +124,13 @@ def _tell(path: Path, submission: Submission, watch: str, follow: bool) -> int:
         told |= {"watch": watch, "resume": f"ig-dist slurm resume {run}"}
     for name, text in told.items():
         console.print(f"{name + ':':8}{text}", markup=False)
-    return watching.follow(folder, submission) if follow else 0
+    return follow_job(folder, submission) if follow else 0
 
 
-def _print_dry_run(request: Request, submissions: Sequence[Submission], path: Path, check: Callable[[], object]) -> int:
-    submission, *then = submissions
+def _print_dry_run(
+    requests: Sequence[Request], submissions: Sequence[Submission], path: Path, check: Callable[[], object]
+) -> int:
+    submission, request = submissions[0], requests[0]
     name = f"{submission.kind}-{Path(submission.run).name}"
     print(batch_script(request, submission, path, name=name))
     for nodes, world in submission.worlds.items():
@@ -132,12 +143,14 @@ def _print_dry_run(request: Request, submissions: Sequence[Submission], path: Pa
         for command in submission.commands:
             arguments = " ".join(command).replace(ACCUMULATION, str(world.accumulation))
             print(f"# each process: python {arguments}")
-    for merge in then:
+    for merge, alone in zip(submissions[1:], requests[1:], strict=True):
         print("# once all tasks have ended, whatever became of them, a job of one process:")
+        print(batch_script(alone, merge, Path(f"{path}-merge"), name=f"merge-{Path(merge.run).name}", after="ARRAY"))
         for command in merge.commands:
             print(f"# it alone: python {' '.join(command)}")
     try:
         check()
     except ConfigError as error:
         print(f"would be refused: {error}", file=sys.stderr)
+        return ConfigError.exit_code
     return 0

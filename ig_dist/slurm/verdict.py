@@ -137,6 +137,17 @@ def nodes_to_blame(ranks: Iterable[int], first_error: str, hosts: Sequence[str],
     return [host] if host in hosts and first_error.endswith(("Killed", "Bus error")) else []
 
 
+def silent_nodes(
+    codes: Mapping[int, int | None], hosts: Sequence[str], tasks_per_node: int, first_error: str
+) -> list[str]:
+    """Nodes of which no rank left a code, where what srun saw first is a rank elsewhere that lost them (code 1)."""
+    host, _, said = first_error.partition(":")
+    if host not in hosts or not said.endswith("Exited with exit code 1"):
+        return []
+    spoke = {hosts[rank // tasks_per_node] for rank, code in codes.items() if code is not None}
+    return [name for name in hosts if name not in spoke and name != host]
+
+
 def bad_nodes(events: Iterable[Mapping[str, Any]], most: int) -> set[str]:
     """Nodes that were to blame so many times within a day; 0: none ever are."""
     newest = [event for event in events if event["event"] == "end" and event["time"] > time.time() - BLAME_S]

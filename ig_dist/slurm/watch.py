@@ -1,29 +1,30 @@
-"""What has become of a run's jobs: their state and history, their log as it is written, and their end."""
+"""What has become of a run's jobs: their state, their history, and how far a training is."""
 
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ig_dist import endings
-from ig_dist.endings import STOPPED, After
-from ig_dist.errors import ConfigError
-from ig_dist.slurm.commands import QueuedJob, SlurmError, queued, slurm
+import yaml
+
+from ig_dist.errors import ConfigError, IgDistError
+from ig_dist.slurm.commands import QueuedJob, my_folders, queued
 from ig_dist.slurm.record import Folder, Submission, folders
 from ig_dist.slurm.verdict import bad_nodes
 from ig_dist.terminal import console
 
-POLL_S = 2.0
-CANCEL_S = 120.0
+PATIENCE_S = 10.0
 SHOWN_STARTS = 12
 # why a job waits for ever, and what to do
 STUCK = {
     "BadConstraints": "too few nodes fit: cancel, and submit with fewer --nodes, or without what limits them",
     "launch failed requeued held": "a node could not start it: scontrol release {id}",
+    "job requeued in held state": "held: scontrol release {id}",
     "JobHeldUser": "held: scontrol release {id}",
     "JobHeldAdmin": "held by an administrator",
     "PartitionTimeLimit": "the partition gives less time: cancel, and submit with a smaller --time",
@@ -46,173 +47,164 @@ def found_folders(run: Path) -> list[tuple[Folder, Submission]]:
 def show_status(run: Path) -> None:
     """Print the state of a run's jobs, their starts and why each ended."""
     for folder, submission in found_folders(run):
-        jobs = queued([folder.id] if folder.id else [])
-        console.print(f"{submission.kind} job {folder.id or '(not submitted)'}: {_state(jobs)}", markup=False)
-        for text in sorted({STUCK[job.reason].format(id=job.id) for job in jobs if job.reason in STUCK}):
-            console.print(f"  {text}")
-        active = {job.id for job in jobs if job.active}
+        jobs, told = _ask(folder)
+        console.print(f"{submission.kind} job {folder.id or '(not submitted)'}: {told}", markup=False)
+        for text in advice(jobs or []):
+            console.print(f"  {text}", markup=False)
         for task in folder.tasks():
-            _show_history(folder, submission, task, any(job.endswith(f"_{task}") if task else True for job in active))
+            _show_history(folder, submission, task, _may_run(jobs, task))
+        if (words := failed_words(folder)) is not None:
+            console.print(f"  it said: {words}", markup=False)
         console.print(f"  log: {folder.log}", markup=False)
-    step = last_step(run)
-    if step is not None:
-        console.print(f"last step in {run}/metrics.jsonl: {step}", markup=False)
+    if (far := how_far(run)) is not None:
+        console.print(far, markup=False)
+
+
+def show_all() -> None:
+    """Print the jobs of this user that wait or run, a line for each run."""
+    logs = my_folders()
+    paths = dict.fromkeys(Path(log).parent.parent for log in logs if Path(log).parent.name == "log")
+    found = [Folder(path) for path in paths if (path / "job.json").exists()]
+    for folder in found:
+        submission = folder.read()
+        _, told = _ask(folder)
+        far = how_far(Path(submission.run)) if submission.kind == "train" else None
+        console.print(f"{submission.run}: {submission.kind} job {folder.id}, {told}{f'; {far}' if far else ''}")
+    if not found:
+        console.print("no job of yours waits or runs that ig-dist slurm has submitted; of a run: status RUN")
 
 
 def describe(run: Path) -> dict[str, Any]:
     """What ``show_status`` prints, for a program."""
     told = []
     for folder, submission in found_folders(run):
-        jobs = queued([folder.id] if folder.id else [])
-        active = {job.id for job in jobs if job.active}
-        starts = {
-            task: history(folder, task, any(job.endswith(f"_{task}") if task else True for job in active))
-            for task in folder.tasks()
-        }
+        jobs, state_now = _ask(folder)
+        starts = {task: history(folder, task, _may_run(jobs, task)) for task in folder.tasks()}
         told.append(
             {
                 "kind": submission.kind,
                 "id": folder.id,
-                "state": _state(jobs),
-                "active": bool(active),
+                "state": state_now,
+                "active": None if jobs is None else any(job.active for job in jobs),
+                "advice": advice(jobs or []),
                 "tasks": starts if submission.array else None,
                 "starts": None if submission.array else next(iter(starts.values()), []),
+                "said": failed_words(folder),
                 "log": str(folder.log),
             }
         )
-    return {"run": str(run), "jobs": told, "last_step": last_step(run)}
+    return {"run": str(run), "jobs": told, "last_step": last_step(run), "progress": how_far(run)}
+
+
+def _ask(folder: Folder) -> tuple[list[QueuedJob] | None, str]:
+    """What SLURM says of a submission, and in words; None: it does not answer, but the history is in files."""
+    try:
+        jobs = queued([folder.id] if folder.id else [], patience_s=PATIENCE_S)
+    except IgDistError as error:
+        return None, f"unknown, SLURM does not answer ({error}); what is in files:"
+    return jobs, state(jobs)
+
+
+def _may_run(jobs: Sequence[QueuedJob] | None, task: str) -> bool:
+    active = [job.id for job in jobs or [] if job.active]
+    return jobs is None or any(job.endswith(f"_{task}") if task else True for job in active)
 
 
 def history(folder: Folder, task: str, active: bool) -> list[dict[str, Any]]:
-    """The starts of a job, each with its end, if it had one."""
+    """The starts of a job, and its waits for the run's lock, each with its end, if it had one."""
     starts: list[dict[str, Any]] = []
-    for event in folder.events(task):
-        if event["event"] == "start":
+    for event in folder.events(task, waits=True):
+        if event["event"] in ("start", "wait"):
             starts.append({**event, "end": None})
         elif starts:
             starts[-1]["end"] = event
     if starts and starts[-1]["end"] is None and not active:
-        starts[-1]["end"] = {"reason": folder.why(starts[-1], task=task), "next": "", "code": None}
+        reason = "cancelled" if folder.cancelled else folder.why(starts[-1], task=task)
+        starts[-1]["end"] = {"reason": reason, "next": "", "code": None}
     return starts
 
 
 def _show_history(folder: Folder, submission: Submission, task: str, active: bool) -> None:
-    starts = history(folder, task, active)
-    if not starts or (task and [(start["end"] or {}).get("next") for start in starts] == ["done"]):
+    entries = history(folder, task, active)
+    if not entries or (task and [(entry["end"] or {}).get("next") for entry in entries] == ["done"]):
         return  # of an array, only tasks with something to tell
     name = f"task {task}: " if task else ""
-    console.print(f"  {name}{len(starts)} start{'s' * (len(starts) > 1)}, {len(starts) - 1} restarts", markup=False)
+    count = sum(entry["event"] == "start" for entry in entries)
+    console.print(f"  {name}{count} start{'s' * (count != 1)}, {max(0, count - 1)} restarts", markup=False)
     if bad := bad_nodes(folder.events(task), submission.exclude_after):
         console.print(f"    avoided today: {', '.join(sorted(bad))}", markup=False)
-    for number, start in list(enumerate(starts))[-SHOWN_STARTS:]:
-        began = datetime.fromtimestamp(start["time"]).strftime("%Y-%m-%d %H:%M:%S")
-        nodes, end = start["nodes"], start["end"]
+    for number, entry in list(enumerate(entries))[-SHOWN_STARTS:]:
+        began = _clock(entry["time"])
+        nodes, end = entry["nodes"], entry["end"]
         blame = f" (blamed: {', '.join(end['blame'])})" if end and end.get("blame") else ""
         where = ",".join(nodes) if len(nodes) < 5 else f"{len(nodes)} nodes ({nodes[0]}, ...)"
         then = f" -> {end['next']}" if end and end["next"] not in ("", "done") else ""
-        console.print(f"    {number}  {began}  {where}: {end['reason'] if end else 'runs'}{blame}{then}", markup=False)
+        now = f"waits until {_clock(entry['until'])} for a process that holds the run" if "until" in entry else "runs"
+        console.print(f"    {number}  {began}  {where}: {end['reason'] if end else now}{blame}{then}", markup=False)
+
+
+def failed_words(folder: Folder) -> str | None:
+    """What the first task that was given up, or the training, said last, and where; None: none was."""
+    for task in folder.tasks():
+        events = folder.events(task)
+        if not events or events[-1].get("next") != "stop" or not events[-1].get("code"):
+            continue
+        name = f"task_{task}_" if task else ""
+        for log in sorted(folder.log.glob(f"{name}rank_*.log"), key=lambda file: file.stat().st_mtime):
+            lines = log.read_bytes()[-8192:].decode(errors="replace").splitlines()
+            errors = [line for line in lines if re.match(r"error: |\w+(Error|Exception)\b", line)]
+            if errors:
+                return f"{errors[-1]} ({log.name})"
+    return None
 
 
 def last_step(run: Path) -> int | None:
     """The step of the newest line of metrics."""
-    file = run / "metrics.jsonl"
+    line = _last_metrics(run)
+    return None if line is None else int(line["step"])
+
+
+def how_far(run: Path) -> str | None:
+    """The last step of a training, of how many, and when it will be at its end at this speed; None: no step yet."""
+    line = _last_metrics(run)
+    if line is None:
+        return None
     try:
-        lines = file.read_bytes()[-65536:].splitlines()
-        return int(json.loads(lines[-1])["step"])
-    except (OSError, IndexError, ValueError, KeyError):
+        train = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["train"]
+        left = train["steps"] - int(line["step"])
+        seconds = left * train["global_batch_size"] / line["images_per_s"]
+        end = _clock(time.time() + seconds) if left else ""
+        return f"step {line['step']} of {train['steps']}" + (f", expected end without a break: {end}" if end else "")
+    except (OSError, KeyError, TypeError, ZeroDivisionError, yaml.YAMLError):
+        return f"step {line['step']}"
+
+
+def _last_metrics(run: Path) -> dict[str, Any] | None:
+    try:
+        lines = (run / "metrics.jsonl").read_bytes()[-65536:].splitlines()
+        found: dict[str, Any] = json.loads(lines[-1])
+        return found if "step" in found else None
+    except (OSError, IndexError, ValueError):
         return None
 
 
-def cancel(run: Path) -> None:
-    """End a run's jobs; returns when none of their processes is left.
-
-    Raises:
-        SlurmError: they did not end.
-    """
-    active: list[Folder] = []
-    for folder, _ in found_folders(run):
-        if folder.id and any(job.active for job in queued([folder.id])):
-            folder.cancel()  # first, so that nothing is requeued meanwhile
-            active.append(folder)
-    if not active:
-        console.print(f"{run}: no job is queued or runs")
-        return
-    ids = [folder.id for folder in active]
-    slurm("scancel", *ids)
-    deadline = time.monotonic() + CANCEL_S
-    while any(job.active for job in queued(ids)):
-        if time.monotonic() > deadline:
-            raise SlurmError(f"job {', '.join(ids)} is still ending after {CANCEL_S:.0f} s: see squeue")
-        time.sleep(0.5)
-    console.print(f"cancelled: job {', '.join(ids)}; go on with: ig-dist slurm resume {run}", markup=False)
+def _clock(at: float) -> str:
+    return datetime.fromtimestamp(at).strftime("%Y-%m-%d %H:%M:%S")
 
 
-def follow(folder: Folder, submission: Submission) -> int:
-    """Print a job's logs as they are written, until it ends; its exit code. Ctrl-C leaves the job alone."""
-    task = "0" if submission.array else ""
-    files = [folder.batch_log(task), folder.log / f"{f'task_{task}_' if task else ''}rank_0.log"]
-    places = dict.fromkeys(files, 0)
-    said, misses = "", 0
-    try:
-        while True:
-            jobs = _try(lambda: queued([folder.id]))
-            misses = misses + 1 if jobs is None else 0
-            if misses == 1:
-                console.print("SLURM does not answer; asking again")
-            ended = jobs is not None and not any(job.active for job in jobs)
-            state = said if jobs is None else _state(jobs)
-            if state != said:
-                console.print(f"job {folder.id}: {state}", markup=False)
-                for text in sorted({STUCK[job.reason].format(id=job.id) for job in jobs or [] if job.reason in STUCK}):
-                    console.print(f"  {text}")
-            said = state
-            for file in files:
-                places[file] += _print_from(file, places[file])
-            if ended:
-                return final_code(folder)
-            time.sleep(POLL_S)
-    except KeyboardInterrupt:
-        console.print(f"\njob {folder.id} goes on; follow it with: ig-dist slurm status {submission.run} --follow")
-        return 0
+def advice(jobs: Sequence[QueuedJob]) -> list[str]:
+    """What to do about jobs that wait for ever."""
+    return sorted({STUCK[job.reason].format(id=job.id) for job in jobs if job.reason in STUCK})
 
 
-def final_code(folder: Folder) -> int:
-    """The exit code of a job that has ended: the worst of its tasks."""
-    codes = []
-    for task in folder.tasks():
-        ends = [event for event in folder.events(task) if event["event"] == "end"]
-        last = ends[-1] if ends and folder.events(task)[-1]["event"] == "end" else None
-        codes.append(1 if last is None or last["code"] is None else int(last["code"]))
-    return next((code for code in (*endings.codes(After.NEVER), 1, STOPPED) if code in codes), max(codes))
-
-
-def _state(jobs: Sequence[QueuedJob]) -> str:
+def state(jobs: Sequence[QueuedJob]) -> str:
+    """Of a submission's jobs, in SLURM's words."""
     if not jobs:
         return "SLURM knows it no more"
     if len(jobs) > 1:
         states = [job.state for job in jobs]
-        return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+        return ", ".join(f"{states.count(one)} {one}" for one in dict.fromkeys(states))
     (job,) = jobs
     where = f" on {job.nodes}" if job.nodes else ""
-    return f"{job.state}{where}" + (f" ({job.reason})" if job.reason not in ("None", "") else "")
-
-
-def _try(ask: Callable[[], list[QueuedJob]]) -> list[QueuedJob] | None:
-    try:
-        return ask()
-    except SlurmError:
-        return None
-
-
-def _print_from(file: Path, place: int) -> int:
-    """Print what was appended; the number of bytes."""
-    try:
-        with file.open("rb") as log:
-            log.seek(place)
-            data = log.read()
-    except FileNotFoundError:
-        return 0
-    data = data[: data.rfind(b"\n") + 1]
-    if data:
-        print(data.decode(errors="replace"), end="", flush=True)
-    return len(data)
+    begins = f", expected to start {job.begins}" if job.state == "PENDING" and job.begins not in ("N/A", "") else ""
+    return f"{job.state}{where}" + (f" ({job.reason}{begins})" if job.reason not in ("None", "") else "")

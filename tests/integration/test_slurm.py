@@ -178,7 +178,7 @@ def test_a_stop_signal_and_a_source_that_is_edited_meanwhile(
     goes_on(run, lambda: cluster.run("scancel", "--signal=USR2", job), "scancel --signal")
     same_run(run, whole)
     assert [(start.next, start.reason) for start in starts(run)] == [
-        ("requeue", "asked to stop, and saved"),
+        ("requeue", "a signal came: asked to stop, and saved"),
         ("done", "done"),
     ]
     shown = launch("status", run).stdout
@@ -213,7 +213,7 @@ def test_preemption(
     goes_on(run, lambda: preempt(cluster), f"preemption, GraceTime={grace}")
     same_run(run, whole)
     assert len(starts(run)) == 2
-    assert starts(run)[0].reason == ("asked to stop, and saved" if grace else "preemption")
+    assert starts(run)[0].reason == ("a signal came: asked to stop, and saved" if grace else "preemption")
 
 
 @pytest.mark.full
@@ -278,7 +278,7 @@ def test_the_time_limit(
         rank = rank_on(cluster, "node2")
         os.kill(rank, signal.SIGSTOP)  # or the run would be over: SLURM looks at limits every 30 s
         cluster.run("scontrol", "update", f"jobid={job}", "timelimit=1")
-        wait_until(lambda: "time limit is near" in newest(run).batch_log().read_text(), "no signal", run)
+        wait_until(lambda: "asked to stop" in newest(run).batch_log().read_text(), "no signal", run)
         os.kill(rank, signal.SIGCONT)
         wait_until(lambda: starts(run)[0].next, "no end", run)
         cluster.run("scontrol", "update", f"jobid={job}", "timelimit=10")
@@ -286,6 +286,7 @@ def test_the_time_limit(
     goes_on(run, near, "time limit")
     same_run(run, whole)
     assert [start.next for start in starts(run)] == ["requeue", "done"]
+    assert starts(run)[0].reason == "the time limit was near: asked to stop, and saved"
 
 
 @pytest.mark.full
@@ -327,11 +328,11 @@ def test_cancel_leaves_no_process_and_resume_goes_on(
     assert refused.returncode == 2 and f"in use by job {job} (RUNNING)" in refused.stderr
     assert refused.stderr.count("\n") == 1 and len(list(folders(run))) == 1
     done = launch("cancel", run)
-    assert done.returncode == 0 and job in done.stdout, done.stderr
+    assert done.returncode == 0 and job in done.stdout and "saved at step" in done.stdout, done.stdout + done.stderr
     for node in cluster.nodes:
         assert not [line for line in cluster.processes(node).values() if "ig_dist" in line or "srun" in line]
     shown = launch("status", run).stdout
-    assert "CANCELLED" in shown and len(starts(run)) == 1
+    assert "CANCELLED" in shown and starts(run) == [(cluster.nodes, "cancelled: asked to stop, and saved", "stop")]
     time.sleep(8)  # longer than the delay of a requeue
     assert not cluster.run("squeue", "-h")
     done = launch("resume", run, "--follow")

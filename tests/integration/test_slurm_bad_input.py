@@ -8,12 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import run_command
 from tests.integration.test_bad_input import call
 from tests.integration.test_slurm import launch, write_config
 from tests.slurm_cluster import SlurmCluster
 
 CASES = {
-    "unknown partition": (["--partition", "gpus"], ["SLURM refuses", "invalid partition", "gpus", "--partition"]),
+    "unknown partition": (["--partition", "main,hihg"], ["--partition main,hihg", "did you mean 'high'?"]),
+    "tasks that are no number": (["--job", "sample", "--tasks", "8x", "runs/a"], ["--tasks '8x'", "16%4"]),
+    "a misspelt option of the job": (
+        ["--job", "sample", "runs/a", "--ig-scal", "2"],
+        ["--job sample", "--ig-scal", "did you mean --ig-scale?"],
+    ),
+    "an encoding of nothing": (["--job", "encode", "--dest", "x"], ["--job encode", "--source"]),
     "more nodes than there are": (["--nodes", "4"], ["SLURM refuses", "node configuration", "--nodes"]),
     "more GPUs than a node has": (["--gpus-per-node", "8"], ["SLURM refuses", "node configuration", "--gpus-per-node"]),
     "more CPUs than a node has": (["--cpus-per-gpu", "64"], ["SLURM refuses", "configuration", "--cpus-per-gpu"]),
@@ -40,6 +47,10 @@ CASES = {
     "a missing index": (["data.index=nowhere"], ["data.index", "nowhere", "ig-dist encode"]),
     "a folder that cannot be written": (["run.dir=/proc/run"], ["/proc/run", "can be written"]),
     "a run that is a file": (["run.dir=FILE"], ["FILE", "run.dir"]),
+    "a folder for a training": (["--folder", "x"], ["--folder is for arrays", "run.dir"]),
+    "an option of sbatch that the job needs": (["--sbatch", "signal=USR1@5"], ["--sbatch signal", "as it is"]),
+    "an option of sbatch that is ours": (["--sbatch", "--partition=high"], ["--sbatch partition", "use --partition"]),
+    "no option of sbatch": (["--sbatch", "=high"], ["--sbatch '=high'", "KEY=VALUE"]),
     "nodes for an array": (["--job", "sample", "--nodes", "2"], ["--nodes", "--tasks"]),
     "an array without a run": (["--job", "sample"], ["--job sample", "run directory"]),
     "an encoding without a place": (["--job", "encode", "--source", "digits"], ["--dest"]),
@@ -66,7 +77,8 @@ def test_one_line_and_nothing_submitted(
     file.touch()
     before = left(tmp_path)
     given = [argument.replace("FILE", str(file)) for argument in arguments]
-    code, errors = call(["launchers/slurm.py", "--config", str(config), *given], capsys)
+    first = [] if "--job" in arguments else ["--config", str(config)]
+    code, errors = call(["launchers/slurm.py", *first, *given], capsys)
     assert code == 2 and errors.count("\n") == 1 and errors.startswith("error: "), errors
     for word in words:
         assert word in errors, errors
@@ -136,7 +148,7 @@ def test_dry_run_prints_the_script_of_an_h100_cluster(tmp_path: Path) -> None:
             "IG_DIST_SLURM_PARTITION": "h100",
         },
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1 and "would be refused: data.index" in done.stderr
     lines = done.stdout.splitlines()
     folder = (
@@ -174,9 +186,16 @@ def test_dry_run_prints_the_script_of_an_h100_cluster(tmp_path: Path) -> None:
 def test_dry_run_asks_the_cluster_where_there_is_one(cluster: SlurmCluster, tmp_path: Path, digits_index: Path) -> None:
     before = left(tmp_path)
     config = write_config(tmp_path, digits_index)
-    done = launch("--dry-run", "--nodes", "1-2", "--config", config)
+    done = launch("--dry-run", "--nodes", "1-2", "--config", config, "--partition", "cpu,main")
     assert done.returncode == 0 and not done.stderr, done.stderr
-    for line in ("--gpus-per-node=2", "--mincpus=8", "--nodes=1-2", "--time=0-02:00:00", "--exclusive"):
+    for line in (
+        "--partition=cpu,main",
+        "--gpus-per-node=2",
+        "--mincpus=8",
+        "--nodes=1-2",
+        "--time=0-02:00:00",
+        "--exclusive",
+    ):
         assert f"#SBATCH {line}" in done.stdout.splitlines()
     told = [line for line in done.stdout.splitlines() if line.startswith(("# on", "# each"))]
     assert [line.split(" train.")[-1] for line in told] == [
@@ -186,3 +205,21 @@ def test_dry_run_asks_the_cluster_where_there_is_one(cluster: SlurmCluster, tmp_
         "accumulation=1",
     ]
     assert left(tmp_path) == [*before, str(config)] and not cluster.run("squeue", "-h")
+
+
+def test_an_array_that_is_only_looked_at(
+    cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever --dry-run stands, and whatever sbatch's own variables say: those of places are followed, others not."""
+    monkeypatch.setenv("SBATCH_PARTITION", "cpu")
+    monkeypatch.setenv("SBATCH_NO_REQUEUE", "1")
+    words = ["--job", "encode", "--tasks", "4%2", "--source", "digits", "--dest", str(tmp_path / "x"), "--dry-run"]
+    done = run_command(["python", "launchers/slurm.py", *words])
+    out, errors = done.stdout, done.stderr
+    assert (
+        done.returncode == 0
+        and errors == "warning: not followed, for the batch script says it all: SBATCH_NO_REQUEUE\n"
+    )
+    assert "#SBATCH --array=0-3%2" in out and "#SBATCH --dependency=afterany:ARRAY" in out
+    assert out.count("#SBATCH --partition=cpu") == 2 and "gpus" not in out
+    assert not left(tmp_path) and not cluster.run("squeue", "-h")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import runpy
@@ -9,6 +10,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,10 @@ from ig_dist.endings import STOPPED
 from ig_dist.errors import ConfigError
 from ig_dist.jobs import Job, job_folder
 from ig_dist.slurm import watch
-from ig_dist.slurm.commands import Partition, minutes, partition
+from ig_dist.slurm.commands import Partition, QueuedJob, minutes, partition
+from ig_dist.slurm.holding import lock_is_free
 from ig_dist.slurm.record import Folder, Submission, World
-from ig_dist.slurm.script import Request, complete
+from ig_dist.slurm.script import Request, checked, complete
 from ig_dist.slurm.submit import worlds
 from ig_dist.slurm.verdict import (
     Next,
@@ -35,6 +38,7 @@ from ig_dist.slurm.verdict import (
     failures_in_a_row,
     judge,
     nodes_to_blame,
+    silent_nodes,
     what_next,
 )
 from tests.conftest import ROOT
@@ -176,7 +180,40 @@ def test_an_end_that_only_slurm_saw_is_told_in_its_words(tmp_path: Path) -> None
     folder.add_event("start", nodes=["a", "b"], log=folder.batch_log().stat().st_size)
     folder.add_event("start", nodes=["a", "b"], log=folder.batch_log().stat().st_size)
     reasons = [event["reason"] for event in folder.events() if event["event"] == "end"]
-    assert reasons == ["node failure (b)", "ended by SLURM without a word (a node, or its controller)"]
+    assert reasons == ["node failure (b)", "ended by SLURM without a word (its first node, or the controller)"]
+
+
+def test_a_start_waits_for_the_lock_of_its_run_so_long(tmp_path: Path) -> None:
+    """In the history the wait and its end are no starts: they count for nothing."""
+    folder, lock = Folder(tmp_path), tmp_path / ".lock"
+    job = submission(hold=str(lock), hold_s=0.2)
+    folder.add_event("start", nodes=["a"], log=0)
+    with lock.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert not lock_is_free(folder, "", job, ["b"], lambda: False)
+        (_, end), (wait, waited) = [(entry, entry["end"]) for entry in watch.history(folder, "", False)]
+        assert end["next"] == "requeue" and wait["nodes"] == ["b"] and "another start for 0 s" in waited["reason"]
+        free = threading.Timer(0.3, held.close)
+        free.start()
+        assert lock_is_free(folder, "", job.model_copy(update={"hold_s": 60.0}), ["b"], lambda: False)
+    folder.add_event("start", nodes=["b"], log=0)
+    assert "waited" in watch.history(folder, "", True)[2]["end"]["reason"]
+    assert [event["event"] for event in folder.events()] == ["start", "end", "start"]
+
+
+def test_the_node_that_died_is_named_and_not_the_rank_that_lost_it() -> None:
+    hosts, lost = ["a", "b", "c"], "a: task 0: Exited with exit code 1"
+    assert silent_nodes({0: 1, 1: None, 2: None, 3: None, 4: 1, 5: None}, hosts, 2, lost) == ["b"]
+    assert silent_nodes({0: 1, 1: 1, 2: 1, 3: None, 4: 1, 5: 1}, hosts, 2, lost) == []
+    assert silent_nodes({0: None, 1: None, 2: 1, 3: None}, hosts[:2], 2, "a: task 0: Killed") == []
+    assert silent_nodes({0: 1, 1: None, 2: None, 3: None}, hosts[:2], 2, "rank 0: a bug") == []
+
+
+def test_a_line_of_setup_that_fails_ends_the_start() -> None:
+    script = "\n".join(["export SLURMD_NODENAME=a", *checked(["export A=1", "false # it's wrong"]), "echo started"])
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == 'error: a: --setup "false # it\'s wrong" failed\n'
 
 
 def test_a_range_of_nodes_uses_what_divides_the_streams() -> None:
@@ -207,42 +244,49 @@ def test_slurms_times(text: str, expected: int | None) -> None:
     assert minutes(text) == expected
 
 
-SINFO = """#!/bin/sh
-cat <<END
-cpu*|(null)|64|infinite
-h100|gpu:h100:8(S:0-1)|192|2-00:00:00
-mixed|gpu:a100:4,gpu:t4:2|64+|1:00:00
-mixed|(null)|128|1:00:00
-END
+SINFO = "cpu*|infinite\nh100|2-00:00:00\nmixed|1:00:00\n"
+NODES = """
+NodeName=c1 CPUEfctv=64 CPUTot=64 ActiveFeatures=(null) Gres=(null) State=IDLE Partitions=cpu,mixed Reason=x CPUTot=1
+NodeName=h1 CPUEfctv=190 CPUTot=192 ActiveFeatures=nvlink,ib Gres=gpu:h100:8(S:0-1) Partitions=h100
+NodeName=h2 CPUTot=192 ActiveFeatures=ib Gres=gpu:h100:8(S:0-1) Partitions=h100
+NodeName=m1 CPUEfctv=96 CPUTot=96 ActiveFeatures=(null) Gres=gpu:a100:4,gpu:t4:2 Partitions=mixed
+NodeName=m2 CPUEfctv=64 CPUTot=64 ActiveFeatures=(null) Gres=gpu:a100:4 Partitions=mixed
 """
 
 
 @pytest.fixture
 def clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The output of sinfo on larger clusters than one machine can be."""
-    program = tmp_path / "sinfo"
-    program.write_text(SINFO)
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    """What SLURM says on larger clusters than one machine can be."""
+    for name, says in (("sinfo", SINFO), ("scontrol", NODES.lstrip())):
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\nif [ $2 = hostnames ]; then echo $3; exit; fi\ncat <<END\n{says}END\n")
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
 
 def test_what_a_partition_has(clusters: None) -> None:
-    assert partition(None) == Partition("cpu", 0, 64, None)
-    assert partition("h100") == Partition("h100", 8, 192, 2880)
-    assert partition("mixed") == Partition("mixed", 6, 64, 60)
-    assert partition("gpus") is None
+    assert partition(None) == Partition("cpu", 0, 64, None, None)
+    assert partition("h100", nodes=2) == Partition("h100", 8, 190, 2880, 2880)  # without CPUs that a node keeps
+    assert partition("h100", constraint="ib", exclude="h1")[2] == 192  # type: ignore[index]
+    assert partition("h100", constraint="nvlink&ib")[2] == 190  # type: ignore[index]
+    assert partition("mixed") == Partition("mixed", 6, 96, 60, 60)
+    assert partition("mixed", nodes=2) == Partition("mixed", 4, 64, 60, 60)  # what enough nodes have
+    assert partition("cpu,mixed") == Partition("mixed", 6, 96, 60, 60)
+    assert partition("mixed,cpu", nodes=9) == Partition("mixed", 6, 96, 60, 60)  # SLURM says that there are too few
+    with pytest.raises(ConfigError, match="--partition h100,gpu: unknown partition 'gpu'"):
+        partition("h100,gpu")
 
 
 def test_what_is_not_said_comes_from_the_partition(clusters: None) -> None:
     whole = complete(Request(nodes="8", partition="h100"))
-    assert (whole.gpus_per_node, whole.cpus_per_gpu, whole.mem, whole.time) == (8, 24, "0", "1-00:00:00")
+    assert (whole.gpus_per_node, whole.cpus_per_gpu, whole.mem, whole.time) == (8, 23, "0", "1-00:00:00")
     assert whole.exclusive and whole.ranks_per_node == 8
     part = complete(Request(partition="h100", gpus_per_node=2, mem="100G"))
-    assert (part.cpus_per_gpu, part.mem, part.exclusive, part.ranks_per_node) == (24, "100G", False, 2)
+    assert (part.cpus_per_gpu, part.mem, part.exclusive, part.ranks_per_node) == (23, "100G", False, 2)
     short = complete(Request(partition="mixed"))
     assert (short.time, short.gpus_per_node) == ("0-01:00:00", 6)
     task = complete(Request(partition="h100", tasks=16))
-    assert (task.gpus_per_node, task.cpus_per_gpu, task.exclusive) == (1, 24, False)
+    assert (task.gpus_per_node, task.cpus_per_gpu, task.exclusive) == (1, 23, False)
     none = complete(Request(tasks_per_node=4))
     assert (none.gpus_per_node, none.cpus_per_gpu, none.ranks_per_node) == (0, 16, 4)
     with pytest.raises(ConfigError, match=r"--time 3:00:00 is more than partition mixed gives, 0-01:00:00"):
@@ -381,12 +425,31 @@ def test_the_status_for_a_program_is_that_of_the_lines(tmp_path: Path, capsys: p
     folder.write(submission(run=str(run)))
     folder.add_event("start", nodes=["node1"], log=0)
     folder.add_event("end", code=STOPPED, reason="time limit", next="requeue", checkpoint=7, blame=[])
-    (run / "metrics.jsonl").write_text('{"step": 9}\n')
+    (run / "metrics.jsonl").write_text('{"step": 9, "images_per_s": 2}\n')
+    (run / "config.yaml").write_text("train: {steps: 10, global_batch_size: 256}\n")
     told = json.loads(json.dumps(watch.describe(run)))
     (job,) = told["jobs"]
     assert (told["last_step"], job["kind"], job["active"], job["tasks"]) == (9, "train", False, None)
     (start,) = job["starts"]
     assert start["nodes"] == ["node1"] and (start["end"]["reason"], start["end"]["next"]) == ("time limit", "requeue")
+    assert told["progress"].startswith("step 9 of 10, expected end without a break: 20")
+    cancelled = Folder(run / "slurm/second")
+    cancelled.log.mkdir(parents=True)
+    cancelled.write(submission(run=str(run)))
+    cancelled.batch_log().write_text("slurmstepd: error: *** JOB 2 ON node1 CANCELLED AT 2026-01-02T03:04:05 ***\n")
+    cancelled.add_event("start", nodes=["node1"], log=0)
+    assert watch.describe(run)["jobs"][1]["starts"][0]["end"]["reason"] == "cancelled"
+    given_up = Folder(run / "slurm/third")
+    given_up.log.mkdir(parents=True)
+    given_up.write(submission(run=str(run), array=4))
+    for task, code in (("1", 0), ("2", 2), ("3", 2)):
+        given_up.add_event("start", task, nodes=["node1"], log=0)
+        given_up.add_event("end", task, code=code, reason="", next="stop" if code else "done")
+        (given_up.log / f"task_{task}_rank_0.log").write_text(f"began\nerror: no such thing as {task}\nleft\n")
     watch.show_status(run)
     said = capsys.readouterr().out
     assert job["state"] in said and "node1: time limit -> requeue" in said
+    assert "it said: error: no such thing as 2 (task_2_rank_0.log)" in said
+    assert watch.state([QueuedJob("7", "PENDING", "Priority", "", "2026-01-02T03:04:05")]) == (
+        "PENDING (Priority, expected to start 2026-01-02T03:04:05)"
+    )

@@ -1,0 +1,102 @@
+"""One start of a run at a time: a new one waits for the run's lock, and one that is cut off lets go of it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ig_dist.slurm.commands import SlurmError, slurm
+from ig_dist.slurm.record import Folder, Submission, size
+
+LOOK_S, LOOKS = 15.0, 4
+"""So often it is tried, and so many times in a row nobody is there, before a node counts as cut off."""
+
+
+def lock_is_free(
+    folder: Folder, task: str, submission: Submission, given: list[str], ended: Callable[[], bool]
+) -> bool:
+    """Wait until no process of an earlier start holds the run: one may live on where the network was cut."""
+    file, began, said = submission.hold, time.time(), False
+    while file and Path(file).exists() and not ended():
+        with Path(file).open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                held = f"{file} is held by a process of another start"
+                if time.time() - began > submission.hold_s:
+                    reason = f"{held} for {submission.hold_s:.0f} s: not started"
+                    print(reason, flush=True)
+                    folder.add_event("waited", task, code=1, reason=reason, next="stop")
+                    return False
+                if not said:
+                    print(f"{held}: waiting for up to {submission.hold_s:.0f} s", flush=True)
+                    until, log = began + submission.hold_s, size(folder.batch_log(task))
+                    folder.add_event("wait", task, nodes=given, log=log, until=until)
+                said = True
+            except OSError:  # no locks there: the trainer says so
+                break
+        time.sleep(0.5)
+    if said and not ended():
+        reason = f"waited {time.time() - began:.0f} s for a process of another start that held {file}"
+        folder.add_event("waited", task, code=None, reason=reason, next="")
+    return True
+
+
+class CutOff:
+    """Whether this node's network is gone while its job lives on: neither another node of it nor SLURM's answers.
+
+    A refused connection is an answer too: the machine is there. Where there is no other node nobody can tell, for the
+    controller's machine may be off.
+    """
+
+    REASON = "this node was cut off from the others and from SLURM's controller"
+
+    def __init__(self, hosts: Sequence[str]) -> None:
+        self._places = [(host, 9) for host in hosts[1:4]]  # any port will do
+        self._next, self._missed = time.monotonic() + LOOK_S, 0
+        if self._places:
+            try:
+                told = slurm("scontrol", "show", "config")
+            except SlurmError:  # it is away now; the other nodes must do
+                return
+            controllers = re.findall(r"^SlurmctldHost\S* *= *([^(\s]+)(?:\(([^)]+)\))?", told, re.MULTILINE)
+            self._places += [(address or name, 9) for name, address in controllers]
+
+    def is_cut_off(self) -> bool:
+        """Looks around every ``LOOK_S``."""
+        if not self._places or time.monotonic() < self._next:
+            return False
+        self._missed = 0 if any(_is_there(place) for place in self._places) else self._missed + 1
+        self._next = time.monotonic() + LOOK_S
+        return self._missed >= LOOKS
+
+
+def _is_there(place: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(place, timeout=2).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def end_ranks_here(folder: Path) -> None:
+    """Kill the job's ranks on this node, which srun can do no more."""
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = entry.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if "ig_dist.slurm.rank" in words and str(folder) in words and "srun" not in words[0]:
+            try:
+                os.kill(int(entry.parent.name), signal.SIGKILL)
+            except OSError:
+                continue

@@ -1,0 +1,154 @@
+"""What sites have that a developer's machine has not: users who are not root, nodes with and without GPUs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ig_dist.slurm import watch
+from ig_dist.slurm.record import folders
+from tests.conftest import ROOT, run_command
+from tests.distributed.test_training import last_step
+from tests.integration.test_slurm import (  # noqa: F401  (fixtures)
+    cluster,
+    newest,
+    rank_on,
+    same_run,
+    starts,
+    submit,
+    uninterrupted,
+    wait_for_end,
+    wait_until,
+    write_config,
+)
+from tests.slurm_cluster import USER_ID, SlurmCluster
+
+TRAIN = [sys.executable, ROOT / "launchers/slurm.py", "--nodes", 2, "--follow", "--config"]
+
+
+def test_an_ordinary_user_trains_on_nodes_whose_gpus_pytorch_does_not_see(
+    cluster: SlurmCluster,  # noqa: F811
+    digits_index: Path,
+) -> None:
+    """It ends at once, with one line; on CPUs where they were asked for."""
+    home = cluster.home
+    shutil.copytree(digits_index, home / "digits")
+    config = write_config(home, home / "digits", steps=4)
+    subprocess.run(["chown", "-R", str(USER_ID), home], check=True)
+    refused = cluster.as_user("env", "-u", "IG_DIST_DEVICE", *TRAIN, config)
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    (start,) = starts(home / "run")
+    told = watch.describe(home / "run")["jobs"][0]["said"]
+    assert start.next == "stop" and "CUDA_VISIBLE_DEVICES=0,1: 0 of these 2 GPUs are there" in (told or "")
+    assert "Traceback" not in refused.stdout and "IG_DIST_DEVICE=cpu" in (told or "")
+    notify = f"echo $CODE $REASON > {home}/told"
+    done = cluster.as_user(*TRAIN, config, "--notify", notify, "--sbatch", "comment=mine", "--srun", "wait=60")
+    assert done.returncode == 0 and "saved step 4" in done.stdout, done.stdout + done.stderr
+    assert (home / "run/config.yaml").stat().st_uid == USER_ID and (home / "told").read_text() == "0 done\n"
+    again = cluster.as_user(*TRAIN[:2], "resume", home / "run", "--nodes", 1)
+    assert again.returncode == 0 and "is finished: 4 steps" in again.stdout and len(list(folders(home / "run"))) == 2
+
+
+def test_the_status_of_a_job_that_is_held_and_of_one_whose_controller_is_away(
+    cluster: SlurmCluster,  # noqa: F811
+    tmp_path: Path,
+    digits_index: Path,
+) -> None:
+    run = tmp_path / "run"
+    before = cluster.run("sbatch", "--parsable", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 100")
+    job = submit("--nodes", 2, "--config", write_config(tmp_path, digits_index, steps=4))
+
+    def told() -> str:
+        return run_command(["ig-dist", "slurm", "status", run]).stdout
+
+    wait_until(lambda: "PENDING (Resources, expected to start 2" in told(), "no expected start", run)
+    cluster.run("scontrol", "hold", job)
+    assert "PENDING (JobHeld" in told() and "held by an administrator" in told(), told()
+    mine = run_command(["ig-dist", "slurm", "status"]).stdout
+    assert mine.startswith(f"{run}: train job {job}, PENDING"), mine
+    cluster.run("scancel", before)
+    wait_until(lambda: cluster.run("squeue", "-h", "-o", "%i") == job, "the other job did not end", run)
+    cluster.kill_controller()
+    newest(run).add_event("start", nodes=["node1"], log=0)
+    began = time.monotonic()
+    away = run_command(["ig-dist", "slurm", "status", run])
+    cluster.start_controller()
+    assert away.returncode == 0 and "SLURM does not answer" in away.stdout and "node1: runs" in away.stdout, away
+    assert time.monotonic() - began < 20
+    wait_until(lambda: cluster.run("squeue", "-h", check=False), "the controller did not come back", run)
+
+
+@pytest.mark.full
+def test_a_first_node_that_is_cut_off_lets_go_of_the_run(
+    cluster: SlurmCluster,  # noqa: F811
+    uninterrupted: Callable[[int], Path],  # noqa: F811
+    tmp_path: Path,
+    digits_index: Path,
+) -> None:
+    """Long before its ranks have given up on their peers, for whom they wait as long as the config says."""
+    run = tmp_path / "run"
+    submit("--nodes", "1-2", "--config", write_config(tmp_path, digits_index))
+    wait_until(lambda: last_step(run) >= 30, "no steps", run)
+    began = time.monotonic()
+    cluster.network.cut("node1")
+    try:
+        wait_for_end(run)
+    finally:
+        cluster.network.mend("node1")
+    print(f"the first node cut off: {time.monotonic() - began:.1f} s until the end on the other")
+    ends = starts(run)
+    assert [start.nodes for start in ends] == [["node1", "node2"], ["node2"], ["node2"]]
+    assert "waited" in ends[1].reason and ends[-1].next == "done"
+    assert "cut off from the others" in newest(run).batch_log().read_text()
+    same_run(run, uninterrupted(120), bitwise=False)
+
+
+@pytest.mark.full
+def test_all_of_it_in_one_run(
+    cluster: SlurmCluster,  # noqa: F811
+    uninterrupted: Callable[[int], Path],  # noqa: F811
+    tmp_path: Path,
+    digits_index: Path,
+) -> None:
+    """A rank is killed, a node loses its power without a word, the controller is away, the job is held."""
+    steps, run = 1500, tmp_path / "run"
+    job = submit("--nodes", 2, "--config", write_config(tmp_path, digits_index, steps))
+
+    def wait_for_steps(more: int) -> None:
+        wait_until(lambda: last_step(run) >= before + more, "no steps", run)
+
+    before = 0
+    wait_for_steps(100)
+    os.kill(rank_on(cluster, "node2"), signal.SIGKILL)
+    wait_until(lambda: len(starts(run)) == 2, "not started again", run)
+    before = last_step(run)
+    wait_for_steps(100)
+    cluster.kill_node("node2", noticed=False)
+    cluster.wait_for_state("node2", "down")
+    cluster.restore_node("node2")
+    known = len(starts(run))
+    wait_until(lambda: len(starts(run)) > known, "not started again", run)
+    before = last_step(run)
+    wait_for_steps(100)
+    cluster.kill_controller()
+    time.sleep(2)
+    cluster.start_controller()
+    before = last_step(run)
+    wait_for_steps(50)
+    wait_until(lambda: "RUNNING" in cluster.run("squeue", "-h", "-o", "%T", check=False), "no controller", run)
+    cluster.run("scontrol", "requeuehold", job)
+    wait_until(lambda: "PENDING" in cluster.run("squeue", "-h", "-o", "%T", check=False), "not held", run)
+    told = run_command(["ig-dist", "slurm", "status", run]).stdout
+    assert f"held: scontrol release {job}" in told, told
+    cluster.run("scontrol", "release", job)
+    wait_for_end(run)
+    assert starts(run)[-1].next == "done", starts(run)
+    same_run(run, uninterrupted(steps), steps)
