@@ -16,6 +16,7 @@ from ig_dist.slurm.record import ACCUMULATION, Folder, Submission, World
 from ig_dist.slurm.script import Request, batch_script, complete, key_values
 from ig_dist.terminal import console, warn
 
+FEW_IMAGES = 16  # of XL/2 a GPU: below, more is sent than computed (docs/scaling.md)
 LOCK_WAIT_S, LEASE_S = 600.0, 120.0  # at least; until a server of files lets go of the locks of a machine that is gone
 
 
@@ -49,7 +50,10 @@ def training(request: Request, config: Config, *, follow: bool, dry_run: bool) -
     if not (request.gpus_per_node or request.on_cpus):
         warn(f"partition {request.partition or 'by default'} has no GPUs: trains on CPUs, as --gpus-per-node 0")
     if dry_run:
-        return _print_dry_run([request], [submission], path, lambda: slurm.check_training(config, worlds))
+        code = _print_dry_run([request], [submission], path, lambda: slurm.check_training(config, worlds))
+        for line in _shares(request, config, worlds):
+            print(line)
+        return code
     slurm.refuse_active(run, "is in use by")
     slurm.check_training(config, worlds)
     with slurm.submitting(run):
@@ -108,6 +112,16 @@ def array(
             slurm.withdraw(path)
             raise
     return _tell(path, submissions[0], "", follow)
+
+
+def _shares(request: Request, config: Config, worlds: dict[int, World]) -> list[str]:
+    """How many images of a batch a process has on all nodes, and what that means where they are few."""
+    nodes, batch = max(world.nodes for world in worlds.values()), config.train.global_batch_size
+    share = batch // (nodes * request.ranks_per_node)
+    told = [f"# of a batch of {batch}, a process has {share} images on {nodes} node{'s' * (nodes > 1)}"]
+    if request.gpus_per_node and nodes > 1 and share < FEW_IMAGES:
+        told.append("#   so few that a step waits for the network; fewer nodes are hardly slower (docs/scaling.md)")
+    return told
 
 
 def _tell(path: Path, submission: Submission, watch: str, follow: bool) -> int:

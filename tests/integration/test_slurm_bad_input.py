@@ -180,6 +180,10 @@ def test_dry_run_prints_the_script_of_an_h100_cluster(tmp_path: Path) -> None:
     for part in ("--nodes=8", "--ntasks=64", "--ntasks-per-node=8", "--cpus-per-task=12", "--kill-on-bad-exit=1"):
         assert part in started.split()
     assert f"# each process: python -m ig_dist.cli train {folder}/config.yaml train.accumulation=1" in lines
+    assert (
+        lines[-2] == "# of a batch of 256, a process has 4 images on 8 nodes"
+        and "fewer nodes are hardly slower" in lines[-1]
+    )
     assert left(tmp_path) == before
 
 
