@@ -1,11 +1,11 @@
 """The loader against plain webdataset, the raw read and curl, side by side in one run.
 
     python benchmarks/loader.py                  # local files; S3 too where Ceph's radosgw is installed
-    python benchmarks/loader.py --samples 8192 --repeats 3
+    python benchmarks/loader.py --samples 16384 --rounds 5
 
-Writes shards of random latents (SD-VAE-shaped moments, 16 KiB a sample, and 768 x 16 x 16, 768 KiB), then in each round
-reads all of them in every way, one process each, the file cache warm. Prints the median rate of each and its ratios.
-Ours is the trainer's stream: exact order, every CRC checked, batches of 64 as one tensor.
+Writes shards of random latents (SD-VAE-shaped moments, 16 KiB a sample), then in each round reads them in every way,
+one process each, the file cache warm. Ours is the trainer's stream: exact order, every CRC checked, batches as one
+tensor; steady is the second half (whole windows, at 65,536 samples), short the first 4,096 samples with the start.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ import io
 import itertools
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the S3 server of the tests
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # what benchmarks share, and the S3 server of the tests
 
 import numpy as np
 import typer
-from rich.table import Table
 
+from benchmarks.side_by_side import Claim, Record, Result, Rounds, interleaved, ratio, show, show_results
 from ig_dist.data.index import SampleTable, read_index, write_index
 from ig_dist.data.shards import pack_shard, scan_shard
 from ig_dist.terminal import console, run_app
 
-BATCH = 64
+SHORT = 4096
+"""Samples of a short run."""
 
 
 def write_shards(folder: Path, shape: tuple[int, int, int], samples: int, shards: int) -> None:
@@ -72,96 +72,78 @@ def write_shards(folder: Path, shape: tuple[int, int, int], samples: int, shards
     write_index(str(folder), info, SampleTable.from_rows(rows))
 
 
-# Each way reads an index' samples once and returns how many it saw. It runs in a process of its own.
+# Each way reads an index' samples once, in a process of its own, and tells what it cost.
 
 
-def raw(folder: str) -> int:
+def raw(folder: str) -> dict[str, float]:
     """Read the bytes, nothing else."""
-    index = read_index(folder)
-    for shard in index.info.shards:
-        Path(folder, shard.name).read_bytes()
-    return index.num_samples
+    return timed(Path(folder, shard.name).read_bytes() for shard in read_index(folder).info.shards)
 
 
-def tar_walk(folder: str) -> int:
-    """A tar walk with views into the bytes, shuffled within a shard, one stack a batch; no order across shards."""
-    index, seen = read_index(folder), 0
-    shape, size = index.info.latent.stored_shape, index.info.latent.stored_bytes
-    for number, shard in enumerate(index.info.shards):
-        data = Path(folder, shard.name).read_bytes()
-        views = []
-        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            for member in tar:
-                if member.name.endswith(".npy"):
-                    begin = member.offset_data + member.size - size
-                    views.append(np.frombuffer(data, np.float16, size // 2, begin).reshape(shape))
-        order = np.random.default_rng(number).permutation(len(views))
-        for start in range(0, len(views), BATCH):
-            seen += len(np.stack([views[i] for i in order[start : start + BATCH]]))
-    return seen
-
-
-def plain_webdataset(folder: str) -> int:
+def webdataset(folder: str, batch: int) -> dict[str, float]:
     """The library's own pipeline: shuffle, decode, batch."""
-    import webdataset
+    from webdataset import WebDataset
 
     urls = [f"{folder}/{shard.name}" for shard in read_index(folder).info.shards]
-    data = webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(1000).decode().to_tuple("latent.npy", "cls")
-    return sum(len(labels) for _, labels in data.batched(BATCH))
+    data = WebDataset(urls, shardshuffle=len(urls)).shuffle(1000).decode().to_tuple("latent.npy", "cls")
+    return timed(data.batched(batch), per_item=batch)
 
 
-def ours(folder: str, workers: int = 2, window: int = 1024, cache: str = "") -> int:
+def ours(folder: str, batch: int, streams: int = 8, workers: int = 2) -> dict[str, float]:
     """The trainer's stream over one epoch."""
-    from ig_dist.data.cache import BlockCache
     from ig_dist.data.order import SampleOrder
-    from ig_dist.data.reader import ShardReader
     from ig_dist.data.stream import BatchStream
 
     index = read_index(folder)
-    order = SampleOrder(index.shard_sizes, streams=8, global_batch_size=BATCH, window_samples=window, seed=0)
-    reader = ShardReader(index, cache=BlockCache(cache, 2**40, index) if cache else None)
-    stream = BatchStream(index, order, workers=workers, reader=reader)
-    count = index.num_samples // BATCH
-    seen = sum(len(batch.labels) for batch in itertools.islice(stream, count))
+    order = SampleOrder(index.shard_sizes, streams=streams, global_batch_size=batch, window_samples=1024, seed=0)
+    stream = BatchStream(index, order, workers=workers)
+    told = timed(itertools.islice(stream, index.num_samples // batch), per_item=batch)
     stream.close()
-    return seen
+    return told
 
 
-def curl(folder: str) -> int:
+def curl(folder: str) -> dict[str, float]:
     """One curl process for all shards, to nowhere."""
     from ig_dist.storage.files import open_url
 
     index = read_index(folder)
     fs, path = open_url(folder, "benchmark")
     urls = [fs.sign(f"{path}/{shard.name}") for shard in index.info.shards]
+    before, began = children_cpu(), time.perf_counter()
     subprocess.run(["curl", "-sf", *itertools.chain(*(("-o", "/dev/null", url) for url in urls))], check=True)
-    return index.num_samples
+    return {"s": time.perf_counter() - began, "cpu": children_cpu() - before}
 
 
-def streaming_get(folder: str) -> int:
-    """One GET a shard through botocore, into memory made for it."""
-    import botocore.session
-
-    index, client = read_index(folder), botocore.session.get_session().create_client("s3")
-    bucket, _, prefix = folder.removeprefix("s3://").partition("/")
-    for shard in index.info.shards:
-        body = client.get_object(Bucket=bucket, Key=f"{prefix}/{shard.name}")["Body"]
-        buffer, at = np.empty(shard.bytes, np.uint8).data, 0
-        while count := body.readinto(buffer[at : at + 2**20]):
-            at += count
-    return index.num_samples
+def children_cpu() -> float:
+    """Processor seconds of the processes that this one waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
-def ranged_gets(folder: str) -> int:
-    """Requests of 32 MiB, one after the other, as the reader makes them; no checks."""
-    from ig_dist.storage.files import REQUEST_BYTES, open_url, read_range
+def timed(items: Any, per_item: int = 0) -> dict[str, float]:
+    """Go through what a way gives, and tell seconds, processor seconds, memory and the bytes before the first item."""
+    memory, read, began, cpu = status("VmHWM"), bytes_read(), time.perf_counter(), time.process_time()
+    told, marks = {"before": memory}, [(0.0, 0)]
+    for number, _ in enumerate(items, 1):
+        marks.append((time.perf_counter() - began, number * per_item))
+        if number == 1:
+            told |= {"first_s": marks[-1][0], "first_bytes": bytes_read() - read}
+    last, samples = marks[-1]
+    if per_item:
+        half, seen = next(mark for mark in marks if mark[1] >= samples / 2)
+        told["steady"] = (last - half) / max(1, samples - seen) * samples
+        told["short"] = next(at for at, count in marks if count >= min(SHORT, samples))
+    return told | {"s": last, "cpu": time.process_time() - cpu, "memory": status("VmHWM")}
 
-    index = read_index(folder)
-    fs, path = open_url(folder, "benchmark")
-    for shard in index.info.shards:
-        for start in range(0, shard.bytes, REQUEST_BYTES):
-            read_range(fs, f"{path}/{shard.name}", start, min(start + REQUEST_BYTES, shard.bytes))
-    return index.num_samples
+
+def status(name: str) -> float:
+    """A line of this process's status, in MiB."""
+    return int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0]) / 1024
+
+
+def bytes_read() -> int:
+    """From files and sockets, by this process so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def train(folder: str, run: str, steps: int) -> None:
@@ -178,93 +160,100 @@ def train(folder: str, run: str, steps: int) -> None:
     subprocess.run([sys.executable, "-m", "ig_dist.cli", "train", str(file)], check=True, capture_output=True)
 
 
-_WAYS = (raw, tar_walk, plain_webdataset, ours, curl, streaming_get, ranged_gets)
-WAYS: dict[str, Callable[..., int]] = {way.__name__: way for way in _WAYS}
+WAYS = {way.__name__: way for way in (raw, webdataset, ours, curl)}
+Told = list[dict[str, float]]
 
 
-def measure(way: str, folder: str, **options: Any) -> dict[str, float]:
-    """Run one way in a process of its own: samples/s (imports not counted) and its peak memory in MiB."""
+def measure(told: Told, way: str, folder: str, **options: Any) -> float:
+    """Run one way in a process of its own; its seconds, imports not counted."""
     command = [sys.executable, __file__, "--one", json.dumps([way, folder, options])]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
-def run_one(way: str, folder: str, options: dict[str, Any]) -> None:
-    """What the process does."""
-    import torch  # not part of the measurement
-
-    torch.set_num_threads(1)
-    read_index(folder)
-    before = reset_peak()
-    began = time.perf_counter()
-    seen = WAYS[way](folder, **options)
-    seconds = time.perf_counter() - began
-    print(json.dumps({"rate": seen / seconds, "grown": (memory("VmHWM") - before) / 1024}))
-
-
-def memory(what: str) -> int:
-    """A line of this process's status, in KiB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
-    return int(line.split()[1])
-
-
-def reset_peak() -> int:
-    """Forget the highest memory so far (of the imports); the memory in use, in KiB."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return memory("VmRSS")
+    told.append(json.loads(done.stdout.splitlines()[-1]))
+    return told[-1]["s"]
 
 
 def main(
-    samples: Annotated[int, typer.Option(help="SD-VAE-shaped samples; of the big latents a 48th as many.")] = 65536,
-    repeats: Annotated[int, typer.Option(help="Rounds; medians are printed.")] = 5,
+    samples: Annotated[int, typer.Option(help="SD-VAE-shaped samples.")] = 65536,
+    rounds: Rounds = 5,
     steps: Annotated[int, typer.Option(help="Of the training run from S3 whose data wait is printed.")] = 200,
+    record: Record = False,
     one: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Measure all ways, side by side."""
     if one:
-        return run_one(*json.loads(one))
+        import torch  # not part of the measurement
+
+        torch.set_num_threads(1)
+        way, folder, options = json.loads(one)
+        print(json.dumps(WAYS[way](folder, **options)))
+        return
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as cleanup:
+        folder = Path(temporary, "shards")
+        write_shards(folder, (4, 32, 32), samples, shards=8)
+        for batch, streams, limit in ((64, 8, ">= 8"), (256, 32, ">= 10")):
+            told: dict[str, Told] = {name: [] for name in ("raw", "webdataset", "ours")}
+            options = {"raw": {}, "webdataset": {"batch": batch}, "ours": {"batch": batch, "streams": streams}}
+            times = interleaved(
+                {name: partial(measure, told[name], name, str(folder), **options[name]) for name in told}, rounds
+            )
+            told = {name: runs[-rounds:] for name, runs in told.items()}
+            times |= {
+                f"{name}, {part}": [run[part] for run in told[name]]
+                for name in ("webdataset", "ours")
+                for part in ("steady", "short")
+            }
+            at = f"batch {batch}"
+            show(
+                times,
+                [
+                    Claim(f"loader, {at}, steady: webdataset / ours", "webdataset, steady", "ours, steady", limit),
+                    Claim(f"loader, {at}, short run: webdataset / ours", "webdataset, short", "ours, short"),
+                    Claim(f"loader, {at}, steady: raw read / ours", "raw", "ours, steady", ">= 0.65"),
+                ],
+                title=f"{at}, {streams} streams, local files",
+                record=record,
+            )
+            gigabytes = sum(shard.bytes for shard in read_index(str(folder)).info.shards) / 1e9
+            costs = {
+                "memory of a process, MiB": [run["memory"] for run in told["ours"]],
+                "memory beyond the imports, MiB": [run["memory"] - run["before"] for run in told["ours"]],
+                "MB read before the first batch": [run["first_bytes"] / 1e6 for run in told["ours"]],
+                "seconds to the first batch": [run["first_s"] for run in told["ours"]],
+                "processor seconds a GB": [run["cpu"] / gigabytes for run in told["ours"]],
+            }
+            show_results([Result(f"loader, {at}: {name}", *middle(v)) for name, v in costs.items()], record=record)
         store = start_store(Path(temporary, "store"), cleanup)
-        for name, shape, count, window in (
-            ("4x32x32", (4, 32, 32), samples, 1024),
-            ("768x16x16", (768, 16, 16), samples // 48, 32),
-        ):
-            folder = Path(temporary, name)
-            write_shards(folder, shape, count, shards=8)
-            local = {
-                "raw read": partial(measure, "raw", str(folder)),
-                "tar walk, one stack": partial(measure, "tar_walk", str(folder)),
-                "plain webdataset": partial(measure, "plain_webdataset", str(folder)),
-                "ours, no thread": partial(measure, "ours", str(folder), workers=0, window=window),
-                "ours, 1 thread": partial(measure, "ours", str(folder), workers=1, window=window),
-                "ours, 2 threads": partial(measure, "ours", str(folder), workers=2, window=window),
-                "ours, cached": partial(measure, "ours", str(folder), window=window, cache=f"{temporary}/cache"),
-            }
-            local["ours, cached"]()  # fills the cache
-            compare(f"{name}, local files", local, repeats, ["plain webdataset", "raw read"])
-            if store is None:
-                continue
-            url = upload(folder, f"bench/{name}")
-            remote = {
-                "curl": partial(measure, "curl", url),
-                "one streaming GET": partial(measure, "streaming_get", url),
-                "ranged GETs of 32 MiB": partial(measure, "ranged_gets", url),
-                "ours, 1 thread": partial(measure, "ours", url, workers=1, window=window),
-                "ours, 2 threads": partial(measure, "ours", url, workers=2, window=window),
-                "ours, 4 threads": partial(measure, "ours", url, workers=4, window=window),
-            }
-            compare(f"{name}, S3 on loopback", remote, repeats, ["curl"])
-            if name == "4x32x32":
-                train(url, f"{temporary}/run", steps)
-                lines = [json.loads(line) for line in Path(temporary, "run/metrics.jsonl").read_text().splitlines()]
-                times = [64 / line["images_per_s"] for line in lines]
-                waits = [line["data_wait_s"] / time for line, time in zip(lines, times, strict=True)]
-                console.print(
-                    f"training from S3, {steps} steps of {statistics.median(times):.3f} s: data wait {waits[0]:.2%} in"
-                    f" the first 20 (they wait for the first windows), at most {max(waits[1:]):.2%} in any 20 after"
-                    f" them, {np.average(waits, weights=times):.2%} over all"
-                )
+        if store is not None:
+            from_s3(upload(folder, "bench/shards"), f"{temporary}/run", rounds, steps, record)
+
+
+def middle(values: list[float]) -> tuple[float, float, float]:
+    """Median and ends of its interval."""
+    return ratio(values, [1.0] * len(values))
+
+
+def from_s3(url: str, run: str, rounds: int, steps: int, record: bool) -> None:
+    """Ours against curl, and the data wait of a training."""
+    told: dict[str, Told] = {"curl": [], "ours": []}
+    options: dict[str, dict[str, int]] = {"curl": {}, "ours": {"batch": 64, "workers": 2}}
+    times = interleaved({name: partial(measure, told[name], name, url, **options[name]) for name in told}, rounds)
+    told = {name: runs[-rounds:] for name, runs in told.items()}
+    times["ours, steady"] = [run["steady"] for run in told["ours"]]
+    claims = [Claim("loader from S3, steady: one curl / ours", "curl", "ours, steady", ">= 0.7")]
+    show(times, claims, title="S3 on loopback, server and reader on the same cores", record=record)
+    cpu = {name: [run["cpu"] for run in runs] for name, runs in told.items()}
+    train(url, run, steps)
+    lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    times_of_steps = [64 / line["images_per_s"] for line in lines]
+    waits = [line["data_wait_s"] / step for line, step in zip(lines, times_of_steps, strict=True)]
+    show_results(
+        [
+            Result("loader from S3: processor seconds, ours / curl", *ratio(cpu["ours"], cpu["curl"])),
+            Result("loader from S3: MB read before the first batch", told["ours"][0]["first_bytes"] / 1e6),
+            Result("data wait of a training from S3, % of its time", 100 * statistics.fmean(waits), limit="<= 1"),
+        ],
+        record=record,
+    )
 
 
 def start_store(folder: Path, cleanup: ExitStack) -> Any:
@@ -288,21 +277,6 @@ def upload(folder: Path, place: str) -> str:
     for file in folder.iterdir():
         write_whole(fs, f"{path}/{file.name}", file.read_bytes())
     return f"s3://{place}"
-
-
-def compare(title: str, ways: Mapping[str, Callable[[], dict[str, float]]], repeats: int, against: list[str]) -> None:
-    """All ways round by round, and the table of medians; ratios are taken within a round."""
-    results = [{way: run() for way, run in ways.items()} for _ in range(repeats)]
-    table = Table(title=f"{title}, {repeats} rounds", title_justify="left")
-    for column in ("way", "samples/s", "lowest", "highest", *(f"x {base}" for base in against), "memory MiB"):
-        table.add_column(column, justify="left" if column == "way" else "right")
-    for way in ways:
-        rates = [result[way]["rate"] for result in results]
-        ratios = [statistics.median(r[way]["rate"] / r[base]["rate"] for r in results) for base in against]
-        numbers = [f"{value:,.0f}" for value in (statistics.median(rates), min(rates), max(rates))]
-        grown = max(result[way]["grown"] for result in results)
-        table.add_row(way, *numbers, *(f"{ratio:.2f}" for ratio in ratios), f"{grown:.0f}")
-    console.print(table)
 
 
 if __name__ == "__main__":

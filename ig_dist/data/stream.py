@@ -1,8 +1,8 @@
 """Streaming: from shards to the batches of this rank, in the order that ``order.py`` defines.
 
-Windows are read ahead by threads, a quarter at a time, as consecutive bytes of shards. Where a disk has them and the
+Windows are read ahead by threads, a half at a time, as consecutive bytes of shards. Where a disk has them and the
 kernel keeps what it reads, that is all: a batch reads its samples out of the kernel's memory, straight into its rows.
-Elsewhere they are held, each in the place of one that has been used, so that a stream holds 1.25 windows at most. The
+Elsewhere they are held, each in the place of one that has been used, so that a stream holds 1.5 windows at most. The
 first batch after a start waits for no window: its samples are read each by itself, and all else after it.
 """
 
@@ -33,8 +33,8 @@ BATCHES_AHEAD = 2
 
 T = TypeVar("T")
 
-_PARTS = 4  # of a window, each read at once: as many samples are held beyond a window
-_LEAST = 2**22  # bytes of a part, below which requests cost more than what they bring
+_PARTS = 2  # of a window, each read at once: as many samples are held beyond a window
+_LEAST = 2**23  # bytes of a part: in requests for 5 MB the requests are half of the reader's work
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from tests.conftest import run_command
             "disk",
         ),
         pytest.param(
-            ["benchmarks/loader.py", "--samples", "768", "--repeats", "1", "--steps", "40"],
-            "training from S3, 40 steps",
+            ["benchmarks/loader.py", "--samples", "768", "--rounds", "1", "--steps", "40"],
+            "data wait of a training from S3",
             marks=pytest.mark.full,  # each way is a process of its own
         ),
         (
