@@ -27,8 +27,9 @@ from ig_dist.terminal import console, run_app
 HEAD = """# Results
 
 Made by `python benchmarks/plots.py` from [results.csv](results.csv), which holds all that was ever measured. A ratio
-is of variants that ran in turn in one process: the median of the rounds, and its 95% interval where it was timed.
-`--record` appends a run. `python benchmarks/gpu.py` has not run on a GPU yet: its small form passes on a CPU.
+is of variants that ran in turn in one process: the median of the rounds, and its 95% interval where it was timed; of
+rows from "shared" machines, which are older, the lowest and highest round. `--record` appends a run.
+`python benchmarks/gpu.py` has not run on a GPU yet: its small form passes on a CPU.
 
 ![Each claim against its limit](results.svg)
 
