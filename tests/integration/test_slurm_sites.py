@@ -94,7 +94,7 @@ def test_a_first_node_that_is_cut_off_lets_go_of_the_run(
     digits_index: Path,
 ) -> None:
     """Long before its ranks have given up on their peers, for whom they wait as long as the config says."""
-    run = tmp_path / "run"
+    whole, run = uninterrupted(120), tmp_path / "run"
     submit("--nodes", "1-2", "--config", write_config(tmp_path, digits_index))
     wait_until(lambda: last_step(run) >= 30, "no steps", run)
     began = time.monotonic()
@@ -108,7 +108,7 @@ def test_a_first_node_that_is_cut_off_lets_go_of_the_run(
     assert [start.nodes for start in ends] == [["node1", "node2"], ["node2"], ["node2"]]
     assert "waited" in ends[1].reason and ends[-1].next == "done"
     assert "cut off from the others" in newest(run).batch_log().read_text()
-    same_run(run, uninterrupted(120), bitwise=False)
+    same_run(run, whole, bitwise=False)
 
 
 @pytest.mark.full
@@ -120,6 +120,7 @@ def test_all_of_it_in_one_run(
 ) -> None:
     """A rank is killed, a node loses its power without a word, the controller is away, the job is held."""
     steps, run = 1500, tmp_path / "run"
+    whole = uninterrupted(steps)
     job = submit("--nodes", 2, "--config", write_config(tmp_path, digits_index, steps))
 
     def wait_for_steps(more: int) -> None:
@@ -151,4 +152,4 @@ def test_all_of_it_in_one_run(
     cluster.run("scontrol", "release", job)
     wait_for_end(run)
     assert starts(run)[-1].next == "done", starts(run)
-    same_run(run, uninterrupted(steps), steps)
+    same_run(run, whole, steps)
