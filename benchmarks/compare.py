@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,12 +26,11 @@ import typer
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.compare_cases import CPU, GPU, Case, plan_of
 from benchmarks.reference import Published
 from benchmarks.side_by_side import Claim, Record, Result, Rounds, interleaved, profiled, show
-from benchmarks.synthetic import build_model, build_step, export_info, synthetic_info
+from benchmarks.synthetic import build_model, build_step, export_info
 from ig_dist.arithmetic import arithmetic
-from ig_dist.config import Config
-from ig_dist.config_file import load_config
 from ig_dist.diffusion.loss import ig_loss
 from ig_dist.evaluation.plan import Plan
 from ig_dist.evaluation.solving import Models, Sampler
@@ -45,72 +44,6 @@ from ig_dist.training.metrics import model_flops_utilisation
 
 BOUND = 1e-4
 """How far outputs in fp32 may be apart, relative to their norm."""
-SMALL_LIGHTNING = ("preset=null", "depth=12", "hidden_size=384", "num_heads=6", "patch_size=1", "norm=rmsnorm")
-
-
-class Case(NamedTuple):
-    """One comparison."""
-
-    what: Literal["training step", "sampling"]
-    model: str
-    batch: int
-    precision: Literal["fp32", "tf32", "bf16"]
-    limit: str = ""
-    compiled: str | None = None
-    """The limit of the compiled form of ours; None: it is not measured. Without ``limit`` it alone is."""
-    steps: int = 0
-    """Of the solver."""
-
-    @property
-    def name(self) -> str:
-        """As claims name it."""
-        recipe = f", {'SiT' if self.is_sit else 'LightningDiT'} recipe" if self.what == "sampling" else ""
-        return f"{self.what}{recipe}, {self.model}, batch {self.batch}, {self.precision}"
-
-    @property
-    def is_sit(self) -> bool:
-        """Or LightningDiT."""
-        return self.model.startswith("SiT")
-
-    def config(self, *, compiled: bool) -> Config:
-        """The published config of that family, in this size."""
-        model = [f"model.preset={self.model}", f"model.aux_depth={8 if 'XL' in self.model else 4}"]
-        if self.model == "LightningDiT-S/1":  # no published size: of SiT-S, for CPUs
-            extra = (*SMALL_LIGHTNING, "mlp=swiglu", "rope=true", "aux_init=xavier")
-            model = [f"model.{given}" for given in (*extra, "aux_depth=4")]
-        given = {
-            "data.index": "synthetic",
-            "data.streams": 1,
-            "data.flip": "false",
-            "train.global_batch_size": self.batch,
-            "train.precision": "fp32" if self.precision == "tf32" else self.precision,
-            "train.compile": str(compiled).lower(),
-        }
-        name = "sit_xl2_ig" if self.is_sit else "lightningdit_xl1_ig"
-        return load_config(name, [*model, *(f"{key}={value}" for key, value in given.items())])
-
-    def info(self) -> Any:
-        """Of its latents."""
-        return synthetic_info(4, 32, 1000) if self.is_sit else synthetic_info(32, 16, 1000, moments=False)
-
-
-EQUAL, COMPILED = ">= 1.0, low > 0.95", ">= 1.15"
-CPU = (
-    Case("training step", "SiT-B/2", 4, "fp32", EQUAL, COMPILED),
-    Case("training step", "SiT-B/2", 8, "fp32", EQUAL, COMPILED),
-    Case("training step", "SiT-B/2", 4, "bf16", EQUAL, COMPILED),
-    Case("training step", "SiT-S/2", 8, "fp32", EQUAL, COMPILED),
-    Case("training step", "SiT-S/2", 8, "bf16", EQUAL, COMPILED),
-    Case("training step", "LightningDiT-S/1", 8, "fp32", ">= 1.0"),
-    Case("sampling", "SiT-S/2", 4, "fp32", ">= 1.0", steps=6),
-    Case("sampling", "LightningDiT-S/1", 4, "fp32", ">= 1.2", steps=6),
-)
-GPU = (
-    *(Case("training step", "SiT-XL/2", batch, "bf16", compiled=">= 2.0") for batch in (64, 128, 256)),
-    *(Case("training step", "LightningDiT-XL/1", batch, "bf16", compiled=">= 2.0") for batch in (64, 128, 256)),
-    Case("sampling", "SiT-XL/2", 64, "tf32", ">= 1.0", ">= 3.0", steps=10),
-    Case("sampling", "LightningDiT-XL/1", 64, "tf32", ">= 1.0", ">= 3.0", steps=10),
-)
 
 
 def our_model(case: Case, device: torch.device) -> DiT:
@@ -238,22 +171,6 @@ def their_step(case: Case, published: Published, model: nn.Module, device: torch
 
 def _to_fp32(output: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(part.float() if isinstance(part, Tensor) and part.is_floating_point() else part for part in output)
-
-
-def plan_of(case: Case) -> Plan:
-    """The published way of sampling, of fewer steps."""
-    config = case.config(compiled=False)
-    given = {"num": case.batch, "steps": case.steps, "precision": case.precision, "unit_size": case.batch}
-    kept = {name: getattr(config.sample, name) for name in ("labels", "solver", "seed", "time_shift")}
-    guidance = [term.model_dump() for term in config.guidance]
-    rest = {
-        "num_classes": 1000,
-        "guidance": guidance,
-        "batch_size": case.batch,
-        "weights_sha256": "",
-        "compile": False,
-    }
-    return Plan.model_validate({**kept, **given, **rest})
 
 
 def their_samples(

@@ -16,6 +16,7 @@ import torch
 from rich.table import Table
 
 from benchmarks import compare
+from benchmarks.compare_cases import GPU
 from benchmarks.gpu_cases import (
     Case,
     Found,
@@ -215,7 +216,7 @@ def against_published(case: Case, number: int) -> Found:
     """A case of ``benchmarks/compare.py``."""
     if case.reference is None or case.small:
         raise NotHereError("needs a GPU, and the published code with --reference")
-    asked = compare.GPU[number]
+    asked = GPU[number]
     published = Published(case.reference, compiled=True)
     results = compare.measure(asked, published, case.device, ROUNDS, record=False)
     if not results:
@@ -258,7 +259,7 @@ SPEED: dict[str, tuple[int, Callable[[Case], Found]]] = {
     "a plan, its decoding and writing": (120, whole_plan),
     **{
         f"published / ours: {asked.name}": (150, partial(against_published, number=number))
-        for number, asked in enumerate(compare.GPU)
+        for number, asked in enumerate(GPU)
     },
     "other tests of tests/gpu": (60, other_tests),
 }
