@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import NamedTuple
 
@@ -27,6 +28,10 @@ class Rates(NamedTuple):
     """Of one decoding process."""
     encoding: float
     """Of the device."""
+
+    def feeding(self, devices: int) -> int:
+        """Decoding processes that so many devices never wait for."""
+        return math.ceil(devices * self.encoding / self.decoding) if math.isfinite(self.encoding) else 0
 
     def overall(self, decoders: int, device: torch.device) -> float:
         """Images/s with so many decoding processes. A GPU works beside them; a CPU is shared with them."""
@@ -87,7 +92,8 @@ def estimate(
         f"{'' if share == 1 else 'about '}{images:,} images of {len(source.classes):,} classes"
         f" -> {shards:,} shards, {decimal(images * sample_bytes)}",
         f"measured on {rates.images} images: a process decodes {rates.decoding:,.0f} images/s,"
-        f" {device} encodes {rates.encoding:,.0f} images/s",
+        f" {device} encodes {rates.encoding:,.0f} images/s, fed by {rates.feeding(1)} decoding processes (two by"
+        f" {rates.feeding(2)})",
     ]
     for count in sorted({1, processes}):
         who = "1 process" if count == 1 else f"{count} processes, each on a GPU or machine of its own,"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from random import Random
@@ -19,15 +20,19 @@ def shards_to_make(ledger: Ledger, shards: int, worker: Process) -> Iterator[int
     """Shards for this worker, as it asks for them: its own part first, then any that is missing.
 
     The others come in an order of its own, so that two workers that help a third seldom make the same shard. What
-    another worker is making now counts as missing: that worker may be dead.
+    another worker is making now counts as missing: that worker may be dead. Within its own part, which others seldom
+    help with, it looks every ``LOOK_AGAIN_S``: each look lists all that is finished.
     """
+    looked = -math.inf
     begin, end = (i * shards // worker.world_size for i in (worker.rank, worker.rank + 1))
     others = [number for number in range(shards) if not begin <= number < end]
     Random(worker.rank).shuffle(others)
     for number in [*range(begin, end), *others]:
         if number in ledger.finished:
             continue
-        ledger.look()
+        if not begin <= number < end or time.monotonic() - looked > LOOK_AGAIN_S:
+            ledger.look()
+            looked = time.monotonic()
         if ledger.ended:
             return
         if number not in ledger.finished:

@@ -253,6 +253,13 @@ def test_a_dry_run_counts_and_writes_nothing(
     said = " ".join(said.split())
     assert "240 images of 20 classes -> 15 shards, 860.2 kB" in said  # 2560 + 1024 bytes a sample
     assert "8 processes" in said and "hours" in said and "images/s" in said
+    rates = re.search(
+        r"decodes ([\d,]+) images/s, cpu encodes ([\d,]+) images/s, fed by (\d+) .* \(two by (\d+)\)", said
+    )
+    assert rates, said
+    decoded, encoded, one, two = (int(number.replace(",", "")) for number in rates.groups())
+    for count, processes in ((1, one), (2, two)):  # as many as keep up, and not one more; rates are printed rounded
+        assert (processes - 1) * decoded < count * encoded * 1.05 and processes * decoded > count * encoded * 0.95
     assert encode(tmp_path / "real")[0] == 0
     real = sum(path.stat().st_size for path in tmp_path.glob("real/*.tar"))
     assert 860_200 <= real <= 860_200 + SHARDS * 10_240  # tars end in blocks of 10 kB

@@ -43,9 +43,10 @@ class Shared:
     def __init__(self) -> None:
         self.finished: set[int] = set()
         self.ended = False
+        self.looks = 0
 
     def look(self) -> None:
-        pass
+        self.looks += 1
 
 
 def test_workers_share_the_shards_and_take_over_those_of_the_dead() -> None:
@@ -62,6 +63,12 @@ def test_workers_share_the_shards_and_take_over_those_of_the_dead() -> None:
                 shared.finished.add(number)
     assert shared.finished == set(range(100)) and sum(map(len, made)) == 100  # nothing twice
     assert made[0][:33] == list(range(33)) and made[2][:34] == list(range(66, 100)) and made[1] == list(range(33, 43))
+
+
+def test_a_worker_does_not_list_all_shards_before_each_of_its_own() -> None:
+    alone: Any = Shared()
+    assert list(shards_to_make(alone, 1000, Process(0, 1, 0, 1, 0))) == list(range(1000))
+    assert alone.looks < 10
 
 
 def test_a_walk_ends_with_the_index() -> None:
@@ -97,7 +104,9 @@ def test_a_shard_packed_batch_by_batch_is_one_tar_with_one_set_of_rows(flips: bo
         record = dest.read_record(3)
         assert record is not None and record.sha256 == hashlib.sha256(tar).hexdigest()
         made, expected = record.rows.columns, SampleTable.from_rows(rows).columns
-        assert made.keys() == expected.keys() and all(np.array_equal(made[name], expected[name]) for name in made)
+        assert made.keys() == expected.keys() and all(
+            np.array_equal(np.asarray(made[name]), np.asarray(expected[name])) for name in made
+        )
         assert np.array_equal([record.sums, record.square_sums], sums.sums)  # to the bit, whatever the batch
 
 
