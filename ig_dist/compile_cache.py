@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ig_dist.storage.writable import others_may_change
 from ig_dist.terminal import warn
 
 _VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -26,7 +27,10 @@ def keep_compiled() -> None:
         return
     with suppress(OSError, RuntimeError):  # RuntimeError: there is no home
         folder = Path(os.environ.get("IG_DIST_COMPILED") or "~/.cache/ig_dist/compiled").expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if open_place := others_may_change(folder):  # what is kept there is code
+            warn(f"compiled kernels are not kept in {folder}: other users may change files in {open_place}")
+            return
         with tempfile.TemporaryFile(dir=folder):
             os.environ[_VARIABLE] = str(folder)
 

@@ -6,6 +6,7 @@ That is found out by writing: permissions, mounts and stores each have rules of 
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 import uuid
 from pathlib import Path
@@ -38,3 +39,18 @@ def why_unwritable(url: str | Path) -> str:
             return ""
     except OSError as error:
         return error.strerror or str(error)
+
+
+def others_may_change(folder: Path) -> str:
+    """Empty, or the folder or parent in which any user may put other files in place of ours.
+
+    In a sticky folder, such as /tmp, one may only change what is one's own: what we made there must be ours.
+    """
+    ours = folder.resolve()
+    if ours.stat().st_uid != os.getuid():
+        return str(ours)
+    for place in (ours, *ours.parents):
+        mode = place.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            return str(place)
+    return ""

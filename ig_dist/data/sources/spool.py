@@ -28,6 +28,7 @@ from ig_dist.progress import Advance, progress
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import REQUEST_BYTES, read_range
 from ig_dist.storage.urls import is_local
+from ig_dist.storage.writable import others_may_change
 from ig_dist.terminal import console
 
 _THREADS = 8
@@ -113,8 +114,10 @@ def spool(files: Sequence[SourceFile], folder: Path, copy: Copy, patience: Patie
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--spool {folder} cannot be made ({error.strerror}): choose another folder") from None
-    if folder.stat().st_uid != os.getuid():  # in a temporary folder that others write to as well
-        raise ConfigError(f"{folder} belongs to another user: choose a folder for copies with --spool")
+    if open_place := others_may_change(folder):
+        raise ConfigError(
+            f"--spool {folder}: other users may change files in {open_place}: choose another folder, or chmod o-w"
+        )
     # Names in two folders may be equal; the number keeps them apart.
     copies = [folder / f"{i:05d}-{Path(file.name).stem}.tar" for i, file in enumerate(files)]
     missing = [i for i, path in enumerate(copies) if not path.exists()]
