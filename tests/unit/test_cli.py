@@ -58,7 +58,7 @@ MISTAKES = {
     "launch digits --job smaple": "--job 'smaple'; did you mean 'sample'?",
     "launch digits --processes": "--processes needs a value",
     "launch train digits": "'train' stands where a config stands: leave it out",
-    "slurm status": "RUN is missing, e.g. `ig-dist slurm status runs/b2`",
+    "slurm cancel": "RUN is missing, e.g. `ig-dist slurm cancel runs/b2`",
     "slurm statsu runs/a": "unknown verb 'statsu' of ig-dist slurm; did you mean 'status'?",
     "slurm digits --tasks 2": "--tasks is for arrays, e.g. --job sample: give --nodes",
     "slurm digits --nodse 2": "unknown option --nodse; did you mean --nodes?",
@@ -155,7 +155,7 @@ def parse(typed: list[str]) -> dict[str, Any]:
 WORDS = {"RUN", "CONFIG", "INDEX", "SAMPLES", "URL", "SRC", "DEST", "FILE", "FOLDER", "PATH", "STEP", "DECAY", "JOB"}
 WORDS |= {"N", "X", "NAME", "NAMES", "TIME", "SIZE", "SECONDS", "COMMAND", "LOW,HIGH", "EXTRACTOR=PATH", "a.b=c"}
 WORDS |= {"...", "i/W", "X,...", "NAME,...", "STEP,...", "DECAY,...", "CLASS,...", "HEX", "SEED", "KIND", "PLACE"}
-WORDS |= {"HOST:PORT", "IMAGE"}
+WORDS |= {"HOST:PORT", "IMAGE", "KEY=VALUE"}
 
 
 @pytest.mark.parametrize("verb", COMMANDS)
@@ -172,9 +172,9 @@ def test_a_launcher_takes_its_options_anywhere() -> None:
     ]
     sample = ["runs/a", "--job", "sample", "--num", "4", "--processes=3"]
     assert own_options_first(launch, sample) == ["--job", "sample", "--processes=3", "runs/a", "--num", "4"]
-    # encode has --processes and --dry-run too: once its own words have begun they are its own
+    # encode has --processes too: once its own words have begun it is its own. --dry-run starts nothing, wherever it is
     encode = ["--processes", "2", "--job", "encode", "--source", "x", "--dry-run", "--processes", "8"]
-    assert own_options_first(launch, encode) == encode
+    assert own_options_first(launch, encode) == [*encode[:4], "--dry-run", *encode[4:6], *encode[7:]]
     assert own_options_first(submit, ["digits", "--nodes", "8", "--dry-run"]) == ["--nodes", "8", "--dry-run", "digits"]
     assert set(JOBS) == {job.value for job in Job} and "--processes" in options(launch)
 
@@ -215,7 +215,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         ("train digits optimizer.l", {"optimizer.lr="}),
         ("sample runs/digits ema.", {"ema.decays="}),
         ("slurm sta", {"status"}),
-        ("slurm --no", {"--nodes"}),
+        ("slurm --no", {"--nodes", "--notify"}),
         ("slurm submit --nodes 2 sit_b", {"sit_b2_ig"}),
         ("launch --processes 2 digi", {"digits"}),
         ("launch digits --processes 2 checkpoint.u", {"checkpoint.url="}),
