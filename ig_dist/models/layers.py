@@ -44,7 +44,7 @@ class RotaryTable(nn.Module):
 
     def forward(self) -> Rope:
         """What `rotate` needs, made once for all blocks."""
-        even, odd = self.freqs_sin.unflatten(-1, (-1, 2)).unbind(-1)
+        even, odd = self.freqs_sin[:, ::2], self.freqs_sin[:, 1::2]
         return self.freqs_cos, torch.stack([-even, odd], dim=-1).flatten(-2)
 
 
@@ -63,7 +63,7 @@ def rotary_table(head_width: int, grid_size: int) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turn each pair of neighbours of x (B, heads, T, head width) by its position's angle."""
     cos, signed_sin = rope
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    swapped = x.reshape(*x.shape[:-1], -1, 2).flip(-1).flatten(-2)
     return torch.addcmul(x * cos, swapped, signed_sin)
 
 
@@ -127,8 +127,11 @@ class PatchConv(nn.Conv2d):
 
     def forward(self, latents: Tensor) -> Tensor:
         """Return the tokens, contiguous."""
+        batch, channels, height, width = latents.shape
         patch = self.kernel_size[0]
-        patches = latents.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5)
+        patches = latents.reshape(batch, channels, height // patch, patch, width // patch, patch).permute(
+            0, 2, 4, 1, 3, 5
+        )
         return linear(patches.flatten(3).flatten(1, 2), self.weight.flatten(1), self.bias)
 
 

@@ -18,9 +18,12 @@ from ig_dist.arithmetic import compiled
 from ig_dist.models.dit import DiT
 
 
-def apply_precision(model: DiT, precision: Literal["fp32", "bf16"], device: torch.device) -> None:
-    """Run the forward under bf16 autocast; weights stay fp32."""
+def apply_precision(
+    model: DiT, precision: Literal["fp32", "bf16"], device: torch.device, residual: Literal["fp32", "bf16"] = "fp32"
+) -> None:
+    """Run the forward under bf16 autocast, the tokens between blocks in fp32 or in bf16; weights stay fp32."""
     if precision == "bf16":
+        model.residual = torch.bfloat16 if residual == "bf16" else None
         model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
 
 

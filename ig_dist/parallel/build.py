@@ -46,7 +46,7 @@ def build_engine(model: DiT, config: Config, state: LoadedState | None, dist: Di
     check_places(config, dist)
     if state is not None and config.engine.kind != "fsdp2":  # which takes its part by itself
         model.load_state_dict(state.whole("model"), assign=True)
-    apply_precision(model, config.train.precision, dist.device)
+    apply_precision(model, config.train.precision, dist.device, config.train.residual)
     if config.train.compile:
         apply_compile(model)
     if config.train.activation_checkpointing:
