@@ -108,7 +108,8 @@ class TrainConfig(Group):
     precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of forward and backward; weights, moments and EMAs are fp32 always, and fp32 is never TF32."""
     residual: Literal["fp32", "bf16"] = "fp32"
-    """Of precision=bf16: the tokens between blocks, forward and backward. bf16 moves a third fewer bytes."""
+    """Of precision=bf16: the tokens between blocks, forward and backward. bf16 moves an
+    eighth fewer bytes (docs/speed.md)."""
     deterministic: bool = False
     """On GPUs: the same bits in each run of the same job, also of attention, weight gradients and sums over GPUs, which
     costs speed. CPUs give them in any case."""
