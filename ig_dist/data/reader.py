@@ -185,21 +185,20 @@ class ShardReader:
         """
         left = []
         for number, (shard, offset, crc, _) in enumerate(spots):
-            row = rows[number]
-            try:
-                file = self._open(shard, offset // self._request_bytes if shard < self._kept else 0)
+            row, block = rows[number], offset // self._request_bytes if shard < self._kept else 0
+            damaged = False
+            with suppress(OSError):  # there is no such block yet: not all of it is worth while for one sample
+                file = self._open(shard, block)
                 if os.preadv(file.number, [row], offset - file.begin) == len(row) and zlib_ng.crc32(row) == crc:
                     continue
-                keep = True
-            except OSError:
-                keep = False  # there is no such block yet: not all of it is worth while for one sample
-            left.append((number, keep))
+                damaged = len(list(self._blocks(shard, offset, offset + self._size))) == 1  # else it lies in two
+            left.append((number, damaged))
         if not left:
             return []
 
         def again(item: tuple[int, bool]) -> bool:
-            number, keep = item
-            return bool(self.read_run([spots[number]], [rows[number]], fresh=True, keep=keep)[0])
+            number, damaged = item
+            return bool(self.read_run([spots[number]], [rows[number]], fresh=damaged, keep=damaged)[0])
 
         good = in_parallel(again, left, _AT_ONCE, self.patience.stop)
         return [number for (number, _), whole in zip(left, good, strict=True) if not whole]
@@ -213,7 +212,7 @@ class ShardReader:
             spots: where they lie.
             rows: one for each.
             fresh: what the cache has of them is read from the source again.
-            keep: the cache keeps what is read.
+            keep: the cache keeps what is read from the source.
 
         Returns:
             Which are good.
@@ -290,7 +289,7 @@ class ShardReader:
             if fresh and keep:
                 self._cache.drop(shard, block)
                 self._open.cache_clear()
-            if not keep or (self._cache.full and not self._has(shard, block)):
+            if (fresh and not keep) or ((self._cache.full or not keep) and not self._has(shard, block)):
                 self._request(shard, start, stop, filling)
             else:
                 filling.take(self._kept_bytes(shard, block, start, stop))

@@ -61,6 +61,17 @@ def test_a_cache_changes_no_byte_and_serves_what_the_source_has_lost(
         assert ids_of(take(stream, 20)) == expected(index, 20)
 
 
+def test_a_sample_that_two_blocks_hold_is_served_by_the_cache(index: ShardIndex, tmp_path: Path) -> None:
+    cache = BlockCache(str(tmp_path / "cache"), 10**9, index)
+    cut = int(index.table.offset[3]) + 18  # sample 3 begins in the first block and ends in the second
+    for there in (True, False):
+        if not there:
+            for shard in index.info.shards:
+                (Path(index.folder) / shard.name).unlink()
+        stream = BatchStream(index, make_order(index), reader=ShardReader(index, cache=cache, request_bytes=cut))
+        assert ids_of(take(stream, 20)) == expected(index, 20)
+
+
 def test_the_cap_keeps_whole_shards_the_same_on_every_process(index: ShardIndex, tmp_path: Path) -> None:
     cap = index.info.shards[0].bytes + index.info.shards[1].bytes
     caches = [BlockCache(str(tmp_path / name), cap, index) for name in ("a", "b")]
