@@ -71,7 +71,8 @@ def _each_path(tree: dict[str, Any], change: Callable[[str, str], str]) -> dict[
             return {name: changed(value, f"{key}.{name}" if key else name) for name, value in node.items()}
         is_path = key in MADE | READ or key.startswith("evaluate.weights.")
         plain = is_path and isinstance(node, str) and node and "://" not in node
-        return change(key, node) if plain and "$" not in node else node  # $SLURM_TMPDIR is each node's own
+        varies = key == "data.cache_dir" and "$" in str(node)  # $SLURM_TMPDIR is each node's own
+        return change(key, node) if plain and not varies else node
 
     found: dict[str, Any] = changed(tree, "")
     return found

@@ -82,9 +82,13 @@ def main(path: str) -> int:
         if folder.cancelled:
             print("cancelled: nothing is started", flush=True)
             return 0
-        if not lock_is_free(folder, task, submission, given, lambda: signals.ended):
+        if not lock_is_free(folder, task, submission, given, lambda: signals.ended or signals.asked):
+            if submission.notify:
+                _notify(submission, 1, f"{submission.hold} is held by a process of another start")
             return 1
-        if signals.asked and not signals.ended:  # while nothing ran
+        if signals.ended:
+            break
+        if signals.asked:  # while nothing ran
             folder.add_event("end", task, code=STOPPED, reason="asked to stop", next="requeue")
             return _requeue(0.0, signals, _exclusion(folder, task, submission))
         hosts = usable(given, bad_nodes(folder.events(task), submission.exclude_after), submission)
@@ -316,7 +320,8 @@ def _why_asked(submission: Submission) -> str:
     """Why the ranks were asked to stop: SLURM does so when the time limit is near."""
     try:
         left = slurm("squeue", "--noheader", f"--jobs={os.environ['SLURM_JOB_ID']}", "-o", "%L")
-        near = (minutes(left) or 2**31) * 60 <= submission.signal_delay_s + 60
+        limit = minutes(left)
+        near = limit is not None and limit * 60 <= submission.signal_delay_s + 60
     except IgDistError:  # it does not answer, or the time is over
         near = True
     return "the time limit was near" if near else "a signal came"

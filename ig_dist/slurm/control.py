@@ -58,6 +58,8 @@ def cancel(run: Path) -> None:
 
 def _let_save(folder: Folder, submission: Submission) -> None:
     """Ask a training to save and leave, as before a time limit, and wait until it has, for as long as there it may."""
+    if not _runs(folder):  # it begins, or waits for the run's lock
+        return
     console.print(f"job {folder.id}: asked to save; waits for up to {submission.signal_delay_s} s", markup=False)
     try:
         slurm("scancel", "--signal=USR2", "--batch", folder.id)
@@ -65,12 +67,18 @@ def _let_save(folder: Folder, submission: Submission) -> None:
         console.print(str(error), markup=False)
         return
     began = time.monotonic()
-    while _last_end(folder) is None:
+    while _runs(folder):
         waited = time.monotonic() - began
         if waited > submission.signal_delay_s:
             console.print(f"job {folder.id}: has not saved in {waited:.0f} s: ended all the same", markup=False)
             return
         time.sleep(0.2)
+
+
+def _runs(folder: Folder) -> bool:
+    """Whether there is a start that has not ended."""
+    events = folder.events()
+    return bool(events) and events[-1]["event"] == "start"
 
 
 def _last_end(folder: Folder) -> dict[str, object] | None:

@@ -58,8 +58,16 @@ def _cluster_file(known: Sequence[str]) -> dict[str, Any]:
         return {}
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Numbers stay text: 12:00:00 would be one, of base 60."""
+
+        yaml_implicit_resolvers = {  # noqa: RUF012
+            first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:int"]
+            for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        tree = yaml.load(file.read_text(encoding="utf-8"), Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):

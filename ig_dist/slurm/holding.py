@@ -53,21 +53,23 @@ class CutOff:
     """Whether this node's network is gone while its job lives on: neither another node of it nor SLURM's answers.
 
     A refused connection is an answer too: the machine is there. Where there is no other node nobody can tell, for the
-    controller's machine may be off.
+    controller's machine may be off; nor where one of both kinds did not answer at the start, as behind a firewall.
     """
 
     REASON = "this node was cut off from the others and from SLURM's controller"
 
     def __init__(self, hosts: Sequence[str]) -> None:
-        self._places = [(host, 9) for host in hosts[1:4]]  # any port will do
+        self._places: list[tuple[str, int]] = []
         self._next, self._missed = time.monotonic() + LOOK_S, 0
-        if self._places:
+        nodes = _answering(hosts[1:4])
+        if nodes:
             try:
                 told = slurm("scontrol", "show", "config")
-            except SlurmError:  # it is away now; the other nodes must do
+            except SlurmError:  # it is away now
                 return
-            controllers = re.findall(r"^SlurmctldHost\S* *= *([^(\s]+)(?:\(([^)]+)\))?", told, re.MULTILINE)
-            self._places += [(address or name, 9) for name, address in controllers]
+            found = re.findall(r"^SlurmctldHost\S* *= *([^(\s]+)(?:\(([^)]+)\))?", told, re.MULTILINE)
+            controllers = _answering([address or name for name, address in found])
+            self._places = [*nodes, *controllers] if controllers else []
 
     def is_cut_off(self) -> bool:
         """Looks around every ``LOOK_S``."""
@@ -76,6 +78,10 @@ class CutOff:
         self._missed = 0 if any(_is_there(place) for place in self._places) else self._missed + 1
         self._next = time.monotonic() + LOOK_S
         return self._missed >= LOOKS
+
+
+def _answering(names: Sequence[str]) -> list[tuple[str, int]]:
+    return [place for name in names if _is_there(place := (name, 9))]  # any port will do
 
 
 def _is_there(place: tuple[str, int]) -> bool:

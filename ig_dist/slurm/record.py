@@ -110,8 +110,11 @@ class Folder:
     def add_event(self, event: str, task: str = "", **what: Any) -> None:
         """Append a start or an end, or that a start waits and has waited."""
         line = {"event": event, "time": round(time.time(), 3), **what}
-        with (self.path / f"history{_suffix(task)}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with (self.path / f"history{_suffix(task)}.jsonl").open("a+b") as file:
+            if end := file.tell():  # a line that a kill cut off is ended
+                file.seek(end - 1)
+                file.write(b"" if file.read(1) == b"\n" else b"\n")
+            file.write(json.dumps(line).encode() + b"\n")
 
     def events(self, task: str = "", *, waits: bool = False) -> list[dict[str, Any]]:
         """Starts and ends, oldest first; an end that SLURM brought about is told by SLURM's own log line.
@@ -123,7 +126,11 @@ class Folder:
         file = self.path / f"history{_suffix(task)}.jsonl"
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         events: list[dict[str, Any]] = []
-        for event in map(json.loads, lines):
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except ValueError:  # cut off, or being written
+                continue
             if event["event"] in _BEGINNINGS and events and events[-1]["event"] in _BEGINNINGS:
                 events.append(self._unseen_end(events[-1], event["log"], task))
             events.append(event)

@@ -94,7 +94,8 @@ def complete(request: Request, *, assume: bool = False) -> Request:
         if not assume or "--partition" in str(error):
             raise
         found = ASSUMED
-    filled: dict[str, Any] = {"on_cpus": request.gpus_per_node == 0 or bool(request.tasks_per_node)}
+    on_cpus = request.gpus_per_node == 0 or bool(request.tasks_per_node and not request.gpus_per_node)
+    filled: dict[str, Any] = {"on_cpus": on_cpus}
     if request.gpus_per_node is None:
         own = found.gpus if found else 0
         # a task of an array is one GPU's work
@@ -160,6 +161,8 @@ def batch_script(request: Request, submission: Submission, folder: Path, *, name
         **({"array": f"0-{submission.array - 1}{throttle}"} if submission.array else {}),
     }
     said |= _more(request, said)
+    if after:  # what the user has it wait for, the array has waited for
+        said.pop("dependency", None)
     executor = Script(folder)
     executor.update_parameters(
         job_name=name,

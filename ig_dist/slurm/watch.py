@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from ig_dist.errors import ConfigError, IgDistError
 from ig_dist.slurm.commands import QueuedJob, my_folders, queued
@@ -64,9 +65,13 @@ def show_all() -> None:
     """Print the jobs of this user that wait or run, a line for each run."""
     logs = my_folders()
     paths = dict.fromkeys(Path(log).parent.parent for log in logs if Path(log).parent.name == "log")
-    found = [Folder(path) for path in paths if (path / "job.json").exists()]
-    for folder in found:
-        submission = folder.read()
+    found = False
+    for folder in map(Folder, paths):
+        try:
+            submission = folder.read()
+        except (OSError, ValidationError):  # not ours
+            continue
+        found = True
         _, told = _ask(folder)
         far = how_far(Path(submission.run)) if submission.kind == "train" else None
         console.print(f"{submission.run}: {submission.kind} job {folder.id}, {told}{f'; {far}' if far else ''}")
@@ -152,7 +157,7 @@ def failed_words(folder: Folder) -> str | None:
         name = f"task_{task}_" if task else ""
         for log in sorted(folder.log.glob(f"{name}rank_*.log"), key=lambda file: file.stat().st_mtime):
             lines = log.read_bytes()[-8192:].decode(errors="replace").splitlines()
-            errors = [line for line in lines if re.match(r"error: |\w+(Error|Exception)\b", line)]
+            errors = [line for line in lines if re.match(r"error: |[\w.]+(Error|Exception)\b", line)]
             if errors:
                 return f"{errors[-1]} ({log.name})"
     return None

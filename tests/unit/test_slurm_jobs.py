@@ -24,9 +24,10 @@ from ig_dist.errors import ConfigError
 from ig_dist.jobs import Job, job_folder
 from ig_dist.slurm import watch
 from ig_dist.slurm.commands import Partition, QueuedJob, minutes, partition
-from ig_dist.slurm.holding import lock_is_free
+from ig_dist.slurm.defaults import defaults_of
+from ig_dist.slurm.holding import CutOff, lock_is_free
 from ig_dist.slurm.record import Folder, Submission, World
-from ig_dist.slurm.script import Request, checked, complete
+from ig_dist.slurm.script import Request, batch_script, checked, complete
 from ig_dist.slurm.submit import worlds
 from ig_dist.slurm.verdict import (
     Next,
@@ -181,6 +182,11 @@ def test_an_end_that_only_slurm_saw_is_told_in_its_words(tmp_path: Path) -> None
     folder.add_event("start", nodes=["a", "b"], log=folder.batch_log().stat().st_size)
     reasons = [event["reason"] for event in folder.events() if event["event"] == "end"]
     assert reasons == ["node failure (b)", "ended by SLURM without a word (its first node, or the controller)"]
+    history, known = folder.path / "history.jsonl", len(folder.events())
+    history.write_text(history.read_text() + '{"event": "e')  # a kill while it was written
+    assert len(folder.events()) == known
+    folder.add_event("end", code=0, reason="done", next="done")
+    assert len(folder.events()) == known + 1
 
 
 def test_a_start_waits_for_the_lock_of_its_run_so_long(tmp_path: Path) -> None:
@@ -277,6 +283,32 @@ def test_what_a_partition_has(clusters: None) -> None:
         partition("h100,gpu")
 
 
+def test_the_job_that_merges_waits_for_its_array_whatever_else_is_typed(clusters: None, tmp_path: Path) -> None:
+    request = complete(Request(sbatch=["dependency=afterok:5"]))
+    assert "--dependency=afterok:5" in batch_script(request, submission(), tmp_path, name="first")
+    after = batch_script(request, submission(), tmp_path, name="merge", after="7")
+    assert "--dependency=afterany:7" in after and "afterok" not in after
+
+
+def test_a_time_of_the_cluster_file_is_no_number_of_base_60(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("time: 12:00:00\nnodes: 2\nfollow: true\n")
+    monkeypatch.setenv("IG_DIST_CLUSTER", str(file))
+    found = defaults_of(["time", "nodes", "follow"])
+    assert (found["time"], found["nodes"], found["follow"]) == ("12:00:00", "2", True)
+
+
+def test_a_node_is_not_cut_off_where_nobody_answered_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind a firewall that drops what it does not know: the ranks of a sound job would be killed."""
+    program, places = tmp_path / "scontrol", []
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for controller in ("127.0.0.1", "nowhere.invalid"):
+        program.write_text(f"#!/bin/sh\necho 'SlurmctldHost[0]        = head({controller})'\n")
+        program.chmod(0o755)
+        places += [CutOff(hosts)._places for hosts in (["a", "127.0.0.1"], ["a", "nowhere.invalid"], ["a"])]
+    assert places == [[("127.0.0.1", 9)] * 2, *[[]] * 5]
+
+
 def test_what_is_not_said_comes_from_the_partition(clusters: None) -> None:
     whole = complete(Request(nodes="8", partition="h100"))
     assert (whole.gpus_per_node, whole.cpus_per_gpu, whole.mem, whole.time) == (8, 23, "0", "1-00:00:00")
@@ -287,7 +319,9 @@ def test_what_is_not_said_comes_from_the_partition(clusters: None) -> None:
     assert (short.time, short.gpus_per_node) == ("0-01:00:00", 6)
     task = complete(Request(partition="h100", tasks=16))
     assert (task.gpus_per_node, task.cpus_per_gpu, task.exclusive) == (1, 23, False)
+    assert complete(Request(gpus_per_node=4, tasks_per_node=4)).on_cpus is False
     none = complete(Request(tasks_per_node=4))
+    assert none.on_cpus
     assert (none.gpus_per_node, none.cpus_per_gpu, none.ranks_per_node) == (0, 16, 4)
     with pytest.raises(ConfigError, match=r"--time 3:00:00 is more than partition mixed gives, 0-01:00:00"):
         complete(Request(partition="mixed", time="3:00:00"))
