@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,13 @@ def keep_compiled() -> None:
         folder = Path(os.environ.get("IG_DIST_COMPILED") or "~/.cache/ig_dist/compiled").expanduser()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if open_place := others_may_change(folder):  # what is kept there is code
-            warn(f"compiled kernels are not kept in {folder}: other users may change files in {open_place}")
+            _warn_once(f"compiled kernels are not kept in {folder}: other users may change files in {open_place}")
             return
         with tempfile.TemporaryFile(dir=folder):
             os.environ[_VARIABLE] = str(folder)
+
+
+_warn_once = cache(warn)  # there are as many compiled functions as blocks
 
 
 def shared(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,9 +56,11 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
         except RuntimeError as error:
             if not type(error).__module__.startswith(_OF_THE_COMPILER):
                 raise
-            damaged = os.environ.get(_VARIABLE)
+            damaged = os.environ.get(_VARIABLE, "PyTorch's own folder in /tmp")
             warn(f"the kernels in {damaged} are not used: compiling failed with them; delete that folder")
             os.environ[_VARIABLE] = tempfile.mkdtemp(prefix="ig-dist-compiled-")
+            if os.environ.get("TRITON_CACHE_DIR", "").startswith(damaged):  # which PyTorch has set, to a part of it
+                del os.environ["TRITON_CACHE_DIR"]
             import torch._dynamo
 
             torch._dynamo.reset()
