@@ -31,8 +31,11 @@ GIT_S = 10.0  # a shared file system may be slow
 
 def note_start(run: Path, **more: Any) -> None:
     """Add this start to the run's provenance, with what else is given."""
-    with suppress(OSError), (run / FILE_NAME).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**provenance(), **more}) + "\n")
+    line = json.dumps({**provenance(), **more}).encode() + b"\n"
+    with suppress(OSError), (run / FILE_NAME).open("a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        cut = size and os.pread(file.fileno(), 1, size - 1) != b"\n"  # by a kill
+        file.write(b"\n" + line if cut else line)
 
 
 def provenance() -> dict[str, Any]:
