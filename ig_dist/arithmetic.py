@@ -88,9 +88,9 @@ def compiled(function: F, *, dynamic: bool | None = None) -> F:
     collective that hangs no thread would run, the watchdog's neither. Triton's lets go of it. A process may need many
     graphs of one function: a sweep has seeds, a pipeline calls of any size, and beyond a limit PyTorch gives up.
     """
+    keep_compiled()  # before torch._dynamo, whose import chooses a folder
     import torch._dynamo.config as dynamo
 
     dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
     options: dict[str, str | int | bool | Callable[..., Any]] = {"use_static_cuda_launcher": False}
-    keep_compiled()
     return cast(F, shared(torch.compile(function, fullgraph=True, dynamic=dynamic, options=options)))

@@ -214,4 +214,4 @@ def _run_until(command: list[str], metrics: Path, stop_at: int) -> bool:
 
 
 def _last_step(metrics: Path) -> int:
-    return max((int(line.get("step", 0)) for line in read_lines(metrics)), default=0)
+    return max((int(line.get("step") or 0) for line in read_lines(metrics)), default=0)

@@ -110,7 +110,7 @@ def claim(config: Config, identity: Identity | None = None, *, force: bool = Fal
         descriptor = os.open(path / LOCK_NAME, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise ConfigError(f"run.dir {path}: {error.strerror}: choose a folder that can be written") from None
-    with open(descriptor, "a+") as lock:  # noqa: PTH123  (a descriptor)
+    with open(descriptor, "a+", errors="replace") as lock:  # noqa: PTH123  (a descriptor)
         try:
             if not _locked(lock, float(os.environ.get(LOCK_WAIT_VARIABLE, "0"))):
                 lock.seek(0)

@@ -107,7 +107,7 @@ class Loaded:
     def _as_read(self, tensor: str, begin: int, end: int) -> Tensor | None:
         """These bytes where they were read to, if they lie there together and a CPU can use them as they lie."""
         own, (parts, _), share = self._own.get(tensor), self._plan, self.checkpoint.share
-        if not own or self.dist.device.type != "cpu":
+        if not own or begin == end or self.dist.device.type != "cpu":
             return None
         first, last = parts[own[0]], parts[own[-1]]
         (memory, place), (other, last_place) = share[own[0]], share[own[-1]]
