@@ -33,6 +33,10 @@ rows from "shared" machines, which are older, the lowest and highest round. `--r
 
 ![Each claim against its limit](results.svg)
 
+How costs grow with model, batch, classes, shards, units and ranks, and the exponent of each:
+
+![Growth](growth.svg)
+
 | claim | command | found | limit | date, machine | what is left |
 |---|---|---|---|---|---|
 """
