@@ -218,7 +218,9 @@ def this_device(process: Process | None = None, *, shared: bool = True) -> torch
     import torch
 
     process = process or this_process()
-    if os.environ.get(DEVICE_VARIABLE) == "cpu":
+    if asked := os.environ.get(DEVICE_VARIABLE):
+        if asked != "cpu":
+            raise ConfigError(f"{DEVICE_VARIABLE}={asked}: say cpu, or unset it for the GPU of this process")
         return torch.device("cpu")
     gpus, in_job = torch.cuda.device_count(), "SLURM_JOB_ID" in os.environ
     if (torch.version.cuda or in_job) and (missing := missing_gpus(gpus, os.environ)):

@@ -264,7 +264,10 @@ def resume(
     if watch.last_step(Path(run)) == config.train.steps and [e.get("next") for e in last.events()][-1:] == ["done"]:
         console.print(f"{run} is finished: {config.train.steps} steps; for more of them, type train.steps=N")
         return
-    os.chdir(submission.cwd)  # relative paths are meant from there
+    try:
+        os.chdir(submission.cwd)  # relative paths are meant from there
+    except OSError as error:
+        raise ConfigError(f"{submission.cwd}, where the job was submitted: {error.strerror}: submit it anew") from None
     raise typer.Exit(start.training(Request(**{**submission.options, **typed}), config, **flags))
 
 

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from ig_dist.checkpoints.store import Piece
 from ig_dist.config.training import OptimizerConfig
+from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT
 from ig_dist.optim.optimizer import build_optimizer, steps_of
 from ig_dist.parallel.dist import Dist, ensure_process_group
@@ -67,6 +68,7 @@ class FSDP2Engine:
         self.module: nn.Module = model
         self.forward_alone = False  # it gathers the weights of each block
         mesh = build_mesh(replicate, dist)
+        _check_rows(model, mesh["shard"].size())
         self._replica, self._place = dist.rank // mesh["shard"].size(), mesh.get_local_rank("shard")
         self._root = shard_blocks(model, precision, reshard_after_forward, mesh)
         if state is not None:
@@ -142,6 +144,14 @@ def load_weights(model: DiT, shards: Shards, state: LoadedState) -> None:
     wanted = {**shards, **{name: Piece(tuple(t.shape), 0, t) for name, t in model.named_buffers()}}
     for name, part in state.parts("model", wanted).items():
         wanted[name].data.copy_(part)
+
+
+def _check_rows(model: DiT, shards: int) -> None:
+    """Raise ConfigError where the last rank of a group would hold nothing, of any weight."""
+    if not any(-(-len(p) // shards) * (shards - 1) < len(p) for p in model.parameters()):
+        raise ConfigError(
+            f"{shards} ranks are too many to cut this model's rows into: keep groups of fewer, with engine.replicate"
+        )
 
 
 def build_mesh(replicate: int, dist: Dist) -> DeviceMesh:

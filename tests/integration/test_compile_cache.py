@@ -26,12 +26,12 @@ print(dict(torch._dynamo.utils.counters["aot_autograd"]))
 """
 
 
-def begin(home: Path) -> subprocess.Popen[str]:
+def begin(home: Path, **more: str) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if "CACHE_DIR" not in name}
     return subprocess.Popen(
         [sys.executable, "-c", CODE],
         cwd=ROOT,
-        env={**environment, "HOME": f"{home}"},
+        env={**environment, "HOME": f"{home}", **more},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -63,6 +63,13 @@ def test_damaged_kernels_are_compiled_again(home: Path) -> None:
         os.truncate(file, 3000)
     _, err = end(begin(home))
     assert re.search("warning: the kernels in .*/compiled are not used", err)
+
+
+def test_without_a_compiler_it_is_said(tmp_path: Path) -> None:
+    process = begin(tmp_path, CXX="/bin/false")
+    _, err = process.communicate(timeout=200)
+    assert process.returncode and "ConfigError: the model cannot be compiled here" in err, err
+    assert "set train.compile=false" in err
 
 
 def test_without_a_folder_that_can_be_written_pytorchs_own_is_used(

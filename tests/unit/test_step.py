@@ -10,10 +10,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ig_dist.config.model import ModelConfig
 from ig_dist.config.training import OptimizerConfig
-from ig_dist.models.dit import DiT, initialize
+from ig_dist.errors import ConfigError
+from ig_dist.models.dit import DiT, DiTConfig, initialize
 from ig_dist.optim.optimizer import build_optimizer
 from ig_dist.parallel.dist import Dist, shut_down
-from ig_dist.parallel.fsdp2 import FSDP2Engine
+from ig_dist.parallel.fsdp2 import FSDP2Engine, _check_rows
 from ig_dist.parallel.sharded import total_norm, update
 from tests.counting import Operations
 
@@ -85,3 +86,12 @@ def test_fsdp2_gathers_a_block_twice_a_step_but_the_last_one_and_the_root_once(
             engine.backward(sum(v.square().mean() for v in output if v is not None))  # type: ignore[arg-type]
     assert operations.launched["_allgather_base_"] == 2 * 3 + 1 + 1
     assert operations.launched["_reduce_scatter_base_"] == 4 + 1
+
+
+def test_ranks_that_would_hold_nothing_are_refused() -> None:
+    config = DiTConfig(2, 32, 2, patch_size=2, input_size=8, in_channels=4, num_classes=10, aux_depth=1)
+    with torch.device("meta"):
+        model = DiT(config)
+    _check_rows(model, 192)  # 6 x 32 rows of the modulation
+    with pytest.raises(ConfigError, match=r"193 ranks are too many .* with engine.replicate"):
+        _check_rows(model, 193)

@@ -209,3 +209,11 @@ def test_a_gpu_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,9")
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=0,1,9: 2 of these 3 GPUs are there"):
         this_device(Process(0, 1, 0, 1, 0))
+
+
+def test_a_device_that_is_asked_for_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IG_DIST_DEVICE", "cpu")
+    assert this_device() == torch.device("cpu")
+    monkeypatch.setenv("IG_DIST_DEVICE", "CUDA")
+    with pytest.raises(ConfigError, match="IG_DIST_DEVICE=CUDA: say cpu, or unset it"):
+        this_device()
