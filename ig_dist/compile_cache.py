@@ -7,7 +7,9 @@ code. PyTorch finds them by the graph, the settings, its version and the device,
 from __future__ import annotations
 
 import fcntl
+import getpass
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,17 +26,28 @@ _OF_THE_COMPILER = ("torch._dynamo", "torch._inductor")
 
 
 def keep_compiled() -> None:
-    """Choose the folder, unless the user has; without one that can be written PyTorch's own, in /tmp, is used."""
+    """Choose the folder, unless the user has; without one that can be written PyTorch's own, in /tmp, is used.
+
+    What is kept there is code: where others may change it, this process has a folder of its own.
+    """
     if _VARIABLE in os.environ:
         return
     with suppress(OSError, RuntimeError):  # RuntimeError: there is no home
         folder = Path(os.environ.get("IG_DIST_COMPILED") or "~/.cache/ig_dist/compiled").expanduser()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if open_place := others_may_change(folder):  # what is kept there is code
+        if open_place := others_may_change(folder, code=True):
             _warn_once(f"compiled kernels are not kept in {folder}: other users may change files in {open_place}")
-            return
-        with tempfile.TemporaryFile(dir=folder):
-            os.environ[_VARIABLE] = str(folder)
+        else:
+            with tempfile.TemporaryFile(dir=folder):
+                os.environ[_VARIABLE] = str(folder)
+                return
+    with suppress(OSError, KeyError):  # KeyError: this user has no name, nor has PyTorch's folder then
+        theirs = Path(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser()))
+        with suppress(FileExistsError):
+            theirs.mkdir(mode=0o700)
+        if open_place := others_may_change(theirs, code=True):  # its name is known to all: anybody may have made it
+            _warn_once(f"compiled kernels are not kept in {theirs}: other users may change files in {open_place}")
+            os.environ[_VARIABLE] = tempfile.mkdtemp(prefix="ig-dist-compiled-")
 
 
 _warn_once = cache(warn)  # there are as many compiled functions as blocks

@@ -191,7 +191,12 @@ def _read_published(path: Path, raw: bool = False) -> dict[str, Tensor]:
         raise ConfigError(f"{path} holds no weights: it should be a state_dict, or have one under 'ema' or 'model'")
     weights = {}
     for name, tensor in found.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        if (
+            not isinstance(name, str)
+            or not isinstance(tensor, Tensor)
+            or not tensor.is_floating_point()
+            or not tensor.numel()
+        ):
             raise ConfigError(f"{path}: {name!r} is not a weight: save the model's state_dict in it")
         while name.startswith(_WRAPPERS):
             name = name.split(".", 1)[1]

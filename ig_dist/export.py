@@ -27,6 +27,7 @@ from ig_dist.training.beginning import checkpoint_store
 
 WEIGHTS_NAME = "model.safetensors"
 INFO_NAME = "export.json"
+MOST_INFO_BYTES = 2**26  # it names all classes
 UNKNOWN_DATA = "unknown"
 """``data.index`` of an export that has no run."""
 ALONE = Dist(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
@@ -165,8 +166,11 @@ def read_info(folder: Path) -> ExportInfo:
     Raises:
         ConfigError: no export there.
     """
+    file = folder / INFO_NAME
     try:
-        return ExportInfo.model_validate_json((folder / INFO_NAME).read_bytes())
+        if not file.is_file() or file.stat().st_size > MOST_INFO_BYTES:
+            raise FileNotFoundError(file)
+        return ExportInfo.model_validate_json(file.read_bytes())
     except (OSError, ValidationError):
         raise ConfigError(f"{folder} holds no export: make one with `ig-dist export RUN`") from None
 
@@ -178,16 +182,22 @@ def load_export(folder: Path, device: torch.device) -> tuple[DiT, ExportInfo]:
         ConfigError: no export there.
         DataError: its weights are gone or are not the ones that were exported.
     """
-    info = read_info(folder)
+    info, file = read_info(folder), folder / WEIGHTS_NAME
+    if file.exists() and not file.is_file():
+        raise DataError(f"{file} is not a file: delete the folder and export again")
     try:
-        packed = (folder / WEIGHTS_NAME).read_bytes()
+        packed = file.read_bytes()
     except OSError as error:
-        raise DataError(f"{folder / WEIGHTS_NAME}: {error.strerror}: delete the folder and export again") from None
+        raise DataError(f"{file}: {error.strerror}: delete the folder and export again") from None
     if hashlib.sha256(packed).hexdigest() != info.weights_sha256:
-        raise DataError(f"{folder / WEIGHTS_NAME} is damaged (its hash differs): delete the folder and export again")
-    with torch.device("meta"):
-        model = DiT(info.model)
-    model.load_state_dict(safetensors.torch.load(packed), assign=True)
+        raise DataError(f"{file} is damaged (its hash differs): delete the folder and export again")
+    try:
+        weights = safetensors.torch.load(packed)
+        with torch.device("meta"):
+            model = DiT(info.model)
+        model.load_state_dict(weights, assign=True)
+    except (RuntimeError, TypeError, ValueError, KeyError, safetensors.SafetensorError):  # its hash may be right
+        raise DataError(f"{file} does not hold the model of {INFO_NAME}: delete the folder and export again") from None
     return model.to(device).eval().requires_grad_(False), info
 
 

@@ -136,7 +136,7 @@ def _parsed(job: Job, arguments: Sequence[str]) -> dict[str, Any]:
 def _scored_run(given: dict[str, Any]) -> Path | None:
     """The run of the samples that are to be scored; None: they are no plan's, or its run is not here."""
     from ig_dist.evaluation.catalogue import METRICS, check_metrics
-    from ig_dist.evaluation.samples import find_samples
+    from ig_dist.evaluation.samples import find_samples, is_run
     from ig_dist.evaluation.sampling import PLAN_NAME, read_samples
 
     src = given["samples"]
@@ -148,7 +148,7 @@ def _scored_run(given: dict[str, Any]) -> Path | None:
     samples = find_samples(src)
     if samples is not None:
         _, run, _ = read_samples(samples)
-        return run if run.is_dir() else None
+        return run if is_run(run) else None
     refuse_missing(src)
     alone = not given["nearest"] and all(METRICS[name].kind == "inception_score" for name in metrics)
     if given["reference"] is None and not alone:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ig_dist.errors import ConfigError
 
+_SHARED = 4  # times that a number may stand in tensors: as a weight, in its average, in an optimizer
+
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file.
@@ -20,6 +22,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     Raises:
         ConfigError: it is not there, cannot be read, or is damaged.
     """
+    _refuse_pipes(path)
     try:
         return safetensors.torch.load_file(path)
     except OSError as error:
@@ -36,14 +39,41 @@ def read_torch_file(path: Path) -> Any:
     Raises:
         ConfigError: it cannot be read, or holds more than that.
     """
+    _refuse_pipes(path)
     try:
         with (
             warnings.catch_warnings(action="ignore"),  # of pickle dialects, about files that are refused anyway
             torch.serialization.safe_globals([argparse.Namespace]),
         ):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # a damaged file can make it raise anything; its own messages are pages
         raise ConfigError(
             f"{path} is damaged, or holds more than tensors and is not read because that could run code:"
             " where you trust it, save its state_dict alone, as .safetensors"
         ) from None
+    if not _as_large_as_said(found, path.stat().st_size):
+        raise ConfigError(f"{path} has tensors whose numbers are not in it: save the state_dict again, as .safetensors")
+    return found
+
+
+def _refuse_pipes(path: Path) -> None:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ConfigError(f"{path} is no file: download or save it again")
+
+
+def _as_large_as_said(found: Any, size: int) -> bool:
+    """Whether all tensors are plain numbers that the file holds: one repeated a billion times is named in 100 bytes."""
+    left, seen, total = [found], set[int](), 0
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.is_nested or value.device.type != "cpu":
+                return False
+            count = value.numel() * value.element_size()
+            total += count
+            if count > value.untyped_storage().nbytes() or total > _SHARED * size:
+                return False
+        elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            left += [*value.values()] if isinstance(value, dict) else value
+    return True

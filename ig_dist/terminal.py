@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from ig_dist.errors import ConfigError, IgDistError
 from ig_dist.this_process import Process, this_process
@@ -22,7 +23,23 @@ from ig_dist.usage import UsageError, explained
 
 # in a notebook plain lines: its kernel asks for colours, which rich takes for a terminal; each line would be a block
 _NOTEBOOK: dict[str, Any] = {"force_jupyter": False, "force_terminal": False} if "ipykernel" in sys.modules else {}
-console = Console(soft_wrap=True, highlight=False, **_NOTEBOOK)
+
+
+def visible(text: str) -> str:
+    """Text of files, as a terminal may have it: what would steer the terminal stands there as its code."""
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+class _Console(Console):
+    """Names of files and classes are text, see ``visible``."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+
+console = _Console(soft_wrap=True, highlight=False, **_NOTEBOOK)
 
 
 MERGED_LATER = "IG_DIST_MERGED_LATER"
@@ -49,7 +66,7 @@ def _me() -> Process:
 
 def warn(text: str) -> None:
     """Say what a command goes on in spite of."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    print(f"warning: {visible(text)}", file=sys.stderr, flush=True)
 
 
 def run_app(app: typer.Typer | Callable[..., Any], name: str | None = None) -> None:
@@ -143,7 +160,8 @@ def say(error: IgDistError) -> None:
     me = _me()
     if not error.everywhere or me.local_rank == 0:
         where = f"rank {me.rank}: " if me.world_size > 1 and not error.everywhere else ""
-        print(f"{'stopped' if error.exit_code == 75 else 'error'}: {where}{error}", file=sys.stderr, flush=True)
+        ended = "stopped" if error.exit_code == 75 else "error"
+        print(f"{ended}: {where}{visible(str(error))}", file=sys.stderr, flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun repeats below its own traceback
         told = {"message": f"{error}", "extraInfo": {"timestamp": f"{time.time():.0f}"}}
         with contextlib.suppress(OSError):

@@ -259,6 +259,7 @@ def resume(
     if not trainings:
         raise ConfigError(f"{run} holds no training: type the command of the array again, it makes what is missing")
     last, submission = trainings[-1]
+    watch.refuse_others(last, submission, Path(run))
     written = Path(run).absolute() / "config.yaml"
     config = load_config(written if written.exists() else last.path.absolute() / "config.yaml", overrides)
     if watch.last_step(Path(run)) == config.train.steps and [e.get("next") for e in last.events()][-1:] == ["done"]:

@@ -44,6 +44,8 @@ class BlockCache:
         self.full = False
         """Nothing more is kept."""
         self._lock = threading.Lock()
+        if self._folder.is_symlink():  # what is left over would be removed where it leads
+            raise ConfigError(f"data.cache_dir {self._folder} is a link: remove it, or choose another folder")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_whole(LOCAL, str(self._folder / f"{uuid.uuid4().hex}.probe"), b"probe")

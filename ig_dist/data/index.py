@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from ig_dist.data import table as side_file
 from ig_dist.data.shards import SampleRow
@@ -31,6 +32,14 @@ FORMAT = "ig-dist-index/1"
 TABLE_NAME = "index.samples.safetensors"
 
 _AT_ONCE = 2**20  # rows
+_KINDS: dict[str, type[np.generic]] = {
+    "offset": np.int64,
+    "label": np.int32,
+    "crc32": np.uint32,
+    "flip_offset": np.int64,
+    "flip_crc32": np.uint32,
+}
+_OF_FLIPS = {"flip_offset", "flip_crc32"}
 
 
 class _Record(BaseModel):
@@ -54,7 +63,7 @@ class LatentInfo(_Record):
 
     kind: Literal["sample", "moments"]
     """sample: (C, H, W); moments: mean and std stacked, (2C, H, W)."""
-    shape: tuple[int, int, int]
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     """Shape of the latent that the model sees, (C, H, W)."""
     dtype: Literal["float16", "float32"]
     flips: bool = False
@@ -72,7 +81,7 @@ class LatentInfo(_Record):
     @property
     def stored_bytes(self) -> int:
         """Bytes of the array in the shard."""
-        return int(np.prod(self.stored_shape)) * np.dtype(self.dtype).itemsize
+        return math.prod(self.stored_shape) * np.dtype(self.dtype).itemsize
 
 
 class KeyInfo(_Record):
@@ -152,14 +161,28 @@ class SampleTable:
         """Columns from rows, in index order."""
         columns = np.array(rows, np.int64).reshape(-1, len(SampleRow._fields)).T
         flips = bool((columns[3] >= 0).any())
-        kinds = zip(cls.__dataclass_fields__, (np.int64, np.int32, np.uint32, np.int64, np.uint32), strict=True)
-        made = {name: columns[number].astype(kind) for number, (name, kind) in enumerate(kinds) if number < 3 or flips}
+        kinds = enumerate(_KINDS.items())
+        made = {name: columns[n].astype(kind) for n, (name, kind) in kinds if flips or name not in _OF_FLIPS}
         return cls(**made)
 
     @classmethod
     def joined(cls, tables: Sequence[SampleTable]) -> SampleTable:
         """All rows, one table after the other."""
         return cls(**{name: np.concatenate([table.columns[name] for table in tables]) for name in tables[0].columns})
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, Column]) -> SampleTable:
+        """Columns of a file, which may be any.
+
+        Raises:
+            ValueError: they are not those of such a table.
+        """
+        if columns.keys() not in (set(_KINDS), set(_KINDS) - _OF_FLIPS):
+            raise ValueError(f"its columns are {', '.join(sorted(columns))}")
+        for name, column in columns.items():
+            if column.dtype != _KINDS[name] or getattr(column, "ndim", 1) != 1 or len(column) != len(columns["label"]):
+                raise ValueError(f"column {name} is no {_KINDS[name].__name__} for each sample")
+        return cls(**columns)
 
     def __len__(self) -> int:
         return len(self.label)
@@ -291,18 +314,20 @@ def read_table(folder: str, info: IndexFile) -> SampleTable:
     try:
         if info.table_crc32 is not None:
             blocks = Blocks(fs, path, fs.size(path), info.table_crc32, info.remake)
-            table = SampleTable(**side_file.stored_columns(blocks))
+            table = SampleTable.from_columns(side_file.stored_columns(blocks))
         else:
             packed = read_file(fs, path)
             if hashlib.sha256(packed).hexdigest() != info.table_sha256:
                 raise ConfigError(
                     f"{path} does not match index.json (sha256 differs): copy both again or {info.remake}"
                 )
-            table = SampleTable(**safetensors.numpy.load(packed))
+            table = SampleTable.from_columns(safetensors.numpy.load(packed))
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing: it belongs to index.json; copy it there or {info.remake}") from None
     except OSError as error:
         raise unreadable(fs, path, error) from None
+    except (ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
+        raise ConfigError(f"{path} is no side file of an index ({error}): {info.remake}") from None
     if info.latent.flips != (table.flip_offset is not None):
         raise ConfigError(f"{path} and index.json disagree about latent_flip: {info.remake}")
     if len(table) != sum(shard.samples for shard in info.shards):

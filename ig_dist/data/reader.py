@@ -16,7 +16,7 @@ from zlib_ng import zlib_ng
 from ig_dist.background import in_parallel
 from ig_dist.data.cache import BlockCache
 from ig_dist.data.index import ShardIndex
-from ig_dist.errors import DataError
+from ig_dist.errors import ConfigError, DataError
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import REQUEST_BYTES, open_url, read_range
 from ig_dist.storage.urls import full_url, is_local
@@ -45,7 +45,7 @@ class _File:
 
     def __init__(self, path: str, begin: int, size: int | None) -> None:
         self.number, self.begin = -1, begin
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not block
         if size is not None and os.fstat(self.number).st_size != size:
             raise FileNotFoundError(path)
 
@@ -94,6 +94,9 @@ class ShardReader:
         patience: how long faults of the storage are borne.
         cache: the node's cache, if any.
         request_bytes: the most that is asked for at once, and of a block of the cache; a sample may be larger.
+
+    Raises:
+        ConfigError: an index whose latents are larger than its shards.
     """
 
     def __init__(
@@ -111,6 +114,11 @@ class ShardReader:
         self._fs, self._path = open_url(index.folder, "data.index", self.patience)
         self._shape, self._dtype = index.info.latent.stored_shape, np.dtype(index.info.latent.dtype)
         self._size = index.info.latent.stored_bytes
+        if self._size > max(shard.bytes for shard in index.info.shards):
+            raise ConfigError(
+                f"{index.folder}: latents of shape {index.info.latent.shape} are larger than its shards:"
+                f" {index.info.remake}"
+            )
         self.table = index.table.under(self.patience)
         """That of the index, read under the same patience."""
         self._first_id = index.first_ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -137,7 +138,7 @@ def locate_array(member: Member) -> Array:
         shape, fortran, dtype = _npy_header(bytes(data[:size]))
     except Exception as error:  # numpy reads the header as Python source: a damaged one raises almost anything
         raise ConfigError(f"{member.name} is not an .npy file ({_line(error)})") from None
-    if fortran or dtype.hasobject or len(data) - size != int(np.prod(shape)) * dtype.itemsize:
+    if fortran or dtype.hasobject or len(data) - size != math.prod(shape) * dtype.itemsize:
         raise ConfigError(f"{member.name} is no plain C-ordered array of its shape")
     return Array(member.offset + size, dtype, shape, data[size:])
 

@@ -170,14 +170,25 @@ class StoredColumn:
 
 
 def stored_columns(blocks: Blocks) -> dict[str, StoredColumn]:
-    """The columns of a side file, by its header."""
-    length = int.from_bytes(blocks.read(0, 8).tobytes(), "little")
-    header = json.loads(blocks.read(8, 8 + length).tobytes())
+    """The columns of a side file, by its header.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    length = int.from_bytes(blocks.read(0, min(8, blocks.size)).tobytes(), "little")
+    if 8 + length > blocks.size:
+        raise ValueError("its header is longer than the file")
     columns = {}
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            begin = 8 + length + tensor["data_offsets"][0]
-            columns[name] = StoredColumn(blocks, begin, tensor["shape"][0], _DTYPES[tensor["dtype"]], PATIENCE)
+    try:
+        header = json.loads(blocks.read(8, 8 + length).tobytes())
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                (count,), (begin, end), dtype = tensor["shape"], tensor["data_offsets"], _DTYPES[tensor["dtype"]]
+                if not 0 <= begin <= end <= blocks.size - 8 - length or count != (end - begin) / dtype.itemsize:
+                    raise ValueError(f"column {name} is not in it")
+                columns[name] = StoredColumn(blocks, 8 + length + int(begin), int(count), dtype, PATIENCE)
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"its header is none ({type(error).__name__})") from None
     return columns
 
 

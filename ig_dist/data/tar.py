@@ -14,6 +14,7 @@ from ig_dist.errors import DataError
 
 _BLOCK = 512
 _PIECE = 2**20
+_LARGEST = 2**62  # that may be asked for
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes: whatever their size says
 _NAMING = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)  # of the member that follows
@@ -49,7 +50,7 @@ def read_tar(file: IO[bytes]) -> Iterator[Member]:
         if header.kind == tarfile.GNUTYPE_SPARSE:
             raise DamagedTar(f"{header.name} is stored sparse: pack the tar again, without --sparse")
         length = 0 if header.kind in _WITHOUT_DATA else header.size if size is None else size
-        data = file.read(length)
+        data = file.read(min(length, _LARGEST))
         padding = file.read(-length % _BLOCK)
         position = begin + len(data) + len(padding)
         if position != begin + length + -length % _BLOCK:

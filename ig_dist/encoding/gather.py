@@ -159,11 +159,12 @@ def refuse_empty_classes(source: Source, counts: NDArray[np.int64], rejected: Se
     if counts.all():
         return
     label = int(np.argmin(counts))
-    first = next(row for row in sorted(rejected) if source.labels[row.number] == label)
+    numbers = range(len(source.labels))
+    ours = (row for row in sorted(rejected) if row.number in numbers and source.labels[row.number] == label)
+    first = next((f" (the first: {row.path}: {row.reason})" for row in ours), "")
     raise ConfigError(
-        f"--source {where}: class {source.classes[label]!r} has no usable picture"
-        f" (the first: {first.path}: {first.reason}): add {KINDS} files, or remove the class, and encode to"
-        " another --dest"
+        f"--source {where}: class {source.classes[label]!r} has no usable picture{first}: add {KINDS} files, or"
+        " remove the class, and encode to another --dest"
     )
 
 
@@ -176,6 +177,13 @@ def _sound_record(dest: Dest, shape: tuple[int, int, int], sizes: dict[str, int]
         return None
     count = int(np.prod(shape)) * (2 if record.settings.store == "moments" else 1) * np.dtype(np.float16).itemsize
     path, rows = f"{dest.path}/{record.name}", record.rows
+    offsets = np.concatenate([column for name, column in rows.columns.items() if name.endswith("offset")])
+    if record.settings.flips != (rows.flip_offset is not None):
+        return None
+    if {len(record.sums), len(record.square_sums)} != {shape[0]}:
+        return None
+    if offsets.min() < 0 or offsets.max() > record.bytes - count:
+        return None
     for place in np.linspace(0, record.samples - 1, min(_CHECKED_SAMPLES, record.samples)).astype(int):
         begin = int(rows.offset[place])
         if zlib_ng.crc32(read_range(dest.fs, path, begin, begin + count, dest.patience)) != rows.crc32[place]:

@@ -29,6 +29,7 @@ from ig_dist.storage.writes import create_file
 PARTS = "parts"
 REJECTED_NAME = "rejected.csv"
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$")
+_RECORD = re.compile(r"shard-\d{6,}\.json")  # or what a killed worker left of one
 _SHARD = re.compile(r"shard-(\d{6,})(?:\.[0-9a-f]{16})?\.tar")  # of settings.shard_name
 
 
@@ -231,7 +232,8 @@ class Dest:
             known: names of the shards in the index.
         """
         for name in self.sizes(PARTS):
-            self._remove(f"{PARTS}/{name}")
+            if _RECORD.match(name):
+                self._remove(f"{PARTS}/{name}")
         numbers = {_SHARD.fullmatch(name)[1] for name in known if _SHARD.fullmatch(name)}  # type: ignore[index]
         for name in self.sizes().keys() - known:
             match = _SHARD.fullmatch(name)

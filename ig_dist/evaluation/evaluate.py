@@ -18,7 +18,7 @@ from ig_dist.evaluation.features import FeatureFiles, make_features
 from ig_dist.evaluation.images import find_images, plan_images
 from ig_dist.evaluation.nearest import picture_of, show_nearest, with_pictures
 from ig_dist.evaluation.references import Reference, open_reference
-from ig_dist.evaluation.samples import find_samples, read_samples, reference_of
+from ig_dist.evaluation.samples import find_samples, is_run, read_samples, reference_of
 from ig_dist.evaluation.sampling import config_extractor
 from ig_dist.evaluation.scores import Protocol, Scores, check_dimensions, score_plan, write_result
 from ig_dist.export import read_info
@@ -119,7 +119,7 @@ def evaluate(
 
 def _evaluations_of(url: str, run: Path) -> list[Path]:
     """Where scores of a plan go: into its run, or beside the samples where that is not here or cannot be written."""
-    return [*([run / "evaluations"] if run.is_dir() else []), *([Path(url)] if "://" not in url else [])]
+    return [*([run / "evaluations"] if is_run(run) else []), *([Path(url)] if "://" not in url else [])]
 
 
 def _evaluations_above(src: str) -> list[Path]:

@@ -14,6 +14,7 @@ from ig_dist.evaluation.features import FeatureFiles, make_features
 from ig_dist.evaluation.images import find_images
 from ig_dist.evaluation.npz import open_npz
 from ig_dist.evaluation.references import Reference
+from ig_dist.evaluation.samples import is_run
 from ig_dist.storage.writable import why_unwritable
 from ig_dist.terminal import console
 
@@ -127,7 +128,7 @@ def _without_pictures(reference: Reference) -> ConfigError:
 
 def picture_of(src: str, plan: str | None = None, run: Path | None = None) -> Path:
     """Where the picture goes: beside the others of a plan's run, or beside the images; of remote ones here."""
-    if plan is not None and run is not None and run.is_dir() and not why_unwritable(run / "samples"):
+    if plan is not None and run is not None and is_run(run) and not why_unwritable(run / "samples"):
         return run / "samples" / f"{plan}_nearest.png"
     name = f"{PurePosixPath(src.rstrip('/')).name.removesuffix('.npz')}_nearest.png"
     return Path(name) if "://" in src else Path(src).absolute().parent / name

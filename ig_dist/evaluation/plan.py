@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from ig_dist.arithmetic import Precision
@@ -37,9 +37,9 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    num: int
+    num: Annotated[int, Field(ge=1, le=10**9)]
     labels: Literal["balanced", "random"]
-    num_classes: int
+    num_classes: Annotated[int, Field(ge=1)]
     seed: int
     solver: Solver
     steps: int
@@ -49,8 +49,8 @@ class Plan(BaseModel):
     atol: float = 1e-6
     guidance: tuple[GuidanceConfig, ...]
     precision: Precision
-    unit_size: int
-    batch_size: int
+    unit_size: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)]
     weights_sha256: str
     weak_sha256: str | None = None
     """Hash of the weights of the second model, of plans with auto guidance."""

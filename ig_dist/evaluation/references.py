@@ -21,6 +21,8 @@ from ig_dist.evaluation.images import find_images, npz_images
 from ig_dist.evaluation.metrics import train_classifier
 from ig_dist.evaluation.moments import Moments, streamed_moments
 from ig_dist.evaluation.npz import open_npz
+from ig_dist.storage.files import read_file
+from ig_dist.storage.urls import LOCAL
 from ig_dist.terminal import console
 
 if TYPE_CHECKING:
@@ -221,6 +223,6 @@ def _provenance(src: str) -> dict[str, Any]:
     """What `ig-dist reference` wrote beside an npz; empty where there is nothing."""
     file = Path(src).with_suffix(".json")
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        return dict(json.loads(read_file(LOCAL, str(file))))
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}

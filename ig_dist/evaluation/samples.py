@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,9 +16,10 @@ from ig_dist.config_file import load_run
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.plan import Plan
 from ig_dist.evaluation.units import Samples, existing, unit_name, write_file
-from ig_dist.export import UNKNOWN_DATA, ExportInfo
+from ig_dist.export import INFO_NAME, UNKNOWN_DATA, ExportInfo
 from ig_dist.run_paths import moved_path
 from ig_dist.storage.files import open_url, read_file
+from ig_dist.storage.urls import LOCAL
 from ig_dist.terminal import console
 
 PLAN_NAME = "plan.json"
@@ -63,12 +65,12 @@ def read_samples(url: str) -> tuple[Samples, Path, EvaluateConfig]:
     url = url.rstrip("/")
     fs, path = open_url(url, "SAMPLES")
     try:
-        described = json.loads(fs.cat_file(f"{path}/{PLAN_NAME}"))
+        described = json.loads(read_file(fs, f"{path}/{PLAN_NAME}"))
         plan, info = Plan(**described["plan"]), ExportInfo(**described["export"])
         weak = None if described["weak"] is None else ExportInfo(**described["weak"])
         evaluate, old = EvaluateConfig(**described["evaluate"]), str(described["run"])
         tokenizer, rule = str(described["tokenizer"]), str(described["uint8_rule"])
-    except (OSError, ValueError, KeyError, TypeError, ValidationError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ValidationError):
         raise ConfigError(
             f"{url} holds no finished samples (no {PLAN_NAME}): make them with `ig-dist sample RUN`"
         ) from None
@@ -82,6 +84,11 @@ def read_samples(url: str) -> tuple[Samples, Path, EvaluateConfig]:
     weights = {name: now(place) for name, place in evaluate.weights.items()}
     evaluate = evaluate.model_copy(update={"reference": now(evaluate.reference), "weights": weights})
     return Samples(plan, info, url, rule, now(tokenizer), weak), run, evaluate
+
+
+def is_run(folder: Path) -> bool:
+    """Whether scores may go there: a plan's file may name any folder as its run."""
+    return any((folder / name).is_file() for name in ("config.yaml", INFO_NAME))
 
 
 class Listed(NamedTuple):
@@ -141,9 +148,12 @@ def _listed(url: str, run: Path) -> Iterator[Listed]:
     entries = fs.ls(path, detail=True) if fs.exists(path) else []
     for folder in sorted(entry["name"] for entry in entries if entry["type"] == "directory"):
         name, files = folder.rstrip("/").rsplit("/", 1)[-1], existing(fs, folder)
+        plan = step = None
         if PLAN_NAME in files:
-            told = json.loads(read_file(fs, f"{folder}/{PLAN_NAME}"))
-            plan, step = Plan(**told["plan"]), int(told["export"]["step"])
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+                told = json.loads(read_file(fs, f"{folder}/{PLAN_NAME}"))
+                step, plan = int(told["export"]["step"]), Plan(**told["plan"])  # a damaged one counts as unfinished
+        if plan is not None:
             yield Listed(f"{url}/{name}", plan, plan.num, _scores(run / "evaluations" / f"{plan.digest}.json"), step)
         elif units := [file for file in files if file.startswith("unit_")]:
             yield Listed(f"{url}/{name}", None, len(units), {})
@@ -151,8 +161,9 @@ def _listed(url: str, run: Path) -> Iterator[Listed]:
 
 def _scores(file: Path) -> dict[str, float]:
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))["scores"])
-    except (OSError, ValueError, KeyError):
+        found = json.loads(read_file(LOCAL, str(file)))["scores"]
+        return {str(name): float(value) for name, value in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from ig_dist.config.sampling import GuidanceConfig
@@ -40,11 +41,11 @@ def print_result(result: dict[str, Any]) -> None:
     table = _table("what", "value", show_header=False)
     spread = result.get("spread", {})
     for name, value in result["scores"].items():
-        table.add_row(name, _score(value, spread.get(name)), style="bold")
+        table.add_row(escape(name), _score(value, spread.get(name)), style="bold")
     table.add_section()
     for key, value in result["protocol"].items():
         told = describe_guidance([GuidanceConfig(**term) for term in value]) if key == "guidance" else str(value)
-        table.add_row(key, told)
+        table.add_row(escape(key), escape(told))
     console.print(table)
 
 
@@ -101,7 +102,7 @@ def print_plans(plans: Sequence[Listed]) -> None:
         scores = ", ".join(f"{name} {value:.4g}" for name, value in listed.scores.items())
         what = listed.plan.describe().rpartition("; ")[0] if listed.plan else "not finished: sample again to go on"
         step, images = (f"{listed.step:,}", f"{listed.images:,}") if listed.step is not None else ("", "")
-        table.add_row(listed.url.rsplit("/", 1)[-1], step, images, what, scores)
+        table.add_row(escape(listed.url.rsplit("/", 1)[-1]), step, images, escape(what), escape(scores))
     console.print(table)
 
 

@@ -101,11 +101,19 @@ def read_unit(plan: Plan, url: str, number: int) -> Unit:
             f"{url}: the images of unit {number} of {plan.num_units} are not there: run the same sampling again (with"
             " sample.keep_images=true, where they were dropped)"
         ) from None
-    except (KeyError, safetensors.SafetensorError):
+    except (KeyError, TypeError, ValueError, safetensors.SafetensorError):
         raise DataError(f"{full_url(fs, file)} is damaged: delete it and run the same sampling again") from None
-    if len(whole.images) != len(plan.unit(number)):
+    if not _fits(whole, len(plan.unit(number)), plan.num_classes):
         raise DataError(f"{full_url(fs, file)} is of another plan: delete it and run the same sampling again")
     return whole
+
+
+def _fits(unit: Unit, num: int, num_classes: int) -> bool:
+    """Whether these are arrays of a unit of so many images."""
+    kinds = [(values.dtype, values.shape[:1], values.ndim) for values in unit]
+    expected = [(np.dtype(dtype), (num,), ndim) for dtype, ndim in (("u1", 4), ("i8", 1), ("i8", 2))]
+    labels = unit.labels
+    return kinds == expected and not len(labels[(labels < 0) | (labels >= num_classes)])
 
 
 def existing(fs: Any, path: str) -> set[str]:

@@ -157,12 +157,14 @@ def _read_folder(folder: Path, autoencoder: Any) -> tuple[dict[str, Any], dict[s
     """Arguments of the autoencoder, its tensors, and the latents' scale."""
     file = folder / FOLDER_FILES[0]
     try:
+        if not file.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
         config = json.loads(file.read_text(encoding="utf-8"))
         kind, scale = config.get("_class_name", "AutoencoderKL"), config.get("scaling_factor", SD_SCALE)
         centred = any(config.get(key) is not None for key in ("shift_factor", "latents_mean"))
         # A shift besides the scale is left to the statistics per channel, which make both.
         scale = None if scale is None or centred else float(scale)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{file} is no config of an autoencoder ({error}): download or save it again") from None
     if kind != "AutoencoderKL" or (scale is not None and not 0 < scale < float("inf")):
         raise ConfigError(f"{file} describes {kind!r} with scale {scale}: use an AutoencoderKL with a positive scale")
@@ -186,6 +188,8 @@ def _build(
         ConfigError: settings that make no autoencoder, or tensors that are not exactly its own.
     """
     try:
+        if len(settings.get("block_out_channels", "1")) * settings.get("layers_per_block", 1) > len(tensors):
+            raise ValueError("they are of more layers than there are tensors")
         with torch.device("meta"):
             model = autoencoder(**settings)
     except Exception as error:  # whatever meaningless settings make diffusers raise

@@ -83,6 +83,8 @@ def read_config(
     width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
     grid = isqrt(shape("pos_embed", 3)[1])
     depth = 1 + max((int(n.split(".")[1]) for n in weights if n.startswith("blocks.")), default=-1)
+    if depth > len(weights):
+        raise ValueError(f"it names block {depth - 1} and has {len(weights)} weights: blocks are missing")
     outputs = shape("final_layer.linear.weight", 2)[0]
     sizes = [p for p in PRESETS.values() if (p.depth, p.hidden_size) == (depth, width)]
     for name in ("feat_rope.freqs_cos", "blocks.0.attn.q_norm.weight"):

@@ -25,6 +25,8 @@ from ig_dist.models.layers import (
     sincos_pos_embed,
 )
 
+MOST_BLOCKS = 1000  # the published ones have up to 40; a file may ask for any number
+
 
 @dataclass(frozen=True)
 class DiTConfig:
@@ -80,6 +82,8 @@ class DiTConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.depth > MOST_BLOCKS:
+            raise ValueError(f"depth is {self.depth}; it must be at most {MOST_BLOCKS}")
         if self.input_size % self.patch_size:
             raise ValueError(
                 f"patch_size {self.patch_size} does not divide input_size {self.input_size}; "

@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import torch
 
 from ig_dist.checkpoints.store import MANIFEST, CheckpointStore
@@ -18,7 +17,11 @@ from ig_dist.data.index import IndexFile
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT, count_parameters
 from ig_dist.report.text import Facts, items, number, plain
+from ig_dist.storage.faults import Patience
+from ig_dist.storage.files import open_url, read_file
+from ig_dist.storage.urls import LOCAL
 
+_ONCE = Patience(stall_s=10.0, deadline_s=0.0)  # with a storage that does not answer the report does without
 Metrics = Sequence[Mapping[str, Any]]
 
 
@@ -30,8 +33,8 @@ def read_conversion(run: Path) -> dict[str, Any] | None:
     """
     file = run / RECORD_NAME
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
-    except ValueError:
+        return dict(json.loads(read_file(LOCAL, str(file)))) if file.exists() else None
+    except (OSError, ValueError, TypeError, RecursionError):
         raise ConfigError(f"{file} is damaged: convert the published checkpoint again") from None
 
 
@@ -76,8 +79,8 @@ def read_index(url: str) -> IndexFile | None:
     """What the data folder says of itself; None where it cannot be read from here."""
     folder = url.removesuffix("/index.json").rstrip("/")
     try:
-        fs, path = fsspec.core.url_to_fs(f"{folder}/index.json")
-        return IndexFile.model_validate_json(fs.cat_file(path))
+        fs, path = open_url(f"{folder}/index.json", "data.index", web=True)
+        return IndexFile.model_validate_json(read_file(fs, path, _ONCE))
     except Exception:  # every storage has errors of its own; the report does without
         return None
 
@@ -86,9 +89,11 @@ def newest_manifest(config: Config, run: Path) -> dict[str, Any] | None:
     """Of the newest checkpoint; its files are not verified, only sampling and training need them whole."""
     url = config.checkpoint.url or f"{run}/checkpoints"
     try:
-        steps = CheckpointStore(url).steps()
-        fs, path = fsspec.core.url_to_fs(url.rstrip("/"))
-        return dict(json.loads(fs.cat_file(f"{path}/step_{steps[-1]:010d}/{MANIFEST}"))) if steps else None
+        steps = CheckpointStore(url, patience=_ONCE).steps()
+        fs, path = open_url(url, "checkpoint.url")
+        manifest = f"{path}/step_{steps[-1]:010d}/{MANIFEST}" if steps else ""
+        found = dict(json.loads(read_file(fs, manifest, _ONCE))) if steps else None
+        return found if found and isinstance(found["step"], int) else None
     except Exception:  # as above
         return None
 
@@ -111,8 +116,11 @@ def _model_facts(config: Config) -> Facts:
         ("Auxiliary head", f"after block {model.aux_depth}" if model.aux_depth else "none: no Internal Guidance"),
     ]
     if model.input_size and model.in_channels and model.num_classes and model.patch_size:
-        with torch.device("meta"):  # counted, not allocated
-            parameters = count_parameters(DiT(model.to_dit()))
+        try:
+            with torch.device("meta"):  # counted, not allocated
+                parameters = count_parameters(DiT(model.to_dit()))
+        except RuntimeError:  # of sizes beyond any tensor's
+            return facts
         tokens = (model.input_size // model.patch_size) ** 2
         facts.insert(0, ("Parameters", f"{parameters:,}"))
         facts.append(("Latent", f"{model.in_channels} × {model.input_size} × {model.input_size}"))

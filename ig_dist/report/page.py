@@ -47,7 +47,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     """
     out, quoted = out or run / "report.html", shlex.quote(str(run))
     config, conversion = load_run(run), read_conversion(run)
-    lines = [line for line in read_lines(run / "metrics.jsonl") if isinstance(line.get("step"), int)]
+    lines = [line for line in map(_numbers, read_lines(run / "metrics.jsonl")) if isinstance(line.get("step"), int)]
     metrics = [line for line in lines if {"images_seen", "loss", "images_per_s"} <= line.keys()]
     if not metrics and conversion is None:
         command = f"ig-dist train {shlex.quote(str(run / CONFIG_NAME))}"
@@ -96,6 +96,11 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     except OSError as error:
         raise ConfigError(f"--out {out}: {error.strerror}: give a file in a folder that can be written") from None
     return out
+
+
+def _numbers(line: Row) -> Row:
+    """A line of metrics without what is no number that can be drawn: there is none in a line that we wrote."""
+    return {k: v for k, v in line.items() if isinstance(v, float | None) or (isinstance(v, int) and abs(v) < 2**63)}
 
 
 def _headline(

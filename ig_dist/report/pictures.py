@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +17,11 @@ from ig_dist.config import Config
 from ig_dist.data.classes import class_words
 from ig_dist.data.index import IndexFile
 from ig_dist.report.text import guidance_name, plan_name
+from ig_dist.storage.files import read_file
+from ig_dist.storage.urls import LOCAL
 
 MOST_PICTURES = 8  # of a kind
+MOST_BYTES, MOST_PIXELS = 2**26, 2**26  # of a file that is shown
 MOST_PNG_BYTES = 1_000_000  # what is larger goes in as JPEG
 SMALL = 400  # pixels of width below which a picture is enlarged without smoothing
 NEAREST = "_nearest"
@@ -35,13 +39,17 @@ class Picture(NamedTuple):
 def embedded(file: Path, title: str, alt: str) -> Picture | None:
     """A picture as a data URL; None: there is no readable one (it may just be written)."""
     try:
+        if not file.is_file() or file.stat().st_size > MOST_BYTES:
+            return None
         data, kind = file.read_bytes(), "png"
         with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MOST_PIXELS:
+                return None
             small = image.width < SMALL
             if len(data) > MOST_PNG_BYTES:
                 image.convert("RGB").save(smaller := io.BytesIO(), "JPEG", quality=90)
                 data, kind = smaller.getvalue(), "jpeg"
-    except (OSError, SyntaxError):
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
     return Picture(title, alt, f"data:image/{kind};base64,{base64.b64encode(data).decode()}", small)
 
@@ -65,7 +73,9 @@ def nearest_pictures(run: Path) -> list[Picture]:
 
 def training_grids(run: Path, config: Config, index: IndexFile | None) -> tuple[list[Picture], str]:
     """Grids that were drawn while training, spread over its steps, and what stands in their rows and columns."""
-    files = sorted((run / "samples" / "training").glob("step_*.png"))
+    files = sorted(
+        file for file in (run / "samples" / "training").glob("step_*.png") if re.fullmatch(r"\d{1,18}", file.stem[5:])
+    )
     kept = np.linspace(0, len(files) - 1, min(len(files), MOST_PICTURES)).round().astype(int)
     grids = [
         embedded(files[i], f"step {(step := int(files[i].stem[5:])):,}", f"samples at step {step:,}") for i in kept
@@ -89,8 +99,8 @@ def _newest(files: Sequence[Path]) -> list[Path]:
 def _plan_order(run: Path, plan: str) -> tuple[tuple[int, list[float]], str]:
     """Where a plan stands among others, and its name in words."""
     try:
-        told = json.loads((run / "samples" / plan / "plan.json").read_text(encoding="utf-8"))
+        told = json.loads(read_file(LOCAL, str(run / "samples" / plan / "plan.json")))
         scales = [float(term["scale"]) for term in told["plan"]["guidance"]]
         return (len(scales), scales), plan_name(plan, told["plan"], told["export"]["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return (0, []), plan

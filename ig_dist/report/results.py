@@ -7,15 +7,17 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from ig_dist.data.classes import class_words, imagenet_classes
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.catalogue import METRICS, lower_is_better
 from ig_dist.report.facts import read_index
 from ig_dist.report.text import guidance_name, images_text, number, score
+from ig_dist.storage.files import read_file
+from ig_dist.storage.urls import LOCAL
 
 PAPER_IMAGES = 50_000
 REAL_IMAGENET_FID = 1.68  # of the validation images, measured with ADM's evaluator
@@ -34,6 +36,28 @@ class Result(BaseModel):
     spread: dict[str, float] = {}
     """Over subsets of the images, of scores that are means over such."""
     protocol: dict[str, Any] = {}
+
+    @field_validator("protocol")
+    @classmethod
+    def _of_its_kinds(cls, protocol: dict[str, Any]) -> dict[str, Any]:
+        _Known.model_validate(protocol)
+        return protocol
+
+
+class _Known(BaseModel):
+    """What the report reckons with, of a protocol."""
+
+    num: Annotated[int, Field(strict=True)] | None = None
+    seed: int | str | None = None
+    plan: str | None = None
+    guidance: Any = None
+
+    @field_validator("guidance")
+    @classmethod
+    def _terms(cls, value: Any) -> Any:
+        if isinstance(value, str | list | None):
+            return value
+        raise ValueError("no list of terms")
 
 
 class SweepRow(Result):
@@ -56,7 +80,7 @@ class Sweep(BaseModel):
 
     name: str = "sweep"
     written: datetime | None = None
-    rows: list[SweepRow] = Field(min_length=1)
+    rows: list[SweepRow] = Field(min_length=1, max_length=10_000)
     protocol: dict[str, Any] = {}
     target: str | None = None
     flat: list[int] | None = None
@@ -65,8 +89,13 @@ class Sweep(BaseModel):
     @model_validator(mode="after")
     def _number_of_images(self) -> Self:
         """Old files say it once for all rows."""
+        _Known.model_validate(self.protocol)
+        if self.written is not None and self.written.year < 1970:
+            raise ValueError("written before there were clocks")
         for row in self.rows:
             row.num = row.num or self.protocol.get("num")
+            if self.target in METRICS and self.target not in row.scores:
+                raise ValueError("a row lacks the score that was searched for")
         return self
 
 
@@ -113,7 +142,7 @@ def read_result(file: Path, command: str) -> Row:
 
 def _read(kind: type[BaseModel], file: Path, command: str) -> dict[str, Any]:
     try:
-        return kind.model_validate_json(file.read_bytes()).model_dump()
+        return kind.model_validate_json(read_file(LOCAL, str(file))).model_dump()
     except (OSError, ValidationError):
         raise ConfigError(f"{file} is damaged: delete it, and make it again with `{command}`") from None
 

@@ -160,7 +160,10 @@ def batch_script(request: Request, submission: Submission, folder: Path, *, name
         **({"mem": request.mem} if request.mem is not None else {}),
         **({"array": f"0-{submission.array - 1}{throttle}"} if submission.array else {}),
     }
-    said |= _more(request, said)
+    said |= (more := _more(request, said))
+    if {"mem_per_gpu", "mem_per_cpu"} & more.keys():  # SLURM takes one way of asking
+        said.pop("mem", None)
+    typed = str(more.get("gres", "")).startswith("gpu")  # gpu:h100:8, where a site asks for the type
     if after:  # what the user has it wait for, the array has waited for
         said.pop("dependency", None)
     executor = Script(folder)
@@ -170,7 +173,7 @@ def batch_script(request: Request, submission: Submission, folder: Path, *, name
         nodes=low,
         ntasks_per_node=request.ranks_per_node if fixed else None,
         cpus_per_task=cpus if fixed else None,
-        gpus_per_node=request.gpus_per_node or None,
+        gpus_per_node=None if typed else request.gpus_per_node or None,
         account=request.account,
         qos=request.qos,
         constraint=request.constraint,

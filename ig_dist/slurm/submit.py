@@ -158,7 +158,7 @@ def submit(
         script.write_text(batch_script(request, submission, path, name=name, after=after), encoding="utf-8")
         for check in (["--test-only"], ["--parsable"]):
             answer = slurm("sbatch", *check, str(script))
-        folder.id = answer.split(";")[0]
+        folder.id = job_id(answer)
     except SlurmError as error:
         shutil.rmtree(path)
         raise ConfigError(f"SLURM refuses: {error}; {_remedy(str(error))}") from None
@@ -166,6 +166,18 @@ def submit(
         shutil.rmtree(path)
         raise
     return folder.id
+
+
+def job_id(answer: str) -> str:
+    """The id in what ``sbatch --parsable`` says: ``ID`` or ``ID;CLUSTER``, at some sites below a greeting.
+
+    Raises:
+        SlurmError: there is none.
+    """
+    last = (answer.strip().splitlines() or [""])[-1].split(";")[0].strip()
+    if not last.isdecimal():
+        raise SlurmError(f"sbatch said {answer.strip()!r}, which is no job's id (squeue --me tells what it did)")
+    return last
 
 
 def withdraw(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 
 from ig_dist.errors import ConfigError, IgDistError
 from ig_dist.slurm.commands import QueuedJob, my_folders, queued
-from ig_dist.slurm.record import Folder, Submission, folders
+from ig_dist.slurm.record import JOB_NAME, Folder, Submission, folders
 from ig_dist.slurm.verdict import bad_nodes
 from ig_dist.terminal import console
 
@@ -43,6 +44,21 @@ def found_folders(run: Path) -> list[tuple[Folder, Submission]]:
     if not found:
         raise ConfigError(f"{run} was never submitted (no {run}/slurm): start it with ig-dist slurm")
     return found
+
+
+def refuse_others(folder: Folder, submission: Submission, run: Path) -> None:
+    """Refuse to submit again what this user may not have typed: options hold shell lines.
+
+    Raises:
+        ConfigError: another user wrote the submission, or it came with a run from another place.
+    """
+    owned = {place.stat().st_uid for place in (folder.path, folder.path / JOB_NAME)} <= {os.getuid()}
+    if not owned or Path(submission.run).resolve() != run.resolve():
+        whose = "is of a run that was elsewhere" if owned else "is another user's"
+        raise ConfigError(
+            f"{folder.path} {whose}: its options may run commands and are not taken over: submit it anew with"
+            f" ig-dist slurm {run}/config.yaml and the options that you want"
+        )
 
 
 def show_status(run: Path) -> None:

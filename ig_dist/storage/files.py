@@ -6,6 +6,7 @@ roles) and are never part of a config, a log line or a report.
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import numpy as np
 
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.extras import missing
-from ig_dist.storage import s3
+from ig_dist.storage import s3, web
 from ig_dist.storage.faults import PATIENCE, Patience, retried
 from ig_dist.storage.urls import WEB, full_url, is_file, is_local, once, refuse_credentials
 
@@ -36,9 +37,12 @@ def open_url(url: str, what: str, patience: Patience = PATIENCE, *, web: bool = 
         web: it may be http, which has no listings and cannot be written.
 
     Raises:
-        ConfigError: credentials in it, an unknown protocol, or one that is not of use here or not installed.
+        ConfigError: credentials in it, a chain of URLs, an unknown protocol, or one that is not of use here or not
+            installed.
     """
     refuse_credentials(url, what)
+    if "::" in url:  # fsspec would unpack, copy or interpret the file that stands last
+        raise ConfigError(f"{what} {url}: one URL within another is not opened: give the place itself")
     options: dict[str, Any] = {}
     protocol = fsspec.utils.get_protocol(url)
     if protocol in WEB:
@@ -141,9 +145,12 @@ def read_file(fs: Any, path: str, patience: Patience = PATIENCE) -> bytes:
     """A whole small file.
 
     Raises:
-        FileNotFoundError: there is no such file; others as ``retried``.
+        FileNotFoundError: there is no such file, or something else in its place; others as ``retried``.
     """
     fs = once(fs)
+    place = Path(path)
+    if is_local(fs) and place.exists() and not (place.is_file() or place.is_dir()):  # a pipe would be waited for
+        raise FileNotFoundError(errno.ENOENT, "it is not a file", path)
     data: bytes = retried(fs, path, lambda: fs.cat_file(path, **request_timeout(fs, 0, patience)), patience)
     return data
 
@@ -199,7 +206,11 @@ def _parts(
         yield from s3.get_parts(once(fs), path, start, size, room, patience)
     else:
         fs = once(fs)
-        data = memoryview(fs.cat_file(path, start=start, end=start + size, **request_timeout(fs, size, patience)))
+        bound = request_timeout(fs, size, patience)
+        if "http" in fs.protocol:
+            data = web.get_range(fs, path, start, size, bound["timeout"])
+        else:
+            data = memoryview(fs.cat_file(path, start=start, end=start + size, **bound))
         if len(data) > size:
             raise DataError(f"{full_url(fs, path)}: the server sends no parts of files: download it and use the copy")
         while data and (here := room()):

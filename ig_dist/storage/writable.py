@@ -5,7 +5,9 @@ That is found out by writing: permissions, mounts and stores each have rules of 
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import stat
 import tempfile
 import uuid
@@ -41,16 +43,29 @@ def why_unwritable(url: str | Path) -> str:
         return error.strerror or str(error)
 
 
-def others_may_change(folder: Path) -> str:
+def others_may_change(folder: Path, *, code: bool = False) -> str:
     """Empty, or the folder or parent in which any user may put other files in place of ours.
 
     In a sticky folder, such as /tmp, one may only change what is one's own: what we made there must be ours.
+
+    Args:
+        folder: one that is there.
+        code: what is kept there runs: nor may a group, but one that has this user's name.
     """
     ours = folder.resolve()
     if ours.stat().st_uid != os.getuid():
         return str(ours)
     for place in (ours, *ours.parents):
-        mode = place.stat().st_mode
-        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        found = place.stat()
+        open_to = stat.S_IWOTH | (stat.S_IWGRP if code and not _is_own_group(found.st_gid) else 0)
+        if found.st_mode & open_to and not found.st_mode & stat.S_ISVTX:
             return str(place)
     return ""
+
+
+def _is_own_group(number: int) -> bool:
+    """Whether a group is this user's alone: root's, or the one that was made with the user and has the same name."""
+    try:
+        return number == 0 or grp.getgrgid(number).gr_name == pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return False

@@ -104,6 +104,7 @@ def test_it_is_an_option_of_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_where_the_picture_goes(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
     assert picture_of(f"{tmp_path}/samples/abc", "abc", tmp_path) == tmp_path / "samples" / "abc_nearest.png"
     assert picture_of(str(tmp_path / "x.npz")) == tmp_path / "x_nearest.png"
     assert picture_of(f"{tmp_path}/folder/") == tmp_path / "folder_nearest.png"

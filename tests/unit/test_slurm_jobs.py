@@ -23,12 +23,12 @@ from ig_dist.endings import STOPPED
 from ig_dist.errors import ConfigError
 from ig_dist.jobs import Job, job_folder
 from ig_dist.slurm import watch
-from ig_dist.slurm.commands import Partition, QueuedJob, minutes, partition
+from ig_dist.slurm.commands import Partition, QueuedJob, SlurmError, minutes, partition
 from ig_dist.slurm.defaults import defaults_of
 from ig_dist.slurm.holding import CutOff, lock_is_free
 from ig_dist.slurm.record import Folder, Submission, World
 from ig_dist.slurm.script import Request, batch_script, checked, complete
-from ig_dist.slurm.submit import worlds
+from ig_dist.slurm.submit import job_id, worlds
 from ig_dist.slurm.verdict import (
     Next,
     Verdict,
@@ -487,3 +487,20 @@ def test_the_status_for_a_program_is_that_of_the_lines(tmp_path: Path, capsys: p
     assert watch.state([QueuedJob("7", "PENDING", "Priority", "", "2026-01-02T03:04:05")]) == (
         "PENDING (Priority, expected to start 2026-01-02T03:04:05)"
     )
+
+
+def test_what_sites_ask_for_in_words_of_their_own(tmp_path: Path) -> None:
+    whole = Request(nodes="2", gpus_per_node=8, mem="0", sbatch=["gres=gpu:h100:8", "mem-per-gpu=60G"])
+    text = batch_script(whole, submission(), tmp_path, name="first")
+    assert "--gres=gpu:h100:8" in text and "--mem-per-gpu=60G" in text
+    assert "--gpus-per-node" not in text and "--mem=" not in text and "--ntasks-per-node=8" in text
+
+
+@pytest.mark.parametrize(("answer", "number"), [("17", "17"), ("17;here\n", "17"), ("Welcome!\n---\n17\n\n", "17")])
+def test_the_id_of_a_job_below_a_greeting(answer: str, number: str) -> None:
+    assert job_id(answer) == number
+
+
+def test_an_answer_without_an_id_is_told() -> None:
+    with pytest.raises(SlurmError, match="which is no job's id"):
+        job_id("Welcome!")

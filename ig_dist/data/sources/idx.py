@@ -32,6 +32,7 @@ FASHION_CLASSES = (
 _IMAGES, _LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
 _UINT8 = 8
 _GZIP = b"\x1f\x8b"
+_MOST_TIMES = 1100  # that gzip makes zeros smaller
 
 
 class IdxPair(NamedTuple):
@@ -151,7 +152,10 @@ def _read(path: Path, dimensions: int, *, header_only: bool = False) -> tuple[tu
             packed = raw.read(2) == _GZIP  # whatever its name says: browsers unpack, and keep the name
             raw.seek(0)
             with gzip.open(raw) if packed else raw as file:
-                data = file.read(header_bytes if header_only else -1)
+                data = file.read(header_bytes)
+                if not header_only and len(data) == header_bytes:  # no more than may be in it, whatever it unpacks to
+                    count = math.prod(struct.unpack(f">{dimensions}I", data[4:]))
+                    data += file.read(min(count + 1, _MOST_TIMES * path.stat().st_size))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ConfigError(f"--source: {path} is damaged ({error}): fetch it again") from None
     except OSError as error:

@@ -18,6 +18,7 @@ from ig_dist.progress import Advance
 from ig_dist.storage.faults import Patience, unreadable
 
 _ROWS = 256  # read at a time
+_MOST_TIMES, _MOST_BYTES = 16, 64 << 20  # of the file's size, and besides, that its pictures may take
 
 
 def parquet_classes(file: SourceFile, patience: Patience) -> list[str] | None:
@@ -31,7 +32,7 @@ def parquet_classes(file: SourceFile, patience: Patience) -> list[str] | None:
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
         names = features["label"]["names"]
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         return None
     return [str(name) for name in names] if isinstance(names, list) and names else None
 
@@ -62,11 +63,16 @@ def parquet_to_tar(file: SourceFile, target: Path, patience: Patience, advance: 
             for image, label in zip(batch.column("image"), batch.column("label"), strict=True):
                 fields = image.as_py() or {}
                 # The content tells the format; the name only has to be a picture's. Without bytes it is rejected later.
-                suffix = PurePosixPath(fields.get("path") or "").suffix.lower().removeprefix(".")
+                suffix = PurePosixPath(str(fields.get("path") or "")).suffix.lower().removeprefix(".")
                 suffix = suffix if suffix in PICTURES else "jpg"
                 _add(tar, f"{row:08d}.{suffix}", fields.get("bytes") or b"")
                 _add(tar, f"{row:08d}.{LABEL}", b"%d" % _checked(label.as_py(), file, row))
                 row += 1
+                if tar.offset > _MOST_TIMES * file.size + _MOST_BYTES:
+                    raise ConfigError(
+                        f"--source: {file.name} has {file.size} bytes and unfolds to more than {tar.offset}: pictures"
+                        " do not, fetch it again"
+                    )
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -99,13 +105,14 @@ def _opened(file: SourceFile, patience: Patience, advance: Advance | None = None
                 or image is None
                 or not pyarrow.types.is_struct(image)
                 or "bytes" not in image.names
+                or image.field("bytes").type not in (pyarrow.binary(), pyarrow.large_binary())
             ):
                 raise ConfigError(
                     f"--source: {file.name} has the columns {', '.join(schema.names)}; needed are image"
                     " {bytes, path} and label: rename them, or convert the data set"
                 )
             yield opened
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, KeyError, UnicodeDecodeError) as error:
         raise ConfigError(f"--source: {file.name} is not a readable parquet file ({error}): fetch it again") from None
     except OSError as error:
         raise unreadable(file.fs, file.path, error) from None

@@ -119,7 +119,7 @@ def spool(files: Sequence[SourceFile], folder: Path, copy: Copy, patience: Patie
             f"--spool {folder}: other users may change files in {open_place}: choose another folder, or chmod o-w"
         )
     # Names in two folders may be equal; the number keeps them apart.
-    copies = [folder / f"{i:05d}-{Path(file.name).stem}.tar" for i, file in enumerate(files)]
+    copies = [folder / f"{i:05d}-{Path(file.name).stem[:50]}.tar" for i, file in enumerate(files)]
     missing = [i for i, path in enumerate(copies) if not path.exists()]
     begun = sum(max(0, file_size(_unfinished(copies[i]))) for i in missing)  # by another process, or one that is dead
     needed, free = sum(files[i].size for i in missing) - begun, shutil.disk_usage(folder).free

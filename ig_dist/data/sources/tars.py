@@ -11,7 +11,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -27,6 +27,7 @@ LABEL = "cls"
 _CLASS_TAR = re.compile(r"(?:.*/)?(n\d{8})\.tar")
 _MAX_CLASSES = 1_000_000
 _MAX_PROCESSES = 16
+_MOST_LABEL = 100  # bytes of a number as text
 MANY_BYTES = 2 << 30  # of tars: less is listed before processes have started
 
 _Result = TypeVar("_Result")
@@ -148,7 +149,7 @@ def _list_shard(tar: TarFile) -> list[Listed]:
     with Path(tar.path).open("rb") as file:
         for key, picture in pictures.items():
             file.seek(labels[key].offset)
-            label = _label(file.read(labels[key].size), f"{key}.{LABEL} of {tar.name}")
+            label = _label(file.read(min(labels[key].size, _MOST_LABEL)), f"{key}.{LABEL} of {tar.name}")
             where = ByteRange(tar.path, picture.offset, picture.size)
             listed.append(Listed(f"{tar.name}/{picture.name}", label, where))
     return listed
@@ -209,11 +210,16 @@ def members(tar: TarFile) -> Iterator[_Member]:
             file.seek(tar.offset)
             with tarfile.open(fileobj=file, mode="r:") as opened:
                 for member in opened:
+                    if member.size < 0:  # the library would go back, and read the same for ever
+                        raise tarfile.ReadError(f"{member.name!r} has a negative size")
                     if member.offset_data + member.size > end:
                         raise ConfigError(f"--source: {tar.name} ends in the middle of {member.name}: fetch it again")
                     if member.isreg() and not member.issparse():
                         yield _Member(member.name, member.offset_data, member.size)
-    except tarfile.TarError as error:
+                file.seek(opened.offset)  # the library takes a damaged header for the end
+                if opened.offset < end and any(file.read(tarfile.BLOCKSIZE)):
+                    raise tarfile.ReadError(f"the header at byte {opened.offset} is damaged")
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError) as error:
         kind = (
             "is compressed: unpack it to a plain .tar" if _is_compressed(path) else f"is not a readable tar ({error})"
         )
@@ -227,10 +233,10 @@ def _sorted_members(tar: TarFile) -> list[_Member]:
 
 
 def _label(data: bytes, where: str) -> int:
-    try:
-        return int(data)
-    except ValueError:
-        raise ConfigError(f"--source: {where} holds {data[:20]!r}, not a class number: mend the label") from None
+    with suppress(ValueError):
+        if len(data) < _MOST_LABEL:
+            return int(data)
+    raise ConfigError(f"--source: {where} holds {data[:20]!r}, not a class number: mend the label")
 
 
 def _is_compressed(path: Path) -> bool:
