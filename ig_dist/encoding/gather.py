@@ -180,7 +180,9 @@ def _sound_record(dest: Dest, shape: tuple[int, int, int], sizes: dict[str, int]
     offsets = np.concatenate([column for name, column in rows.columns.items() if name.endswith("offset")])
     if record.settings.flips != (rows.flip_offset is not None):
         return None
-    if {len(record.sums), len(record.square_sums)} != {shape[0]}:
+    if {len(record.sums), len(record.square_sums)} != {shape[0]} or not np.isfinite(
+        record.sums + record.square_sums
+    ).all():
         return None
     if offsets.min() < 0 or offsets.max() > record.bytes - count:
         return None
