@@ -12,6 +12,7 @@ import hashlib
 import io
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,7 @@ MAX_WHOLE_BYTES = 2**30
 """The most that ``NpzFile.array`` reads into memory: labels of a hundred million pictures, any covariance."""
 
 _READ_BYTES = 2**20
+_MOST_TIMES = 100  # that pictures are larger than the file which they are compressed in
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ def _member(what: str, file: io.BufferedReader, archive: zipfile.ZipFile, info: 
         with archive.open(info) as data:
             shape, fortran_order, dtype = _read_npy_header(data)
             start = data.tell()
-    except (ValueError, NotImplementedError, RuntimeError, EOFError) as error:
+    except (ValueError, NotImplementedError, RuntimeError, EOFError, SyntaxError, tokenize.TokenError) as error:
         raise ConfigError(f"{what} is no array that can be read ({' '.join(str(error).split())})") from None
     if dtype.hasobject:
         raise ConfigError(f"{what} holds Python objects, which are never read: save it as numbers")
@@ -224,6 +226,13 @@ def _check_images(npz: NpzFile) -> None:
     if len(pictures.shape) != 4 or pictures.shape[3] not in (1, 3):
         raise ConfigError(
             f"arr_0 of {npz.url} has the shape {pictures.shape}, pictures are (N, H, W, 3) or (N, H, W, 1)"
+        )
+    if not pictures.nbytes:
+        raise ConfigError(f"arr_0 of {npz.url} has the shape {pictures.shape}: there are no pictures in it")
+    if not pictures.stored and pictures.nbytes > max(MAX_WHOLE_BYTES, _MOST_TIMES * npz.size):
+        raise ConfigError(
+            f"arr_0 of {npz.url} unfolds to {pictures.nbytes / 1e9:.1f} GB, more than {_MOST_TIMES} times its file:"
+            " pictures do not, save it with numpy.savez"
         )
     if pictures.fortran_order:
         raise ConfigError(f"arr_0 of {npz.url} is in Fortran order: save numpy.ascontiguousarray of it")

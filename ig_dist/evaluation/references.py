@@ -20,7 +20,7 @@ from ig_dist.evaluation.features import FeatureFiles, make_features
 from ig_dist.evaluation.images import find_images, npz_images
 from ig_dist.evaluation.metrics import train_classifier
 from ig_dist.evaluation.moments import Moments, streamed_moments
-from ig_dist.evaluation.npz import open_npz
+from ig_dist.evaluation.npz import NpzFile, open_npz
 from ig_dist.storage.files import read_file
 from ig_dist.storage.urls import LOCAL
 from ig_dist.terminal import console
@@ -162,7 +162,7 @@ def open_reference(
         file = open_npz(src, "--reference", images=False)
         if "arr_0" in file.members:
             _check_side(src, file.member("arr_0").shape[1:3], side)
-        made_by = _provenance(src).get("extractors", {})
+        made_by = _provenance(src)
         for name in compared:
             metric, feature = METRICS[name], METRICS[name][1:]
             mean, covariance = statistics_keys(feature)
@@ -181,9 +181,10 @@ def open_reference(
                     f"{src}: {mean} has the shape {shapes[0]} and {covariance} {shapes[1]}: they are no mean (D,) and"
                     " covariance (D, D)"
                 )
-            count = int(file.array("num")) if "num" in file.members else 0
+            if {file.member(key).dtype.kind for key in (mean, covariance)} - set("fiu"):
+                raise ConfigError(f"{src}: {mean} and {covariance} are no numbers: make it again")
             statistics[feature] = Moments(
-                count, file.array(mean).astype(np.float64), file.array(covariance).astype(np.float64)
+                _count(file), file.array(mean).astype(np.float64), file.array(covariance).astype(np.float64)
             )
         lacking = [name for name in compared if METRICS[name][1:] not in statistics or METRICS[name].kind != "frechet"]
         if not lacking:
@@ -218,11 +219,22 @@ def _check_side(src: str, shape: tuple[int, ...], side: int | None) -> None:
         )
 
 
+def _count(file: NpzFile) -> int:
+    """Images that statistics are of; 0: not said."""
+    if "num" not in file.members:
+        return 0
+    told = file.member("num")
+    if told.dtype.kind not in "iu" or told.shape not in ((), (1,)):
+        raise ConfigError(f"{file.url}: num is {told.dtype} of shape {told.shape}, it is to be a number of images")
+    return int(file.array("num").item())
+
+
 @cache
-def _provenance(src: str) -> dict[str, Any]:
-    """What `ig-dist reference` wrote beside an npz; empty where there is nothing."""
+def _provenance(src: str) -> dict[str, str]:
+    """The extractors, by name with their hash, that `ig-dist reference` wrote beside an npz; empty: nothing."""
     file = Path(src).with_suffix(".json")
     try:
-        return dict(json.loads(read_file(LOCAL, str(file))))
-    except (OSError, ValueError, TypeError, RecursionError):
+        found = json.loads(read_file(LOCAL, str(file)))["extractors"]
+        return {str(name): str(sha256) for name, sha256 in found.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}

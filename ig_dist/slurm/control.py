@@ -125,7 +125,10 @@ def follow(folder: Folder, submission: Submission) -> int:
                 time.sleep(min(LOOK_S, pause))
         return final_code(folder)
     except KeyboardInterrupt:
-        console.print(f"\njob {folder.id} goes on; follow it with: ig-dist slurm status {submission.run} --follow")
+        console.print(
+            f"\njob {folder.id} goes on; follow it with: ig-dist slurm status {submission.run} --follow",
+            markup=False,
+        )
         return 0
 
 

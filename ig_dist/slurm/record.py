@@ -82,13 +82,13 @@ class Folder:
 
     def read(self) -> Submission:
         """What was submitted."""
-        return Submission.model_validate_json((self.path / JOB_NAME).read_text(encoding="utf-8"))
+        return Submission.model_validate_json(text_of(self.path / JOB_NAME))
 
     @property
     def id(self) -> str:
         """The id that SLURM gave the job; empty: none yet."""
-        file = self.path / ID_NAME
-        return file.read_text().strip() if file.exists() else ""
+        number = text_of(self.path / ID_NAME).strip()
+        return number if re.fullmatch(r"[0-9]+", number) else ""  # scancel would take other words for options
 
     @id.setter
     def id(self, number: str) -> None:
@@ -124,12 +124,10 @@ class Folder:
             waits: those for the run's lock too.
         """
         file = self.path / f"history{_suffix(task)}.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        lines = text_of(file).splitlines()
         events: list[dict[str, Any]] = []
         for line in lines:
-            try:
-                event = json.loads(line)
-            except ValueError:  # cut off, or being written
+            if (event := _told(line)) is None:
                 continue
             if event["event"] in _BEGINNINGS and events and events[-1]["event"] in _BEGINNINGS:
                 events.append(self._unseen_end(events[-1], event["log"], task))
@@ -172,6 +170,38 @@ def folders(run: Path) -> Iterator[tuple[Folder, Submission]]:
             yield Folder(path), Folder(path).read()
         except (OSError, ValidationError):
             continue  # being written, or not ours
+
+
+def text_of(file: Path) -> str:
+    """Of a file that may not be there yet; empty also where a pipe or a device is, which would be waited for."""
+    try:
+        return file.read_bytes().decode(errors="replace") if file.is_file() else ""
+    except OSError:
+        return ""
+
+
+def _told(line: str) -> dict[str, Any] | None:
+    """An event of the history; None: the line is cut off, being written, or not ours."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return None
+    end = {"reason": "", "next": "", "code": None} if event["event"] in _BEGINNINGS.values() else {}
+    event = {"nodes": [], "log": 0, **end, **event}
+    names = [event["nodes"], event.get("blame") or []]
+    fits = (
+        isinstance(event.get("time"), int | float)
+        and 0 <= event["time"] < 2**32
+        and isinstance(event["log"], int)
+        and event["log"] >= 0
+        and all(isinstance(found, list) and all(isinstance(name, str) for name in found) for found in names)
+        and all(isinstance(event.get(key, ""), str) for key in ("reason", "next"))
+        and isinstance(event.get("code"), int | None)
+        and (not isinstance(until := event.get("until", 0), int | float) or 0 <= until < 2**32)
+    )
+    return event if fits else None
 
 
 def _suffix(task: str) -> str:

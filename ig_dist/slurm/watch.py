@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from ig_dist.errors import ConfigError, IgDistError
 from ig_dist.slurm.commands import QueuedJob, my_folders, queued
-from ig_dist.slurm.record import JOB_NAME, Folder, Submission, folders
+from ig_dist.slurm.record import JOB_NAME, Folder, Submission, folders, text_of
 from ig_dist.slurm.verdict import bad_nodes
 from ig_dist.terminal import console
 
@@ -90,7 +90,8 @@ def show_all() -> None:
         found = True
         _, told = _ask(folder)
         far = how_far(Path(submission.run)) if submission.kind == "train" else None
-        console.print(f"{submission.run}: {submission.kind} job {folder.id}, {told}{f'; {far}' if far else ''}")
+        tail = f"; {far}" if far else ""
+        console.print(f"{submission.run}: {submission.kind} job {folder.id}, {told}{tail}", markup=False)
     if not found:
         console.print("no job of yours waits or runs that ig-dist slurm has submitted; of a run: status RUN")
 
@@ -191,21 +192,21 @@ def how_far(run: Path) -> str | None:
     if line is None:
         return None
     try:
-        train = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["train"]
+        train = yaml.safe_load(text_of(run / "config.yaml"))["train"]
         left = train["steps"] - int(line["step"])
         seconds = left * train["global_batch_size"] / line["images_per_s"]
         end = _clock(time.time() + seconds) if left else ""
         return f"step {line['step']} of {train['steps']}" + (f", expected end without a break: {end}" if end else "")
-    except (OSError, KeyError, TypeError, ZeroDivisionError, yaml.YAMLError):
+    except (OSError, KeyError, TypeError, ValueError, ArithmeticError, RecursionError, yaml.YAMLError):
         return f"step {line['step']}"
 
 
 def _last_metrics(run: Path) -> dict[str, Any] | None:
     try:
-        lines = (run / "metrics.jsonl").read_bytes()[-65536:].splitlines()
-        found: dict[str, Any] = json.loads(lines[-1])
-        return found if "step" in found else None
-    except (OSError, IndexError, ValueError):
+        lines = text_of(run / "metrics.jsonl")[-65536:].splitlines()
+        found = json.loads(lines[-1])
+        return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
+    except (OSError, IndexError, ValueError, RecursionError):
         return None
 
 

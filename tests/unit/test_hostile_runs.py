@@ -8,9 +8,11 @@ import os
 import shutil
 import struct
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,13 +22,16 @@ import torch
 
 from ig_dist import compile_cache
 from ig_dist.errors import ConfigError, DataError, IgDistError
+from ig_dist.evaluation import npz, references
+from ig_dist.evaluation.references import open_reference
 from ig_dist.evaluation.samples import is_run, list_plans, read_samples
 from ig_dist.evaluation.tables import print_plans, print_result
 from ig_dist.evaluation.units import read_unit, unit_name
 from ig_dist.export import load_export
 from ig_dist.report.page import write_report
+from ig_dist.slurm.control import cancel
 from ig_dist.slurm.record import Folder, Submission, World
-from ig_dist.slurm.watch import refuse_others
+from ig_dist.slurm.watch import refuse_others, show_status
 from ig_dist.storage.files import open_url
 from ig_dist.storage.writable import others_may_change
 from ig_dist.terminal import console, say
@@ -276,6 +281,96 @@ def test_a_submission_that_somebody_else_may_have_written_is_not_submitted_again
         os.chown(path / "job.json", 65534, 65534)
         with pytest.raises(ConfigError, match="another user's"):
             refuse_others(Folder(path), submission, tmp_path / "run")
+
+
+def submitted(run: Path) -> Folder:
+    submission = Submission(
+        kind="train", commands=[], run=str(run), cwd="/", tasks_per_node=1, cpus_per_task=1,
+        worlds={1: World(nodes=1, accumulation=1)}, max_failures=1, signal_delay_s=1, options={},
+    )  # fmt: skip
+    (path := run / "slurm" / "x" / "log").mkdir(parents=True)
+    (folder := Folder(path.parent)).write(submission)
+    folder.id = "5"
+    return folder
+
+
+def test_what_stands_in_a_submission_is_no_option_of_slurm_and_no_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed: list[tuple[str, ...]] = []
+    monkeypatch.setattr("ig_dist.slurm.commands.slurm", lambda *words, **_: str(typed.append(words) or ""))  # type: ignore[func-returns-value]
+    folder = submitted(tmp_path)
+    assert folder.id == "5"
+    for text in ("--user=me", "5 --me", "5\n--me", "5,6", "\u0665"):
+        (folder.path / "id").write_text(text)
+        assert folder.id == ""
+    cancel(tmp_path)
+    assert not typed
+    line: Any
+    begun = {"event": "start", "time": 1.0, "nodes": ["a"], "log": 0}
+    for line in (
+        5, [], {}, {"event": 5}, {"event": "start"}, {**begun, "time": "x"}, {**begun, "time": 1e300},
+        {**begun, "log": "x"}, {**begun, "nodes": 5}, {**begun, "nodes": [5]},
+    ):  # fmt: skip
+        (folder.path / "history.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(begun) + "\n")
+        show_status(tmp_path)
+        assert len(folder.events()) == 1
+    for content in (DEEP.encode(), b"\xff\xfe"):
+        for name in ("slurm/x/history.jsonl", "metrics.jsonl", "config.yaml"):
+            (tmp_path / name).write_bytes(content)
+    show_status(tmp_path)
+    for name in ("slurm/x/history.jsonl", "slurm/x/id", "metrics.jsonl", "config.yaml"):
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+    show_status(tmp_path)
+    (folder.path / "job.json").unlink()
+    os.mkfifo(folder.path / "job.json")
+    with pytest.raises(ConfigError, match="was never submitted"):
+        show_status(tmp_path)
+
+
+def npy(head: str, data: bytes = b"") -> bytes:
+    text = head.encode()
+    text += b" " * (-(len(text) + 11) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data
+
+
+def array(descr: str, shape: str, data: bytes = b"") -> bytes:
+    return npy(f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}", data)
+
+
+def test_npz_of_no_pictures_bombs_and_odd_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(npz, "MAX_WHOLE_BYTES", 2**20)
+    file = tmp_path / "x.npz"
+    for data in (
+        npy("(" * 9000),
+        array("|u1", "(0, 4, 4, 3)"),
+        array("|u1", "(1000000000, 0, 0, 3)"),
+        array("|u1", "(1, 2000, 2000, 1)", bytes(4_000_000)),
+    ):
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("arr_0.npy", data)
+        with pytest.raises(ConfigError):
+            npz.open_npz(str(file))
+    good = {"mu": array("<f8", "(1,)", bytes(8)), "sigma": array("<f8", "(1, 1)", bytes(8))}
+    for change in (
+        {"num": array("<U1", "()", b"a\0\0\0")},
+        {"num": array("<i8", "(2,)", bytes(16))},
+        {"num": array("<f8", "()", struct.pack("<d", float("nan")))},
+        {"mu": array("<U1", "(1,)", b"a\0\0\0")},
+    ):
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, data in {**good, **change}.items():
+                archive.writestr(f"{name}.npy", data)
+        with pytest.raises(ConfigError):
+            open_reference(str(file), ["fid"], lambda name: SimpleNamespace(sha256="0"))  # type: ignore[arg-type,return-value]
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in good.items():
+            archive.writestr(f"{name}.npy", data)
+    for text in ('{"extractors": 5}', '{"extractors": []}', "[1]", DEEP):
+        references._provenance.cache_clear()
+        file.with_suffix(".json").write_text(text)
+        open_reference(str(file), ["fid"], lambda name: SimpleNamespace(sha256="0"))  # type: ignore[arg-type,return-value]
 
 
 def test_kernels_are_not_kept_where_a_group_may_write_nor_in_a_folder_that_another_made(
