@@ -101,7 +101,7 @@ def export_run(config: Config, *, ema: float | None = None, raw: bool = False, s
 
 def export_checkpoint(checkpoint: Checkpoint, config: Config, *, ema: float | None = None, raw: bool = False) -> Path:
     """Export one checkpoint of a run, of one that cannot be written into the cache; otherwise as ``export_run``."""
-    saved = saved_config(checkpoint.meta["config"], checkpoint.url)
+    meta, saved = _saved(checkpoint)
     if not raw and ema is None:
         ema = saved.ema.decays[0]
     if ema is not None and ema not in saved.ema.decays:
@@ -116,7 +116,7 @@ def export_checkpoint(checkpoint: Checkpoint, config: Config, *, ema: float | No
             return folder
 
     index = read_index(config.data.index)
-    if index.sha256 != checkpoint.meta["index_sha256"]:
+    if index.sha256 != meta["index_sha256"]:
         raise ConfigError(
             f"the index at {index.folder} is not the one that {checkpoint.url} was trained on: restore it"
         )
@@ -130,7 +130,7 @@ def export_checkpoint(checkpoint: Checkpoint, config: Config, *, ema: float | No
         **dict(model_info(saved, index)),
         ema=ema,
         step=checkpoint.step,
-        images_seen=checkpoint.meta["images_seen"],
+        images_seen=meta["images_seen"],
         checkpoint_sha256=checkpoint.sha256,
         weights_sha256=hashlib.sha256(packed).hexdigest(),
     )
@@ -150,6 +150,20 @@ def export_checkpoint(checkpoint: Checkpoint, config: Config, *, ema: float | No
     except OSError:  # another worker exported the same bytes first
         shutil.rmtree(building)
     return folder
+
+
+def _saved(checkpoint: Checkpoint) -> tuple[dict[str, Any], Config]:
+    """What a training stored beside the tensors, and its config.
+
+    Raises:
+        ConfigError: it is no training's.
+    """
+    meta = checkpoint.meta
+    kinds = {"config": dict, "images_seen": int, "index_sha256": str}
+    for key, kind in kinds.items():
+        if not isinstance(meta.get(key), kind):
+            raise ConfigError(f"{checkpoint.url} does not say its {key}: give a checkpoint of `ig-dist train`")
+    return meta, saved_config(meta["config"], checkpoint.url)
 
 
 def _exported_from(folder: Path) -> str | None:
@@ -265,7 +279,7 @@ def find_run(source: str | Path, overrides: Sequence[str] = ()) -> tuple[Config,
         return _config_of(folder, overrides), None, None
     if saved:
         step, url = int(saved[1]), str(folder.absolute().parent)
-        tree = CheckpointStore(url).at(step, ALONE).meta["config"]
+        tree = _saved(CheckpointStore(url).at(step, ALONE))[1].model_dump(mode="json")
         tree = {**tree, "run": {**tree["run"], "dir": url}, "checkpoint": {**tree["checkpoint"], "url": url}}
         return config_from_tree(apply_overrides(tree, overrides), source=str(folder)), None, step
     run, at, step_text = str(source).rpartition("@")

@@ -29,6 +29,7 @@ from ig_dist.storage.urls import is_local
 FORMAT = "ig-dist-checkpoint/3"
 FORMATS = ("ig-dist-checkpoint/2", FORMAT)
 MANIFEST = "manifest.json"
+MOST_ELEMENTS = 2**50
 MOST_BYTES = 2**28
 """Of a manifest: 13 times that of 512 ranks of FSDP2."""
 
@@ -156,6 +157,8 @@ def check_tensor(name: str, entry: Mapping[str, Any]) -> None:
     """
     if entry["dtype"] not in DTYPE_NAMES:
         raise DamagedError(f"tensor {name!r} has an unknown dtype {entry['dtype']!r}")
+    if math.prod(max(side, 1) for side in entry["shape"]) >= MOST_ELEMENTS:
+        raise DamagedError(f"tensor {name!r} has more elements than any memory")
     end, what = 0, f"tensor {name!r} of shape {entry['shape']}"
     for _, start, stop, *_ in entry["pieces"]:
         if start < end or stop < start:

@@ -21,13 +21,14 @@ import safetensors.numpy
 import torch
 
 from ig_dist import compile_cache
+from ig_dist.checkpoints.manifest import FORMAT, sealed
 from ig_dist.errors import ConfigError, DataError, IgDistError
 from ig_dist.evaluation import npz, references
 from ig_dist.evaluation.references import open_reference
 from ig_dist.evaluation.samples import is_run, list_plans, read_samples
 from ig_dist.evaluation.tables import print_plans, print_result
 from ig_dist.evaluation.units import read_unit, unit_name
-from ig_dist.export import load_export
+from ig_dist.export import find_run, load_export
 from ig_dist.report.page import write_report
 from ig_dist.slurm.control import cancel
 from ig_dist.slurm.record import Folder, Submission, World
@@ -82,6 +83,26 @@ def test_an_export_whose_hash_is_right_and_whose_content_is_not_costs_a_line(tmp
         os.mkfifo(folder / name)
         with pytest.raises(IgDistError):
             load_export(folder, CPU)
+
+
+def test_a_checkpoint_that_no_training_saved_is_no_weights(tmp_path: Path) -> None:
+    file = {"name": "a.safetensors", "bytes": 8, "sha256": "0" * 64, "header": [8, zlib.crc32(bytes(8))]}
+    folder = tmp_path / "checkpoints" / "step_0000000005"
+    folder.mkdir(parents=True)
+    (folder / "a.safetensors").write_bytes(bytes(8))
+    good = {"images_seen": 5, "index_sha256": "0", "optimizer_steps": 5}
+    for meta, shape in (
+        ({"optimizer_steps": 5}, None),
+        ({**good, "config": []}, None),
+        ({**good, "config": {"run": "x"}}, None),
+        ({**good, "config": {}, "images_seen": "x"}, None),
+        ({**good, "config": {}}, [2**62, 2**62, 0]),
+    ):
+        tensors = {} if shape is None else {"model/x": {"shape": shape, "dtype": "float32", "pieces": []}}
+        manifest = {"format": FORMAT, "step": 5, "world_size": 1, "meta": meta, "files": [file], "tensors": tensors}
+        (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
+        with pytest.raises(ConfigError, match="does not say|another version|no whole checkpoint"):
+            find_run(folder)
 
 
 def plan_folder(run: Path, name: str = "0123") -> Path:
