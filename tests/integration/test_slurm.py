@@ -165,6 +165,7 @@ def goes_on(run: Path, event: Callable[[], object], name: str, *, at: int = 30) 
     assert starts(run)[-1].next == "done", starts(run)
 
 
+@pytest.mark.full  # cancel, which CI tries, sends the same signal
 def test_a_stop_signal_and_a_source_that_is_edited_meanwhile(
     cluster: SlurmCluster, uninterrupted: Callable[[int], Path], tmp_path: Path, digits_index: Path
 ) -> None:
@@ -202,7 +203,8 @@ def preempt(cluster: SlurmCluster) -> None:
     cluster.run("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
 
 
-@pytest.mark.parametrize("grace", [0, pytest.param(20, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("grace", [0, 20])
 def test_preemption(
     cluster: SlurmCluster, uninterrupted: Callable[[int], Path], tmp_path: Path, digits_index: Path, grace: int
 ) -> None:
