@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ig_dist import __version__
+from ig_dist.json_lines import append
 from ig_dist.this_process import host, this_process
 
 FILE_NAME = "provenance.jsonl"
@@ -31,11 +32,8 @@ GIT_S = 10.0  # a shared file system may be slow
 
 def note_start(run: Path, **more: Any) -> None:
     """Add this start to the run's provenance, with what else is given."""
-    line = json.dumps({**provenance(), **more}).encode() + b"\n"
-    with suppress(OSError), (run / FILE_NAME).open("a+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        cut = size and os.pread(file.fileno(), 1, size - 1) != b"\n"  # by a kill
-        file.write(b"\n" + line if cut else line)
+    with suppress(OSError):
+        append(run / FILE_NAME, {**provenance(), **more})
 
 
 def provenance() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ig_dist.config_file import load_run
 from ig_dist.errors import ConfigError, IgDistError
-from ig_dist.run_dir import read_lines
+from ig_dist.json_lines import read_lines
 from ig_dist.terminal import console
 
 CONFIG = "digits"

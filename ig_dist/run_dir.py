@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -20,7 +19,7 @@ from pydantic import ValidationError
 from ig_dist.config import Config
 from ig_dist.config_file import read_groups
 from ig_dist.endings import LOCK_WAIT_VARIABLE
-from ig_dist.errors import ConfigError, DataError
+from ig_dist.errors import ConfigError
 from ig_dist.run_paths import absolute_paths, moved_paths
 from ig_dist.terminal import console
 from ig_dist.this_process import host
@@ -206,54 +205,6 @@ def refuse_other_config(what: str, differ: Sequence[str], *, force: bool) -> Non
             f"{what} belongs to another config: {', '.join(differ[:MOST_DIFFERENCES])}{more};"
             " choose another run.dir, or go on under the new config with --force-config"
         )
-
-
-class LineFile:
-    """A file of JSON lines that a run appends to. A line that finds no space waits for the next; then one is told."""
-
-    def __init__(self, file: Path) -> None:
-        self._file, self._waiting = file, b""
-
-    def append(self, line: Mapping[str, Any]) -> None:
-        """Add a line, whole or not at all.
-
-        Raises:
-            DataError: the folder is gone.
-        """
-        failed_before = bool(self._waiting)
-        self._waiting += json.dumps(line).encode() + b"\n"
-        try:
-            with self._file.open("a+b", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
-                if size and os.pread(file.fileno(), 1, size - 1) != b"\n" and not failed_before:
-                    self._waiting = b"\n" + self._waiting  # ends a line that a kill cut off
-                try:
-                    if file.write(self._waiting) != len(self._waiting):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                except OSError:
-                    file.truncate(size)
-                    raise
-        except FileNotFoundError:
-            raise DataError(f"run.dir {self._file.parent} is gone while the run goes on: start it again") from None
-        except OSError as error:
-            if not failed_before:
-                console.print(
-                    f"{self._file}: {error.strerror}: the run goes on, and its lines wait for space", markup=False
-                )
-        else:
-            self._waiting = b""
-
-
-def read_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a file of JSON lines; what was cut off, is being written or is no object is passed over."""
-    if not file.is_file():
-        return
-    with file.open("rb") as lines:
-        for line in lines:
-            with contextlib.suppress(ValueError, RecursionError):
-                found = json.loads(line)
-                if isinstance(found, dict):
-                    yield found
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -29,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ig_dist.run_dir import read_lines
+from ig_dist.json_lines import read_lines
 from tests import forked
 from tests.conftest import write_tiny_config
 from tests.distributed.test_training import final_tensors

@@ -18,6 +18,7 @@ from ig_dist import __version__
 from ig_dist.config import Config
 from ig_dist.config_file import load_run
 from ig_dist.errors import ConfigError
+from ig_dist.json_lines import read_lines
 from ig_dist.provenance import FILE_NAME
 from ig_dist.report.evaluations import evaluation_sections, step_charts
 from ig_dist.report.facts import newest_manifest, provenance_facts, read_conversion, read_index, run_facts
@@ -26,7 +27,7 @@ from ig_dist.report.results import PAPER_IMAGES, Row, best_row, read_result, rea
 from ig_dist.report.sweeps import sweep_section, tiles
 from ig_dist.report.text import compact, folded, images_text, number, protocol_parts, score
 from ig_dist.report.training import goodput_section, training_charts
-from ig_dist.run_dir import CONFIG_NAME, read_lines, replace_text
+from ig_dist.run_dir import CONFIG_NAME, replace_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 

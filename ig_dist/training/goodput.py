@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, FiniteFloat, NonNegativeInt, ValidationError
 
+from ig_dist.json_lines import LineFile, read_lines
 from ig_dist.report.text import duration
-from ig_dist.run_dir import LineFile, read_lines
 from ig_dist.terminal import console
 from ig_dist.training.phases import Phases
 

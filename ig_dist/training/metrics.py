@@ -18,7 +18,8 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ig_dist.errors import ConfigError
-from ig_dist.run_dir import LineFile, read_lines, replace_text
+from ig_dist.json_lines import LineFile, read_lines
+from ig_dist.run_dir import replace_text
 from ig_dist.terminal import console
 
 if TYPE_CHECKING:

@@ -24,9 +24,10 @@ import safetensors.torch
 import torch
 
 import ig_dist
-from ig_dist import run_dir
 from ig_dist.checkpoints.manifest import sealed
 from ig_dist.errors import DataError, IgDistError
+from ig_dist.json_lines import read_lines
+from ig_dist.terminal import console
 
 STEPS = 3
 DEEP = 100_000
@@ -455,7 +456,7 @@ def test_a_damaged_run_goes_on_right_or_is_refused_in_a_line(
         assert refused is None
         ours, theirs = weights(run), weights(runs / "ended")
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-        *_, noted = run_dir.read_lines(run / "provenance.jsonl")
+        *_, noted = read_lines(run / "provenance.jsonl")
         assert noted["step"] == (1 if wanted == "before" else 2)
         if wanted == "before":
             assert steps_of(run) == [1, 2, 3]
@@ -499,7 +500,7 @@ def test_a_run_whose_own_disk_is_full_goes_on_and_writes_its_lines_when_there_is
 
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as pool:
-        patch.setattr(run_dir.console, "print", lambda *words, **options: said.append(" ".join(map(str, words))))
+        patch.setattr(console, "print", lambda *words, **options: said.append(" ".join(map(str, words))))
         filled = pool.submit(fill_and_free)
         ig_dist.train(tree)
         filled.result()
@@ -525,7 +526,7 @@ def test_a_run_whose_folder_is_removed_ends_with_a_line(tmp_path: Path, digits_i
 
 
 def steps_of(run: Path) -> list[int]:
-    return [line["step"] for line in run_dir.read_lines(run / "metrics.jsonl")]
+    return [line["step"] for line in read_lines(run / "metrics.jsonl")]
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
