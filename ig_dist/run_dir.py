@@ -109,13 +109,11 @@ def claim(config: Config, identity: Identity | None = None, *, force: bool = Fal
         descriptor = os.open(path / LOCK_NAME, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise ConfigError(f"run.dir {path}: {error.strerror}: choose a folder that can be written") from None
-    with open(descriptor, "a+", errors="replace") as lock:  # noqa: PTH123  (a descriptor)
+    with open(descriptor, "r+b", buffering=0) as lock:  # noqa: PTH123  (a descriptor; a buffer would fail at the end)
         try:
             if not _locked(lock, float(os.environ.get(LOCK_WAIT_VARIABLE, "0"))):
-                lock.seek(0)
-                raise ConfigError(
-                    f"run.dir {path} is in use by process {lock.read(99).strip()}: wait for it or stop it"
-                )
+                holder = os.pread(descriptor, 99, 0).decode(errors="replace").strip()
+                raise ConfigError(f"run.dir {path} is in use by process {holder}: wait for it or stop it")
         except OSError as error:
             raise ConfigError(
                 f"run.dir {path}: no file locks there ({error.strerror}): use another file system"
@@ -123,8 +121,7 @@ def claim(config: Config, identity: Identity | None = None, *, force: bool = Fal
         kept = absolute_paths(config.model_dump(mode="json"))  # they hold from any folder
         try:
             lock.truncate(0)
-            lock.write(f"{os.getpid()} on {host()}\n")
-            lock.flush()
+            lock.write(f"{os.getpid()} on {host()}\n".encode())
             replace_text(path / CONFIG_NAME, yaml.safe_dump(kept, sort_keys=False))
             if not read_identity(path).id:
                 replace_text(path / IDENTITY_NAME, json.dumps((identity or new_identity())._asdict()) + "\n")
@@ -152,7 +149,7 @@ def _check_kinds(path: Path) -> None:
             raise ConfigError(f"run.dir: {path / name} is a link, whose target would be written over: remove it")
 
 
-def _locked(lock: IO[str], wait_s: float) -> bool:
+def _locked(lock: IO[bytes], wait_s: float) -> bool:
     """Take the lock, which the kernel lets go of however a process ends; False: somebody else holds it."""
     deadline = time.monotonic() + wait_s
     while True:

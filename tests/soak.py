@@ -294,7 +294,7 @@ def sample(campaign: Campaign, folder: Path) -> list[str]:
         assert process.wait(ENDS_S) == 0, process.communicate()
         campaign.seconds["sample"] = time.monotonic() - began
     suffered = under_faults(campaign, lambda: start(folder / "samples"), FOR_ANY, campaign.seconds["sample"])
-    for pattern in ("samples.npz", "unit_*"):
+    for pattern in ("samples.npz", "unit_*.safetensors"):  # a kill may leave a temporary file
         if content(folder / "samples", pattern) != content(whole, pattern):
             raise Broken(f"other {pattern} after {suffered}")
     return suffered

@@ -24,8 +24,10 @@ import safetensors.torch
 import torch
 
 import ig_dist
+from ig_dist import run_dir
 from ig_dist.checkpoints.manifest import sealed
-from ig_dist.errors import DataError, IgDistError
+from ig_dist.config_file import config_from_tree
+from ig_dist.errors import ConfigError, DataError, IgDistError
 from ig_dist.json_lines import read_lines
 from ig_dist.terminal import console
 
@@ -507,6 +509,21 @@ def test_a_run_whose_own_disk_is_full_goes_on_and_writes_its_lines_when_there_is
     assert sum("wait for space" in line for line in said) >= 1
     assert (saved / "step_0000000060" / "manifest.json").is_file()
     assert steps_of(run) == list(range(1, 61)), "the lines that waited are there, each once"
+
+
+def test_a_run_that_begins_on_a_full_disk_is_refused_in_a_line(small_disk: Path, digits_index: Path) -> None:
+    config = config_from_tree(settings(small_disk / "run", digits_index), "here")
+    with run_dir.claim(config):
+        pass
+    with suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(512))
+    for _ in range(2):  # one that was refused has left nothing behind that refuses the next
+        with pytest.raises(ConfigError, match="No space left"), run_dir.claim(config):
+            pass
+    (small_disk / "filler").unlink()
+    with run_dir.claim(config):
+        pass
 
 
 def test_a_run_whose_folder_is_removed_ends_with_a_line(tmp_path: Path, digits_index: Path) -> None:
