@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from ig_dist.config import Config
 from ig_dist.config_file import apply_overrides, config_from_tree, load_config
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.asking import Interval, sample_config
+from ig_dist.evaluation.asking import Asked, Interval, sample_config
 from ig_dist.evaluation.sampling import check_places, sample_run
 from ig_dist.evaluation.sweep import Axes, sweep_run
 from ig_dist.export import find_run, find_weights
@@ -86,49 +86,31 @@ def train(config: str | Path | Mapping[str, Any] | Config, *overrides: str, forc
     return Path(loaded.run.dir)
 
 
+class AskedOfFiles(Asked, total=False):
+    """And which classes the images are of."""
+
+    labels: str | None
+    classes: Sequence[int | str] | None
+
+
 def sample(
     source: str | Path,
     *overrides: str,
-    num: int | None = None,
-    labels: str | None = None,
-    classes: Sequence[int | str] | None = None,
-    seed: int | None = None,
-    solver: str | None = None,
-    steps: int | None = None,
-    preset: str | None = None,
-    ig_scale: float | None = None,
-    cfg_scale: float | None = None,
-    auto_scale: float | None = None,
-    ig_interval: Interval | None = None,
-    cfg_interval: Interval | None = None,
-    auto_interval: Interval | None = None,
-    weak: str | Path | None = None,
     ema: float | None = None,
     raw: bool = False,
     out: str | Path | None = None,
+    **asked: Unpack[AskedOfFiles],
 ) -> str:
-    """Make the images of a plan into files, as `ig-dist sample` does; None: as the run's config says.
+    """Make the images of a plan into files, as `ig-dist sample` does.
 
     Args:
         source: as of ``load``.
         overrides: ``"a.b=c"``.
-        num: number of images.
-        labels: balanced or random.
-        classes: by number, name or words: image i has ``classes[i % len(classes)]``.
-        seed: image i depends on (seed, i) only.
-        solver: euler, heun, euler_maruyama or dopri5.
-        steps: of the solver.
-        preset: "paper", "paper-ig" or "fast" ("paper" in bf16).
-        ig_scale: of Internal Guidance; 1: off.
-        cfg_scale: of classifier-free guidance; 1: off.
-        auto_scale: of autoguidance by ``weak``; 1: off.
-        ig_interval: times (low, high) at which IG is on; t = 1 is noise.
-        cfg_interval: the same of CFG.
-        auto_interval: the same of autoguidance.
-        weak: the second model of autoguidance.
         ema: decay of the average; None: the first of ``ema.decays``.
         raw: the weights themselves instead of an average.
         out: folder of these samples; None: one of the run's.
+        asked: options of a ``Pipeline``'s call, but for ``labels="balanced"`` or "random" and ``classes``, by number,
+            name or words: image i has ``classes[i % len(classes)]``.
 
     Returns:
         The folder of the samples, for ``evaluate``.
@@ -137,24 +119,7 @@ def sample(
         ConfigError: what is asked for does not fit.
         DataError: a file cannot be written.
     """
-    config = sample_config(
-        find_run(source)[0],
-        overrides,
-        preset=preset,
-        num=num,
-        labels=labels,
-        classes=None if classes is None else list(classes),
-        seed=seed,
-        solver=solver,
-        steps=steps,
-        weak_model=None if weak is None else str(weak),
-        ig_scale=ig_scale,
-        cfg_scale=cfg_scale,
-        auto_scale=auto_scale,
-        ig_interval=ig_interval,
-        cfg_interval=cfg_interval,
-        auto_interval=auto_interval,
-    )
+    config = sample_config(find_run(source)[0], overrides, **asked)
     folder = None if out is None else str(out)
     check_places(config, folder)
     return sample_run(config, find_weights(source, ema=ema, raw=raw, config=config).export, out=folder).samples.url

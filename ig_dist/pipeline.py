@@ -7,59 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ig_dist.arithmetic import Precision, arithmetic
+from ig_dist.arithmetic import arithmetic
 from ig_dist.config import Config
 from ig_dist.data.latents import normalisation
 from ig_dist.diffusion.guidance import GuidanceTerm, guided_velocity
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.asking import Interval, sample_config
+from ig_dist.evaluation.asking import Asked, sample_config
 from ig_dist.evaluation.plan import class_names, image_numbers, make_plan
-from ig_dist.evaluation.solving import Models, Sampler, decode
-from ig_dist.export import ExportInfo, Weights, find_weights, load_export
+from ig_dist.evaluation.solving import Models, Sampler, autoguided, decode, decoder, load_second
+from ig_dist.export import ExportInfo, Weights, load_export
 from ig_dist.gallery import Images, pil_images
-from ig_dist.latents.tokenizer import Tokenizer
-from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.models.dit import DiT, count_parameters
 from ig_dist.progress import progress
 from ig_dist.rng import Purpose, normal
 
 Labels = Sequence[int | str] | int | str | NDArray[np.integer[Any]] | Tensor
 Output = Literal["pil", "numpy", "torch", "latents"]
-
-
-class Asked(TypedDict, total=False):
-    """What a call of a ``Pipeline`` may be asked for."""
-
-    num: int | None
-    seed: int | None
-    solver: str | None
-    steps: int | None
-    preset: str | None
-    ig_scale: float | None
-    cfg_scale: float | None
-    auto_scale: float | None
-    ig_interval: Interval | None
-    cfg_interval: Interval | None
-    auto_interval: Interval | None
-    weak: str | Path | None
-    time_shift: float | Literal["latent_dimension"] | None
-    correct_last_step: bool | None
-    rtol: float | None
-    atol: float | None
-    precision: Precision | None
-    state: Literal["fp64", "fp32"] | None
-    decode_precision: Precision | None
-    compile: bool | Literal["auto"] | None
-    batch_size: int | None
-    unit_size: int | None
 
 
 class Pipeline:
@@ -100,19 +70,8 @@ class Pipeline:
         labels: Labels | None = None,
         *,
         num: int | None = None,
-        seed: int | None = None,
-        solver: str | None = None,
-        steps: int | None = None,
-        preset: str | None = None,
-        ig_scale: float | None = None,
-        cfg_scale: float | None = None,
-        auto_scale: float | None = None,
-        ig_interval: Interval | None = None,
-        cfg_interval: Interval | None = None,
-        auto_interval: Interval | None = None,
-        weak: str | Path | None = None,
         output: Output = "pil",
-        **sample: Any,
+        **asked: Any,
     ) -> Images | NDArray[np.uint8] | Tensor:
         """Make images: bitwise those that `ig-dist sample` makes with the same options. None: as the run's config.
 
@@ -120,83 +79,52 @@ class Pipeline:
             labels: classes by number, name or words, one for each image; with ``num`` image i has class
                 ``labels[i % len(labels)]``. "balanced" and "random" are as on the command line.
             num: number of images; None: one for each label.
-            seed: image i depends on (seed, i) only.
-            solver: euler, heun, euler_maruyama or dopri5.
-            steps: of the solver.
-            preset: "paper" or "paper-ig": as published for a model of this size; "fast": "paper" in bf16.
-            ig_scale: of Internal Guidance; 1: off.
-            cfg_scale: of classifier-free guidance; 1: off.
-            auto_scale: of autoguidance by ``weak``; 1: off.
-            ig_interval: times (low, high) at which IG is on; t = 1 is noise.
-            cfg_interval: the same of CFG.
-            auto_interval: the same of autoguidance.
-            weak: the second model of autoguidance: all that ``ig_dist.load`` takes.
             output: "pil": a list of PIL images; "numpy": (N, H, W, channels) uint8; "torch": the same as a tensor on
                 ``device``; "latents": (N, C, h, w) float64 for ``decode``.
-            sample: other keys of the config's ``sample`` group: time_shift, precision, batch_size, ...
+            **asked:
+                seed: image i depends on (seed, i) only.
+                solver: euler, heun, euler_maruyama or dopri5.
+                steps: of the solver.
+                preset: "paper" or "paper-ig": as published for a model of this size; "fast": "paper" in bf16.
+                ig_scale, cfg_scale, auto_scale: of Internal Guidance, classifier-free guidance, and autoguidance by
+                    ``weak``; 1: off.
+                ig_interval, cfg_interval, auto_interval: times (low, high) at which each is on; t = 1 is noise.
+                weak: the second model of autoguidance: all that ``ig_dist.load`` takes.
+                time_shift, precision, batch_size, ...: other keys of the config's ``sample`` group.
 
         Raises:
             ConfigError: what is asked for does not fit; the message says how to mend it.
         """
-        words: dict[str, Any] = {}
-        if isinstance(labels, str) and labels in ("balanced", "random"):
-            words["labels"] = labels
-        elif labels is not None:
-            words["classes"] = _listed(labels)
-            num = len(words["classes"]) if num is None else num
-        if num is None:
-            raise ConfigError("say how many images: e.g. pipe(num=8), or name their classes: pipe(labels=[0, 1, 2])")
-        config = sample_config(
-            self.config,
-            preset=preset,
-            num=num,
-            seed=seed,
-            solver=solver,
-            steps=steps,
-            weak_model=None if weak is None else str(weak),
-            ig_scale=ig_scale,
-            cfg_scale=cfg_scale,
-            auto_scale=auto_scale,
-            ig_interval=ig_interval,
-            cfg_interval=cfg_interval,
-            auto_interval=auto_interval,
-            **words,
-            **sample,
-        )
-        return self._sample(config, output)
-
-    def _sample(self, config: Config, output: Output) -> Images | NDArray[np.uint8] | Tensor:
         if output not in ("pil", "numpy", "torch", "latents"):
             raise ConfigError(f"output={output!r}: use 'pil', 'numpy', 'torch' or 'latents'")
-        weak_model, weak = self._second(config)
+        if isinstance(labels, str) and labels in ("balanced", "random"):
+            asked["labels"] = labels
+        elif labels is not None:
+            asked["classes"] = _listed(labels)
+            num = len(asked["classes"]) if num is None else num
+        if num is None:
+            raise ConfigError("say how many images: e.g. pipe(num=8), or name their classes: pipe(labels=[0, 1, 2])")
+        config = sample_config(self.config, num=num, **asked)
+        weak_model, weak = self._second(config) if autoguided(config) else (None, None)
         plan = make_plan(config, self.info, self.info.weights_sha256, weak)
-        sampler = Sampler(Models(self.model, self.info, self._decoder(config), weak_model), plan)
-        made = list[Tensor]()
+        models = Models(self.model, self.info, decoder(config, self.info, self.device), weak_model)
+        sampler, made = Sampler(models, plan), list[Tensor]()
         with progress("sample", plan.num, "images") as advance:
             for batch in chain.from_iterable(map(sampler.batches, range(plan.num_units))):
                 latents = sampler.solve(image_numbers(batch.solved))[0][: len(batch.kept)]
                 made.append(latents if output == "latents" else sampler.decode(latents))
                 advance(len(batch.kept))
-        images = torch.cat(made)
         if output in ("torch", "latents"):
-            return images
-        pixels = images.cpu().numpy()
-        labels = plan.image_labels(image_numbers(range(plan.num)))
-        return Images(pil_images(pixels), labels.tolist()) if output == "pil" else pixels
+            return torch.cat(made)
+        pixels = torch.cat(made).cpu().numpy()
+        labels = plan.image_labels(image_numbers(range(plan.num))).tolist()
+        return Images(pil_images(pixels), labels) if output == "pil" else pixels
 
-    def _decoder(self, config: Config) -> Tokenizer:
-        told = config.sample
-        return index_tokenizer(
-            self.info.tokenizer, self.info.latent, told.tokenizer, device=self.device, precision=told.decode_precision
-        )
-
-    def _second(self, config: Config) -> tuple[DiT, ExportInfo] | tuple[None, None]:
-        """The second model, where guidance asks for it; read once."""
-        if all(term.kind != "auto" or term.scale == 1 for term in config.guidance):
-            return None, None
+    def _second(self, config: Config) -> tuple[DiT, ExportInfo]:
+        """The second model of autoguidance; read once."""
         source = config.sample.weak_model
         if source not in self._weak:
-            self._weak = {source: load_export(find_weights(source).export, self.device)}
+            self._weak = {source: load_second(config, self.device)}
         return self._weak[source]
 
     @torch.no_grad()
@@ -262,7 +190,8 @@ class Pipeline:
     ) -> Images | NDArray[np.uint8] | Tensor:
         """Images of latents (N, C, h, w) as the model sees them; ``output`` as of a call."""
         latents = latents.to(self.device)
-        images = decode(self._decoder(self.config), latents, normalisation(self.info.latent, self.device))
+        tokenizer = decoder(self.config, self.info, self.device)
+        images = decode(tokenizer, latents, normalisation(self.info.latent, self.device))
         if output == "torch":
             return images
         pixels = images.cpu().numpy()

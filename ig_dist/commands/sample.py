@@ -84,7 +84,7 @@ def sample(
         seed=seed,
         solver=solver,
         steps=steps,
-        weak_model=weak,
+        weak=weak,
         png=png,
         keep_images=False if drop_images else None,
         ig_scale=ig_scale,

@@ -4,14 +4,44 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, TypedDict
 
+from ig_dist.arithmetic import Precision
 from ig_dist.config import Config
 from ig_dist.config_file import apply_overrides, config_from_tree, with_guidance
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.recipes import recipe
 
 Interval = tuple[float, float]
+_GUIDANCE = [f"{kind}_{what}" for kind in ("ig", "cfg", "auto") for what in ("scale", "interval")]
+
+
+class Asked(TypedDict, total=False):
+    """What sampling may be asked for. What is left out or None is as the run's config says."""
+
+    num: int | None
+    seed: int | None
+    solver: str | None
+    steps: int | None
+    preset: str | None
+    ig_scale: float | None
+    cfg_scale: float | None
+    auto_scale: float | None
+    ig_interval: Interval | None
+    cfg_interval: Interval | None
+    auto_interval: Interval | None
+    weak: str | Path | None
+    time_shift: float | Literal["latent_dimension"] | None
+    correct_last_step: bool | None
+    rtol: float | None
+    atol: float | None
+    precision: Precision | None
+    state: Literal["fp64", "fp32"] | None
+    decode_precision: Precision | None
+    compile: bool | Literal["auto"] | None
+    batch_size: int | None
+    unit_size: int | None
 
 
 def sample_config(
@@ -19,13 +49,8 @@ def sample_config(
     overrides: Sequence[str] = (),
     *,
     preset: str | None = None,
-    ig_scale: float | None = None,
-    cfg_scale: float | None = None,
-    auto_scale: float | None = None,
-    ig_interval: Interval | None = None,
-    cfg_interval: Interval | None = None,
-    auto_interval: Interval | None = None,
-    **sample: Any,
+    weak: str | Path | None = None,
+    **asked: Any,
 ) -> Config:
     """A copy of a run's config that says how is sampled; what is None stays as it is.
 
@@ -33,30 +58,18 @@ def sample_config(
         config: of the weights, see ``find_weights``.
         overrides: ``a.b=c``; they come on top of the preset, and the other options on top of them.
         preset: a published way of sampling, see ``recipe``.
-        ig_scale: Internal Guidance; 1: off.
-        cfg_scale: classifier-free guidance; 1: off.
-        auto_scale: autoguidance by ``weak_model``; 1: off.
-        ig_interval: times (low, high) at which IG is on; t = 1 is noise.
-        cfg_interval: the same of CFG.
-        auto_interval: the same of autoguidance.
-        sample: keys of the ``sample`` group: num, labels, seed, solver, steps, weak_model, ...
+        weak: the second model of autoguidance, ``sample.weak_model``.
+        asked: scales and intervals, see ``with_guidance``, and other keys of the ``sample`` group.
 
     Raises:
         ConfigError: what is asked for does not fit.
     """
     published = [] if preset is None else recipe(preset, config.model)
+    guidance = {key: asked.pop(key, None) for key in _GUIDANCE}
+    sample = {**asked, "weak_model": None if weak is None else str(weak)}
     options = [f"sample.{key}={json.dumps(value)}" for key, value in sample.items() if value is not None]
     tree = apply_overrides(config.model_dump(mode="json"), [*published, *overrides, *options])
-    asked = with_guidance(
-        config_from_tree(tree, source="sample"),
-        ig_scale=ig_scale,
-        cfg_scale=cfg_scale,
-        auto_scale=auto_scale,
-        ig_interval=ig_interval,
-        cfg_interval=cfg_interval,
-        auto_interval=auto_interval,
-    )
-    weak = sample.get("weak_model")
-    if weak is not None and all(term.kind != "auto" for term in asked.guidance):
+    told = with_guidance(config_from_tree(tree, source="sample"), **guidance)
+    if weak is not None and all(term.kind != "auto" for term in told.guidance):
         raise ConfigError(f"--weak {weak} guides nothing without a scale: give --auto-scale too, e.g. 2 (1 is off)")
-    return asked
+    return told

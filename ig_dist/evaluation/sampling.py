@@ -21,10 +21,9 @@ from ig_dist.evaluation.plan import class_names, make_plan
 from ig_dist.evaluation.samples import PLAN_NAME as PLAN_NAME
 from ig_dist.evaluation.samples import read_samples as read_samples
 from ig_dist.evaluation.samples import samples_url, write_plan
-from ig_dist.evaluation.solving import Models
+from ig_dist.evaluation.solving import Models, autoguided, decoder, load_second
 from ig_dist.evaluation.units import Samples, existing, unit_name, write_file
-from ig_dist.export import find_weights, load_export
-from ig_dist.latents.tokenizers import index_tokenizer
+from ig_dist.export import load_export
 from ig_dist.progress import progress
 from ig_dist.storage.files import open_url
 from ig_dist.storage.writable import why_unwritable
@@ -70,13 +69,8 @@ def sample_run(
     device = this_device()
     extractors = [config_extractor(config, name, device) for name in extractors_of(metrics)]
     model, info = load_export(export, device)
-    told = config.sample
-    tokenizer = index_tokenizer(
-        info.tokenizer, info.latent, told.tokenizer, device=device, precision=told.decode_precision
-    )
-    weak_model, weak = None, None
-    if any(term.kind == "auto" and term.scale != 1 for term in config.guidance):
-        weak_model, weak = load_export(_weak_export(config.sample.weak_model), device)
+    tokenizer = decoder(config, info, device)
+    weak_model, weak = load_second(config, device) if autoguided(config) else (None, None)
     plan = make_plan(config, info, info.weights_sha256, weak)
     keep_images = config.sample.keep_images
     if not keep_images and not extractors:
@@ -122,13 +116,6 @@ def check_places(config: Config, out: str | None = None) -> None:
 def config_extractor(config: Config, name: str, device: torch.device) -> Extractor:
     """An extractor with the weights that the config says."""
     return get_extractor(name, weights=config.evaluate.weights.get(name, ""), device=device)
-
-
-def _weak_export(source: str) -> Path:
-    try:
-        return find_weights(source).export
-    except ConfigError as error:
-        raise ConfigError(f"sample.weak_model {error}") from None
 
 
 def _claim(samples: Samples) -> None:

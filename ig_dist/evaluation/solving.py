@@ -12,13 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from ig_dist.arithmetic import Precision, arithmetic, compiled
+from ig_dist.config import Config
+from ig_dist.data.index import IndexFile
 from ig_dist.data.latents import Affine, normalisation, tokenizer_latents
 from ig_dist.diffusion.guidance import guided_velocity
 from ig_dist.diffusion.path import Path
 from ig_dist.diffusion.samplers import NoiseFn, VelocityFn, dopri5, euler, euler_maruyama, heun, sde_grid, time_grid
+from ig_dist.errors import ConfigError
 from ig_dist.evaluation.plan import Batch, Plan
-from ig_dist.export import ModelInfo
+from ig_dist.export import ExportInfo, ModelInfo, find_weights, load_export
 from ig_dist.latents.tokenizer import Tokenizer
+from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.models.dit import DiT, DiTOutput
 from ig_dist.models.presets import forward_flops
 from ig_dist.rng import Draws, Purpose, normal, to_normal
@@ -38,6 +42,34 @@ class Models(NamedTuple):
     """Decodes the latents."""
     weak: DiT | None = None
     """The second model of auto guidance."""
+
+
+def decoder(config: Config, data: ModelInfo | IndexFile, device: torch.device) -> Tokenizer:
+    """What decodes the latents of a model or an index: where and how the config's ``sample`` group says; loaded once.
+
+    Raises:
+        ConfigError: it is not there, or is not the one of these latents.
+    """
+    place, precision = config.sample.tokenizer, config.sample.decode_precision
+    return index_tokenizer(data.tokenizer, data.latent, place, device=device, precision=precision)
+
+
+def autoguided(config: Config) -> bool:
+    """Whether a second model guides."""
+    return any(term.kind == "auto" and term.scale != 1 for term in config.guidance)
+
+
+def load_second(config: Config, device: torch.device) -> tuple[DiT, ExportInfo]:
+    """The second model of autoguidance.
+
+    Raises:
+        ConfigError: no weights there.
+    """
+    try:
+        export = find_weights(config.sample.weak_model).export
+    except ConfigError as error:
+        raise ConfigError(f"sample.weak_model {error}") from None
+    return load_export(export, device)
 
 
 class Sampler:

@@ -26,9 +26,8 @@ from ig_dist.evaluation.references import Reference, open_reference
 from ig_dist.evaluation.samples import reference_of
 from ig_dist.evaluation.sampling import check_places, config_extractor, sample_run
 from ig_dist.evaluation.scores import Scores, score_plan
-from ig_dist.evaluation.solving import Models
+from ig_dist.evaluation.solving import Models, decoder
 from ig_dist.export import export_run, load_export, read_info
-from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.run_dir import replace_text
 from ig_dist.storage.writable import why_unwritable
 from ig_dist.terminal import console, is_first_process, is_main_process
@@ -280,13 +279,10 @@ def _save_scale_grid(
     config: Config, export: Path, ig_scales: Sequence[float], reference: Reference, file: Path
 ) -> None:
     """Real images above generated ones at every scale, the same noise in each column, without CFG and autoguidance."""
-    device, told = this_device(), config.sample
+    device = this_device()
     model, info = load_export(export, device)
-    decoder = index_tokenizer(
-        info.tokenizer, info.latent, told.tokenizer, device=device, precision=told.decode_precision
-    )
-    models = Models(model, info, decoder)
-    sample = told.model_copy(
+    models = Models(model, info, decoder(config, info, device))
+    sample = config.sample.model_copy(
         update={"num": COLUMNS, "unit_size": COLUMNS, "batch_size": COLUMNS, "labels": "balanced", "classes": []}
     )
     shown = config.model_copy(update={"sample": sample})

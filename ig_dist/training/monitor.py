@@ -14,10 +14,9 @@ from ig_dist.config import Config
 from ig_dist.data.index import ShardIndex
 from ig_dist.data.reader import ShardReader
 from ig_dist.evaluation.plan import Plan, make_plan
-from ig_dist.evaluation.solving import Models, Sampler
+from ig_dist.evaluation.solving import Models, Sampler, decoder
 from ig_dist.export import ModelInfo, model_info
 from ig_dist.latents.tokenizer import Tokenizer
-from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.models.dit import DiT
 from ig_dist.parallel.dist import Dist, StopFlag
 from ig_dist.training.ema import EMA
@@ -54,13 +53,8 @@ def sample_grid(model: DiT, ema: EMA, index: ShardIndex, config: Config, device:
 
 
 def grid_tokenizer(index: ShardIndex, config: Config, device: torch.device) -> Tokenizer:
-    """What decodes the grids; loaded once.
-
-    Raises:
-        ConfigError: it is not there, or is not the one of the index.
-    """
-    told, info = config.sample, index.info
-    return index_tokenizer(info.tokenizer, info.latent, told.tokenizer, device=device, precision=told.decode_precision)
+    """What decodes the grids, see ``decoder``."""
+    return decoder(config, index.info, device)
 
 
 def _plan(config: Config, info: ModelInfo) -> Plan:

@@ -25,12 +25,11 @@ from ig_dist.evaluation.plan import Plan, image_numbers, make_plan
 from ig_dist.evaluation.references import open_reference
 from ig_dist.evaluation.sampling import config_extractor
 from ig_dist.evaluation.scores import Scores, plan_protocol, write_result
-from ig_dist.evaluation.solving import Models, Sampler
+from ig_dist.evaluation.solving import Models, Sampler, decoder
 from ig_dist.export import model_info
 from ig_dist.models.dit import DiT
 from ig_dist.parallel.dist import Dist, StopFlag, begin_any, from_main, gather_rows
 from ig_dist.training.ema import EMA
-from ig_dist.training.monitor import grid_tokenizer
 
 
 class TrainingScores:
@@ -57,7 +56,7 @@ class TrainingScores:
             name: config_extractor(config, name, device) for name in extractors_of(self._metrics)
         }
         self._info = model_info(config, index)
-        self._tokenizer = grid_tokenizer(index, config, device)
+        self._tokenizer = decoder(config, index.info, device)
         self._plan = _plan(config, index)
         self._wanted = dict.fromkeys(METRICS[name][1:] for name in self._metrics)
         self._reference = open_reference(
