@@ -34,7 +34,7 @@ class AccelerationConfig(Group):
 
 
 class LossConfig(Group):
-    """The training objective (docs/architecture.md, "The mathematics")."""
+    """The training objective (docs/decisions/mathematics.md)."""
 
     path: Literal["linear", "cosine"] = "linear"
     """Interpolation between data (t = 0) and noise (t = 1)."""

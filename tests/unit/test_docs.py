@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECORDS = sorted((ROOT / "docs/decisions").glob("*.md"))
 
 
 def test_the_field_table_is_that_of_the_docstrings() -> None:
@@ -20,7 +21,7 @@ def test_the_field_table_is_that_of_the_docstrings() -> None:
     assert "|  |" not in page, "a field without a docstring"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *RECORDS], ids=lambda page: page.name)
 def test_every_link_leads_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", page.read_text())
     for link in (a or b for a, b in links):
@@ -46,9 +47,24 @@ def test_the_front_page_is_short_and_every_page_is_in_the_index() -> None:
         assert page.name == "README.md" or f"({page.name})" in index, page.name
 
 
-def test_every_part_of_the_package_is_in_the_architecture() -> None:
+def test_every_package_and_root_module_is_in_the_map() -> None:
     text = (ROOT / "docs/architecture.md").read_text()
     parts = [
         part.name for part in (ROOT / "ig_dist").iterdir() if part.suffix in ("", ".py") and part.name[0] not in "_."
     ]
-    assert len(parts) > 30 and not [part for part in parts if not re.search(rf"`{part}[`/]", text)]
+    assert len(parts) > 20 and not [part for part in parts if not re.search(rf"`{part}[`/]", text)]
+
+
+def test_the_picture_of_the_parts_is_that_of_the_imports() -> None:
+    drawn = runpy.run_path(str(ROOT / "docs/architecture_map.py"))
+    assert drawn["PICTURE"].read_text() == drawn["picture"](), "run `python docs/architecture_map.py`"
+    assert drawn["picture"]().count("<path") > 20
+
+
+def test_every_decision_has_its_four_parts_and_is_in_the_map() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    for record in RECORDS:
+        parts = re.findall(r"^\*\*([\w ]+)[.?]\*\*", record.read_text(), re.MULTILINE)
+        assert parts == ["Question", "Choice", "Measured", "What would change our mind"], record.name
+        assert f"(decisions/{record.name})" in text, record.name
+    assert len(RECORDS) >= 20
