@@ -28,4 +28,5 @@ def _pixels(images: Tensor) -> dict[str, Tensor]:
             f"fd_pixel is for images of at most {MAX_DIMENSIONS} values, these have {dimensions}:"
             " encode them smaller (--image-size) to score them"
         )
-    return {"pool": (images.to(torch.float32) / 127.5 - 1.0).flatten(1)}
+    divisor = torch.tensor(127.5, device=images.device)  # by a number CUDA multiplies with its inverse: other last bits
+    return {"pool": (images.to(torch.float32) / divisor - 1.0).flatten(1)}
