@@ -136,11 +136,10 @@ def orthogonalised(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """
     a, b, c = NEWTON_SCHULZ
     x = matrix.to(dtype or (torch.bfloat16 if matrix.is_cuda else torch.float32))
-    if tall := matrix.shape[-2] > matrix.shape[-1]:
-        x = x.mT
+    tall = matrix.shape[-2] > matrix.shape[-1]
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    result: Tensor = (x.mT if tall else x).to(matrix.dtype)
-    return result
+    for _ in range(NEWTON_SCHULZ_STEPS):  # a tall one is multiplied from the right: sums of transposed ones are slow
+        gram = x.mT @ x if tall else x @ x.mT
+        polynomial = b * gram + c * (gram @ gram)
+        x = a * x + (x @ polynomial if tall else polynomial @ x)
+    return x.to(matrix.dtype)
