@@ -189,9 +189,11 @@ def _wait(
     said += [f"rank {first + place} did not end within {why} and was killed" for place in late]
     if said:
         print(f"error: {'; '.join(said)}", file=sys.stderr, flush=True)
-    # a rank that was signalled before it could say a word had nothing to save
+    # a rank that was signalled before it could say a word had nothing to save, and no other can have begun without it
+    saveless = any(code in passed_on for code in codes if code)
     code = explaining([passed_on.get(code, code) for code in codes if code])
-    if late and code in (0, STOPPED):  # nothing that these could say: a rank that is killed may not have saved
+    if late and code in (0, STOPPED) and not (saveless and others in (0, STOPPED)):
+        # nothing that these could say: a rank that is killed may not have saved
         code = -signal.SIGKILL if others in (0, STOPPED) else others
     return 128 - code if code < 0 else code
 

@@ -127,6 +127,7 @@ def test_ranks_get_the_time_of_a_save_after_a_signal_and_no_more(tmp_path: Path)
     )
     wait = "Path(f'up{RANK}').touch(); time.sleep(60)"
     bodies = {"saves": saves + wait, "hangs": "signal.signal(15, signal.SIG_IGN)\n" + wait, "begins": wait}
+    bodies["waits"] = "RANK and signal.signal(15, signal.SIG_IGN)\n" + wait  # for one that had no handler yet
     begun = {}
     for name, body in bodies.items():
         (folder := tmp_path / name).mkdir()
@@ -139,6 +140,7 @@ def test_ranks_get_the_time_of_a_save_after_a_signal_and_no_more(tmp_path: Path)
     late = "rank {} did not end within 1 s of the signal (--grace) and was killed"
     assert ended["hangs"] == (f"error: {late.format(0)}; {late.format(1)}\n", 137)
     assert ended["begins"] == ("", 75)  # no rank was there that could have saved
+    assert ended["waits"][1] == 75 and "rank 1 did not end within" in ended["waits"][0]
 
 
 def test_a_killed_launcher_takes_its_ranks_along(tmp_path: Path) -> None:
