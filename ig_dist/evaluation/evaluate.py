@@ -24,7 +24,7 @@ from ig_dist.evaluation.scores import Protocol, Scores, check_dimensions, score_
 from ig_dist.export import read_info
 from ig_dist.storage.writable import why_unwritable
 from ig_dist.terminal import is_main_process
-from ig_dist.this_process import this_device, this_process
+from ig_dist.this_process import this_device
 
 
 class Evaluation(NamedTuple):
@@ -63,14 +63,14 @@ def evaluate(
     Raises:
         ConfigError: nothing there to score, or nothing to hold it against.
     """
-    src, device, share = str(src), this_device(), this_process()[:2]
+    src, device = str(src), this_device()
     samples = run = None
     asked = EvaluateConfig()
     if found := find_samples(src):
         samples, run, asked = read_samples(found)
         images, side = plan_images(samples), samples.info.tokenizer.image_size
     else:
-        images = find_images(src, image_size=image_size, device=device)
+        images = find_images(src, image_size=image_size)
         side = images.read(range(1)).images.shape[1]
     names = list(metrics) or (asked.metrics if samples else ["fid", "sfid", "inception_score", "precision", "recall"])
     against = reference or asked.reference
@@ -84,12 +84,11 @@ def evaluate(
     def extractor(name: str) -> Extractor:
         return get_extractor(name, weights=places.get(name, ""), device=device)
 
-    tokenizer = samples.tokenizer if samples else ""
+    options: dict[str, Any] = {"tokenizer": samples.tokenizer if samples else "", "image_size": image_size}
     files = FeatureFiles(images, [extractor(name) for name in extractors_of(names)])
-    options: dict[str, Any] = {"tokenizer": tokenizer, "image_size": image_size, "device": device, "share": share}
     real = open_reference(against, names, extractor, side=side, **options) if against else Reference("none")
     shown = with_pictures(real, files, **options) if nearest else None
-    make_features(files, *share, num=num)  # last: what is wrong with the reference is said before
+    make_features(files, num=num)  # last: what is wrong with the reference is said before
     if not is_main_process():
         return None
     if nearest is not None and shown is not None:
@@ -144,8 +143,8 @@ def refuse_unfit(config: Config, export: Path, metrics: Sequence[str]) -> None:
         return
     if not (against := reference_of(config)):
         raise ConfigError(f"{export} does not say what to hold its samples against: set evaluate.reference")
-    options: dict[str, Any] = {"tokenizer": config.sample.tokenizer, "device": device, "share": this_process()[:2]}
-    reference = open_reference(against, metrics, extractors.__getitem__, side=side, **options)
+    place = config.sample.tokenizer
+    reference = open_reference(against, metrics, extractors.__getitem__, tokenizer=place, side=side)
     for (extractor, feature), moments in reference.statistics.items():
         ours = extractors[extractor].dimensions[feature] or black.size
         check_dimensions(reference, (extractor, feature), ours, moments.mean.size)

@@ -25,13 +25,12 @@ from ig_dist.evaluation.images import UNIT_SIZE, ImageSet, Pictures
 from ig_dist.evaluation.units import make_folder, write_file
 from ig_dist.progress import progress
 from ig_dist.storage.files import open_url, read_range
+from ig_dist.this_process import this_process
 
 FORMAT = "ig-dist-features/1"
 _KEY = "features"  # one key: safetensors writes several in an order that changes from call to call
 _HEADER_BYTES = 4096  # read at first; holds the whole header but of an odd file
-_DTYPES: dict[str, np.dtype[Any]] = {
-    name: np.dtype(dtype) for name, dtype in (("F32", "f4"), ("F64", "f8"), ("I64", "i8"))
-}
+_DTYPES = {"F32": "float32", "F64": "float64", "I64": "int64"}  # safetensors' names
 _TRIES = 5  # of a file that other processes may find damaged too, and remove
 
 
@@ -53,18 +52,11 @@ def pack(
     for name in ("labels", "work"):
         if (values := getattr(pictures, name)) is not None:
             tensors[name] = values
+    named = {dtype: name for name, dtype in _DTYPES.items()}
     told = {
-        "format": FORMAT,
         **_belongs(images, number, extractor),
         "images_sha256": _sha256(pictures.images),
-        "tensors": {
-            name: [
-                next(key for key, dtype in _DTYPES.items() if dtype == values.dtype),
-                [*values.shape],
-                _sha256(values),
-            ]
-            for name, values in tensors.items()
-        },
+        "tensors": {name: [named[v.dtype.name], [*v.shape], _sha256(v)] for name, v in tensors.items()},
     }
     told["sha256"] = _sha256_of(told)
     return safetensors.numpy.save(tensors, metadata={_KEY: json.dumps(told, sort_keys=True)})
@@ -80,6 +72,7 @@ def _sha256_of(told: Mapping[str, Any]) -> str:
 
 def _belongs(images: ImageSet, number: int, extractor: Extractor) -> dict[str, Any]:
     return {
+        "format": FORMAT,
         "images": images.identity,
         "unit": [number, images.unit_size],
         "extractor": extractor.name,
@@ -232,10 +225,9 @@ class FeatureFiles:
             sha256 = told.pop("sha256")
             listed = {name: [entry["dtype"], entry["shape"]] for name, entry in tensors.items()}
             end = max(entry["data_offsets"][1] for entry in tensors.values())
-            expected = {"format": FORMAT, **_belongs(self.images, number, extractor)}
             fits = (
                 sha256 == _sha256_of(told)
-                and all(told[key] == value for key, value in expected.items())
+                and all(told[key] == value for key, value in _belongs(self.images, number, extractor).items())
                 and listed == {name: entry[:2] for name, entry in told["tensors"].items()}
                 and size == 8 + length + end
             )
@@ -256,23 +248,21 @@ class FeatureFiles:
         data = read_range(self._fs, self._file(number, extractor.name), begin + first, begin + last)
         if hashlib.sha256(data).hexdigest() != sha256:
             raise _Unfit
-        values: NDArray[Any] = np.frombuffer(data, _DTYPES[dtype]).reshape(shape)
-        return values
+        return np.frombuffer(data, _DTYPES[dtype]).reshape(shape)
 
 
 def make_features(
-    files: FeatureFiles, worker: int = 0, workers: int = 1, *, num: int | None = None, what: str = "features"
+    files: FeatureFiles, share: tuple[int, int] | None = None, *, num: int | None = None, what: str = "features"
 ) -> None:
     """Make the features of every unit that lacks them, from this worker's own place on; any number may be at work.
 
     Args:
         files: of the set of images.
-        worker: this worker's number.
-        workers: all of them.
+        share: this worker's number, and how many there are; None: this process's.
         num: only the units of the first so many images; None: all.
         what: names it in the progress.
     """
-    images = files.images
+    images, (worker, workers) = files.images, share or this_process()[:2]
     units = -(-min(num or images.num, images.num) // images.unit_size)
     sizes = [len(images.unit(number)) for number in range(units)]
     lacking = [number for number in range(units) if files.missing(number)]

@@ -28,6 +28,7 @@ from ig_dist.evaluation.npz import NpzFile, open_npz
 from ig_dist.evaluation.units import Samples, Unit, read_unit
 from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.storage.writable import cache_folder
+from ig_dist.this_process import this_device
 
 UNIT_SIZE = 512
 DECODED_PIXELS = 2**20  # of the latents that are decoded at once: 16 pictures of 256 x 256
@@ -84,16 +85,15 @@ def plan_images(samples: Samples) -> ImageSet:
     return ImageSet(samples.url, plan.digest, plan.num, plan.unit_size, samples.url, read)
 
 
-def index_images(index: ShardIndex, tokenizer: str = "", device: torch.device | None = None) -> ImageSet:
+def index_images(index: ShardIndex, tokenizer: str = "") -> ImageSet:
     """The images that the stored latents of an index decode to, in index order; of stored moments the mean is decoded.
 
     Args:
         index: the opened index.
         tokenizer: where its tokenizer is if not under its name in the index.
-        device: where the tokenizer runs; None: the CPU.
     """
-    info = index.info
-    decoder = index_tokenizer(info.tokenizer, info.latent, tokenizer, device=device or "cpu")
+    info, device = index.info, this_device()
+    decoder = index_tokenizer(info.tokenizer, info.latent, tokenizer, device=device)
     reader, channels = ShardReader(index), info.latent.shape[0]
     at_once = max(1, DECODED_PIXELS // info.tokenizer.image_size**2)
 
@@ -101,7 +101,7 @@ def index_images(index: ShardIndex, tokenizer: str = "", device: torch.device | 
         stored, _ = reader.read_ids(rows.start, rows.stop)  # a damaged one raises
         # as stored, the latents are the tokenizer's own: normalisation is for the model
         latents = torch.from_numpy(stored[:, :channels]).float()
-        images = torch.cat([decoder.decode(part.to(device or "cpu")).cpu() for part in torch.split(latents, at_once)])
+        images = torch.cat([decoder.decode(part.to(device)).cpu() for part in torch.split(latents, at_once)])
         return Pictures(images.numpy(), index.table.label[rows.start : rows.stop].astype(np.int64))
 
     identity = f"{index.sha256} decoded by {decoder.sha256}"
@@ -148,9 +148,7 @@ def _forward(file: NpzFile) -> Callable[[int, int], NDArray[np.uint8]]:
     return rows
 
 
-def find_images(
-    src: str, *, image_size: int | None = None, tokenizer: str = "", device: torch.device | None = None
-) -> ImageSet:
+def find_images(src: str, *, image_size: int | None = None, tokenizer: str = "") -> ImageSet:
     """Recognise a set of images that is not a plan's.
 
     Args:
@@ -158,7 +156,6 @@ def find_images(
             that ``ig_dist.data.sources`` knows.
         image_size: pictures of files are cut to this side as ADM cuts them; None: they must be squares of one size.
         tokenizer: see ``index_images``.
-        device: see ``index_images``.
 
     Raises:
         ConfigError: nothing there that can be read.
@@ -169,7 +166,7 @@ def find_images(
     if not (is_name(src) or "://" in src or has_magic(src) or "{" in src or path.exists()):
         raise ConfigError(f"{src} does not exist: give an npz, an index, a folder of pictures or tars")
     if src.endswith("index.json") or (path / "index.json").is_file() or _is_remote_folder(src):
-        return index_images(read_index(src), tokenizer, device)
+        return index_images(read_index(src), tokenizer)
     flat = sorted(file for file in path.iterdir() if _is_picture_file(file)) if path.is_dir() else []
     if flat:
         entries = ((os.fsencode(file.name), file.stat()) for file in flat)

@@ -60,11 +60,10 @@ def make_reference(
     check_arguments(out, extractors)
     device = this_device()
     chosen = [get_extractor(name, weights=(weights or {}).get(name, ""), device=device) for name in extractors]
-    images = find_images(src, image_size=image_size, tokenizer=tokenizer, device=device)
+    images = find_images(src, image_size=image_size, tokenizer=tokenizer)
     parts = Path(f"{out}.parts")
     files = FeatureFiles(replace(images, features_url=str(parts)), chosen)
-    worker, workers = this_process()[:2]
-    make_features(files, worker, workers, what="reference features")
+    make_features(files, what="reference features")
     if not is_main_process():
         return None
     arrays: dict[str, NDArray[Any]] = {"num": np.array(images.num)}
@@ -99,7 +98,7 @@ def make_reference(
     replace_text(out.with_suffix(".json"), json.dumps(provenance, indent=1) + "\n")
     said = out.with_suffix(".json")
     told = f"{out}: {', '.join(arrays)} of {images.num:,} images, and {taken:,} of them; {said} says of what"
-    if workers > 1:  # another one may be about to read what is there, or would make it again
+    if this_process().world_size > 1:  # another one may be about to read what is there, or would make it again
         return f"{told}; remove {parts} once all processes have ended"
     shutil.rmtree(parts, ignore_errors=True)
     return told

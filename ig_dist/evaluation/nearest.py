@@ -6,7 +6,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ig_dist.errors import ConfigError
@@ -98,8 +97,6 @@ def with_pictures(
     *,
     tokenizer: str = "",
     image_size: int | None = None,
-    device: torch.device | None = None,
-    share: tuple[int, int] = (0, 1),
 ) -> Reference:
     """The reference with features of its pictures, also where scores need its statistics only.
 
@@ -113,9 +110,9 @@ def with_pictures(
     npz = open_npz(reference.name, "--reference", images=False) if reference.name.endswith(".npz") else None
     if npz is not None and "arr_0" not in npz.members:
         raise _without_pictures(reference)
-    images = find_images(reference.name, image_size=image_size, tokenizer=tokenizer, device=device)
+    images = find_images(reference.name, image_size=image_size, tokenizer=tokenizer)
     real = FeatureFiles(images, list(files.extractors.values()))
-    make_features(real, *share, what="reference features")
+    make_features(real, what="reference features")
     return Reference(reference.name, files=real)
 
 

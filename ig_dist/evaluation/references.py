@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ig_dist.errors import ConfigError
@@ -23,7 +22,7 @@ from ig_dist.evaluation.moments import Moments, streamed_moments
 from ig_dist.evaluation.npz import NpzFile, open_npz
 from ig_dist.storage.files import read_file
 from ig_dist.storage.urls import LOCAL
-from ig_dist.terminal import console
+from ig_dist.terminal import console, is_first_process
 
 if TYPE_CHECKING:
     from sklearn.svm import SVC
@@ -138,10 +137,8 @@ def open_reference(
     tokenizer: str = "",
     image_size: int | None = None,
     side: int | None = None,
-    device: torch.device | None = None,
-    share: tuple[int, int] = (0, 1),
 ) -> Reference:
-    """Read a reference, and make what features of its images are missing.
+    """Read a reference, and make what features of its images are missing, by any number of processes.
 
     Args:
         src: an npz of statistics as ADM's or as `ig-dist reference` makes, or images, see ``find_images``.
@@ -150,8 +147,6 @@ def open_reference(
         tokenizer: of an index, see ``index_images``.
         image_size: see ``find_images``.
         side: of the samples; a reference of pictures of another one is refused.
-        device: for a tokenizer.
-        share: number of this process and of all that make the features.
 
     Raises:
         ConfigError: nothing there, or it lacks what a score needs.
@@ -198,16 +193,16 @@ def open_reference(
         images = npz_images(open_npz(src, "--reference"))
     else:
         lacking = compared
-        images = find_images(src, image_size=image_size, tokenizer=tokenizer, device=device)
+        images = find_images(src, image_size=image_size, tokenizer=tokenizer)
         if side is not None:
             _check_side(src, images.read(range(1)).images.shape[1:3], side)
     files = FeatureFiles(images, [extractor(name) for name in extractors_of(lacking)])
-    if images.num > MANY_IMAGES and files.missing(0) and share[0] == 0:
+    if images.num > MANY_IMAGES and files.missing(0) and is_first_process():
         console.print(
             f"{src} has {images.num:,} images, whose features are made now and kept in {images.features_url}:"
             f" `ig-dist reference {src} --out FILE.npz` makes a file of their statistics, once for all"
         )
-    make_features(files, *share, what="reference features")
+    make_features(files, what="reference features")
     return Reference(images.name, statistics, files)
 
 

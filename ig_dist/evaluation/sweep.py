@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import product
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from ig_dist.config import Config
 from ig_dist.config_file import with_guidance
 from ig_dist.errors import ConfigError
+from ig_dist.evaluation.asking import Interval
 from ig_dist.evaluation.catalogue import best_row, lower_is_better, order
 from ig_dist.evaluation.generate import make_unit
 from ig_dist.evaluation.images import ImageSet
@@ -31,9 +33,8 @@ from ig_dist.export import export_run, load_export, read_info
 from ig_dist.run_dir import replace_text
 from ig_dist.storage.writable import why_unwritable
 from ig_dist.terminal import console, is_first_process, is_main_process
-from ig_dist.this_process import this_device, this_process
+from ig_dist.this_process import this_device
 
-Interval = tuple[float, float]
 COLUMNS = 20
 NOISE = 2.0
 """Standard deviations within which two scores are called equal."""
@@ -64,18 +65,9 @@ class Axes(NamedTuple):
 
     def points(self) -> list[Point]:
         """All combinations; the IG scale changes fastest."""
-        slowest_first = (
-            self.steps,
-            self.emas,
-            self.cfg_intervals,
-            self.auto_scales,
-            self.cfg_scales,
-            self.ig_intervals,
-        )
-        return [
-            Point(ig, cfg, auto, ig_interval, cfg_interval, ema, step)
-            for step, ema, cfg_interval, auto, cfg, ig_interval, ig in product(*slowest_first, self.ig_scales)
-        ]
+        slowest_first = ("step", "ema", "cfg_interval", "auto_scale", "cfg_scale", "ig_interval", "ig_scale")
+        values = product(*(getattr(self, f"{axis}s") for axis in slowest_first))
+        return [Point(**dict(zip(slowest_first, point, strict=True))) for point in values]
 
 
 def sweep_run(
@@ -116,7 +108,6 @@ def sweep_run(
         )
     if reason := why_unwritable(place):
         raise ConfigError(f"{place} cannot be written ({reason}): give --out FOLDER, one that can")
-    device, share = this_device(), this_process()[:2]
     # once: a run that goes on meanwhile must not change the weights between points
     export = weights or (lambda ema, step: export_run(config, ema=ema, step=step))
     exports = {key: export(*key) for key in product(axes.emas, axes.steps)}
@@ -127,25 +118,31 @@ def sweep_run(
     reference = open_reference(
         reference_of(config),
         metrics,
-        lambda name: config_extractor(config, name, device),
+        lambda name: config_extractor(config, name, this_device()),
         tokenizer=config.sample.tokenizer,
         side=read_info(next(iter(exports.values()))).tokenizer.image_size,
-        device=device,
-        share=share,
     )
-    points = axes.points()
-    rounds = _rounds(len(points), config.sample.num, config.sample.unit_size) if halving else [config.sample.num]
+    points, first, whole = axes.points(), config.sample.seed, config.sample.num
+    rounds = _rounds(len(points), whole, config.sample.unit_size) if halving else [whole]
     rows: dict[Point, dict[str, Any]] = {}
     protocols: list[dict[str, Any]] = []
     for number, num in enumerate(rounds):
         if halving and is_first_process():
             console.print(f"round {number + 1} of {len(rounds)}: {len(points)} points on {num} images")
         for point in points:
+            export_of = exports[point.ema, point.step]
+            asked = with_guidance(
+                config,
+                ig_scale=point.ig_scale,
+                cfg_scale=point.cfg_scale,
+                auto_scale=point.auto_scale,
+                ig_interval=point.ig_interval,
+                cfg_interval=point.cfg_interval,
+                auto_interval=auto_interval,
+            )
             results = [
-                _score_point(
-                    config, point, exports[point.ema, point.step], reference, auto_interval, seed, num, scored=halving
-                )
-                for seed in range(config.sample.seed, config.sample.seed + seeds)
+                _score(asked, seed, num, export_of, reference, every_process=halving)
+                for seed in range(first, first + seeds)
             ]
             if results[0]:
                 rows[point] = _row(config, point, results)
@@ -154,38 +151,27 @@ def sweep_run(
             points = sorted(points, key=lambda point: order(rows[point], target))[: -(-len(points) // 2)]
     if not is_main_process():
         return {}
-    common = {key: value for key, value in protocols[0].items() if all(p.get(key) == value for p in protocols)}
-    found = list(rows.values())
-    asked = [
-        axes.points(),
-        auto_interval,
-        seeds,
-        target,
-        halving,
-        [read_info(e).weights_sha256 for e in exports.values()],
-    ]
-    name = _name(axes, asked, config)
+    found, models = list(rows.values()), [read_info(export).weights_sha256 for export in exports.values()]
+    name = _name(axes.points(), [auto_interval, seeds, target, halving, models], config)
     folder = place / "sweeps" / name
+    common = {key: value for key, value in protocols[0].items() if all(p.get(key) == value for p in protocols)}
     told = {"rows": found, "flat": flat_rows(found, target), "protocol": {**common, "seeds": seeds}}
     sweep = _write({"name": name, "target": target, **told}, folder)
     save_sweep_plot(found, target, folder / "sweep.png")
-    for other in metrics:
-        if not lower_is_better(other) and lower_is_better(target) and len(found) > 1:
-            save_tradeoff_plot(found, target, other, folder / "sweep_tradeoff.png")
-            break
+    higher = [metric for metric in metrics if not lower_is_better(metric)]
+    if higher and lower_is_better(target) and len(found) > 1:
+        save_tradeoff_plot(found, target, higher[0], folder / "sweep_tradeoff.png")
     _save_scale_grid(config, exports[axes.emas[0], axes.steps[0]], axes.ig_scales, reference, folder / "grid.png")
     return sweep
 
 
-def _name(axes: Axes, asked: Sequence[Any], config: Config) -> str:
+def _name(points: Sequence[Point], asked: Sequence[Any], config: Config) -> str:
     """What is swept, and a hash of all that the scores depend on: the same command has the same name."""
-    points = axes.points()
     swept = [key for key in Point._fields if len({getattr(point, key) for point in points}) > 1] or ["ig_scale"]
     apart = {"url", "tokenizer", "keep_images", "png"}  # they say where, not what
     groups = [config.sample.model_dump(mode="json", exclude=apart), [term.model_dump() for term in config.guidance]]
     scores = config.evaluate.model_dump(mode="json", include={"metrics", "protocol"})
-    reference = Path(reference_of(config)).name
-    told = json.dumps([*asked, *groups, scores, reference])
+    told = json.dumps([points, *asked, *groups, scores, Path(reference_of(config)).name])
     return f"{'-'.join(swept)}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
 
 
@@ -213,31 +199,14 @@ def _rounds(points: int, num: int, unit_size: int) -> list[int]:
     return rounds
 
 
-def _score_point(
-    config: Config,
-    point: Point,
-    export: Path,
-    reference: Reference,
-    auto_interval: Interval | None,
-    seed: int,
-    num: int,
-    *,
-    scored: bool,
+def _score(
+    config: Config, seed: int, num: int, export: Path, reference: Reference, *, every_process: bool
 ) -> dict[str, Any]:
-    """Make the images of a point and score them; empty where another process does (``scored``: this one too)."""
-    guided = with_guidance(
-        config,
-        ig_scale=point.ig_scale,
-        cfg_scale=point.cfg_scale,
-        auto_scale=point.auto_scale,
-        ig_interval=point.ig_interval,
-        cfg_interval=point.cfg_interval,
-        auto_interval=auto_interval,
-    )
-    guided = guided.model_copy(update={"sample": guided.sample.model_copy(update={"seed": seed})})
+    """Make the first images of a point and score them; empty where another process does."""
+    config = config.model_copy(update={"sample": config.sample.model_copy(update={"seed": seed})})
     metrics = config.evaluate.metrics
-    samples, files = sample_run(guided, export, metrics, num=num, collected=False)
-    if not (scored or is_main_process()):
+    samples, files = sample_run(config, export, metrics, num=num, collected=False)
+    if not (every_process or is_main_process()):
         return {}
     tag = "" if num == config.sample.num else f"_{num}"
     out = Path(config.run.dir) / "evaluations" / f"{samples.plan.digest}{tag}.json" if is_main_process() else None
@@ -247,16 +216,13 @@ def _score_point(
 
 def _row(config: Config, point: Point, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A point with its scores; means with standard deviations, where it has several seeds."""
-    terms = {term["kind"]: term["interval"] for term in results[0]["protocol"]["guidance"]}
-    given = {"ig": point.ig_interval, "cfg": point.cfg_interval}
-    configured = {term.kind: term.interval for term in config.guidance}
-    intervals = {
-        f"{kind}_interval": list(terms.get(kind) or given.get(kind) or configured.get(kind) or (0.0, 1.0))
-        for kind in ("ig", "cfg", "auto")
-    }
+    used = {term["kind"]: term["interval"] for term in results[0]["protocol"]["guidance"]}
+    configured = {str(term.kind): term.interval for term in config.guidance}
     row: dict[str, Any] = {key: value for key, value in point._asdict().items() if not key.endswith("interval")}
+    for kind, given in {"ig": point.ig_interval, "cfg": point.cfg_interval, "auto": None}.items():
+        row[f"{kind}_interval"] = list(used.get(kind) or given or configured.get(kind) or (0.0, 1.0))
+    row["num"] = results[0]["protocol"]["num"]
     values = {name: [result["scores"][name] for result in results] for name in results[0]["scores"]}
-    row |= {**intervals, "num": results[0]["protocol"]["num"]}
     row["scores"] = {name: float(np.mean(v)) for name, v in values.items()}
     if len(results) > 1:
         row["std"] = {name: float(np.std(v, ddof=1)) for name, v in values.items()}
@@ -287,9 +253,8 @@ def _save_scale_grid(
     )
     shown = config.model_copy(update={"sample": sample})
     rows, names = list[tuple[str, NDArray[np.uint8], Sequence[str]]](), class_names(config, info)
-    columns = [
-        names[label] for label in make_plan(shown, info, info.weights_sha256).image_labels(torch.arange(COLUMNS))
-    ]
+    labels = make_plan(shown, info, info.weights_sha256).image_labels(torch.arange(COLUMNS))
+    columns = [names[label] for label in labels]
     if reference.files is not None:
         rows.append(("real", _real_by_class(reference.files.images, len(info.classes)), columns))
     for scale in ig_scales:
@@ -302,16 +267,16 @@ def _save_scale_grid(
 
 def _real_by_class(images: ImageSet, num_classes: int) -> NDArray[np.uint8]:
     """Real images in the order of balanced labels: 0, 1, 2, ...; a small class begins anew."""
-    wanted = [i % num_classes for i in range(COLUMNS)]
-    found: dict[int, list[NDArray[np.uint8]]] = {}
-    for number in range(images.num_units):  # of a class that is not there any picture stands in
+    wanted = Counter(i % num_classes for i in range(COLUMNS))
+    found = defaultdict[int, list[NDArray[np.uint8]]](list)
+    for number in range(images.num_units):
         pictures = images.read(images.unit(number))
         labels = pictures.labels if pictures.labels is not None else np.arange(len(pictures.images)) % num_classes
         for image, label in zip(pictures.images, labels, strict=True):
-            if len(kept := found.setdefault(int(label), [])) < wanted.count(int(label)):
-                kept.append(image)
-        if all(len(found.get(label, [])) >= wanted.count(label) for label in wanted):
+            if len(found[int(label)]) < wanted[int(label)]:
+                found[int(label)].append(image)
+        if all(len(found[label]) >= count for label, count in wanted.items()):
             break
-    spare = next(iter(found.values()))
-    chosen = [found.get(label) or spare for label in wanted]
-    return np.stack([chosen[i][i // num_classes % len(chosen[i])] for i in range(COLUMNS)])
+    spare = next(kept for kept in found.values() if kept)  # of a class that is not there any picture stands in
+    chosen = [found[i % num_classes] or spare for i in range(COLUMNS)]
+    return np.stack([kept[i // num_classes % len(kept)] for i, kept in enumerate(chosen)])

@@ -65,8 +65,6 @@ class TrainingScores:
             self._extractors.__getitem__,
             tokenizer=config.sample.tokenizer,
             side=index.info.tokenizer.image_size,
-            device=device,
-            share=(dist.rank, dist.world_size),
         )
 
     def score(self, model: DiT, ema: EMA, step: int, run: Path | None) -> dict[str, float]:

@@ -107,7 +107,7 @@ def test_real_features_are_the_same_bytes_from_whichever_worker(tmp_path: Path) 
     extractor, images = get_extractor(EFFICIENTNET), noise(6, side=9, channels=3)
     for worker in range(2):
         files = FeatureFiles(in_memory(images, tmp_path / str(worker), unit_size=3), [extractor])
-        make_features(files, worker, 2)
+        make_features(files, (worker, 2))
     assert content(tmp_path / "0") == content(tmp_path / "1")
     assert [values.shape for values in files.rows(EFFICIENTNET, "pool", 6)] == [(3, 1280)] * 2
 
@@ -243,7 +243,7 @@ def test_a_worker_goes_on_where_another_was_killed(tmp_path: Path) -> None:
         (tmp_path / "worked" / name).write_bytes(whole[name])
     (tmp_path / "worked" / f"{feature_name(1, 'pixel')}.{'0' * 32}.tmp").write_bytes(b"torn")  # what it left behind
     files = FeatureFiles(replace(images, read=counted), [pixel(), quadrants()])
-    make_features(files, worker=1, workers=2)
+    make_features(files, (1, 2))
     assert read == [1, 0] and not files.unfit  # its own place first, each unit read once
     assert {name: data for name, data in content(tmp_path / "worked").items() if name in whole} == whole  # type: ignore[misc]
     make_features(files)
