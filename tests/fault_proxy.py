@@ -30,6 +30,7 @@ import socket
 import struct
 import threading
 from asyncio import StreamReader, StreamWriter
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -316,6 +317,6 @@ async def copy(reader: StreamReader, writer: StreamWriter | None, size: int | No
 
 def reset(writer: StreamWriter) -> None:
     """Close with RST."""
-    raw = writer.get_extra_info("socket")
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with suppress(OSError):  # the other side has closed it
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()

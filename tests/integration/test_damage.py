@@ -70,7 +70,7 @@ def manifest(run: Path) -> Path:
 
 
 def data(run: Path) -> Path:
-    (file,) = step(run).glob("*.safetensors")
+    *_, file = sorted(step(run).glob("*.safetensors"))  # of several ranks the last one's
     return file
 
 
