@@ -28,7 +28,7 @@ def reference(
     ] = "",
 ) -> None:
     """Make statistics of real pictures, as ADM's files have them. Any number of processes may share the work."""
-    from ig_dist.evaluation.making_references import make_reference
+    from ig_dist.evaluation.references import make_reference
     from ig_dist.jobs import refuse_missing
 
     refuse_missing(source)

@@ -1,28 +1,33 @@
-"""What samples are held against: real images, or a file with their statistics."""
+"""What samples are held against: real images, or a file with their statistics; and how such a file is made."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ig_dist import __version__
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.catalogue import METRICS, extractors_of
-from ig_dist.evaluation.extractors.extractor import Extractor
+from ig_dist.evaluation.extractors.extractor import EXTRACTORS, Extractor, get_extractor
 from ig_dist.evaluation.features import FeatureFiles, make_features
 from ig_dist.evaluation.images import find_images, npz_images
 from ig_dist.evaluation.metrics import train_classifier
 from ig_dist.evaluation.moments import Moments, streamed_moments
 from ig_dist.evaluation.npz import NpzFile, open_npz
-from ig_dist.storage.files import read_file
+from ig_dist.evaluation.npz_writing import Streamed, write_npz
+from ig_dist.run_dir import replace_text
+from ig_dist.storage.files import open_url, read_file
 from ig_dist.storage.urls import LOCAL
-from ig_dist.terminal import console, is_first_process
+from ig_dist.terminal import console, is_first_process, is_main_process
+from ig_dist.this_process import this_device, this_process
 
 if TYPE_CHECKING:
     from sklearn.svm import SVC
@@ -33,6 +38,8 @@ MANY_IMAGES = 200_000
 """From here on the user is told that a file of statistics is the better reference."""
 KERNEL_IMAGES = CLASSIFIED_IMAGES = 50_000
 """Likewise of KID, and of label agreement."""
+
+_DESCRIBED = ("pool", "spatial")  # features whose statistics a reference file holds
 
 Feature = tuple[str, str]
 """Extractor and name of a feature."""
@@ -69,13 +76,14 @@ class Reference:
 
     def rows(self, feature: Feature, most: int) -> NDArray[np.float32]:
         """Features (N, D) of its images; of more than ``most`` as many, taken evenly."""
-        key = (feature, most)
-        if key not in self._rows:
+        if (feature, most) not in self._rows:
             files = self._images(feature)
-            self._rows[key] = np.concatenate(
-                list(_even(files.rows(*feature, files.images.num), files.images.num, most))
-            )
-        return self._rows[key]
+            chosen, start, found = _evenly(files.num, most), 0, []
+            for batch in files.rows(*feature, files.num):
+                found.append(batch[chosen[(chosen >= start) & (chosen < start + len(batch))] - start])
+                start += len(batch)
+            self._rows[feature, most] = np.concatenate(found)
+        return self._rows[feature, most]
 
     def labels(self, extractor: str) -> NDArray[np.int64]:
         """Class of each of its images, (N,).
@@ -84,20 +92,17 @@ class Reference:
             ConfigError: they are not known.
         """
         files = self._images((extractor, ""))
-        found = [files.read(number, extractor, "labels") for number in range(files.images.num_units)]
-        known = [labels for labels in found if labels is not None]
-        if len(known) < len(found):
+        if not files.has(extractor, "labels"):
             raise ConfigError(
                 f"label_agreement needs classes, and {self.name} has none: give an index as the reference"
             )
-        return np.concatenate(known)
+        return np.concatenate(list(files.rows(extractor, "labels", files.num)))
 
     def classifier(self, feature: Feature) -> tuple[SVC, int]:
         """A classifier of its images, and how many classes they have."""
         if feature not in self._classifiers:
             rows, labels = self.rows(feature, CLASSIFIED_IMAGES), self.labels(feature[0])
-            if len(labels) > len(rows):
-                labels = labels[np.arange(len(rows)) * len(labels) // len(rows)]
+            labels = labels[_evenly(len(labels), CLASSIFIED_IMAGES)]
             self._classifiers[feature] = (train_classifier(rows, labels), int(labels.max()) + 1)
         return self._classifiers[feature]
 
@@ -120,13 +125,10 @@ class Reference:
         return self.files
 
 
-def _even(batches: Iterator[NDArray[Any]], num: int, most: int) -> Iterator[NDArray[Any]]:
-    """Of ``num`` rows in batches ``most`` that lie evenly, or all."""
-    chosen = np.arange(num) if num <= most else np.arange(most) * num // most
-    start = 0
-    for batch in batches:
-        yield batch[chosen[(chosen >= start) & (chosen < start + len(batch))] - start]
-        start += len(batch)
+def _evenly(num: int, most: int) -> NDArray[np.int64]:
+    """Of ``num`` numbers ``most`` that lie evenly, or all."""
+    taken = min(num, most)
+    return np.arange(taken) * num // taken
 
 
 def open_reference(
@@ -152,36 +154,13 @@ def open_reference(
         ConfigError: nothing there, or it lacks what a score needs.
     """
     statistics: dict[Feature, Moments] = {}
-    compared = [name for name in metrics if METRICS[name].kind != "inception_score"]
+    lacking = [name for name in metrics if METRICS[name].kind != "inception_score"]
     if src.endswith(".npz"):
         file = open_npz(src, "--reference", images=False)
         if "arr_0" in file.members:
             _check_side(src, file.member("arr_0").shape[1:3], side)
-        made_by = _provenance(src)
-        for name in compared:
-            metric, feature = METRICS[name], METRICS[name][1:]
-            mean, covariance = statistics_keys(feature)
-            if metric.kind != "frechet" or mean not in file.members or covariance not in file.members:
-                continue
-            ours = extractor(metric.extractor).sha256
-            if made_by.get(metric.extractor, ours) != ours:
-                raise ConfigError(
-                    f"{src}: its {metric.extractor} features are of weights"
-                    f" {made_by[metric.extractor][:16]}, those here are {ours[:16]}: use the"
-                    f" same weights (evaluate.weights.{metric.extractor}), or make it again"
-                )
-            shapes = file.member(mean).shape, file.member(covariance).shape
-            if len(shapes[0]) != 1 or shapes[1] != 2 * shapes[0]:
-                raise ConfigError(
-                    f"{src}: {mean} has the shape {shapes[0]} and {covariance} {shapes[1]}: they are no mean (D,) and"
-                    " covariance (D, D)"
-                )
-            if {file.member(key).dtype.kind for key in (mean, covariance)} - set("fiu"):
-                raise ConfigError(f"{src}: {mean} and {covariance} are no numbers: make it again")
-            statistics[feature] = Moments(
-                _count(file), file.array(mean).astype(np.float64), file.array(covariance).astype(np.float64)
-            )
-        lacking = [name for name in compared if METRICS[name][1:] not in statistics or METRICS[name].kind != "frechet"]
+        statistics = _statistics(file, lacking, extractor)
+        lacking = [name for name in lacking if METRICS[name].kind != "frechet" or METRICS[name][1:] not in statistics]
         if not lacking:
             return Reference(src, statistics)
         if "arr_0" not in file.members:
@@ -192,7 +171,6 @@ def open_reference(
             )
         images = npz_images(open_npz(src, "--reference"))
     else:
-        lacking = compared
         images = find_images(src, image_size=image_size, tokenizer=tokenizer)
         if side is not None:
             _check_side(src, images.read(range(1)).images.shape[1:3], side)
@@ -204,6 +182,38 @@ def open_reference(
         )
     make_features(files, what="reference features")
     return Reference(images.name, statistics, files)
+
+
+def _statistics(file: NpzFile, metrics: Sequence[str], extractor: Callable[[str], Extractor]) -> dict[Feature, Moments]:
+    """What a file says of the features of these scores.
+
+    Raises:
+        ConfigError: it is of other weights, or what it holds under their names is none.
+    """
+    found: dict[Feature, Moments] = {}
+    made_by = _provenance(file.url)
+    for name in metrics:
+        metric, feature = METRICS[name], METRICS[name][1:]
+        mean, covariance = statistics_keys(feature)
+        if metric.kind != "frechet" or not {mean, covariance} <= file.members.keys():
+            continue
+        ours = extractor(metric.extractor).sha256
+        if (theirs := made_by.get(metric.extractor, ours)) != ours:
+            raise ConfigError(
+                f"{file.url}: its {metric.extractor} features are of weights {theirs[:16]}, those here are {ours[:16]}:"
+                f" use the same weights (evaluate.weights.{metric.extractor}), or make it again"
+            )
+        first, second = file.member(mean), file.member(covariance)
+        if len(first.shape) != 1 or second.shape != 2 * first.shape:
+            raise ConfigError(
+                f"{file.url}: {mean} has the shape {first.shape} and {covariance} {second.shape}: they are no mean (D,)"
+                " and covariance (D, D)"
+            )
+        if {first.dtype.kind, second.dtype.kind} - set("fiu"):
+            raise ConfigError(f"{file.url}: {mean} and {covariance} are no numbers: make it again")
+        numbers = (file.array(key).astype(np.float64) for key in (mean, covariance))
+        found[feature] = Moments(_count(file), *numbers)
+    return found
 
 
 def _check_side(src: str, shape: tuple[int, ...], side: int | None) -> None:
@@ -224,7 +234,6 @@ def _count(file: NpzFile) -> int:
     return int(file.array("num").item())
 
 
-@cache
 def _provenance(src: str) -> dict[str, str]:
     """The extractors, by name with their hash, that `ig-dist reference` wrote beside an npz; empty: nothing."""
     file = Path(src).with_suffix(".json")
@@ -233,3 +242,89 @@ def _provenance(src: str) -> dict[str, str]:
         return {str(name): str(sha256) for name, sha256 in found.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
+
+
+def make_reference(
+    src: str,
+    out: Path,
+    *,
+    extractors: Sequence[str] = ("inception",),
+    image_size: int | None = None,
+    weights: Mapping[str, str] | None = None,
+    tokenizer: str = "",
+) -> str | None:
+    """Write mean and covariance of the features of all images, and 10,000 of the images, taken evenly.
+
+    The features are made in units under ``OUT.parts``, by any number of processes; after an interruption the same
+    command goes on, and a process that is alone removes the folder at the end.
+
+    Args:
+        src: images, see ``find_images``.
+        out: the npz.
+        extractors: whose features.
+        image_size: see ``find_images``.
+        weights: of extractors, by their names.
+        tokenizer: of an index, see ``index_images``.
+
+    Returns:
+        What was made, in words; None from all processes but the first.
+
+    Raises:
+        ConfigError: nothing there, an unknown extractor, or ``out`` is no npz.
+    """
+    check_arguments(out, extractors)
+    places, device = weights or {}, this_device()
+    chosen = [get_extractor(name, weights=places.get(name, ""), device=device) for name in extractors]
+    images, parts = find_images(src, image_size=image_size, tokenizer=tokenizer), Path(f"{out}.parts")
+    files = FeatureFiles(replace(images, features_url=str(parts)), chosen)
+    make_features(files, what="reference features")
+    if not is_main_process():
+        return None
+    arrays: dict[str, NDArray[Any]] = {"num": np.array(images.num)}
+    for name, extractor in files.extractors.items():
+        for feature in _DESCRIBED:
+            if feature in extractor.dimensions:
+                moments = streamed_moments(files.rows(name, feature, images.num))
+                mean, covariance = statistics_keys((name, feature))
+                arrays |= {mean: moments.mean, covariance: moments.covariance}
+    shown = _evenly(images.num, MANIFOLD_IMAGES)
+
+    def pictures() -> Iterator[NDArray[np.uint8]]:
+        return (images.read(range(row, row + 1)).images for row in shown.tolist())
+
+    shape = images.read(range(1)).images.shape[1:]
+    streams = {"arr_0": Streamed((len(shown), *shape), "uint8", pictures)}
+    streams |= {name: Streamed(a.shape, a.dtype.name, lambda a=a: [a]) for name, a in arrays.items()}  # type: ignore[misc]
+    fs, path = open_url(str(out), "--out")
+    write_npz(fs, path, streams)
+    provenance = {
+        "source": src,
+        "images": images.name,
+        "num": images.num,
+        "images_sha256": files.images_sha256(images.num),
+        "extractors": {name: extractor.sha256 for name, extractor in files.extractors.items()},
+        "preprocessing": {name: extractor.preprocessing for name, extractor in files.extractors.items()},
+        "image_size": image_size,
+        "made": f"{datetime.now(UTC):%Y-%m-%d}",
+        "ig_dist": __version__,
+    }
+    said = out.with_suffix(".json")
+    replace_text(said, json.dumps(provenance, indent=1) + "\n")
+    told = f"{out}: {', '.join(arrays)} of {images.num:,} images, and {len(shown):,} of them; {said} says of what"
+    if this_process().world_size > 1:  # another one may be about to read what is there, or would make it again
+        return f"{told}; remove {parts} once all processes have ended"
+    shutil.rmtree(parts, ignore_errors=True)
+    return told
+
+
+def check_arguments(out: Path, extractors: Sequence[str]) -> None:
+    """Refuse what can be known to be wrong before any picture is read.
+
+    Raises:
+        ConfigError: ``out`` is no npz, or an unknown extractor.
+    """
+    if out.suffix != ".npz":
+        raise ConfigError(f"--out {out}: give the name of an npz, e.g. {out.with_suffix('.npz')}")
+    for name in extractors:
+        if name not in EXTRACTORS:
+            raise ConfigError(f"--extractors {name!r}: use some of {', '.join(EXTRACTORS)}")

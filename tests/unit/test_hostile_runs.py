@@ -23,7 +23,7 @@ import torch
 from ig_dist import compile_cache
 from ig_dist.checkpoints.manifest import FORMAT, sealed
 from ig_dist.errors import ConfigError, DataError, IgDistError
-from ig_dist.evaluation import npz, references
+from ig_dist.evaluation import npz
 from ig_dist.evaluation.references import open_reference
 from ig_dist.evaluation.samples import is_run, list_plans, read_samples
 from ig_dist.evaluation.tables import print_plans, print_result
@@ -389,7 +389,6 @@ def test_npz_of_no_pictures_bombs_and_odd_statistics(tmp_path: Path, monkeypatch
         for name, data in good.items():
             archive.writestr(f"{name}.npy", data)
     for text in ('{"extractors": 5}', '{"extractors": []}', "[1]", DEEP):
-        references._provenance.cache_clear()
         file.with_suffix(".json").write_text(text)
         open_reference(str(file), ["fid"], lambda name: SimpleNamespace(sha256="0"))  # type: ignore[arg-type,return-value]
 

@@ -21,7 +21,6 @@ from ig_dist.evaluation.catalogue import METRICS, best_row, check_metrics, check
 from ig_dist.evaluation.extractors.extractor import Extractor, get_extractor
 from ig_dist.evaluation.extractors.inception import Inception
 from ig_dist.evaluation.features import FeatureFiles, HeldFeatures, extract, make_features
-from ig_dist.evaluation.making_references import make_reference
 from ig_dist.evaluation.metrics import (
     frechet_distance,
     frechet_distance_adm,
@@ -32,7 +31,7 @@ from ig_dist.evaluation.metrics import (
 )
 from ig_dist.evaluation.moments import Moments, streamed_moments
 from ig_dist.evaluation.npz import open_npz
-from ig_dist.evaluation.references import Reference, open_reference, statistics_keys
+from ig_dist.evaluation.references import Reference, make_reference, open_reference, statistics_keys
 from ig_dist.evaluation.scores import Scores, write_result
 from tests.scoring import EFFICIENTNET, in_memory, noise, pixel, quadrants, require_efficientnet
 
@@ -343,7 +342,6 @@ def test_a_made_reference_has_numpys_statistics_and_images_taken_evenly(tmp_path
 
     told["extractors"]["pixel"] = "f" * 64
     (tmp_path / "ref.json").write_text(json.dumps(told))
-    references._provenance.cache_clear()
     with pytest.raises(ConfigError, match=r"pixel features are of weights ffffffffffffffff, those here are"):
         opened(tmp_path / "ref.npz", ["fd_pixel"])
 
