@@ -157,7 +157,7 @@ def _scored_run(given: dict[str, Any]) -> Path | None:
 
 
 def _refuse_reference(given: dict[str, Any]) -> None:
-    from ig_dist.evaluation.making_references import check_arguments
+    from ig_dist.evaluation.references import check_arguments
 
     check_arguments(given["out"], given["extractors"].split(","))
     refuse_missing(given["source"])
