@@ -100,25 +100,25 @@ def job_folder(job: Job, arguments: Sequence[str], folder: Path | None = None) -
         ConfigError: arguments that the job would refuse.
     """
     if job is Job.encode:
-        name, run = _last_part(_parsed(job, arguments)["dest"]), None
+        name, run = _last_part(parsed(job, arguments)["dest"]), None
     elif job in (Job.sample, Job.sweep):
         from ig_dist.export import find_run
 
-        source = _parsed(job, arguments)["run"]
+        source = parsed(job, arguments)["run"]
         name, (_, run, _) = Path(source).name, find_run(source)
         if run is not None and folder is not None:
             raise ConfigError(f"--folder {folder}: a job of a run has its folder in the run; leave --folder out")
     elif job is Job.evaluate:
-        given = _parsed(job, arguments)
+        given = parsed(job, arguments)
         name, run = _last_part(given["samples"] or ""), _scored_run(given)
     else:
-        given = _parsed(job, arguments)
+        given = parsed(job, arguments)
         name, run = given["out"].stem, None
         _refuse_reference(given)
     return folder or run or Path("runs") / f"{job.value}-{name}"
 
 
-def _parsed(job: Job, arguments: Sequence[str]) -> dict[str, Any]:
+def parsed(job: Job, arguments: Sequence[str]) -> dict[str, Any]:
     """The arguments of a job's command as it understands them."""
     from ig_dist.cli import app
 

@@ -5,6 +5,7 @@
     ig-dist slurm --job sample --tasks 16 runs/a --ig-scale 1.4
     ig-dist slurm --job evaluate --tasks 8 runs/a/samples/PLAN
     ig-dist slurm --job reference --tasks 8 runs/data --out reference.npz
+    ig-dist slurm --nodes 8 sit_xl2_ig --then "sample --num 50000" --then "evaluate --metrics fid,precision"
     ig-dist slurm status runs/a        (also: cancel, resume)
 
 Time limits, preemption, dead nodes and dead processes requeue the job. See docs/slurm.md.
@@ -62,7 +63,8 @@ Follow = Annotated[bool, typer.Option("--follow", help="Print the log until the 
 @app.callback()
 def defaults(context: typer.Context) -> None:
     """The command line stands above the environment, that above the cluster file, and that above sbatch's variables."""
-    context.default_map = {"submit": defaults_of(_option_names())}
+    if context.invoked_subcommand in ("submit", "resume"):  # whatever is wrong there, the others work
+        context.default_map = {"submit": defaults_of(_option_names())}
 
 
 @app.command(cls=Launch, context_settings=CONTEXT, epilog=epilog("slurm submit"))
@@ -127,6 +129,14 @@ def submit(
         str | None,
         typer.Option(metavar="COMMAND", help="Run when the job is done or given up, with RUN, CODE and REASON set."),
     ] = None,
+    then: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="JOB",
+            help="What follows a training that is done, as arrays: sample, sweep or evaluate, with their options in"
+            " quotes. May be repeated.",
+        ),
+    ] = None,
     max_failures: Annotated[
         int, typer.Option(min=0, metavar="N", help="Tries after failures in a row, without a new checkpoint between.")
     ] = 8,
@@ -158,7 +168,7 @@ def submit(
     _refuse_others_options(context, job)
     if job is Job.train:
         _refuse_options(context, arguments)
-        if tasks is not None and getattr(context.get_parameter_source("tasks"), "name", "") == "COMMANDLINE":
+        if not then and getattr(context.get_parameter_source("tasks"), "name", "") == "COMMANDLINE":
             raise ConfigError("--tasks is for arrays, e.g. --job sample: give --nodes, or --tasks-per-node")
         chosen, words = _config_first(config, arguments)
     elif nodes != "1":
@@ -166,7 +176,7 @@ def submit(
     from ig_dist.slurm import start
     from ig_dist.slurm.script import Request
 
-    count, at_once = (0, None) if job is Job.train else _tasks(tasks or "8")
+    count, at_once = _tasks(tasks or "8")
     say_unused_variables()
     request = Request(
         nodes=nodes,
@@ -185,6 +195,7 @@ def submit(
         sbatch=sbatch or [],
         srun=srun or [],
         notify=notify or "",
+        then=[text for text in then or [] if text],
         max_failures=max_failures,
         exclude_after=exclude_after,
         tasks=count,
@@ -253,15 +264,24 @@ def resume(
     _refuse_options(given, [run, *overrides])
     flags = {name: typed.pop(name, False) for name in ("follow", "dry_run")}
     for name in typed:
-        if not run or name not in Request.model_fields or name == "tasks":
+        if not run or name not in Request.model_fields:
             raise ConfigError(f"--{name.replace('_', '-')} is not for resume" if run else "RUN is missing")
     trainings = [found for found in watch.found_folders(Path(run)) if found[1].kind == "train"]
     if not trainings:
         raise ConfigError(f"{run} holds no training: type the command of the array again, it makes what is missing")
     last, submission = trainings[-1]
     watch.refuse_others(last, submission, Path(run))
-    written = Path(run).absolute() / "config.yaml"
-    config = load_config(written if written.exists() else last.path.absolute() / "config.yaml", overrides)
+    if "then" in typed:
+        typed["then"] = [text for text in typed["then"] if text]
+    if "tasks" in typed:
+        typed["tasks"], typed["at_once"] = _tasks(typed["tasks"])
+        if not typed.get("then", submission.options.get("then")):
+            raise ConfigError("--tasks is of what follows a training: give --then too")
+    # a submission that never began is not in the run's own, nor is a start by hand in that of the submission
+    files = [folder.absolute() / "config.yaml" for folder in (Path(run), last.path)]
+    newest = max((file for file in files if file.exists()), key=lambda file: file.stat().st_mtime, default=files[0])
+    console.print(f"config: {newest}", markup=False)
+    config = load_config(newest, overrides)
     if watch.last_step(Path(run)) == config.train.steps and [e.get("next") for e in last.events()][-1:] == ["done"]:
         console.print(f"{run} is finished: {config.train.steps} steps; for more of them, type train.steps=N")
         return
@@ -287,6 +307,8 @@ def _refuse_others_options(context: typer.Context, job: Job) -> None:
     ]
     if job is Job.train and "folder" in typed:
         raise ConfigError("--folder is for arrays: a training has its folder in run.dir")
+    if job is not Job.train and "then" in typed:
+        raise ConfigError(f"--then follows a training: {job.value} is scored, or made, by itself")
     if job is not Job.train and "config" in typed:
         raise ConfigError(f"--config is for --job train: {job.value} has arguments of its own")
 

@@ -21,7 +21,7 @@ SBATCH = {
     "SBATCH_TIMELIMIT": "time",
 }
 """Variables of sbatch that are an option here. sbatch would follow them before what the script says."""
-LISTS = ("setup", "sbatch", "srun")
+LISTS = ("setup", "sbatch", "srun", "then")
 
 
 def defaults_of(known: Sequence[str]) -> dict[str, Any]:

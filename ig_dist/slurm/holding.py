@@ -30,8 +30,10 @@ def lock_is_free(
                 break
             except BlockingIOError:
                 held = f"{file} is held by a process of another start"
+                if (holder := os.pread(lock.fileno(), 99, 0).decode(errors="replace").strip()).isprintable() and holder:
+                    held += f" ({holder})"
                 if time.time() - began > submission.hold_s:
-                    reason = f"{held} for {submission.hold_s:.0f} s: not started"
+                    reason = f"{held} for {submission.hold_s:.0f} s: not started; end it, then resume"
                     print(reason, flush=True)
                     folder.add_event("waited", task, code=1, reason=reason, next="stop")
                     return False

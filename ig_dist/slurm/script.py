@@ -41,6 +41,8 @@ class Request(BaseModel):
     sbatch: list[str] = []
     srun: list[str] = []
     notify: str = ""
+    then: list[str] = []
+    """Arrays that follow a training."""
     max_failures: int = 8
     exclude_after: int = 2
     tasks: int = 0
@@ -131,7 +133,7 @@ def batch_script(request: Request, submission: Submission, folder: Path, *, name
         submission: what it runs.
         folder: the submission's.
         name: of the job.
-        after: id of the job that must have ended.
+        after: what it waits for, as sbatch's --dependency takes it.
     """
     import submitit  # 70 ms, that `status` need not wait for
 
@@ -159,12 +161,13 @@ def batch_script(request: Request, submission: Submission, folder: Path, *, name
         "output": f"{log}/batch{task}.log",
         **({"mem": request.mem} if request.mem is not None else {}),
         **({"array": f"0-{submission.array - 1}{throttle}"} if submission.array else {}),
+        **({"kill_on_invalid_dep": "yes"} if "afterok" in after else {}),  # or it would wait for ever
     }
     said |= (more := _more(request, said))
     if {"mem_per_gpu", "mem_per_cpu"} & more.keys():  # SLURM takes one way of asking
         said.pop("mem", None)
     typed = str(more.get("gres", "")).startswith("gpu")  # gpu:h100:8, where a site asks for the type
-    if after:  # what the user has it wait for, the array has waited for
+    if after:  # what the user has it wait for, the first job has waited for
         said.pop("dependency", None)
     executor = Script(folder)
     executor.update_parameters(
@@ -179,7 +182,7 @@ def batch_script(request: Request, submission: Submission, folder: Path, *, name
         constraint=request.constraint,
         exclude=request.exclude,
         exclusive=request.exclusive or None,
-        dependency=f"afterany:{after}" if after else None,
+        dependency=after or None,
         wckey=None,
         stderr_to_stdout=True,
         use_srun=False,  # the first process calls it: how many nodes it uses is known when the job starts

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ig_dist.config import Config
 from ig_dist.errors import ConfigError
 from ig_dist.jobs import Job, job_folder, program
 from ig_dist.slurm import submit as slurm
 from ig_dist.slurm.batch import srun_command
+from ig_dist.slurm.chain import Planned, following, submit_all
 from ig_dist.slurm.control import follow as follow_job
 from ig_dist.slurm.record import ACCUMULATION, Folder, Submission, World
 from ig_dist.slurm.script import Request, batch_script, complete, key_values
@@ -21,36 +24,28 @@ LOCK_WAIT_S, LEASE_S = 600.0, 120.0  # at least; until a server of files lets go
 
 
 def training(request: Request, config: Config, *, follow: bool, dry_run: bool) -> int:
-    """Submit a training, or print what would be; the exit code.
+    """Submit a training and what follows it, or print what would be; the exit code.
 
     Raises:
         ConfigError: the cluster, the run or the data do not allow it.
     """
     run = Path(config.run.dir).absolute()
     path = slurm.new_folder(run)
-    asked, request = request, complete(request, assume=dry_run)
+    asked = request
+    request = complete(asked.model_copy(update={"tasks": 0, "at_once": None}), assume=dry_run)
     worlds = slurm.worlds(config, request)
-    submission = Submission(
-        kind="train",
-        commands=[["-m", "ig_dist.cli", "train", f"{path}/config.yaml", "train.accumulation={accumulation}"]],
-        run=str(run),
-        cwd=str(Path.cwd()),
-        tasks_per_node=request.ranks_per_node,
-        cpus_per_task=request.cpus_per_task,
-        worlds=worlds,
-        max_failures=request.max_failures,
-        exclude_after=request.exclude_after,
-        signal_delay_s=request.signal_delay,
-        options=asked.model_dump(),
-        srun=key_values("--srun", request.srun),
-        notify=request.notify,
-        hold=f"{run}/.lock",
-        hold_s=max(LOCK_WAIT_S, config.train.timeout_s + LEASE_S),
-    )
+    command = ["-m", "ig_dist.cli", "train", f"{path}/config.yaml", f"train.accumulation={ACCUMULATION}"]
+    submission = _submission("train", command, run, request, asked, worlds=worlds, notify=request.notify)
+    submission.hold, submission.hold_s = f"{run}/.lock", max(LOCK_WAIT_S, config.train.timeout_s + LEASE_S)
+    jobs = [Planned(path, submission, request)]
+    links = following(asked.then, config, path.name)
+    each = _of_one_gpu(asked, request, assume=dry_run) if links else request
+    for number, (job, arguments) in enumerate(links, 1):
+        jobs += _array(each, asked, job, arguments, run, Path(f"{path}-{number}-{job.value}"), behind=len(jobs))
     if not (request.gpus_per_node or request.on_cpus):
         warn(f"partition {request.partition or 'by default'} has no GPUs: trains on CPUs, as --gpus-per-node 0")
     if dry_run:
-        code = _print_dry_run([request], [submission], path, lambda: slurm.check_training(config, worlds))
+        code = _print_dry_run(jobs, lambda: slurm.check_training(config, worlds))
         for line in _shares(request, config, worlds):
             print(line)
         return code
@@ -58,11 +53,11 @@ def training(request: Request, config: Config, *, follow: bool, dry_run: bool) -
     slurm.check_training(config, worlds)
     with slurm.submitting(run):
         slurm.refuse_active(run, "is in use by")  # one that was submitted meanwhile
-        slurm.submit(path, submission, request, config=config)
+        submit_all(jobs, config)
     for nodes, world in worlds.items():
         if world.nodes < nodes:
             console.print(f"of {nodes} nodes {world.nodes} will be used: more do not divide data.streams")
-    return _tell(path, submission, f"tensorboard --logdir {run}/tensorboard", follow)
+    return _tell(jobs, f"tensorboard --logdir {run}/tensorboard", follow)
 
 
 def array(
@@ -76,42 +71,56 @@ def array(
     run = job_folder(job, arguments, folder)
     if job in (Job.sample, Job.sweep) and not dry_run:
         slurm.refuse_active(run, "changes its weights while it is trained by")
-    path = slurm.new_folder(run)
-    asked, request = request, complete(request, assume=dry_run)
-    one_process = {"gpus_per_node": min(request.gpus_per_node or 0, 1), "tasks_per_node": None, "tasks": 0}
-    alone = request.model_copy(update=one_process)
-    after = Path(f"{path}-merge")
-    typed = [*arguments, *(["--evaluate-if-fit"] if job is Job.sample else [])]
-    submissions = [
-        Submission(
-            kind=kind,
-            commands=[program(job, typed)],
-            run=str(run.absolute()),
-            cwd=str(Path.cwd()),
-            tasks_per_node=one.ranks_per_node,
-            cpus_per_task=one.cpus_per_task,
-            worlds={1: World(nodes=1, accumulation=1)},
-            array=one.tasks,
-            max_failures=request.max_failures,
-            exclude_after=request.exclude_after,
-            signal_delay_s=request.signal_delay,
-            options=asked.model_dump(),
-            srun=key_values("--srun", request.srun),
-            notify=request.notify if kind == "merge" else "",
-        )
-        for kind, place, one in ((job.value, path, request), ("merge", after, alone))
-    ]
+    jobs = _array(complete(request, assume=dry_run), request, job, arguments, run.absolute(), slurm.new_folder(run))
     if dry_run:
-        return _print_dry_run([request, alone], submissions, path, lambda: None)
+        return _print_dry_run(jobs, lambda: None)
     with slurm.submitting(run):
-        number = slurm.submit(path, submissions[0], request)
-        # it waits for all tasks, whatever became of them, and makes what is missing
-        try:
-            slurm.submit(after, submissions[1], alone, after=number)
-        except ConfigError:
-            slurm.withdraw(path)
-            raise
-    return _tell(path, submissions[0], "", follow)
+        submit_all(jobs)
+    return _tell(jobs, "", follow)
+
+
+def _array(
+    request: Request, asked: Request, job: Job, arguments: Sequence[str], run: Path, path: Path, *, behind: int = 0
+) -> list[Planned]:
+    """The array and the job that merges it, ``behind`` so many others, the last of which must have succeeded."""
+    alone = request.model_copy(
+        update={"gpus_per_node": min(request.gpus_per_node or 0, 1), "tasks_per_node": None, "tasks": 0}
+    )
+    typed = [*arguments, *(["--evaluate-if-fit"] if job is Job.sample else [])]
+    command, needs = program(job, typed), (("afterok", behind - 1),) if behind else ()
+    array = _submission(job.value, command, run, request, asked, array=request.tasks)
+    # it waits for all tasks, whatever became of them, and makes what is missing
+    merge = _submission("merge", command, run, alone, asked, notify=request.notify)
+    return [
+        Planned(path, array, request, needs),
+        Planned(Path(f"{path}-merge"), merge, alone, (*needs, ("afterany", behind))),
+    ]
+
+
+def _submission(kind: str, command: list[str], run: Path, request: Request, asked: Request, **more: Any) -> Submission:
+    one = {1: World(nodes=1, accumulation=1)}
+    return Submission(
+        kind=kind,
+        commands=[command],
+        run=str(run),
+        cwd=str(Path.cwd()),
+        tasks_per_node=request.ranks_per_node,
+        cpus_per_task=request.cpus_per_task,
+        max_failures=request.max_failures,
+        exclude_after=request.exclude_after,
+        signal_delay_s=request.signal_delay,
+        options=asked.model_dump(),
+        srun=key_values("--srun", request.srun),
+        **{"worlds": one, **more},
+    )
+
+
+def _of_one_gpu(asked: Request, training: Request, *, assume: bool) -> Request:
+    """What each task of an array gets that follows a training."""
+    one = None if training.gpus_per_node else 0
+    sbatch = [re.sub(r"^(-*gres=gpu(?::[a-z]\w*)?)(:\d+)?$", r"\1:1", text) for text in asked.sbatch]
+    update = {"nodes": "1", "gpus_per_node": one, "tasks_per_node": None, "tasks": asked.tasks or 8, "sbatch": sbatch}
+    return complete(asked.model_copy(update=update), assume=assume)
 
 
 def _shares(request: Request, config: Config, worlds: dict[int, World]) -> list[str]:
@@ -124,13 +133,16 @@ def _shares(request: Request, config: Config, worlds: dict[int, World]) -> list[
     return told
 
 
-def _tell(path: Path, submission: Submission, watch: str, follow: bool) -> int:
-    folder, run = Folder(path), submission.run
-    first = "task_0_rank_0.log" if submission.array else "rank_0.log"
-    merged = f", merged by {Folder(Path(f'{path}-merge')).id}" if submission.array else ""
+def _tell(jobs: Sequence[Planned], watch: str, follow: bool) -> int:
+    first = jobs[0].submission
+    folder, run = Folder(jobs[0].path), first.run
+    ids = folder.id
+    for job in jobs[1:]:
+        merges, number = job.submission.kind == "merge", Folder(job.path).id
+        ids += f" (merged by {number})" if merges else f", then {job.submission.kind} {number}"
     told = {
-        "job": f"{folder.id}{merged}",
-        "log": f"{folder.log}/{first}",
+        "job": ids,
+        "log": f"{folder.log}/{'task_0_rank_0.log' if first.array else 'rank_0.log'}",
         "status": f"ig-dist slurm status {run}",
         "stop": f"ig-dist slurm cancel {run}",
     }
@@ -138,30 +150,30 @@ def _tell(path: Path, submission: Submission, watch: str, follow: bool) -> int:
         told |= {"watch": watch, "resume": f"ig-dist slurm resume {run}"}
     for name, text in told.items():
         console.print(f"{name + ':':8}{text}", markup=False)
-    return follow_job(folder, submission) if follow else 0
+    return follow_job(folder, first) if follow else 0
 
 
-def _print_dry_run(
-    requests: Sequence[Request], submissions: Sequence[Submission], path: Path, check: Callable[[], object]
-) -> int:
-    submission, request = submissions[0], requests[0]
-    name = f"{submission.kind}-{Path(submission.run).name}"
-    print(batch_script(request, submission, path, name=name))
-    for nodes, world in submission.worlds.items():
-        hosts = ["<node>"] * world.nodes
-        ranks = world.nodes * submission.tasks_per_node
-        task = f"each of {submission.array} tasks " if submission.array else ""
-        print(f"# {task}on {nodes} node{'s' * (nodes > 1)}, {ranks} process{'es' * (ranks > 1)}:")
-        text = " ".join(srun_command(path, submission, hosts, "<start>"))
-        print("#   " + text.replace(",".join(hosts), f"<the first {world.nodes}>"))
-        for command in submission.commands:
-            arguments = " ".join(command).replace(ACCUMULATION, str(world.accumulation))
-            print(f"# each process: python {arguments}")
-    for merge, alone in zip(submissions[1:], requests[1:], strict=True):
-        print("# once all tasks have ended, whatever became of them, a job of one process:")
-        print(batch_script(alone, merge, Path(f"{path}-merge"), name=f"merge-{Path(merge.run).name}", after="ARRAY"))
-        for command in merge.commands:
-            print(f"# it alone: python {' '.join(command)}")
+def _print_dry_run(jobs: Sequence[Planned], check: Callable[[], object]) -> int:
+    ids = [job.submission.kind.upper() for job in jobs]
+    for place, job in enumerate(jobs):
+        submission, merges = job.submission, job.submission.kind == "merge"
+        if merges:
+            print("# once all tasks have ended, whatever became of them, a job of one process:")
+        elif place:
+            print(f"# once {ids[place - 1]} has succeeded:")
+        name = f"{submission.kind}-{Path(submission.run).name}"
+        print(batch_script(job.request, submission, job.path, name=name, after=job.dependency(ids)))
+        for nodes, world in submission.worlds.items():
+            ranks, commands = world.nodes * submission.tasks_per_node, [" ".join(one) for one in submission.commands]
+            if not merges:
+                task = f"each of {submission.array} tasks " if submission.array else ""
+                print(f"# {task}on {nodes} node{'s' * (nodes > 1)}, {ranks} process{'es' * (ranks > 1)}:")
+                hosts = ["<node>"] * world.nodes
+                text = " ".join(srun_command(job.path, submission, hosts, "<start>"))
+                print("#   " + text.replace(",".join(hosts), f"<the first {world.nodes}>"))
+            for command in commands:
+                arguments = command.replace(ACCUMULATION, str(world.accumulation))
+                print(f"# {'it alone' if merges else 'each process'}: python {arguments}")
     try:
         check()
     except ConfigError as error:

@@ -29,6 +29,7 @@ STUCK = {
     "job requeued in held state": "held: scontrol release {id}",
     "JobHeldUser": "held: scontrol release {id}",
     "JobHeldAdmin": "held by an administrator",
+    "DependencyNeverSatisfied": "what it waits for has failed: cancel",
     "PartitionTimeLimit": "the partition gives less time: cancel, and submit with a smaller --time",
     "PartitionNodeLimit": "the partition gives fewer nodes: cancel, and submit with fewer --nodes",
 }

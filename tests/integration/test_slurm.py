@@ -109,7 +109,8 @@ def wait_until(true: Callable[[], object], what: str, run: Path) -> None:
 
 
 def newest(run: Path) -> Folder:
-    return list(folders(run))[-1][0]
+    """Of its trainings."""
+    return [folder for folder, submission in folders(run) if submission.kind == "train"][-1]
 
 
 def starts(run: Path, task: str = "") -> list[Start]:
@@ -317,7 +318,7 @@ def test_cancel_leaves_no_process_and_resume_goes_on(
     whole = uninterrupted(STEPS)
     config, run = write_config(tmp_path, digits_index), tmp_path / "run"
     began = time.monotonic()
-    job = submit("--nodes", 2, "--config", config)
+    job = submit("--nodes", 2, "--config", config, "--then", "sample --num 16", "--tasks", 1)
     wait_until(lambda: last_step(run), "no steps", run)
     seconds = time.monotonic() - began
     print(f"from the command to the first step: {seconds:.1f} s")
@@ -328,16 +329,17 @@ def test_cancel_leaves_no_process_and_resume_goes_on(
     refused = launch("--nodes", 2, "--config", config)
     os.kill(rank, signal.SIGCONT)
     assert refused.returncode == 2 and f"in use by job {job} (RUNNING)" in refused.stderr
-    assert refused.stderr.count("\n") == 1 and len(list(folders(run))) == 1
+    assert refused.stderr.count("\n") == 1 and len(list(folders(run))) == 3
     done = launch("cancel", run)
     assert done.returncode == 0 and job in done.stdout and "saved at step" in done.stdout, done.stdout + done.stderr
     for node in cluster.nodes:
         assert not [line for line in cluster.processes(node).values() if "ig_dist" in line or "srun" in line]
     shown = launch("status", run).stdout
-    assert "CANCELLED" in shown and starts(run) == [(cluster.nodes, "cancelled: asked to stop, and saved", "stop")]
+    assert shown.count("job") == 3 and shown.count(": CANCELLED") == 3, shown  # what follows it, too
+    assert starts(run) == [(cluster.nodes, "cancelled: asked to stop, and saved", "stop")]
     time.sleep(8)  # longer than the delay of a requeue
     assert not cluster.run("squeue", "-h")
-    done = launch("resume", run, "--follow")
+    done = launch("resume", run, "--follow", "--then", "")
     assert done.returncode == 0 and "resume at step" in done.stdout, done.stdout + done.stderr
     same_run(run, whole)
 
@@ -347,8 +349,11 @@ def test_a_failure_that_would_come_again_is_not_tried_again(
 ) -> None:
     run = tmp_path / "run"
     overrides = ["optimizer.lr=1e38", "optimizer.warmup_steps=0", "train.max_nonfinite_steps=1"]
-    done = launch("--nodes", 2, "--config", write_config(tmp_path, digits_index), "--follow", *overrides)
+    options = ["--nodes", 2, "--config", write_config(tmp_path, digits_index), "--then", "sample", "--tasks", "1"]
+    done = launch(*options, "--follow", *overrides)
     assert done.returncode == 3, done.stdout + done.stderr
+    wait_until(lambda: not cluster.run("squeue", "-h"), "what follows it waits for ever", run)
+    assert not list((run / "slurm").glob("*-sample*/history*"))  # and was not started
     (start,) = starts(run)
     assert start.next == "stop" and "exit code 3 of rank 0" in start.reason
     assert "exit code 3" in launch("status", run).stdout

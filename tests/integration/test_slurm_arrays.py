@@ -15,13 +15,17 @@ import pytest
 
 from ig_dist.slurm.record import folders
 from tests.conftest import run_command
+from tests.distributed.test_training import last_step
 from tests.integration.test_slurm import (  # noqa: F401  (fixtures)
     cluster,
     launch,
     rank_on,
+    same_run,
+    starts,
     submit,
     uninterrupted,
     wait_until,
+    write_config,
 )
 from tests.slurm_cluster import SlurmCluster
 
@@ -134,6 +138,27 @@ def test_a_reference_of_which_only_the_merge_is_left(
     wait_until(lambda: not cluster.run("squeue", "-h"), "the jobs did not end", folder)
     assert list(folders(folder))[1][0].events()[-1]["next"] == "done"
     assert out.read_bytes() == alone.read_bytes() and not Path(f"{out}.parts").exists()
+
+
+def test_a_training_is_sampled_and_scored_when_it_is_done(
+    cluster: SlurmCluster,  # noqa: F811
+    uninterrupted: Callable[[int], Path],  # noqa: F811
+    tmp_path: Path,
+    digits_index: Path,
+) -> None:
+    """Not when it is requeued."""
+    whole, run = uninterrupted(TRAINED), tmp_path / "run"
+    then = ["--then", "sample --num 100", "--then", "evaluate --metrics fd_pixel,label_agreement", "--tasks", 2]
+    job = submit("--nodes", 2, "--config", write_config(tmp_path, digits_index), *then)
+    wait_until(lambda: last_step(run) >= 30, "no steps", run)
+    assert "sample job" in (shown := launch("status", run).stdout) and "PENDING (Dependency)" in shown, shown
+    cluster.run("scancel", "--signal=USR2", job)
+    wait_for_merge(cluster, run)
+    assert [start.next for start in starts(run)] == ["requeue", "done"]
+    same_run(run, whole, TRAINED)
+    (plan,) = (file.parent for file in run.glob("samples/*/plan.json"))
+    scored = [set(json.loads(file.read_text())["scores"]) for file in (run / "evaluations").glob("*.json")]
+    assert (plan / "samples.npz").exists() and {"fd_pixel", "label_agreement"} in scored, scored
 
 
 @pytest.mark.parametrize("halving", [[], ["--halving", "sample.num=64"]], ids=["grid", "halving"])

@@ -50,6 +50,9 @@ CASES = {
     "a folder for a training": (["--folder", "x"], ["--folder is for arrays", "run.dir"]),
     "an option of sbatch that the job needs": (["--sbatch", "signal=USR1@5"], ["--sbatch signal", "as it is"]),
     "an option of sbatch that is ours": (["--sbatch", "--partition=high"], ["--sbatch partition", "use --partition"]),
+    "nothing that may follow": (["--then", "smaple"], ["--then 'smaple'", "sample, sweep, evaluate"]),
+    "a score of no samples": (["--then", "evaluate"], ["--then 'evaluate'", "put --then sample before it"]),
+    "a misspelt option of what follows": (["--then", "sample --ig-scal 2"], ["--then sample", "--ig-scale?"]),
     "no option of sbatch": (["--sbatch", "=high"], ["--sbatch '=high'", "KEY=VALUE"]),
     "nodes for an array": (["--job", "sample", "--nodes", "2"], ["--nodes", "--tasks"]),
     "an array without a run": (["--job", "sample"], ["--job sample", "run directory"]),
@@ -85,32 +88,37 @@ def test_one_line_and_nothing_submitted(
     assert left(tmp_path) == before and not cluster.run("squeue", "-h")
 
 
-def test_no_slurm_here(tmp_path: Path, digits_index: Path) -> None:
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    done = launch("--config", write_config(tmp_path, digits_index), env={"PATH": str(folder)})
-    assert done.returncode == 2 and "no sinfo on PATH" in done.stderr and "ig-dist launch" in done.stderr
+def test_no_slurm_here(
+    tmp_path: Path, digits_index: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, errors = call(["launchers/slurm.py", "--config", str(write_config(tmp_path, digits_index))], capsys)
+    assert code == 2 and "no sinfo on PATH" in errors and "ig-dist launch" in errors
     assert not (tmp_path / "run").exists()
 
 
-def test_commands_without_a_cluster(tmp_path: Path, digits_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_without_a_cluster(
+    tmp_path: Path, digits_index: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     if not shutil.which("sinfo") or Path("/etc/slurm/slurm.conf").exists():
         pytest.skip("no SLURM commands on this machine, or a cluster")
     monkeypatch.delenv("SLURM_CONF", raising=False)
-    done = launch("--config", write_config(tmp_path, digits_index))
-    assert done.returncode == 2 and "knows of no cluster" in done.stderr and "ig-dist launch" in done.stderr
+    code, errors = call(["launchers/slurm.py", "--config", str(write_config(tmp_path, digits_index))], capsys)
+    assert code == 2 and "knows of no cluster" in errors and "ig-dist launch" in errors
     assert not (tmp_path / "run").exists()
 
 
-def test_a_controller_that_is_away(tmp_path: Path, digits_index: Path) -> None:
+def test_a_controller_that_is_away(
+    tmp_path: Path, digits_index: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     if not shutil.which("sinfo"):
         pytest.skip("no SLURM commands on this machine")
     (tmp_path / "slurm.conf").write_text(
-        "ClusterName=x\nSlurmctldHost=x(127.0.0.1)\nSlurmctldPort=1\nAuthType=auth/none\n"
+        "ClusterName=x\nSlurmctldHost=x(127.0.0.1)\nSlurmctldPort=1\nAuthType=auth/none\nMessageTimeout=2\n"
     )
-    env = {"SLURM_CONF": str(tmp_path / "slurm.conf")}
-    done = launch("--config", write_config(tmp_path, digits_index), env=env)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "error: sinfo: " in done.stderr, done.stderr
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    code, errors = call(["launchers/slurm.py", "--config", str(write_config(tmp_path, digits_index))], capsys)
+    assert code == 1 and errors.count("\n") == 1 and "error: sinfo: " in errors, errors
 
 
 @pytest.mark.parametrize(
@@ -131,6 +139,8 @@ def test_a_cluster_file_that_is_wrong(
     assert code == 2 and errors.count("\n") == 1 and str(file) in errors, errors
     for word in words:
         assert word in errors
+    code, errors = call(["launchers/slurm.py", "status", str(tmp_path)], capsys)
+    assert code == 2 and "was never submitted" in errors, errors  # that file is no business of looking and ending
 
 
 def test_dry_run_prints_the_script_of_an_h100_cluster(tmp_path: Path) -> None:
@@ -224,6 +234,6 @@ def test_an_array_that_is_only_looked_at(
         done.returncode == 0
         and errors == "warning: not followed, for the batch script says it all: SBATCH_NO_REQUEUE\n"
     )
-    assert "#SBATCH --array=0-3%2" in out and "#SBATCH --dependency=afterany:ARRAY" in out
+    assert "#SBATCH --array=0-3%2" in out and "#SBATCH --dependency=afterany:ENCODE" in out
     assert out.count("#SBATCH --partition=cpu") == 2 and "gpus" not in out
     assert not left(tmp_path) and not cluster.run("squeue", "-h")

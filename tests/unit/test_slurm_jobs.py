@@ -196,9 +196,12 @@ def test_a_start_waits_for_the_lock_of_its_run_so_long(tmp_path: Path) -> None:
     folder.add_event("start", nodes=["a"], log=0)
     with lock.open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
+        held.write("17 on c\n")
+        held.flush()
         assert not lock_is_free(folder, "", job, ["b"], lambda: False)
         (_, end), (wait, waited) = [(entry, entry["end"]) for entry in watch.history(folder, "", False)]
-        assert end["next"] == "requeue" and wait["nodes"] == ["b"] and "another start for 0 s" in waited["reason"]
+        assert end["next"] == "requeue" and wait["nodes"] == ["b"] and waited["next"] == "stop"
+        assert waited["reason"].endswith("another start (17 on c) for 0 s: not started; end it, then resume")
         free = threading.Timer(0.3, held.close)
         free.start()
         assert lock_is_free(folder, "", job.model_copy(update={"hold_s": 60.0}), ["b"], lambda: False)
@@ -286,7 +289,7 @@ def test_what_a_partition_has(clusters: None) -> None:
 def test_the_job_that_merges_waits_for_its_array_whatever_else_is_typed(clusters: None, tmp_path: Path) -> None:
     request = complete(Request(sbatch=["dependency=afterok:5"]))
     assert "--dependency=afterok:5" in batch_script(request, submission(), tmp_path, name="first")
-    after = batch_script(request, submission(), tmp_path, name="merge", after="7")
+    after = batch_script(request, submission(), tmp_path, name="merge", after="afterany:7")
     assert "--dependency=afterany:7" in after and "afterok" not in after
 
 
@@ -405,6 +408,18 @@ def test_what_an_array_would_refuse_is_said_before(
     assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
+def dry_run(
+    typed: str, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *more: str, code: int = 2
+) -> list[str]:
+    """The lines of one; the code is 2 where the data are not there."""
+    patch.setattr(sys, "argv", ["slurm.py", *more, *typed.split()])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "launchers/slurm.py"), run_name="__main__")
+    printed, errors = capsys.readouterr()
+    assert end.value.code == code and errors.count("\n") == bool(code), errors
+    return printed.splitlines()
+
+
 @pytest.mark.parametrize("job", ["evaluate", "reference", "sample", "sweep"])
 def test_a_dry_run_prints_what_each_process_does(
     job: str, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -416,14 +431,10 @@ def test_a_dry_run_prints_what_each_process_does(
     )
     folder = ["--folder", str(tmp_path / "job")] if job == "reference" else []
     options = ["--job", job, "--tasks", "3", "--gpus-per-node", "2", *folder, "--dry-run"]
-    monkeypatch.setattr(sys, "argv", ["slurm.py", *options, *arguments.split()])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "launchers/slurm.py"), run_name="__main__")
-    printed, errors = capsys.readouterr()
-    assert end.value.code == 0 and not errors
+    printed = dry_run(arguments, monkeypatch, capsys, *options, code=0)
     assert "#SBATCH --array=0-2" in printed and f"#SBATCH --job-name={job}-{'job' if folder else 'run'}" in printed
     command = f"python -m ig_dist.cli {job} {arguments}" + " --evaluate-if-fit" * (job == "sample")
-    assert [line for line in printed.splitlines() if line.startswith(("# each", "# once", "# it"))] == [
+    assert [line for line in printed if line.startswith(("# each", "# once", "# it"))] == [
         "# each of 3 tasks on 1 node, 2 processes:",
         f"# each process: {command}",
         "# once all tasks have ended, whatever became of them, a job of one process:",
@@ -489,6 +500,28 @@ def test_the_status_for_a_program_is_that_of_the_lines(tmp_path: Path, capsys: p
     )
 
 
+def test_what_follows_a_training_waits_until_it_has_succeeded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no SLURM: nodes of eight GPUs are assumed
+    monkeypatch.setenv("IG_DIST_CLUSTER", "")
+    run = tmp_path / "run"
+    options = f"--nodes 2 sit_b2_ig run.dir={run} data.index={tmp_path} --tasks 4%2 --dry-run --sbatch gres=gpu:h100:8"
+    then = ["--then", "sample --ig-scale 1.4 sample.num=50", "--then", "evaluate --metrics fid,recall"]
+    lines = dry_run(options, monkeypatch, capsys, *then)
+
+    def said(beginning: str) -> list[str]:
+        return [line.removeprefix(beginning) for line in lines if line.startswith(beginning)]
+
+    afters = ["afterok:TRAIN", "afterok:TRAIN,afterany:SAMPLE", "afterok:MERGE", "afterok:MERGE,afterany:EVALUATE"]
+    assert said("#SBATCH --dependency=") == afters and len(said("#SBATCH --kill-on-invalid-dep=yes")) == 4
+    assert said("#SBATCH --gres=") == ["gpu:h100:8", *["gpu:h100:1"] * 4] and said("#SBATCH --array=") == ["0-3%2"] * 2
+    assert said("#SBATCH --nodes=") == ["2", "1", "1", "1", "1"] and said("# once ")[0] == "TRAIN has succeeded:"
+    sample, evaluate = (line.split() for line in said("# it alone: python -m ig_dist.cli "))
+    assert sample[:5] == ["sample", str(run), "--ig-scale", "1.4", "sample.num=50"] and evaluate[0] == "evaluate"
+    assert sample[sample.index("--out") + 1] == evaluate[1] and evaluate[1].startswith(f"{run}/samples/")
+
+
 def test_what_sites_ask_for_in_words_of_their_own(tmp_path: Path) -> None:
     whole = Request(nodes="2", gpus_per_node=8, mem="0", sbatch=["gres=gpu:h100:8", "mem-per-gpu=60G"])
     text = batch_script(whole, submission(), tmp_path, name="first")
@@ -499,6 +532,27 @@ def test_what_sites_ask_for_in_words_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("answer", "number"), [("17", "17"), ("17;here\n", "17"), ("Welcome!\n---\n17\n\n", "17")])
 def test_the_id_of_a_job_below_a_greeting(answer: str, number: str) -> None:
     assert job_id(answer) == number
+
+
+@pytest.mark.parametrize("newer", ["run", "submission"])
+def test_resume_goes_on_with_the_newest_config(
+    newer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a submission that was cancelled before it began, or of a start by hand after it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("IG_DIST_CLUSTER", "")
+    monkeypatch.chdir(tmp_path)
+    run, folder = tmp_path / "run", Folder(tmp_path / "run/slurm/first")
+    folder.path.mkdir(parents=True)
+    folder.write(submission(run=str(run), cwd=str(tmp_path), options={"gpus_per_node": 8}))
+    for place, name, batch in ((run, "run", 128), (folder.path, "submission", 256)):
+        tree = config(streams=128, batch=batch)
+        tree.run.dir = str(run)
+        (place / "config.yaml").write_text(to_yaml(tree))
+        os.utime(place / "config.yaml", (1, 2 if name == newer else 1))
+    said = dry_run(f"resume {run} --dry-run", monkeypatch, capsys)
+    assert f"config: {run if newer == 'run' else folder.path}/config.yaml" in said
+    assert f"# of a batch of {128 if newer == 'run' else 256}, a process has" in said[-1]
 
 
 def test_an_answer_without_an_id_is_told() -> None:
