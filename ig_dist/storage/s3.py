@@ -8,10 +8,10 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from http import HTTPStatus
 from typing import Any
 
 from ig_dist.storage.faults import PATIENCE, Patience, retried
-from ig_dist.storage.urls import once
 
 SINGLE_PUT_BYTES = 5 * 2**30  # S3's limit. One PUT is atomic and leaves no half upload behind.
 
@@ -41,11 +41,9 @@ def get_parts(
     import botocore.exceptions
     import s3fs.errors
 
-    bucket, key, _ = fs.split_path(path)
     try:
-        asked = f"bytes={start}-{start + size - 1}"
-        body = _client(fs, patience).get_object(Bucket=bucket, Key=key, Range=asked)["Body"]
-        with closing(body):  # what is left of a broken answer must not reach the next request
+        # what is left of a broken answer must not reach the next request
+        with closing(_ask(fs, path, f"bytes={start}-{start + size - 1}", patience)) as body:
             raw = body._raw_stream
             plain: Any = getattr(raw, "_fp", None)  # http.client's answer
             source = plain if hasattr(plain, "readinto") and not getattr(raw, "chunked", True) else body
@@ -58,18 +56,52 @@ def get_parts(
         raise s3fs.errors.translate_boto_error(error) from error
 
 
+def _ask(fs: Any, path: str, asked: str, patience: Patience) -> Any:
+    """The body of a GET.
+
+    Botocore finds out anew for each request where a bucket is and what to say to it, for 1 to 2 ms of the processor,
+    which the interpreter's lock hands to one thread at a time. Here the URL is kept, and signed each time. Where the
+    answer is not the bytes, as with a bucket that has moved, botocore asks in its own way, from now on.
+    """
+    from botocore.awsrequest import AWSRequest
+    from botocore.exceptions import ClientError
+    from botocore.response import StreamingBody
+
+    client = _client(fs, patience)
+    bucket, key, _ = fs.split_path(path)
+    place = {"Bucket": bucket, "Key": key}
+    if path not in fs.urls:
+        fs.urls[path] = client.generate_presigned_url("get_object", Params=place).partition("?")[0]
+    if fs.urls[path]:
+        request = AWSRequest("GET", fs.urls[path], {"Range": asked}, stream_output=True)
+        client._request_signer.sign("GetObject", request)
+        answer = client._endpoint.http_session.send(request.prepare())
+        if answer.status_code == HTTPStatus.PARTIAL_CONTENT:
+            return StreamingBody(answer.raw, None)
+        answer.raw.close()
+        if answer.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            said = {"Code": str(answer.status_code), "Message": answer.raw.reason}
+            metadata = {"HTTPStatusCode": answer.status_code}
+            raise ClientError({"Error": said, "ResponseMetadata": metadata}, "GetObject")
+        fs.urls[path] = ""
+    return client.get_object(**place, Range=asked)["Body"]
+
+
 def _client(fs: Any, patience: Patience) -> Any:
     """A synchronous client with the address and credentials of an s3fs file system; it may be used by many threads."""
     import botocore.config
     import botocore.session
 
-    fs = once(fs)
     with _CLIENT_LOCK:
         if not hasattr(fs, "synchronous_client"):  # lives as long as the file system, which fsspec keeps
             config = botocore.config.Config(
                 **client_config(patience), signature_version=botocore.UNSIGNED if fs.anon else None
             )
-            fs.synchronous_client = botocore.session.get_session().create_client(
+            session = botocore.session.get_session()
+            if fs.session:  # it has parsed what botocore knows of S3, which takes 0.1 s
+                session.register_component("data_loader", fs.session.get_component("data_loader"))
+            fs.urls = {}
+            fs.synchronous_client = session.create_client(
                 "s3",
                 endpoint_url=fs.endpoint_url,
                 aws_access_key_id=fs.key,

@@ -19,8 +19,9 @@ from ig_dist.data.reader import ShardReader
 from ig_dist.data.stream import Batch, BatchStream
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.storage.faults import Patience
-from ig_dist.storage.files import open_url, read_file, write_whole
+from ig_dist.storage.files import open_url, read_file, read_range, write_whole
 from ig_dist.storage.s3 import abort_orphaned_uploads
+from ig_dist.storage.urls import once
 from tests.conftest import run_command
 from tests.fault_proxy import Fault, FaultProxy
 from tests.object_store import ObjectStore
@@ -100,6 +101,18 @@ def test_transient_faults_cost_time_only(
         assert faults > 0
         said = capsys.readouterr().out
         assert "storage: s3://" in said and ".tar: " in said and "again in" in said
+
+
+def test_objects_of_any_name_are_read_by_a_url_that_is_kept_until_it_no_longer_serves(bucket: str) -> None:
+    fs, path = open_url(f"s3://{bucket}/a b", "test")
+    path, data = f"{path}/ü+x=1?&~.bin", bytes(range(256))
+    write_whole(fs, path, data)
+    assert bytes(read_range(fs, path, 3, 250)) == data[3:250]
+    urls = once(fs).urls
+    assert urls[path]
+    urls[path] += ".moved"
+    assert bytes(read_range(fs, path, 3, 250)) == data[3:250] and not urls[path]
+    assert bytes(read_range(fs, path, 3, 250)) == data[3:250]
 
 
 def test_flips_in_one_reading_after_another_condemn_no_sample(url: str, fault_proxy: FaultProxy) -> None:
