@@ -73,8 +73,8 @@ CPU = (
     Case("sampling", "LightningDiT-S/1", 4, "fp32", ">= 1.2", steps=6),
 )
 GPU = (
-    *(Case("training step", "SiT-XL/2", batch, "bf16", compiled=">= 2.0") for batch in (32, 64)),
-    *(Case("training step", "LightningDiT-XL/1", batch, "bf16", compiled=">= 2.0") for batch in (32, 64)),
+    *(Case("training step", "SiT-XL/2", batch, "bf16", compiled=">= 2.0") for batch in (64, 128)),
+    *(Case("training step", "LightningDiT-XL/1", batch, "bf16", compiled=">= 2.0") for batch in (64, 128)),
     Case("sampling", "SiT-XL/2", 64, "tf32", ">= 1.0", ">= 1.0", steps=10, fast=">= 3.0"),
     Case("sampling", "LightningDiT-XL/1", 64, "tf32", ">= 1.0", ">= 1.0", steps=10, fast=">= 3.0"),
 )

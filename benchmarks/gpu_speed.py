@@ -42,7 +42,7 @@ from ig_dist.training.metrics import model_flops_utilisation, peak_tflops_of
 from tests import tally
 
 ROUNDS, STEPS = 5, 4
-BATCHES = (64, 128, 256)
+BATCHES = (64, 128, 192)
 PARTS = {
     "attention": r"flash|fmha|attention|sdpa|attn|cudnn::fusion",
     "matrix products": r"gemm|cutlass|nvjet|cublas|xmma|sm\d\d_|aten::(add)?mm",

@@ -29,7 +29,7 @@ HEAD = """# Results
 Made by `python benchmarks/plots.py` from [results.csv](results.csv), which holds all that was ever measured. A ratio
 is of variants that ran in turn in one process: the median of the rounds, and its 95% interval where it was timed; of
 rows from "shared" machines, which are older, the lowest and highest round. `--record` appends a run.
-`python benchmarks/gpu.py` has not run on a GPU yet: its small form passes on a CPU.
+What `python benchmarks/gpu.py` found on an H100 stands in [gpu.md](gpu.md).
 
 ![Each claim against its limit](results.svg)
 
