@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ig_dist.errors import ConfigError
 
@@ -42,6 +43,32 @@ def missing(extra: str, who: str, otherwise: str = "") -> ConfigError:
         f"{who} {package}: pip install '{requirement(extra)}' (the extra {extra!r} of ig-dist)"
         + (f", or {otherwise}" if otherwise else "")
     )
+
+
+def imported(extra: str, who: str, name: str) -> Any:
+    """A name of the package of an extra that is slow to import; call it where it is used.
+
+    Args:
+        extra: its name.
+        who: who needs it, with the verb.
+        name: in the package.
+
+    Raises:
+        ConfigError: the package is not installed, or cannot be imported.
+    """
+    package = EXTRAS[extra].package
+    try:
+        return getattr(importlib.import_module(package), name)
+    except ModuleNotFoundError as error:
+        if error.name == package:
+            raise missing(extra, who) from None
+        raise ConfigError(f"{who} {package}, which needs {error.name}: pip install it") from None
+    except (ImportError, AttributeError, RuntimeError) as error:  # some wrap what their own imports raise
+        reason = str(error).strip().splitlines()[-1]
+        raise ConfigError(
+            f"{package} is installed but cannot be imported ({reason}): mend or remove the package it names;"
+            " a torchvision built for another torch does this"
+        ) from None
 
 
 def requirement(extra: str) -> str:

@@ -69,11 +69,7 @@ def check_weights(weights: dict[str, str], what: str) -> dict[str, str]:
 
 
 def check_metrics(metrics: Iterable[str], what: str) -> list[str]:
-    """The names, each once.
-
-    Raises:
-        ConfigError: an unknown one; ``what`` names the option.
-    """
+    """The names, each once."""
     names = list(dict.fromkeys(metrics))
     for name in names:
         if name not in METRICS:

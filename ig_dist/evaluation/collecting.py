@@ -27,9 +27,6 @@ def write_samples_npz(samples: Samples) -> None:
 
     Consecutive blocks of 5,000 are mixed in their classes, whatever the plan's labels, as the inception score wants it.
     One that is there with the right size is left as it is.
-
-    Raises:
-        DataError: a unit is missing or damaged, or there is no space.
     """
     plan, (fs, path) = samples.plan, open_url(samples.url, "sample.url")
 

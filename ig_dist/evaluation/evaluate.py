@@ -128,11 +128,7 @@ def _evaluations_above(src: str) -> list[Path]:
 
 
 def refuse_unfit(config: Config, export: Path, metrics: Sequence[str]) -> None:
-    """Find out before images are made whether they can be scored; features of the reference are made on the way.
-
-    Raises:
-        ConfigError: a score is not for pictures like these, or the reference lacks what one needs.
-    """
+    """Find out before images are made whether they can be scored; features of the reference are made on the way."""
     info, device = read_info(export), this_device()
     side, channels = info.tokenizer.image_size, info.latent.shape[0] if info.tokenizer.name == "pixel" else 3
     black = np.zeros((1, side, side, channels), np.uint8)

@@ -155,11 +155,7 @@ class FeatureFiles:
         write_file(self._fs, self._file(number, extractor.name), data)
 
     def read(self, number: int, extractor: str, tensor: str) -> NDArray[Any] | None:
-        """One tensor of a unit's features, verified; None where the set has no such thing (labels, work).
-
-        Raises:
-            DataError: it cannot be made again, since the images are not there any more.
-        """
+        """One tensor of a unit's features, verified; None where the set has no such thing (labels, work)."""
         chosen = self.extractors[extractor]
         for _ in range(_TRIES):
             try:
@@ -205,12 +201,7 @@ class FeatureFiles:
         return True
 
     def _header(self, number: int, extractor: Extractor) -> tuple[dict[str, Any], dict[str, Any], int]:
-        """What the file says of itself, its tensors, and where these begin.
-
-        Raises:
-            FileNotFoundError: it is not there.
-            _Unfit: it is damaged, or belongs to something else.
-        """
+        """What the file says of itself, its tensors, and where these begin."""
         path = self._file(number, extractor.name)
         size = self._fs.size(path)
         try:

@@ -77,9 +77,6 @@ def frechet_distance_adm(first: Moments, second: Moments) -> float:
     """The same by ADM's steps: a root of C1 C2 by Schur's method, 1e-6 on both diagonals where that fails.
 
     What differs still is that ADM has its own samples' mean in float32.
-
-    Raises:
-        ConfigError: the root is complex: with too few images the covariances are singular.
     """
     import scipy.linalg  # type: ignore[import-untyped]
 
@@ -276,9 +273,6 @@ def kernel_distance(
 
     Of each subset, drawn without putting back, the unbiased squared MMD by the kernel (x . y / D + 1)^3. It may be
     slightly below 0. torch-fidelity computes in the features' float32.
-
-    Raises:
-        ConfigError: fewer than ``subset_size`` of either.
     """
     for what, features in (("samples", samples), ("reference images", reference)):
         if len(features) < subset_size:
@@ -312,11 +306,7 @@ def _squared_mmd(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
 
 
 def train_classifier(features: Features, labels: NDArray[np.integer[Any]]) -> SVC:
-    """A support vector classifier of real pictures' pixel features (N, D) with labels (N,): see ``CLASSIFIER``.
-
-    Raises:
-        ConfigError: fewer than two classes.
-    """
+    """A support vector classifier of real pictures' pixel features (N, D) with labels (N,): see ``CLASSIFIER``."""
     from sklearn.svm import SVC
 
     if len(np.unique(labels)) < 2:

@@ -32,9 +32,6 @@ def streamed_moments(batches: Iterable[NDArray[Any]]) -> Moments:
 
     It needs the memory of two covariances and of one batch. The result is a function of the batches in their order,
     to the bit; batches that are cut otherwise change its rounding.
-
-    Raises:
-        ConfigError: fewer than two rows.
     """
     count, mean, scatter, product = 0, np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0))
     for batch in batches:

@@ -51,9 +51,6 @@ def nearest_pictures(
 
     Returns:
         What is drawn.
-
-    Raises:
-        ConfigError: the reference has no pictures, or too few.
     """
     if reference.files is None:
         raise _without_pictures(reference)
@@ -101,9 +98,6 @@ def with_pictures(
     """The reference with features of its pictures, also where scores need its statistics only.
 
     Any number of processes may make them, see ``open_reference``.
-
-    Raises:
-        ConfigError: it has no pictures.
     """
     if reference.files is not None and reference.files.extractors.keys() & files.extractors.keys():
         return reference

@@ -70,12 +70,7 @@ class NpzFile:
         return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Rows ``start`` to ``stop`` (exclusive) of a stored array; nothing else is read, and no CRC is checked.
-
-        Raises:
-            ConfigError: no such array, or it is compressed or in Fortran order.
-            DataError: the file ends before, or the storage failed.
-        """
+        """Rows ``start`` to ``stop`` (exclusive) of a stored array; nothing else is read, and no CRC is checked."""
         member = self.member(name)
         if not member.stored or member.fortran_order:
             raise ConfigError(
@@ -90,12 +85,7 @@ class NpzFile:
         return np.frombuffer(data, dtype=member.dtype).reshape(shape)
 
     def batches(self, name: str, size: int) -> Iterator[NDArray[Any]]:
-        """The whole array from its beginning, ``size`` rows at a time, also where it is compressed.
-
-        Raises:
-            ConfigError: no such array, or it is in Fortran order.
-            DataError: its content is damaged, by its CRC; that is found before the last batch is given out.
-        """
+        """The whole array from its beginning, ``size`` rows at a time, also where it is compressed."""
         member = self.member(name)
         if member.fortran_order:
             raise ConfigError(f"{name} of {self.url} is in Fortran order: save numpy.ascontiguousarray of it")
@@ -106,12 +96,7 @@ class NpzFile:
                 yield batch
 
     def array(self, name: str) -> NDArray[Any]:
-        """A whole array, such as labels or a covariance.
-
-        Raises:
-            ConfigError: no such array, or it is above ``MAX_WHOLE_BYTES``.
-            DataError: its content is damaged, by its CRC.
-        """
+        """A whole array, such as labels or a covariance."""
         member = self.member(name)
         if member.nbytes > MAX_WHOLE_BYTES:
             raise ConfigError(f"{name} of {self.url} has {member.nbytes / 1e9:.1f} GB, too much to be read at once")
@@ -121,11 +106,7 @@ class NpzFile:
         return array
 
     def member(self, name: str) -> Member:
-        """What is known of an array.
-
-        Raises:
-            ConfigError: there is none of the name.
-        """
+        """What is known of an array."""
         if name not in self.members:
             raise ConfigError(f"{self.url} has no {name}, it has {', '.join(sorted(self.members)) or 'nothing'}")
         return self.members[name]

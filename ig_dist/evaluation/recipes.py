@@ -40,9 +40,6 @@ def recipe(name: str, model: ModelConfig) -> list[str]:
 
     Model and autoencoder compute in TF32, and the state has the type, as in the published samplers (on GPUs: they set
     it for products, and PyTorch does for convolutions). "fast" is "paper" with the model in bf16.
-
-    Raises:
-        ConfigError: no such recipe, or none for a model of this size.
     """
     if name not in _RECIPES:
         near = difflib.get_close_matches(name, _RECIPES, n=1, cutoff=0.0)[0]

@@ -48,11 +48,7 @@ class Verdict(NamedTuple):
 
 
 def check_against_adm(folder: Path, weights: dict[str, str] | None = None) -> list[Verdict]:
-    """Score what lies in a folder of ADM's files; none on processes but the first.
-
-    Raises:
-        ConfigError: no case has both of its files there; it says what to download.
-    """
+    """Score what lies in a folder of ADM's files; none on processes but the first."""
     at_hand = [case for case in CASES if (folder / case.samples).is_file() and (folder / case.reference).is_file()]
     if not at_hand:
         wanted = "; or ".join(

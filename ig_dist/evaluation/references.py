@@ -86,11 +86,7 @@ class Reference:
         return self._rows[feature, most]
 
     def labels(self, extractor: str) -> NDArray[np.int64]:
-        """Class of each of its images, (N,).
-
-        Raises:
-            ConfigError: they are not known.
-        """
+        """Class of each of its images, (N,)."""
         files = self._images((extractor, ""))
         if not files.has(extractor, "labels"):
             raise ConfigError(
@@ -185,11 +181,7 @@ def open_reference(
 
 
 def _statistics(file: NpzFile, metrics: Sequence[str], extractor: Callable[[str], Extractor]) -> dict[Feature, Moments]:
-    """What a file says of the features of these scores.
-
-    Raises:
-        ConfigError: it is of other weights, or what it holds under their names is none.
-    """
+    """What a file says of the features of these scores."""
     found: dict[Feature, Moments] = {}
     made_by = _provenance(file.url)
     for name in metrics:
@@ -318,11 +310,7 @@ def make_reference(
 
 
 def check_arguments(out: Path, extractors: Sequence[str]) -> None:
-    """Refuse what can be known to be wrong before any picture is read.
-
-    Raises:
-        ConfigError: ``out`` is no npz, or an unknown extractor.
-    """
+    """Refuse what can be known to be wrong before any picture is read."""
     if out.suffix != ".npz":
         raise ConfigError(f"--out {out}: give the name of an npz, e.g. {out.with_suffix('.npz')}")
     for name in extractors:

@@ -106,11 +106,7 @@ class Listed(NamedTuple):
 
 
 def list_plans(run: str | Path) -> list[Listed]:
-    """The plans that a run has samples of, finished or not.
-
-    Raises:
-        ConfigError: no run there.
-    """
+    """The plans that a run has samples of, finished or not."""
     return list(_listed(samples_url(load_run(run)), Path(run)))
 
 

@@ -102,11 +102,7 @@ def sample_run(
 
 
 def check_places(config: Config, out: str | None = None) -> None:
-    """Find out before the work whether its samples can be written.
-
-    Raises:
-        ConfigError: they cannot; it names the options that say another place.
-    """
+    """Find out before the work whether its samples can be written."""
     place, asked = out or samples_url(config), out or config.sample.url
     if reason := why_unwritable(place):
         mend = "choose another folder" if asked else "give --out FOLDER, or sample.url=FOLDER, one that can be written"

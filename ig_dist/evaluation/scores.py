@@ -52,11 +52,7 @@ class Scores:
         self._manifold: dict[Feature, scored.PrecisionRecall] = {}
 
     def score(self, metrics: Sequence[str]) -> dict[str, Any]:
-        """``scores`` by name, ``spread`` of those that are means over subsets, and ``protocol``.
-
-        Raises:
-            ConfigError: the reference lacks what a score needs, or has other dimensions.
-        """
+        """``scores`` by name, ``spread`` of those that are means over subsets, and ``protocol``."""
         kinds = {
             "frechet": self._frechet,
             "inception_score": self._inception_score,

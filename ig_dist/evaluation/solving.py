@@ -45,11 +45,7 @@ class Models(NamedTuple):
 
 
 def decoder(config: Config, data: ModelInfo | IndexFile, device: torch.device) -> Tokenizer:
-    """What decodes the latents of a model or an index: where and how the config's ``sample`` group says; loaded once.
-
-    Raises:
-        ConfigError: it is not there, or is not the one of these latents.
-    """
+    """What decodes the latents of a model or an index, as the config's ``sample`` group says; loaded once."""
     place, precision = config.sample.tokenizer, config.sample.decode_precision
     return index_tokenizer(data.tokenizer, data.latent, place, device=device, precision=precision)
 
@@ -60,11 +56,7 @@ def autoguided(config: Config) -> bool:
 
 
 def load_second(config: Config, device: torch.device) -> tuple[DiT, ExportInfo]:
-    """The second model of autoguidance.
-
-    Raises:
-        ConfigError: no weights there.
-    """
+    """The second model of autoguidance."""
     try:
         export = find_weights(config.sample.weak_model).export
     except ConfigError as error:

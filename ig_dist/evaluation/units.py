@@ -59,11 +59,7 @@ def write_unit(url: str, number: int, unit: Unit) -> None:
 
 
 def write_file(fs: Any, path: str, data: bytes) -> None:
-    """Write a file, whole or not at all.
-
-    Raises:
-        DataError: there is no space, or it cannot be written for another reason.
-    """
+    """Write a file, whole or not at all."""
     with _written(fs, path):
         write_whole(fs, path, data)
 
@@ -86,11 +82,7 @@ def _written(fs: Any, path: str) -> Iterator[None]:
 
 
 def read_unit(plan: Plan, url: str, number: int) -> Unit:
-    """One unit.
-
-    Raises:
-        DataError: it is missing or damaged.
-    """
+    """One unit."""
     fs, path = open_url(url, "sample.url")
     file = f"{path}/{unit_name(number)}"
     try:

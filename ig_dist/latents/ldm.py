@@ -47,11 +47,7 @@ def ldm_name(name: str, levels: int) -> str:
 
 
 def ldm_settings(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
-    """The arguments of diffusers' AutoencoderKL, from the names and shapes of a checkpoint.
-
-    Raises:
-        ConfigError: a tensor that says them is not there, or is no convolution.
-    """
+    """The arguments of diffusers' AutoencoderKL, from the names and shapes of a checkpoint."""
 
     def channels(name: str) -> tuple[int, int]:
         """Output and input channels of a convolution."""
@@ -85,11 +81,7 @@ def ldm_settings(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The autoencoder's tensors in a checkpoint (.safetensors, or PyTorch's format without any object in it).
-
-    Raises:
-        ConfigError: it cannot be read, or holds more than tensors.
-    """
+    """The autoencoder's tensors in a checkpoint (.safetensors, or PyTorch's format without any object in it)."""
     found = read_safetensors(path) if path.suffix == ".safetensors" else _read_state_dict(path)
     return {name: tensor for name, tensor in found.items() if not name.startswith(OTHER_PARTS)}
 

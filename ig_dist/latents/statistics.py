@@ -24,9 +24,6 @@ def read_latent_stats(path: Path) -> Normalisation:
 
     Args:
         path: a file of PyTorch, of which nothing is run, or ``.safetensors``.
-
-    Raises:
-        ConfigError: no such statistics.
     """
     if not path.is_file():
         raise ConfigError(f"--latent-stats {path}: no such file; it is published beside the weights, or in their data")

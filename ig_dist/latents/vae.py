@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ig_dist.arithmetic import arithmetic
 from ig_dist.errors import ConfigError
+from ig_dist.extras import imported
 from ig_dist.latents.ldm import ldm_name, ldm_settings, read_checkpoint
 from ig_dist.latents.tokenizer import Precision, Tokenizer
-from ig_dist.latents.weights import FOLDER_FILES, PUBLISHED, missing_diffusers
+from ig_dist.latents.weights import FOLDER_FILES, PUBLISHED
 from ig_dist.tensor_files import read_safetensors
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,9 +55,6 @@ def load_vae(name: str, weights: Path, device: torch.device, precision: Precisio
         device: where it runs.
         precision: its weights are cast to it. Autocast would keep the norms' results in fp32 and so move twice the
             bytes; inside, norms and softmax sum in fp32 either way. Mean and std are computed in fp32 from its outputs.
-
-    Raises:
-        ConfigError: diffusers is not installed, or files that are missing, damaged or of another layout.
     """
     model, scale, rule = load_autoencoder(name, weights)
     config, dtype, to_uint8 = model.config, DTYPES[precision], _TO_UINT8[rule]
@@ -108,7 +106,7 @@ def load_vae(name: str, weights: Path, device: torch.device, precision: Precisio
 
 def load_autoencoder(name: str, weights: Path) -> tuple[Any, float | None, str]:
     """An AutoencoderKL in fp32 on the CPU, its latents' scale, and its uint8 rule."""
-    AutoencoderKL = _import_diffusers(name)
+    AutoencoderKL = imported("vae", f"tokenizer {name} needs", "AutoencoderKL")
     file = _checkpoint_file(weights)
     if file is None:
         settings, tensors, scale = _read_folder(weights, AutoencoderKL)
@@ -117,23 +115,6 @@ def load_autoencoder(name: str, weights: Path) -> tuple[Any, float | None, str]:
     settings = ldm_settings(tensors, file)
     levels = len(settings["block_out_channels"])
     return _build(AutoencoderKL, settings, tensors, file, lambda key: ldm_name(key, levels)), None, LDM_RULE
-
-
-def _import_diffusers(name: str) -> Any:
-    """The class AutoencoderKL: 4 s to import, hence here."""
-    try:
-        from diffusers import AutoencoderKL
-    except ModuleNotFoundError as error:
-        if error.name == "diffusers":
-            raise missing_diffusers(name) from None
-        raise ConfigError(f"tokenizer {name} needs diffusers, which needs {error.name}: pip install it") from None
-    except (ImportError, RuntimeError) as error:  # diffusers wraps what its own imports raise
-        reason = str(error).strip().splitlines()[-1]
-        raise ConfigError(
-            f"diffusers is installed but cannot be imported ({reason}): mend or remove the package it names;"
-            " a torchvision built for another torch does this"
-        ) from None
-    return AutoencoderKL
 
 
 def _checkpoint_file(weights: Path) -> Path | None:
@@ -182,11 +163,7 @@ def _build(
     where: Path,
     stored_name: Callable[[str], str],
 ) -> Any:
-    """An autoencoder with these weights, fp32 on the CPU; ``stored_name`` is what ``tensors`` calls one of its own.
-
-    Raises:
-        ConfigError: settings that make no autoencoder, or tensors that are not exactly its own.
-    """
+    """An autoencoder with these weights, fp32 on the CPU; ``stored_name`` is what ``tensors`` calls one of its own."""
     try:
         if len(settings.get("block_out_channels", "1")) * settings.get("layers_per_block", 1) > len(tensors):
             raise ValueError("they are of more layers than there are tensors")

@@ -64,9 +64,6 @@ def find_weights(name: str) -> Path:
 
     Looked for in this order: the path ``name``, then ``name`` in the tokenizers' folder, then, for the Stable Diffusion
     autoencoders, the Hugging Face cache and hub.
-
-    Raises:
-        ConfigError: unknown name, or its weights are in none of these places.
     """
     known, root = _published(name), tokenizer_root()
     inside = [name] if known is None else [known.name, known.short]
@@ -97,15 +94,11 @@ def _exists(path: Path) -> bool:
 
 
 def _from_hub(known: Published) -> Path:
-    """The folder of the downloaded files in the Hugging Face cache, downloaded if need be.
-
-    Raises:
-        ConfigError: they are neither in the cache nor to be had.
-    """
+    """The folder of the downloaded files in the Hugging Face cache, downloaded if need be."""
     try:
         return hub_files(known.repo, known.files)[0].parent
     except ImportError:
-        raise missing_diffusers(known.name) from None
+        raise missing("vae", f"tokenizer {known.name} needs") from None
     except NotOnHubError as why:
         raise _not_found(known, str(why)) from None
 
@@ -118,8 +111,3 @@ def _not_found(known: Published, why: str) -> ConfigError:
         f"no weights of tokenizer {known.name}: {why}; where there is a network run `{command}`"
         f" (or put the files into another folder and set {ROOT_VARIABLE} to its parent)"
     )
-
-
-def missing_diffusers(name: str) -> ConfigError:
-    """What is said where diffusers, with the hub's client in its wake, is not installed."""
-    return missing("vae", f"tokenizer {name} needs")

@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.extractors.extractor import Extractor
 from ig_dist.evaluation.extractors.layers import channels_first
-from ig_dist.evaluation.extractors.weights import missing_transformers
+from ig_dist.extras import imported
 
 SIDE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
@@ -26,16 +26,12 @@ PREPROCESSING = (
     "grey repeated to RGB; 224 x 224 by PIL's bicubic filter (antialiased, rounded to uint8);"
     " (x / 255 - mean) / std of ImageNet"
 )
-BATCH_SIZE = {"cpu": 8, "cuda": 128}
 
 
 def load_dinov2(weights: Path, sha256: str, device: torch.device) -> Extractor:
     """The extractor of a folder that transformers saved, by its file with the weights.
 
     The one that FD-DINOv2 means is ViT-L/14 (1,024 numbers); another is told by its hash and its dimensions.
-
-    Raises:
-        ConfigError: transformers is not installed, or files that are missing, damaged or of another network.
     """
     model = _read_model(weights)
     model.to(device)
@@ -45,8 +41,7 @@ def load_dinov2(weights: Path, sha256: str, device: torch.device) -> Extractor:
         pixels = channels_first(resize(images), "dinov2").to(torch.float32).expand(-1, 3, -1, -1)
         return {"pool": model(pixel_values=(pixels / 255 - mean) / std).pooler_output}
 
-    dimensions = {"pool": model.config.hidden_size}
-    batch_size = BATCH_SIZE.get(device.type, BATCH_SIZE["cuda"])
+    dimensions, batch_size = {"pool": model.config.hidden_size}, 8 if device.type == "cpu" else 128
     return Extractor("dinov2", sha256, PREPROCESSING, dimensions, batch_size, device, network)
 
 
@@ -63,7 +58,7 @@ def resize(images: Tensor) -> Tensor:
 
 def _read_model(weights: Path) -> Any:
     """Transformers' Dinov2Model with the weights, its position embeddings laid out for 224 x 224."""
-    Dinov2Model = _import_transformers()
+    Dinov2Model = imported("dinov2", "extractor dinov2 needs", "Dinov2Model")
     folder = weights.parent
     try:
         settings = json.loads((folder / "config.json").read_text())
@@ -117,20 +112,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def _import_transformers() -> Any:
-    """The class of the network: 4 s to import, hence here."""
-    try:
-        from transformers import Dinov2Model
-    except ModuleNotFoundError as error:
-        if error.name == "transformers":
-            raise missing_transformers("dinov2") from None
-        raise ConfigError(f"extractor dinov2 needs transformers, which needs {error.name}: pip install it") from None
-    except (ImportError, RuntimeError) as error:  # transformers wraps what its own imports raise
-        reason = str(error).strip().splitlines()[-1]
-        raise ConfigError(
-            f"transformers is installed but cannot be imported ({reason}): mend or remove the package it names;"
-            " a torchvision built for another torch does this"
-        ) from None
-    return Dinov2Model

@@ -23,7 +23,6 @@ PREPROCESSING = (
     "grey repeated to RGB; uint8 to fp32; 224 x 224 by bilinear interpolation with half-pixel centres,"
     " antialiased where pictures shrink (torch's interpolate, antialias=True); (x - 127) / 128"
 )
-BATCH_SIZE = {"cpu": 4, "cuda": 256}
 
 
 class Stage(NamedTuple):
@@ -140,19 +139,12 @@ def preprocess(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def load_efficientnet(weights: Path, sha256: str, device: torch.device) -> Extractor:
-    """The extractor with the weights of a file in the public names.
-
-    Raises:
-        ConfigError: a file that cannot be read, or without the network's tensors.
-    """
+    """The extractor with the weights of a file in the public names."""
     model = EfficientNetLite0()
     load_tensors(model, read_torch_file(weights), weights, "EfficientNet-lite0")
     model.eval().requires_grad_(False).fold()
     model.to(device)
-
-    def network(images: Tensor) -> dict[str, Tensor]:
-        features: dict[str, Tensor] = model(preprocess(images))
-        return features
-
-    batch_size = BATCH_SIZE.get(device.type, BATCH_SIZE["cuda"])
-    return Extractor("efficientnet_lite0", sha256, PREPROCESSING, DIMENSIONS, batch_size, device, network)
+    name, batch_size = "efficientnet_lite0", 4 if device.type == "cpu" else 256
+    return Extractor(
+        name, sha256, PREPROCESSING, DIMENSIONS, batch_size, device, lambda images: model(preprocess(images))
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +19,9 @@ from torch.nn.functional import pad
 from ig_dist.arithmetic import arithmetic
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.extractors.weights import PUBLISHED, Published, check_hash, find_weights
+
+PIXEL_RULE = "pixels / 127.5 - 1, flattened (H, W, C)"
+MOST_PIXELS = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +51,6 @@ class Extractor:
         """Features (N, D) float32, on the device, of uint8 images (N, H, W, 1 or 3).
 
         While it runs, fp32 is fp32 in the whole process (``exact_fp32``).
-
-        Raises:
-            ConfigError: images of another type or shape.
         """
         if images.ndim != 4 or images.dtype not in (torch.uint8, np.uint8):
             shape = "x".join(map(str, images.shape))
@@ -113,9 +114,8 @@ def get_extractor(
 def _load(name: str, weights: Path, device_name: str, allow_other: bool) -> Extractor:
     device, known = torch.device(device_name), EXTRACTORS[name]
     if known is None:
-        from ig_dist.evaluation.extractors.pixel import pixel_extractor
-
-        return pixel_extractor(device)
+        sha256 = hashlib.sha256(PIXEL_RULE.encode()).hexdigest()
+        return Extractor("pixel", sha256, PIXEL_RULE, {"pool": 0}, 256, device, _pixels)
     if name == "inception":
         from ig_dist.evaluation.extractors.inception import load_inception as load
     elif name == "efficientnet_lite0":
@@ -127,3 +127,14 @@ def _load(name: str, weights: Path, device_name: str, allow_other: bool) -> Extr
     if known.sha256 and sha256 != known.sha256:
         extractor = replace(extractor, name=f"{name}-{sha256[:8]}")
     return extractor
+
+
+def _pixels(images: Tensor) -> dict[str, Tensor]:
+    """The pixels themselves, in [-1, 1]: for images so small that their covariance is one; of any channels."""
+    dimensions = images.shape[1:].numel()
+    if dimensions > MOST_PIXELS:
+        raise ConfigError(
+            f"fd_pixel is for images of at most {MOST_PIXELS} values, these have {dimensions}:"
+            " encode them smaller (--image-size) to score them"
+        )
+    return {"pool": (images.to(torch.float32) / 127.5 - 1.0).flatten(1)}

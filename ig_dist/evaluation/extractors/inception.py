@@ -27,7 +27,6 @@ PREPROCESSING = (
     "grey repeated to RGB; uint8 to fp32; 299 x 299 by TensorFlow 1's bilinear rule"
     " (position i * in / out, no antialiasing); (x - 128) / 128"
 )
-BATCH_SIZE = {"cpu": 8, "cuda": 128}
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class ConvNorm(nn.Module):
 class Mixed(nn.Module):
     """Branches on one input, their outputs laid end to end along the channels."""
 
-    def __init__(self, channels: int, branches: Sequence[Sequence[Step]]) -> None:
+    def __init__(self, channels: int, *branches: Sequence[Step]) -> None:
         super().__init__()
         self.branches = [self._branch(channels, branch) for branch in branches]
 
@@ -116,16 +115,20 @@ def halving_pool(x: Tensor) -> Tensor:
     return max_pool2d(x, 3, stride=2)
 
 
+def _chain(name: str, *sizes: tuple[int, int, int], stride: int = 1) -> list[Step]:
+    """``name``_1, ``name``_2, ...: channels, height and width of each kernel; the stride is the last one's."""
+    last = len(sizes)
+    return [Conv(f"{name}_{i}", *size, stride=stride if i == last else 1) for i, size in enumerate(sizes, start=1)]
+
+
 def _block_35(channels: int, pooled: int) -> Mixed:
     """At 35 x 35: Mixed_5b to 5d."""
     return Mixed(
         channels,
-        [
-            [Conv("branch1x1", 64)],
-            [Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, 5, 5)],
-            [Conv("branch3x3dbl_1", 64), Conv("branch3x3dbl_2", 96, 3, 3), Conv("branch3x3dbl_3", 96, 3, 3)],
-            [average_pool, Conv("branch_pool", pooled)],
-        ],
+        [Conv("branch1x1", 64)],
+        _chain("branch5x5", (48, 1, 1), (64, 5, 5)),
+        _chain("branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3)),
+        [average_pool, Conv("branch_pool", pooled)],
     )
 
 
@@ -133,11 +136,9 @@ def _to_17() -> Mixed:
     """From 35 x 35 to 17 x 17: Mixed_6a."""
     return Mixed(
         288,
-        [
-            [Conv("branch3x3", 384, 3, 3, stride=2)],
-            [Conv("branch3x3dbl_1", 64), Conv("branch3x3dbl_2", 96, 3, 3), Conv("branch3x3dbl_3", 96, 3, 3, stride=2)],
-            [halving_pool],
-        ],
+        [Conv("branch3x3", 384, 3, 3, stride=2)],
+        _chain("branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3), stride=2),
+        [halving_pool],
     )
 
 
@@ -145,18 +146,10 @@ def _block_17(inner: int) -> Mixed:
     """At 17 x 17: Mixed_6b to 6e."""
     return Mixed(
         768,
-        [
-            [Conv("branch1x1", 192)],
-            [Conv("branch7x7_1", inner), Conv("branch7x7_2", inner, 1, 7), Conv("branch7x7_3", 192, 7, 1)],
-            [
-                Conv("branch7x7dbl_1", inner),
-                Conv("branch7x7dbl_2", inner, 7, 1),
-                Conv("branch7x7dbl_3", inner, 1, 7),
-                Conv("branch7x7dbl_4", inner, 7, 1),
-                Conv("branch7x7dbl_5", 192, 1, 7),
-            ],
-            [average_pool, Conv("branch_pool", 192)],
-        ],
+        [Conv("branch1x1", 192)],
+        _chain("branch7x7", (inner, 1, 1), (inner, 1, 7), (192, 7, 1)),
+        _chain("branch7x7dbl", (inner, 1, 1), (inner, 7, 1), (inner, 1, 7), (inner, 7, 1), (192, 1, 7)),
+        [average_pool, Conv("branch_pool", 192)],
     )
 
 
@@ -164,33 +157,21 @@ def _to_8() -> Mixed:
     """From 17 x 17 to 8 x 8: Mixed_7a."""
     return Mixed(
         768,
-        [
-            [Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, 3, 3, stride=2)],
-            [
-                Conv("branch7x7x3_1", 192),
-                Conv("branch7x7x3_2", 192, 1, 7),
-                Conv("branch7x7x3_3", 192, 7, 1),
-                Conv("branch7x7x3_4", 192, 3, 3, stride=2),
-            ],
-            [halving_pool],
-        ],
+        _chain("branch3x3", (192, 1, 1), (320, 3, 3), stride=2),
+        _chain("branch7x7x3", (192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3), stride=2),
+        [halving_pool],
     )
 
 
 def _block_8(channels: int, pool: Callable[[Tensor], Tensor]) -> Mixed:
     """At 8 x 8: Mixed_7b and 7c."""
+    ends = [(Conv(f"branch3x3{name}a", 384, 1, 3), Conv(f"branch3x3{name}b", 384, 3, 1)) for name in ("_2", "dbl_3")]
     return Mixed(
         channels,
-        [
-            [Conv("branch1x1", 320)],
-            [Conv("branch3x3_1", 384), (Conv("branch3x3_2a", 384, 1, 3), Conv("branch3x3_2b", 384, 3, 1))],
-            [
-                Conv("branch3x3dbl_1", 448),
-                Conv("branch3x3dbl_2", 384, 3, 3),
-                (Conv("branch3x3dbl_3a", 384, 1, 3), Conv("branch3x3dbl_3b", 384, 3, 1)),
-            ],
-            [pool, Conv("branch_pool", 192)],
-        ],
+        [Conv("branch1x1", 320)],
+        [Conv("branch3x3_1", 384), ends[0]],
+        [*_chain("branch3x3dbl", (448, 1, 1), (384, 3, 3)), ends[1]],
+        [pool, Conv("branch_pool", 192)],
     )
 
 
@@ -252,19 +233,12 @@ def preprocess(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def load_inception(weights: Path, sha256: str, device: torch.device) -> Extractor:
-    """The extractor with the weights of a file in the public names.
-
-    Raises:
-        ConfigError: a file that cannot be read, or without the network's tensors.
-    """
+    """The extractor with the weights of a file in the public names."""
     model = Inception()
     load_tensors(model, read_torch_file(weights), weights, "Inception v3 of 2015-12-05")
     model.eval().requires_grad_(False).fold()
     model.to(device)
-
-    def network(images: Tensor) -> dict[str, Tensor]:
-        features: dict[str, Tensor] = model(preprocess(images))
-        return features
-
-    batch_size = BATCH_SIZE.get(device.type, BATCH_SIZE["cuda"])
-    return Extractor("inception", sha256, PREPROCESSING, DIMENSIONS, batch_size, device, network)
+    batch_size = 8 if device.type == "cpu" else 128
+    return Extractor(
+        "inception", sha256, PREPROCESSING, DIMENSIONS, batch_size, device, lambda images: model(preprocess(images))
+    )

