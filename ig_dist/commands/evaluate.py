@@ -47,13 +47,12 @@ def evaluate(
 ) -> None:
     """Score images; every score comes with its protocol. Any number of processes may share the work."""
     from ig_dist.evaluation import evaluate as evaluation
-    from ig_dist.evaluation.referee import check_against_adm as check
     from ig_dist.evaluation.tables import print_result, print_verdicts
 
     console.stderr = as_json  # stdout is the JSON alone
     places = dict(pair("--weights", text) for text in weights or [])
     if check_against_adm is not None:
-        verdicts = check(check_against_adm, places)
+        verdicts = evaluation.check_against_adm(check_against_adm, places)
         if is_main_process():
             print_verdicts(verdicts)
         raise typer.Exit(0 if all(verdict.passed for verdict in verdicts) else 4)

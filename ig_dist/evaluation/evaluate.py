@@ -16,7 +16,7 @@ from ig_dist.evaluation.catalogue import METRICS, check_weights, extractors_of
 from ig_dist.evaluation.extractors.extractor import Extractor, get_extractor
 from ig_dist.evaluation.features import FeatureFiles, make_features
 from ig_dist.evaluation.images import find_images, plan_images
-from ig_dist.evaluation.nearest import picture_of, show_nearest, with_pictures
+from ig_dist.evaluation.nearest import nearest_pictures, picture_of, with_pictures
 from ig_dist.evaluation.references import Reference, open_reference
 from ig_dist.evaluation.samples import find_samples, is_run, read_samples, reference_of
 from ig_dist.evaluation.sampling import config_extractor
@@ -84,35 +84,36 @@ def evaluate(
     def extractor(name: str) -> Extractor:
         return get_extractor(name, weights=places.get(name, ""), device=device)
 
-    options: dict[str, Any] = {"tokenizer": samples.tokenizer if samples else "", "image_size": image_size}
+    tokenizer = samples.tokenizer if samples else ""
     files = FeatureFiles(images, [extractor(name) for name in extractors_of(names)])
-    real = open_reference(against, names, extractor, side=side, **options) if against else Reference("none")
-    shown = with_pictures(real, files, **options) if nearest else None
+    real = Reference("none")
+    if against:
+        real = open_reference(against, names, extractor, tokenizer=tokenizer, image_size=image_size, side=side)
+    shown = with_pictures(real, files, tokenizer=tokenizer, image_size=image_size) if nearest else None
     make_features(files, num=num)  # last: what is wrong with the reference is said before
     if not is_main_process():
         return None
     if nearest is not None and shown is not None:
-        show_nearest(files, shown, nearest, picture_of(src, samples.plan.digest if samples else None, run), num)
-    scores = Scores(files, real, num, rules, device)
+        picture = picture_of(src, samples.plan.digest if samples else None, run)
+        nearest_pictures(files, shown, nearest, picture, num)
+    scores, options = Scores(files, real, num, rules, device), (reference, list(metrics), protocol, num)
     if samples is None or run is None:
         result = scores.score(names)
         told = {"images": src, "images_sha256": files.images_sha256(result["protocol"]["num"])}
         result["protocol"] = {**told, **result["protocol"]}
-        name, folders = Path(src).stem, _evaluations_above(src)
+        name, tag, folders = Path(src).stem, repr((src, *options)), _evaluations_above(src)
     else:
         result = score_plan(samples, scores, names)
-        name, folders = samples.plan.digest, _evaluations_of(samples.url, run)
-    place = next((place for place in folders if not why_unwritable(place)), None)
-    if place is None:
+        name, tag, folders = samples.plan.digest, repr(options), _evaluations_of(samples.url, run)
+        if options == (None, [], None, None):
+            tag = ""  # as the plan says
+    folder = next((folder for folder in folders if not why_unwritable(folder)), None)
+    if folder is None:
         return Evaluation(result, None)
-    asked_for = (reference, list(metrics), protocol, num)
-    plain = samples is not None and asked_for == (None, [], None, None)
-    tag = (
-        ""
-        if plain
-        else "_" + hashlib.sha256(repr(asked_for if samples else (src, *asked_for)).encode()).hexdigest()[:8]
-    )
-    write_result(result, out := place / f"{name}{tag}.json")
+    if tag:
+        name += f"_{hashlib.sha256(tag.encode()).hexdigest()[:8]}"
+    out = folder / f"{name}.json"
+    write_result(result, out)
     return Evaluation(result, out)
 
 
@@ -147,3 +148,70 @@ def refuse_unfit(config: Config, export: Path, metrics: Sequence[str]) -> None:
     for name in metrics:
         if METRICS[name].kind == "agreement":
             reference.labels(METRICS[name].extractor)
+
+
+# --- the public test of an evaluator: ADM's own samples against ADM's references must give the published scores
+
+_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
+
+
+class Case(NamedTuple):
+    """Samples, their reference, and what ADM's evaluator prints for them."""
+
+    size: int
+    samples: str
+    reference: str
+    scores: dict[str, float]
+
+
+CASES = [
+    Case(
+        256,
+        "admnet_guided_upsampled_imagenet256.npz",
+        "VIRTUAL_imagenet256_labeled.npz",
+        {"inception_score": 215.8370, "fid": 3.94256, "sfid": 6.14043, "precision": 0.8265, "recall": 0.5309},
+    ),
+    Case(
+        128,
+        "admnet_guided_imagenet128.npz",
+        "VIRTUAL_imagenet128_labeled.npz",
+        {"inception_score": 141.477, "fid": 2.973289, "sfid": 5.0946, "precision": 0.78138, "recall": 0.5929},
+    ),
+]
+TOLERANCES = {"inception_score": 0.2, "fid": 0.003, "sfid": 0.002, "precision": 0.001, "recall": 0.001}
+
+
+class Verdict(NamedTuple):
+    """One score of one case."""
+
+    case: str
+    score: str
+    published: float
+    found: float
+    passed: bool
+
+
+def check_against_adm(folder: Path, weights: dict[str, str] | None = None) -> list[Verdict]:
+    """Score what lies in a folder of ADM's files; none on processes but the first."""
+    at_hand = [case for case in CASES if (folder / case.samples).is_file() and (folder / case.reference).is_file()]
+    if not at_hand:
+        wanted = "; or ".join(
+            " and ".join(f"{_URL}/{case.size}/{file}" for file in (case.reference, case.samples)) for case in CASES
+        )
+        raise ConfigError(f"{folder} holds neither of ADM's pairs of files: download {wanted}")
+    verdicts = []
+    for case in at_hand:
+        done = evaluate(
+            folder / case.samples,
+            reference=str(folder / case.reference),
+            metrics=list(case.scores),
+            protocol="adm",
+            weights=weights,
+        )
+        if done is None:
+            continue
+        for name, published in case.scores.items():
+            found = done.result["scores"].get(name, float("nan"))
+            passed = abs(found - published) <= TOLERANCES[name]
+            verdicts.append(Verdict(f"{case.size} x {case.size}", name, published, found, passed))
+    return verdicts

@@ -10,7 +10,8 @@ import contextlib
 import itertools
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -166,7 +167,6 @@ def precision_recall(
     *,
     half: bool = True,
     device: torch.device | str = "cpu",
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PrecisionRecall:
     """Improved precision and recall (Kynkaanniemi et al. 2019), as ADM has them.
 
@@ -183,7 +183,6 @@ def precision_recall(
             in float32. A ball's radius and a distance that it is held against may so come from blocks of both kinds.
             The third digit differs from float32 throughout, which is ``half=False``.
         device: where distances are made; 400 x 10,000 at a time, of two blocks of features.
-        on_progress: called with the number of pairs done, and of all.
 
     Raises:
         ConfigError: one of them has k points or fewer.
@@ -191,20 +190,13 @@ def precision_recall(
     for what, features in (("samples", samples), ("reference images", reference)):
         if len(features) <= k:
             raise ConfigError(f"precision and recall need more than {k} {what}, there are {len(features)}")
-    done, total = 0, len(samples) ** 2 + len(reference) ** 2 + len(samples) * len(reference)
-
-    def pairs(first: Features, second: Features) -> Iterator[tuple[slice, slice, Tensor]]:
-        nonlocal done
-        for rows, columns, distances in _distances(first, second, half, device):
-            yield rows, columns, distances
-            done += distances.numel()
-            on_progress(done, total)
+    pairs = partial(_distances, half=half, device=device)
 
     def radii(features: Features) -> Tensor:
         nearest = torch.full((len(features), k + 1), torch.inf, device=device)
         for rows, _, distances in pairs(features, features):
-            near = distances.float().topk(min(k + 1, distances.shape[1]), dim=1, largest=False).values
-            nearest[rows] = torch.cat([nearest[rows], near], dim=1).topk(k + 1, dim=1, largest=False).values
+            near = torch.cat([nearest[rows], distances.float()], dim=1)
+            nearest[rows] = near.topk(k + 1, dim=1, largest=False).values
         return nearest[:, k].clamp(min=0)  # below 0 is rounding
 
     reference_radii, sample_radii = radii(reference), radii(samples)
@@ -225,14 +217,13 @@ def _distances(
     first: Features, second: Features, half: bool, device: torch.device | str
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Squared distances of all pairs piece by piece, with their rows and columns; rounding may take one below 0."""
-    for rows in _slices(0, len(first), ADM_BLOCK):
-        for columns in _slices(0, len(second), ADM_BLOCK):
-            pieces = list(_slices(rows.start, rows.stop, _ROWS_AT_ONCE))
+    for rows in _slices(len(first), ADM_BLOCK):
+        for columns in _slices(len(second), ADM_BLOCK):
             u, v = _points(first[rows], half, device), _points(second[columns], half, device)
             if half and not _is_finite(u, v):
                 u, v = _points(first[rows], False, device), _points(second[columns], False, device)
-            for piece in pieces:
-                yield piece, columns, _piece(u, v, slice(piece.start - rows.start, piece.stop - rows.start))
+            for piece in _slices(len(u.norms), _ROWS_AT_ONCE):
+                yield slice(rows.start + piece.start, rows.start + piece.stop), columns, _piece(u, v, piece)
 
 
 def _points(features: Features, half: bool, device: torch.device | str) -> _Points:
@@ -257,13 +248,12 @@ def _is_finite(u: _Points, v: _Points) -> bool:
         return True
     if not largest < float("inf"):
         return False
-    pieces = _slices(0, len(u.norms), _ROWS_AT_ONCE)
+    pieces = _slices(len(u.norms), _ROWS_AT_ONCE)
     return all(bool(_piece(u, v, piece).isfinite().all()) for piece in pieces)
 
 
-def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
-    for first in range(start, stop, size):
-        yield slice(first, min(first + size, stop))
+def _slices(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
 def kernel_distance(
@@ -322,6 +312,6 @@ def train_classifier(features: Features, labels: NDArray[np.integer[Any]]) -> SV
 def label_agreement(features: Features, labels: NDArray[np.integer[Any]], classifier: SVC) -> float:
     """Share of pictures, pixel features (N, D), that the classifier puts into the class (N,) that was asked for."""
     agree = [
-        classifier.predict(features[rows].astype(np.float64)) == labels[rows] for rows in _slices(0, len(labels), 4096)
+        classifier.predict(features[rows].astype(np.float64)) == labels[rows] for rows in _slices(len(labels), 4096)
     ]
     return float(np.concatenate(agree).mean())

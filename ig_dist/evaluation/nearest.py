@@ -12,7 +12,7 @@ from ig_dist.errors import ConfigError
 from ig_dist.evaluation.features import FeatureFiles, make_features
 from ig_dist.evaluation.images import find_images
 from ig_dist.evaluation.npz import open_npz
-from ig_dist.evaluation.references import Reference
+from ig_dist.evaluation.references import Reference, evenly_taken
 from ig_dist.evaluation.samples import is_run
 from ig_dist.storage.writable import why_unwritable
 from ig_dist.terminal import console
@@ -48,9 +48,6 @@ def nearest_pictures(
         columns: number of samples.
         file: the PNG.
         num: only the first so many samples; None: all.
-
-    Returns:
-        What is drawn.
     """
     if reference.files is None:
         raise _without_pictures(reference)
@@ -61,7 +58,7 @@ def nearest_pictures(
         )
     name = _shared_extractor(files, real)
     chosen = _most_sure(files, name, min(columns, num), num)
-    evenly = _even(real.images.num)
+    evenly = evenly_taken(real.images.num, REAL_QUERIES)
     ours, theirs = _rows(files, name, chosen), _rows(real, name, evenly)
     if ours.shape[1] != theirs.shape[1]:
         raise ConfigError(
@@ -74,18 +71,12 @@ def nearest_pictures(
     scale = float(np.median(np.sqrt(squared[len(chosen) :, 0]))) or 1.0  # 0: every real picture is there twice
     found = Nearest(chosen, numbers[: len(chosen)], np.sqrt(squared[: len(chosen)]) / scale)
     _draw(found, files, real, name, file)
-    return found
-
-
-def show_nearest(files: FeatureFiles, reference: Reference, columns: int, file: Path, num: int | None = None) -> None:
-    """Draw them, see ``nearest_pictures``, and say where."""
-    found = nearest_pictures(files, reference, columns, file, num)
-    lowest = float(found.distances.min())
     console.print(
-        f"nearest real pictures of {len(found.samples)} samples: {file} (the nearest one: {lowest:.2f} of the median"
-        " between real pictures; far below 1 smells of memorisation)",
+        f"nearest real pictures of {len(chosen)} samples: {file} (the nearest one: {found.distances.min():.2f} of the"
+        " median between real pictures; far below 1 smells of memorisation)",
         markup=False,
     )
+    return found
 
 
 def with_pictures(
@@ -152,11 +143,6 @@ def _top_probability(logits: NDArray[np.float32]) -> Floats:
     """Of the softmax (N, classes)."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     return np.asarray(1.0 / np.exp(shifted).sum(axis=1))
-
-
-def _even(num: int) -> Numbers:
-    taken = min(num, REAL_QUERIES)
-    return np.arange(taken) * num // taken
 
 
 def _rows(files: FeatureFiles, name: str, numbers: Numbers) -> Floats:

@@ -78,7 +78,7 @@ class Reference:
         """Features (N, D) of its images; of more than ``most`` as many, taken evenly."""
         if (feature, most) not in self._rows:
             files = self._images(feature)
-            chosen, start, found = _evenly(files.num, most), 0, []
+            chosen, start, found = evenly_taken(files.num, most), 0, []
             for batch in files.rows(*feature, files.num):
                 found.append(batch[chosen[(chosen >= start) & (chosen < start + len(batch))] - start])
                 start += len(batch)
@@ -98,7 +98,7 @@ class Reference:
         """A classifier of its images, and how many classes they have."""
         if feature not in self._classifiers:
             rows, labels = self.rows(feature, CLASSIFIED_IMAGES), self.labels(feature[0])
-            labels = labels[_evenly(len(labels), CLASSIFIED_IMAGES)]
+            labels = labels[evenly_taken(len(labels), CLASSIFIED_IMAGES)]
             self._classifiers[feature] = (train_classifier(rows, labels), int(labels.max()) + 1)
         return self._classifiers[feature]
 
@@ -121,7 +121,7 @@ class Reference:
         return self.files
 
 
-def _evenly(num: int, most: int) -> NDArray[np.int64]:
+def evenly_taken(num: int, most: int) -> NDArray[np.int64]:
     """Of ``num`` numbers ``most`` that lie evenly, or all."""
     taken = min(num, most)
     return np.arange(taken) * num // taken
@@ -279,7 +279,7 @@ def make_reference(
                 moments = streamed_moments(files.rows(name, feature, images.num))
                 mean, covariance = statistics_keys((name, feature))
                 arrays |= {mean: moments.mean, covariance: moments.covariance}
-    shown = _evenly(images.num, MANIFOLD_IMAGES)
+    shown = evenly_taken(images.num, MANIFOLD_IMAGES)
 
     def pictures() -> Iterator[NDArray[np.uint8]]:
         return (images.read(range(row, row + 1)).images for row in shown.tolist())

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from ig_dist.config.sampling import GuidanceConfig
 from ig_dist.evaluation.catalogue import best_row, lower_is_better
+from ig_dist.evaluation.evaluate import Verdict
 from ig_dist.evaluation.plan import describe_guidance
-from ig_dist.evaluation.referee import Verdict
 from ig_dist.evaluation.samples import Listed
 from ig_dist.terminal import console
 
