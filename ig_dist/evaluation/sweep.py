@@ -19,10 +19,10 @@ from ig_dist.config import Config
 from ig_dist.config_file import with_guidance
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.asking import Interval
-from ig_dist.evaluation.catalogue import best_row, lower_is_better, order
+from ig_dist.evaluation.catalogue import best_row, order
 from ig_dist.evaluation.generate import make_unit
 from ig_dist.evaluation.images import ImageSet
-from ig_dist.evaluation.pictures import pictures_in_rows, save_sweep_plot, save_tradeoff_plot
+from ig_dist.evaluation.pictures import pictures_in_rows
 from ig_dist.evaluation.plan import class_names, make_plan
 from ig_dist.evaluation.references import Reference, open_reference
 from ig_dist.evaluation.samples import reference_of
@@ -157,12 +157,15 @@ def sweep_run(
     common = {key: value for key, value in protocols[0].items() if all(p.get(key) == value for p in protocols)}
     told = {"rows": found, "flat": flat_rows(found, target), "protocol": {**common, "seeds": seeds}}
     sweep = _write({"name": name, "target": target, **told}, folder)
-    save_sweep_plot(found, target, folder / "sweep.png")
-    higher = [metric for metric in metrics if not lower_is_better(metric)]
-    if higher and lower_is_better(target) and len(found) > 1:
-        save_tradeoff_plot(found, target, higher[0], folder / "sweep_tradeoff.png")
+    _save_charts(sweep, folder)
     _save_scale_grid(config, exports[axes.emas[0], axes.steps[0]], axes.ig_scales, reference, folder / "grid.png")
     return sweep
+
+
+def _save_charts(sweep: dict[str, Any], folder: Path) -> None:
+    from ig_dist.report.plots import save_sweep  # slow to import
+
+    save_sweep(sweep, folder)
 
 
 def _name(points: Sequence[Point], asked: Sequence[Any], config: Config) -> str:

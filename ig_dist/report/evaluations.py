@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ig_dist.report.charts import Chart, Curve, curve_chart
+from ig_dist.report.plots import Chart, Curve, curve_chart
 from ig_dist.report.results import Cell, Row, direction, metric_names, reading_notes, score_text
 from ig_dist.report.text import fits_a_column, images_text, items, number, plain, protocol_parts
 

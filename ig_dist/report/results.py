@@ -15,13 +15,19 @@ from ig_dist.data.classes import class_words, imagenet_classes
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.catalogue import METRICS, lower_is_better
 from ig_dist.report.facts import read_index
-from ig_dist.report.text import guidance_name, images_text, number, score
+from ig_dist.report.text import guidance_name, images_text, interval_text, number, score
 from ig_dist.storage.files import read_file
 from ig_dist.storage.urls import LOCAL
 
 PAPER_IMAGES = 50_000
 REAL_IMAGENET_FID = 1.68  # of the validation images, measured with ADM's evaluator
 KINDS = {"ig": "IG", "cfg": "CFG", "auto": "autoguidance"}
+SCALES = {
+    "ig_scale": "Internal Guidance scale (1: off)",
+    "cfg_scale": "classifier-free guidance scale (1: off)",
+    "auto_scale": "autoguidance scale (1: off)",
+}
+OTHER_AXES = {"ig_interval": "IG for t in", "cfg_interval": "CFG for t in", "ema": "EMA", "step": "step", "num": "N"}
 OF_ANOTHER_MODEL = ("num", "step", "ema")
 """Rows of a sweep that differ in one of these are of other models or other numbers of images."""
 Row = Mapping[str, Any]
@@ -205,6 +211,40 @@ def point_name(row: Row) -> str:
     """Guidance of a sweep's row in words."""
     terms = [{"kind": kind, "scale": row[f"{kind}_scale"], "interval": row[f"{kind}_interval"]} for kind in KINDS]
     return guidance_name([term for term in terms if term["scale"] != 1])
+
+
+def target_first(sweep: Row) -> list[str]:
+    """Names of its scores."""
+    return sorted(metric_names(sweep["rows"]), key=lambda name: name != sweep["target"])
+
+
+def varies(rows: Sequence[Row], key: str) -> bool:
+    """Whether rows of a sweep differ in this."""
+    return len({row[key] for row in rows}) > 1
+
+
+def models_of(row: Row, rows: Sequence[Row]) -> list[str]:
+    """What beside its guidance sets a row apart from the others, in words."""
+    return [told(key, row[key]) for key in ("ema", "step") if varies(rows, key)]
+
+
+def told_value(key: str, value: Any) -> str:
+    """A value of what a sweep varies, as text."""
+    if value is None:
+        return "default" if key in ("ema", "step") else ""
+    if key in SCALES:
+        return "off" if value == 1 else number(value)
+    return (
+        interval_text(value) if key.endswith("_interval") else f"{value:,}" if isinstance(value, int) else f"{value:g}"
+    )
+
+
+def told(key: str, value: Any) -> str:
+    """A value of what a sweep varies, in words."""
+    if key == "num":
+        return images_text([value])
+    name = KINDS[key.removesuffix("_scale")] if key in SCALES else OTHER_AXES[key]
+    return f"{name} {told_value(key, value)}"
 
 
 def score_text(row: Row, metric: str) -> str:

@@ -26,12 +26,12 @@ def number(value: float, digits: int = 4) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def compact(value: float) -> str:
+def compact(value: float, digits: int = 4) -> str:
     """A count that fits where space is short: in millions or billions from ten of them on."""
     for size, suffix in ((1e9, " B"), (1e6, " M")):
         if value >= 10 * size:
             return f"{value / size:,.1f}{suffix}"
-    return number(value)
+    return number(value, digits)
 
 
 def score(value: float, digits: int = 4) -> str:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ig_dist.report.charts import Chart, Curve, curve_chart, event_chart
+from ig_dist.report.plots import Chart, Curve, curve_chart, event_chart
 from ig_dist.report.results import Row
 from ig_dist.report.text import duration, number
 from ig_dist.training.goodput import KINDS, LEAST_PERCENT, read_goodput, read_saves

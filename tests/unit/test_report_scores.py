@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ig_dist.data.classes import imagenet_classes
-from ig_dist.report.charts import curve_chart, smooth, thinned
 from ig_dist.report.evaluations import evaluation_section, evaluation_sections, step_charts
 from ig_dist.report.facts import read_index
 from ig_dist.report.pictures import columns_of
+from ig_dist.report.plots import Chart, curve_chart, save_sweep, smooth, sweep_chart
 from ig_dist.report.results import Row, Sweep, best_row, better, is_imagenet, read_results
-from ig_dist.report.sweeps import heat_map, scale_chart, sweep_section, tiles
+from ig_dist.report.sweeps import sweep_section, tiles
 from ig_dist.report.text import compact, duration, folded, guidance_name, number, plan_name, protocol_parts, score
 from tests.unit.test_report import make_run, read, sweep_of
 
@@ -32,71 +33,72 @@ def section_of(sweep: dict[str, Any], step: int | None = None) -> dict[str, Any]
     return sweep_section(swept(sweep), step, [])
 
 
-def points(text: str) -> list[tuple[float, ...]]:
-    return [tuple(map(float, pair.split(","))) for pair in text.split()]
+def words(chart: Chart) -> str:
+    """All that is written in a drawing, and its tooltips."""
+    return " ".join(re.findall(r"<(?:text|title)[^>]*>([^<]*)<", chart.svg))
 
 
-def test_a_curve_is_drawn_to_scale() -> None:
-    chart = curve_chart("t", "", {"a": ([0, 50, 100], [0.0, 1.0, 2.0])}, from_zero=True)
-    assert chart is not None
-    drawn = points(chart.lines[0].points)
-    assert [x for x, _ in drawn] == [0, 500, 1000] and drawn[0][1] == 1000
-    assert drawn[0][1] - drawn[1][1] == pytest.approx(drawn[1][1] - drawn[2][1], abs=0.2)
-    at = {tick.label: tick.at * 10 for tick in chart.y_ticks}
-    assert at["0"] == 1000 and at["1.0"] == pytest.approx(drawn[1][1], abs=0.1)
-    assert [tick.label for tick in chart.x_ticks] == ["0", "20", "40", "60", "80", "100"]
-    assert curve_chart("t", "", {"a": ([1], [None])}) is None
-    steps = list(range(1, 1001))  # the first fall of a loss does not flatten the rest
-    fallen = curve_chart("t", "", {"a": (steps, [100.0 / i + 0.5 + 0.01 * math.sin(i) for i in steps])}, smoothed=True)
-    assert fallen is not None
-    heights = [y for _, y in points(fallen.lines[0].points)]
-    assert fallen.note and min(heights) < 0 and 100 < heights[len(heights) // 10] < 800
+def x_axis(chart: Chart) -> tuple[str, list[str]]:
+    axes = chart.figure.axes[0]
+    return axes.get_xlabel(), [label.get_text() for label in axes.get_xticklabels()]
 
 
-def test_smoothing_keeps_the_start_and_a_constant_and_thinning_keeps_spikes() -> None:
+def test_neither_the_first_fall_of_a_loss_nor_a_spike_flattens_the_rest() -> None:
+    assert curve_chart("t", "", {"a": ([1], [None]), "b": ([1], [1e300])}) is None
+    steps = list(range(1, 1001))
+    values = [100.0 / i + 0.5 + 0.01 * math.sin(i) for i in steps]
+    values[700] = 99.0
+    fallen = curve_chart("t", "", {"a": (steps, values)}, smoothed=True)
+    assert fallen is not None and fallen.note and fallen.figure.axes[0].get_ylim()[1] < 20
+    plain = curve_chart("t", "", {"a": ([0, 50, 100], [0.0, 1.0, 2.0])}, from_zero=True)
+    assert plain is not None and plain.figure.axes[0].get_ylim() == pytest.approx((0, 2.2)) and not plain.note
+    assert plain.described == "t against step; at the end: a 2"
     assert smooth(np.full(50, 3.0)) == pytest.approx(np.full(50, 3.0))
     noisy = np.random.default_rng(0).normal(size=3000)
     assert smooth(noisy)[0] == noisy[0] and smooth(noisy).std() < 0.15
-    noisy[1234] = 99.0
-    chosen = thinned(noisy)
-    assert 1234 in chosen and len(chosen) <= 502 and chosen == sorted(set(chosen))
 
 
-def test_two_axes_become_a_heat_map_with_the_best_cell_marked(tmp_path: Path) -> None:
+def test_two_scales_become_a_heat_map_with_the_best_cell_marked(tmp_path: Path) -> None:
     sweep = sweep_of([1.0, 1.4, 2.0], [1.0, 1.5], std={"fd_pixel": 0.0123})
     page = make_run(tmp_path / "run", sweep=sweep)
-    read(page)
-    html = (page / "report.html").read_text()
-    heat = re.search(r'<table class="heat">.*?</table>', html, re.DOTALL)
-    assert heat is not None
-    assert re.findall(r"<td class=best[^>]*>([\d.]+)<small>± ([\d.]+)", heat[0]) == [("0.3100", "0.0123")]
-    assert re.findall(r"--heat:([\d.]+)", heat[0])[1] == "1.0" and heat[0].count("--heat") == 6
-    assert "0.3100 ± 0.0123" in html
-    assert heat_map(swept(sweep)["rows"], "fd_pixel").columns == ["IG off", "IG 1.4", "IG 2"]
+    assert "0.3100 ± 0.0123" in read(page).text
+    chart = sweep_chart(swept(sweep)["rows"], "fd_pixel")
+    texts = chart.figure.axes[0].texts
+    assert [text.get_text() for text in texts if text.get_weight() == "bold"] == ["0.3100\n± 0.0123"]
+    assert len(texts) == 6 and x_axis(chart)[1] == ["IG off", "IG 1.4", "IG 2"]
+    heat = [patch.get_alpha() for patch in chart.figure.axes[0].patches if patch.get_fill()]
+    assert max(heat) == heat[1] == pytest.approx(0.46) and min(heat) == 0.04
 
 
 def test_what_varies_is_on_the_axis_and_bars_span_one_std() -> None:
     rows = swept(sweep_of([1.0], [1.0, 1.5, 2.0], std={"fd_pixel": 0.1}))["rows"]
-    chart = scale_chart(rows, "fd_pixel")
-    assert chart.x_label.startswith("classifier-free") and [t.label for t in chart.x_ticks] == ["1", "1.5", "2"]
-    assert [dot.best for dot in chart.dots] == [True, False, False]
-    for dot in chart.dots:
-        assert dot.bar is not None and dot.bar[0] + dot.bar[1] == pytest.approx(2 * dot.y, abs=0.2)
-    rows[1]["std"] = {}
-    assert scale_chart(rows, "fd_pixel").dots[1].bar is None
+    chart = sweep_chart(rows, "fd_pixel")
+    assert x_axis(chart) == ("classifier-free guidance scale (1: off)", ["1", "1.5", "2"])
+    assert words(chart).count("best") == 1 and "CFG 1.5: 0.8 ± 0.1" in words(chart) and "unguided" in words(chart)
+    ((bars,), *_) = (c.get_segments() for c in chart.figure.axes[0].collections[:1]), None  # type: ignore[attr-defined]
+    assert [bar[1][1] - bar[0][1] for bar in bars] == pytest.approx([0.2] * 3)
     checkpoints = [row for step in (100, 200) for row in sweep_of([1.4], [1.0], step=step)["rows"]]
-    chart = scale_chart(swept({"rows": checkpoints})["rows"], "fd_pixel")
-    assert (chart.x_label, [t.label for t in chart.x_ticks]) == ("step", ["100", "200"])
+    assert x_axis(sweep_chart(swept({"rows": checkpoints})["rows"], "fd_pixel")) == ("step", ["100", "200"])
     narrow = [row for low in (0.0, 0.3) for row in sweep_of([1.4], [1.0], ig_interval=[low, 1.0])["rows"]]
-    chart = scale_chart(swept({"rows": narrow})["rows"], "fd_pixel")
-    assert (chart.x_label, [t.label for t in chart.x_ticks]) == ("IG for t in", ["[0, 1]", "[0.3, 1]"])
+    chart = sweep_chart(swept({"rows": narrow})["rows"], "fd_pixel")
+    assert x_axis(chart) == ("IG for t in", ["[0, 1]", "[0.3, 1]"])
+
+
+def test_the_pictures_of_a_sweep_are_those_of_the_report(tmp_path: Path) -> None:
+    sweep = {**halved(), "target": "fd_pixel"}
+    save_sweep(sweep, tmp_path)
+    for name in ("sweep.png", "sweep_tradeoff.png"):  # no word leaves them
+        drawn = np.asarray(Image.open(tmp_path / name).convert("L"))
+        assert drawn.min() < 50 and all(
+            (edge == 255).all() for edge in (drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1])
+        )
 
 
 def test_autoguidance_is_on_the_axis_in_the_table_and_in_names() -> None:
     sweep = sweep_of([1.0, 1.5], [1.0])
     sweep["rows"] += [{**row, "auto_scale": 2.0, "plans": ["o"]} for row in sweep_of([1.0], [1.0])["rows"]]
-    chart = scale_chart(swept({"rows": [sweep["rows"][0], sweep["rows"][2]]})["rows"], "fd_pixel")
-    assert chart.x_label.startswith("autoguidance") and [tick.label for tick in chart.x_ticks] == ["1", "2"]
+    chart = sweep_chart(swept({"rows": [sweep["rows"][0], sweep["rows"][2]]})["rows"], "fd_pixel")
+    assert x_axis(chart) == ("autoguidance scale (1: off)", ["1", "2"])
     sweep["rows"][2] |= {"scores": {"fd_pixel": 0.1}, "auto_interval": [0.2, 0.8]}
     assert tiles(swept(sweep))[0][2].startswith("at autoguidance 2 for t in [0.2, 0.8]")
     assert section_of(sweep)["heads"][:2] == ["IG scale", "autoguidance scale"]
@@ -105,7 +107,7 @@ def test_autoguidance_is_on_the_axis_in_the_table_and_in_names() -> None:
 def test_intervals_tell_lines_apart_or_stand_below_the_table() -> None:
     wide, narrow = sweep_of([1.0, 1.5], [1.0]), sweep_of([1.0, 1.5], [1.0], ig_interval=[0.3, 1.0])
     names = [
-        line.name for line in scale_chart(swept({"rows": wide["rows"] + narrow["rows"]})["rows"], "fd_pixel").lines
+        line.name for line in sweep_chart(swept({"rows": wide["rows"] + narrow["rows"]})["rows"], "fd_pixel").lines
     ]
     assert names == ["IG for t in [0, 1]", "IG for t in [0.3, 1]"]
     assert "IG is on for t in [0.3, 1] in all rows." in section_of(narrow)["notes"]
@@ -148,9 +150,11 @@ def test_only_points_with_the_most_images_compete() -> None:
     ):
         assert told in notes, told
     assert sorted(line.name for line in section["charts"][0].lines) == ["N = 300", "N = 600"]
-    assert section["tradeoff"].title == "fd_pixel against label_agreement"
-    assert [dot.name for dot in section["tradeoff"].dots] == ["IG 1.7", "unguided", "IG 1.4", "IG 2"]
-    assert section_of(sweep_of([1.0, 1.4], [1.0]))["tradeoff"] is None
+    against = section["charts"][-1]
+    assert against.title == "fd_pixel against label_agreement"
+    names = [text.get_text() for text in against.figure.axes[0].texts]
+    assert names == ["IG 1.7", "unguided", "IG 1.4", "IG 2"]
+    assert len(section_of(sweep_of([1.0, 1.4], [1.0]))["charts"]) == 1
 
 
 def test_where_a_sweep_is_flat_and_of_which_seeds() -> None:

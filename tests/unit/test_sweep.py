@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from ig_dist.config import Config
 from ig_dist.config_file import config_from_tree, load_run
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation import generate, pictures
+from ig_dist.evaluation import generate
 from ig_dist.evaluation import sweep as sweeps
 from ig_dist.evaluation.catalogue import order
 from ig_dist.evaluation.samples import Listed
@@ -59,7 +58,7 @@ def config(run: Path, tmp_path: Path) -> Config:
 def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures take longer than all the rest: one test draws them."""
     if "drawn" not in request.fixturenames:
-        for name in ("save_sweep_plot", "save_tradeoff_plot", "_save_scale_grid"):
+        for name in ("_save_charts", "_save_scale_grid"):
             monkeypatch.setattr(sweeps, name, lambda *arguments: None)
 
 
@@ -88,19 +87,6 @@ def scores_of(run: Path, digest: str, num: int, whole: int = 64) -> dict[str, fl
     told = json.loads(file.read_text())
     assert told["protocol"]["num"] == num and told["protocol"]["plan"] == digest
     return dict(told["scores"])
-
-
-def test_no_word_of_the_plot_leaves_it(tmp_path: Path) -> None:
-    metric = "precision_efficientnet"
-    rows = [
-        {**Point(scale)._asdict(), "num": num, "scores": {metric: 30.0 / scale}}
-        for scale, num in ((1.0, 6656), (1.4, 25_088), (2.0, 50_000))
-    ]
-    pictures.save_sweep_plot(rows, metric, tmp_path / "sweep.png")
-    drawn = np.asarray(Image.open(tmp_path / "sweep.png").convert("L"))
-    assert drawn.min() == 0
-    for edge in (drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1]):
-        assert (edge == 255).all()
 
 
 # --- points and rounds
