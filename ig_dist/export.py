@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ig_dist.checkpoints.store import MANIFEST, Checkpoint, CheckpointStore
+from ig_dist.checkpoints.store import MANIFEST, Checkpoint, CheckpointStore, checkpoint_store
 from ig_dist.config import Config
 from ig_dist.config_file import apply_overrides, config_from_tree, load_run, saved_config
 from ig_dist.data.index import LatentInfo, ShardIndex, TokenizerInfo, read_index
@@ -23,7 +23,6 @@ from ig_dist.errors import ConfigError, DataError
 from ig_dist.models.dit import DiT, DiTConfig
 from ig_dist.parallel.dist import Dist
 from ig_dist.storage.writable import CACHE_VARIABLE, cache_folder, why_unwritable
-from ig_dist.training.beginning import checkpoint_store
 
 WEIGHTS_NAME = "model.safetensors"
 INFO_NAME = "export.json"
@@ -121,11 +120,9 @@ def export_checkpoint(checkpoint: Checkpoint, config: Config, *, ema: float | No
             f"the index at {index.folder} is not the one that {checkpoint.url} was trained on: restore it"
         )
     averaged = set() if ema is None else set(checkpoint.names(f"ema/{ema}"))  # the rest are buffers
-    weights = {
-        key: checkpoint.read(f"ema/{ema}/{key}" if key in averaged else f"model/{key}")
-        for key in checkpoint.names("model")
-    }
-    packed = safetensors.torch.save({key: weights[key] for key in sorted(weights)})
+    stored = {key: f"ema/{ema}/{key}" if key in averaged else f"model/{key}" for key in checkpoint.names("model")}
+    found = checkpoint.tensors(stored.values())
+    packed = safetensors.torch.save({key: found[stored[key]] for key in sorted(stored)})
     info = ExportInfo(
         **dict(model_info(saved, index)),
         ema=ema,
@@ -276,7 +273,7 @@ def find_run(source: str | Path, overrides: Sequence[str] = ()) -> tuple[Config,
     if (exported or saved) and (above / "config.yaml").is_file():
         return load_run(above, overrides), above, int(saved[1]) if saved else None
     if exported:
-        return _config_of(folder, overrides), None, None
+        return config_of(read_info(folder), str(folder), UNKNOWN_DATA, overrides), None, None
     if saved:
         step, url = int(saved[1]), str(folder.absolute().parent)
         tree = _saved(CheckpointStore(url).at(step, ALONE))[1].model_dump(mode="json")
@@ -293,11 +290,10 @@ def find_run(source: str | Path, overrides: Sequence[str] = ()) -> tuple[Config,
     )
 
 
-def _config_of(folder: Path, overrides: Sequence[str]) -> Config:
-    """Defaults for an export that has no run; what is made of it lies beside its weights."""
-    info = read_info(folder)
+def config_of(info: ExportInfo, folder: str, index: str, overrides: Sequence[str] = ()) -> Config:
+    """Defaults for weights that have no run; what is made of them lies beside them."""
     model = {name: value for name, value in dataclasses.asdict(info.model).items() if name != "mlp_ratio"}
-    tree: dict[str, Any] = {"run": {"dir": str(folder)}, "model": model, "train": {"steps": max(1, info.step)}}
+    tree: dict[str, Any] = {"run": {"dir": folder}, "model": model, "data": {"index": index}}
     tree |= {"loss": {"path": info.path, "label_drop": 0.1 if info.trained_with_null_label else 0.0}}
-    tree |= {"data": {"index": UNKNOWN_DATA}}
-    return config_from_tree(apply_overrides(tree, overrides), source=str(folder))
+    tree |= {"train": {"steps": max(1, info.step)}}
+    return config_from_tree(apply_overrides(tree, overrides), source=folder)

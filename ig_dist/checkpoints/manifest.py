@@ -5,7 +5,7 @@
 
 A piece is the elements ``start`` to ``stop`` of the flattened tensor, from byte ``at`` of the file on, with a CRC for
 each ``PART_BYTES`` of it. The CRCs cover all bytes of the files, and are looked at each time that bytes are read; the
-sha256 of a file names it, and is for whoever copies it. Format 2 had one CRC for a piece and none for the header.
+sha256 of a file names it, and is for whoever copies it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from ig_dist.storage.files import list_sizes, read_file
 from ig_dist.storage.urls import is_local
 
 FORMAT = "ig-dist-checkpoint/3"
-FORMATS = ("ig-dist-checkpoint/2", FORMAT)
 MANIFEST = "manifest.json"
 MOST_ELEMENTS = 2**50
 MOST_BYTES = 2**28
@@ -43,13 +42,13 @@ class _File(BaseModel):
     name: FileName
     bytes: Count
     sha256: Sha256
-    header: tuple[Count, Crc32] = (0, 0)
+    header: tuple[Count, Crc32]
 
 
 class _Tensor(BaseModel):
     shape: list[Count]
     dtype: str
-    pieces: list[tuple[Count, Count, Count, Count, list[Crc32] | Crc32]]
+    pieces: list[tuple[Count, Count, Count, Count, list[Crc32]]]
 
 
 class _Meta(BaseModel):
@@ -131,7 +130,7 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
     files = manifest["files"]
     if len({file["name"] for file in files}) < len(files):
         raise DamagedError("two files have one name")
-    places = [[(0, file["header"][0] if "header" in file else 0)] for file in files]
+    places = [[(0, file["header"][0])] for file in files]
     for name, entry in manifest["tensors"].items():
         check_tensor(name, entry)
         width = DTYPE_NAMES[entry["dtype"]].itemsize
@@ -139,13 +138,12 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
             size = (stop - start) * width
             if number >= len(files) or at + size > files[number]["bytes"]:
                 raise DamagedError(f"tensor {name!r} lies outside of its file")
-            if isinstance(crcs, list) and len(crcs) != -(-size // PART_BYTES):
+            if len(crcs) != -(-size // PART_BYTES):
                 raise DamagedError(f"tensor {name!r} has {len(crcs)} CRCs for {size} bytes")
             places[number].append((at, at + size))
     for file, taken in zip(files, places, strict=True):
         bounds = pairwise(sorted([*taken, (file["bytes"], file["bytes"])]))
-        gaps = [after[0] - before[1] for before, after in bounds]
-        if min(gaps) < 0 or ("header" in file and any(gaps)):  # format 2 kept no CRC of the header
+        if any(after[0] != before[1] for before, after in bounds):
             raise DamagedError(f"the tensors in {file['name']} do not lie one after the other")
 
 
@@ -203,7 +201,7 @@ def _inspect_once(fs: Any, folder: str, step: int, patience: Patience) -> tuple[
                 " version that saved it"
             )
         check_manifest(manifest)
-        if manifest["format"] not in FORMATS or manifest["step"] != step:
+        if manifest["format"] != FORMAT or manifest["step"] != step:
             return None, f"{MANIFEST} is of another format or step"
         for file in manifest["files"]:
             name, size = file["name"], file["bytes"]

@@ -8,7 +8,7 @@ others' shares comes over the network between them (``exchange.py``).
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from ig_dist.errors import DamagedError
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import REQUEST_BYTES, open_url, read_range
 
-READS = 4  # of the same bytes, before they are damaged and did not suffer on the way
+_READS = 4  # of the same bytes, before they are damaged and did not suffer on the way
 _THREADS = 8
 
 Share = dict[int, tuple[Tensor, int]]
@@ -47,16 +47,14 @@ def parts_of(manifest: Mapping[str, Any]) -> list[Part]:
     """All files of a checkpoint, part by part, file after file."""
     parts = []
     for number, file in enumerate(manifest["files"]):
-        if "header" in file:  # not in checkpoints of format 2
-            size, crc32 = file["header"]
-            parts.append(Part(number, 0, size, crc32, "", 0))
+        size, crc32 = file["header"]
+        parts.append(Part(number, 0, size, crc32, "", 0))
     for name, entry in manifest["tensors"].items():
         width = DTYPE_NAMES[entry["dtype"]].itemsize
         for number, start, stop, begin, crcs in entry["pieces"]:
             size = (stop - start) * width
-            step = PART_BYTES if isinstance(crcs, list) else max(size, 1)  # format 2 has one CRC for a piece
-            for crc32, first in zip(crcs if isinstance(crcs, list) else [crcs], range(0, size, step), strict=False):
-                last = min(first + step, size)
+            for crc32, first in zip(crcs, range(0, size, PART_BYTES), strict=True):
+                last = min(first + PART_BYTES, size)
                 parts.append(Part(number, begin + first, begin + last, crc32, name, start * width + first))
     return sorted(parts)
 
@@ -107,9 +105,29 @@ def read_share(
         DamagedError: bytes differ from what was saved, or are not there.
         DataError: the storage fails beyond the deadline.
     """
-    parts = parts_of(manifest)
-    mine = [number for number, owner in enumerate(owners(parts, world_size)) if owner == rank]
+    mine = [number for number, owner in enumerate(owners(parts_of(manifest), world_size)) if owner == rank]
     share: Share = {}
+    read_parts(url, manifest, mine, patience, share.update if keep else lambda found: None)
+    return share
+
+
+def read_parts(
+    url: str, manifest: Mapping[str, Any], numbers: Sequence[int], patience: Patience, take: Callable[[Share], object]
+) -> None:
+    """Read and check parts of a checkpoint, by their place in ``parts_of``, with several requests at a time.
+
+    Args:
+        url: of its folder.
+        manifest: of it.
+        numbers: of the parts.
+        patience: how long faults of the storage are borne.
+        take: called with the parts of each request.
+
+    Raises:
+        DamagedError: bytes differ from what was saved, or are not there.
+        DataError: the storage fails beyond the deadline.
+    """
+    parts = parts_of(manifest)
 
     def read(run: list[int]) -> None:
         first, last = parts[run[0]], parts[run[-1]]
@@ -118,7 +136,7 @@ def read_share(
         # numpy asks for huge pages: the kernel clears and maps new memory several times faster
         memory = torch.from_numpy(np.empty(last.end - first.begin + ALIGNMENT, dtype=np.uint8))
         memory = memory[-memory.data_ptr() % ALIGNMENT :][: last.end - first.begin]
-        for tries_left in reversed(range(READS)):
+        for tries_left in reversed(range(_READS)):
             try:
                 data = read_range(fs, path, first.begin, last.end, patience, into=memory.numpy().data)
             except OSError as error:
@@ -131,8 +149,6 @@ def read_share(
             if not tries_left:
                 raise DamagedError(f"{name}: {what} is damaged (its CRC differs)")
             patience.count(f"{url}/{name}", DamagedError(f"{what} has another CRC"), 0.0)
-        if keep:
-            share.update({n: (memory, place.start) for n, place in found.items()})
+        take({n: (memory, place.start) for n, place in found.items()})
 
-    in_parallel(read, requests(parts, mine), _THREADS, threading.Event())
-    return share
+    in_parallel(read, requests(parts, numbers), _THREADS, threading.Event())

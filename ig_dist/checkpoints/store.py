@@ -28,6 +28,7 @@ from ig_dist.checkpoints.manifest import MANIFEST as MANIFEST
 from ig_dist.checkpoints.manifest import folder_name, inspect
 from ig_dist.checkpoints.reading import read_share
 from ig_dist.checkpoints.snapshot import Piece as Piece
+from ig_dist.config import Config
 from ig_dist.errors import ConfigError, DamagedError, DataError, IgDistError
 from ig_dist.parallel.agreement import meet
 from ig_dist.parallel.dist import Dist, from_main, gather_objects
@@ -263,3 +264,11 @@ class CheckpointStore:
         if said:
             where = f"{self.url}/{folder_name(step)}"
             log.warning("checkpoint %s is damaged (%s): trying the one before", where, problem)
+
+
+def checkpoint_store(config: Config) -> CheckpointStore:
+    """The checkpoints of a run."""
+    url = config.checkpoint.url or f"{config.run.dir}/checkpoints"
+    settings = config.checkpoint
+    patience = Patience(deadline_s=settings.retry_s)
+    return CheckpointStore(url, keep_last=settings.keep_last, keep_every=settings.keep_every, patience=patience)

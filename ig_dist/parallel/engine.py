@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from ig_dist.checkpoints.store import Piece
+from ig_dist.checkpoints.snapshot import Piece
 
 
 class StepResult(NamedTuple):

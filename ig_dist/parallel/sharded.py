@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ig_dist.checkpoints.store import Piece
+from ig_dist.checkpoints.snapshot import Piece
 from ig_dist.config.training import OptimizerConfig
 from ig_dist.models.dit import DiT
 from ig_dist.optim.optimizer import MOMENTS, moment_names, moments_of, set_learning_rate, set_state

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from ig_dist.checkpoints.exchange import Loaded
 from ig_dist.checkpoints.manifest import Count
 from ig_dist.checkpoints.store import Checkpoint, CheckpointStore
+from ig_dist.checkpoints.store import checkpoint_store as checkpoint_store
 from ig_dist.config import Config
 from ig_dist.config_file import load_run, saved_config
 from ig_dist.data.index import ShardIndex
@@ -21,7 +22,6 @@ from ig_dist.errors import ConfigError, DamagedError
 from ig_dist.models.dit import DiT
 from ig_dist.parallel.dist import Dist, from_main
 from ig_dist.run_dir import Identity, differences, new_identity, read_identity, refuse_other_config
-from ig_dist.storage.faults import Patience
 
 
 class _Meta(BaseModel):
@@ -32,14 +32,6 @@ class _Meta(BaseModel):
     config: dict[str, Any]
     index_sha256: str
     run: Identity = Identity("")
-
-
-def checkpoint_store(config: Config) -> CheckpointStore:
-    """The checkpoints of a run."""
-    url = config.checkpoint.url or f"{config.run.dir}/checkpoints"
-    settings = config.checkpoint
-    patience = Patience(deadline_s=settings.retry_s)
-    return CheckpointStore(url, keep_last=settings.keep_last, keep_every=settings.keep_every, patience=patience)
 
 
 def find_checkpoint(

@@ -16,7 +16,6 @@ import numpy as np
 from pydantic import BaseModel, FiniteFloat, NonNegativeInt, ValidationError
 
 from ig_dist.json_lines import LineFile, read_lines
-from ig_dist.report.text import duration
 from ig_dist.terminal import console
 from ig_dist.training.phases import Phases
 
@@ -160,3 +159,13 @@ def add_up(lines: Sequence[Line]) -> Goodput:
         ended = before[-1].began + sum(before[-1].seconds.values())
         between += max(0.0, after[0].began - ended)
     return Goodput(len(ordered), seconds, lost_steps, between)
+
+
+def duration(seconds: float) -> str:
+    """The two largest units, e.g. ``2 h 5 min``."""
+    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
+    if days >= 1:
+        return f"{int(days)} d {int(hours % 24)} h"
+    if hours >= 1:
+        return f"{int(hours)} h {int(minutes % 60)} min"
+    return f"{int(minutes)} min {int(seconds % 60)} s" if minutes >= 1 else f"{seconds:.0f} s"
