@@ -44,9 +44,16 @@ def table(campaign: Campaign) -> str:
 
 
 def soak(
-    faults: int, minutes: float, seed: int, folder: Path, *, only: str = "", ends_s: float = Campaign.ends_s
+    faults: int,
+    minutes: float,
+    seed: int,
+    folder: Path,
+    *,
+    only: str = "",
+    ends_s: float = Campaign.ends_s,
+    out: Path | None = None,
 ) -> Campaign:
-    """Rounds until there were so many faults, or the time is over."""
+    """Rounds until there were so many faults, or the time is over; the table is written after each."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks that share cores slow each other down otherwise
     index = folder / "digits"
     command = [*forked.CLI, "encode", "--source", "digits", "--dest", index, "--tokenizer", "pixel"]
@@ -69,6 +76,9 @@ def soak(
             except Broken as broken:
                 campaign.failed([name], str(broken))
                 continue  # its folder stays, to be looked at
+            finally:
+                if out:
+                    out.write_text(table(campaign) + "\n")
             lost_s = time.monotonic() - began - campaign.seconds.get(name, campaign.seconds.get("train ddp, 1", 0.0))
             for kind in suffered:
                 campaign.tallies[kind].lost_s += max(0.0, lost_s) / len(suffered)
@@ -105,7 +115,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file for the table")
     asked = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
-    campaign = soak(asked.faults, asked.minutes, asked.seed, folder, only=asked.only, ends_s=asked.patience)
+    campaign = soak(
+        asked.faults, asked.minutes, asked.seed, folder, only=asked.only, ends_s=asked.patience, out=asked.out
+    )
     print(table(campaign))
     if asked.out:
         asked.out.write_text(table(campaign) + "\n")

@@ -71,7 +71,7 @@ def train(campaign: Campaign, folder: Path, name: str) -> list[str]:
         (as_two := run / "checkpoints" / "step_0000000002").symlink_to(newest)
         try:
             CASES[chosen][0](run)
-        except ValueError:  # its data are gone already
+        except (LookupError, OSError, TypeError, ValueError):  # it is damaged already, in another way
             return None
         finally:
             as_two.unlink()
