@@ -5,8 +5,9 @@
         cluster.kill_node("node2")
 
 Each node is a slurmd in namespaces of its own: host name, processes, network, and a hosts file in which its own name
-stands for 127.0.1.1, as on Debian. ``node1``, ... have two devices each that count as GPUs, ``cpu1`` has none. All
-starts in 1 to 2 s, needs root, and neither systemd nor cgroups. Jobs are root's, or an ordinary user's (`as_user`).
+stands for 127.0.1.1, as on Debian. ``node1``, ... have two devices each that count as GPUs, ``cpu1`` has none, but two
+threads for each core. All starts in 1 to 2 s, needs root, and neither systemd nor cgroups. Jobs are root's, or an
+ordinary user's (`as_user`).
 """
 
 from __future__ import annotations
@@ -301,7 +302,8 @@ class SlurmCluster:
         lines = [f"{name}={value}" for name, value in settings.items()]
         for node, number in self._numbers.items():
             has = f"CPUs={CPUS_PER_NODE} RealMemory=64000 Gres=gpu:{GPUS_PER_NODE} Feature=cpuonly"
-            has = has if node in self.nodes else f"CPUs={CPUS_PER_NODE // 2} RealMemory=32000"
+            cores = f"CPUs={CPUS_PER_NODE // 2} Sockets=1 CoresPerSocket={CPUS_PER_NODE // 4} ThreadsPerCore=2"
+            has = has if node in self.nodes else f"{cores} RealMemory=32000"
             address = f"NodeHostname={node} NodeAddr={self.network.address(number)} Port={free_port()}"
             lines.append(f"NodeName={node} {address} {has} State=UNKNOWN")
         nodes = ",".join(self.nodes)

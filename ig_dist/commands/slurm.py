@@ -125,6 +125,14 @@ def submit(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="More for the srun of the processes, e.g. container-image=IMAGE."),
     ] = None,
+    container: Annotated[
+        str | None,
+        typer.Option(metavar="IMAGE", help="Container of the processes: FILE.sif of Apptainer, or what pyxis takes."),
+    ] = None,
+    container_mounts: Annotated[
+        str | None,
+        typer.Option(metavar="A:B,...", help="Folders that it sees. The run and this folder are among them."),
+    ] = None,
     notify: Annotated[
         str | None,
         typer.Option(metavar="COMMAND", help="Run when the job is done or given up, with RUN, CODE and REASON set."),
@@ -194,6 +202,8 @@ def submit(
         setup=setup or [],
         sbatch=sbatch or [],
         srun=srun or [],
+        container=container or "",
+        container_mounts=container_mounts or "",
         notify=notify or "",
         then=[text for text in then or [] if text],
         max_failures=max_failures,

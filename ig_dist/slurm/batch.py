@@ -225,7 +225,7 @@ def srun_command(
         "--open-mode=append",
         f"--output={folder}/log/{f'task_{task}_' if task else ''}rank_%t.log",
         *(f"--{key}" if value is True else f"--{key}={value}" for key, value in submission.srun.items()),
-        sys.executable,
+        *(submission.python or [sys.executable]),
         "-u",
         "-m",
         "ig_dist.slurm.rank",

@@ -124,10 +124,22 @@ class Node(NamedTuple):
     features: list[str]
     gpus: int
     cpus: int
+    threads: int
+    """Of a core."""
+
+
+def gpu_partitions() -> list[str]:
+    """Those that have GPUs of which SLURM knows."""
+    return sorted({name for node in _nodes() if node.gpus for name in node.partitions})
 
 
 def partition(
-    names: str | None, *, nodes: int = 1, constraint: str | None = None, exclude: str | None = None
+    names: str | None,
+    *,
+    nodes: int = 1,
+    constraint: str | None = None,
+    exclude: str | None = None,
+    one_thread: bool = False,
 ) -> Partition | None:
     """What a job can get: the most GPUs of which there are enough nodes; None: no default partition.
 
@@ -136,6 +148,7 @@ def partition(
         nodes: how many it needs.
         constraint: features that they must have.
         exclude: nodes that it does not want.
+        one_thread: of each core: SLURM then gives so many CPUs fewer.
 
     Raises:
         ConfigError: there is no such partition.
@@ -152,7 +165,7 @@ def partition(
         if name not in limits:
             raise ConfigError(f"--partition {names}: {unknown('partition', name, limits)}")
     unwanted = host_names(exclude) if exclude else []
-    known = _nodes()
+    known = [node._replace(cpus=node.cpus // node.threads) if one_thread else node for node in _nodes()]
     fit = [node for node in known if _fits(constraint, node.features) and node.name not in unwanted]
     there = fit or known  # SLURM refuses
     best = {name: _best([node for node in there if name in node.partitions], nodes) for name in asked}
@@ -187,7 +200,8 @@ def _nodes() -> list[Node]:
         # without those that the node keeps for its own (CoreSpecCount)
         cpus = int(told.get("CPUEfctv", told.get("CPUTot", "1")))
         names, features = (told.get(key, "").split(",") for key in ("Partitions", "ActiveFeatures"))
-        found.append(Node(told.get("NodeName", ""), names, features, gpus, cpus))
+        threads = max(1, int(told.get("ThreadsPerCore", "1")))
+        found.append(Node(told.get("NodeName", ""), names, features, gpus, cpus, threads))
     return found
 
 

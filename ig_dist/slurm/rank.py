@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from ig_dist.endings import STOPPED
+from ig_dist.errors import ConfigError
 from ig_dist.parallel.blame import VARIABLE
 from ig_dist.slurm.record import ACCUMULATION, BLAME_NAME, Folder
 from ig_dist.terminal import MERGED_LATER, leave
@@ -43,6 +44,13 @@ def main(folder: str, start: str) -> None:
     signal.signal(signal.SIGUSR2, stop)
     code = 1
     submission = Folder(Path(folder)).read()
+    try:
+        os.chdir(submission.cwd or ".")  # SLURM would go on in /tmp, and a container begins in a folder of its own
+    except OSError as error:
+        said = f"{submission.cwd}, where it was submitted: {error.strerror}: submit from a folder that all nodes share"
+        print(f"error: {os.environ['IG_DIST_NODE']}: {said}", flush=True)
+        note(ConfigError.exit_code)
+        leave(ConfigError.exit_code)
     if submission.array:
         os.environ[MERGED_LATER] = "1"
     for command in submission.commands:

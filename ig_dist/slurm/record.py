@@ -61,6 +61,8 @@ class Submission(BaseModel):
     """What was typed, for `resume`."""
     srun: dict[str, str | bool] = {}
     """More options of srun."""
+    python: list[str] = []
+    """What starts Python for a rank, in a container; empty: the one that submitted."""
     notify: str = ""
     """Shell line that runs when the job is done or given up."""
     hold: str = ""

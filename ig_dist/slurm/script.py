@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from ig_dist.errors import ConfigError, IgDistError
-from ig_dist.slurm.commands import Partition, minutes, partition
+from ig_dist.slurm.commands import Partition, gpu_partitions, minutes, partition
+from ig_dist.slurm.containers import check_lines
 from ig_dist.slurm.record import Folder, Submission
 
 DAY = 24 * 60
@@ -40,6 +41,8 @@ class Request(BaseModel):
     setup: list[str] = []
     sbatch: list[str] = []
     srun: list[str] = []
+    container: str = ""
+    container_mounts: str = ""
     notify: str = ""
     then: list[str] = []
     """Arrays that follow a training."""
@@ -52,6 +55,8 @@ class Request(BaseModel):
     """Whole nodes; set by `complete` where all of their GPUs are asked for."""
     on_cpus: bool = False
     """No GPUs are wanted; set by `complete`."""
+    unknown_gpus: bool = False
+    """Nodes have GPUs of which SLURM knows nothing; set by `complete`."""
 
     @property
     def node_range(self) -> tuple[int, int]:
@@ -91,13 +96,24 @@ def complete(request: Request, *, assume: bool = False) -> Request:
         raise ConfigError("--tasks-per-node is for nodes without GPUs: with GPUs there is one task for each")
     try:
         low, _ = request.node_range
-        found = partition(request.partition, nodes=low, constraint=request.constraint, exclude=request.exclude)
+        one_thread = bool({"hint=nomultithread", "threads-per-core=1"} & {text.lstrip("-") for text in request.sbatch})
+        found = partition(
+            request.partition,
+            nodes=low,
+            constraint=request.constraint,
+            exclude=request.exclude,
+            one_thread=one_thread,
+        )
     except IgDistError as error:
         if not assume or "--partition" in str(error):
             raise
         found = ASSUMED
     on_cpus = request.gpus_per_node == 0 or bool(request.tasks_per_node and not request.gpus_per_node)
     filled: dict[str, Any] = {"on_cpus": on_cpus}
+    if found and request.gpus_per_node and not found.gpus:
+        filled[
+            "unknown_gpus"
+        ] = not gpu_partitions()  # of any partition: the nodes are given whole, with what they have
     if request.gpus_per_node is None:
         own = found.gpus if found else 0
         # a task of an array is one GPU's work
@@ -176,7 +192,7 @@ def batch_script(request: Request, submission: Submission, folder: Path, *, name
         nodes=low,
         ntasks_per_node=request.ranks_per_node if fixed else None,
         cpus_per_task=cpus if fixed else None,
-        gpus_per_node=None if typed else request.gpus_per_node or None,
+        gpus_per_node=None if typed or request.unknown_gpus else request.gpus_per_node or None,
         account=request.account,
         qos=request.qos,
         constraint=request.constraint,
@@ -186,7 +202,12 @@ def batch_script(request: Request, submission: Submission, folder: Path, *, name
         wckey=None,
         stderr_to_stdout=True,
         use_srun=False,  # the first process calls it: how many nodes it uses is known when the job starts
-        setup=[*_threads(request), *checked(request.setup), *_environment(request, folder)],
+        setup=[
+            *_threads(request),
+            *checked(request.setup),
+            *_environment(request, folder),
+            *check_lines(submission.python),
+        ],
         additional_parameters=said,
     )
     # submitit's own command would unpickle the call from this folder; ours reads JSON
@@ -249,9 +270,15 @@ def _environment(request: Request, folder: Path) -> list[str]:
         f"export PYTHONPATH={shlex.quote(str(folder / 'source'))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export PYTHONSAFEPATH=1  # or the working directory would come before it",
         *(["export IG_DIST_DEVICE=cpu  # not on GPUs that a node may have"] if request.on_cpus else []),
+        *([_visible(request.gpus_per_node or 1)] if request.unknown_gpus else []),
         "# a link or a GPU that fails is named in the rank's log",
         "export NCCL_DEBUG=${NCCL_DEBUG:-WARN}",
     ]
+
+
+def _visible(gpus: int) -> str:
+    numbers = ",".join(map(str, range(gpus)))
+    return f"export CUDA_VISIBLE_DEVICES=${{CUDA_VISIBLE_DEVICES:-{numbers}}}  # those that are there, but not SLURM's"
 
 
 def _duration(limit: int) -> str:

@@ -14,6 +14,8 @@ from ig_dist.jobs import Job, job_folder, program
 from ig_dist.slurm import submit as slurm
 from ig_dist.slurm.batch import srun_command
 from ig_dist.slurm.chain import Planned, following, submit_all
+from ig_dist.slurm.commands import gpu_partitions
+from ig_dist.slurm.containers import in_container
 from ig_dist.slurm.control import follow as follow_job
 from ig_dist.slurm.record import ACCUMULATION, Folder, Submission, World
 from ig_dist.slurm.script import Request, batch_script, complete, key_values
@@ -35,7 +37,7 @@ def training(request: Request, config: Config, *, follow: bool, dry_run: bool) -
     request = complete(asked.model_copy(update={"tasks": 0, "at_once": None}), assume=dry_run)
     worlds = slurm.worlds(config, request)
     command = ["-m", "ig_dist.cli", "train", f"{path}/config.yaml", f"train.accumulation={ACCUMULATION}"]
-    submission = _submission("train", command, run, request, asked, worlds=worlds, notify=request.notify)
+    submission = _submission("train", command, run, path, request, asked, worlds=worlds, notify=request.notify)
     submission.hold, submission.hold_s = f"{run}/.lock", max(LOCK_WAIT_S, config.train.timeout_s + LEASE_S)
     jobs = [Planned(path, submission, request)]
     links = following(asked.then, config, path.name)
@@ -43,7 +45,16 @@ def training(request: Request, config: Config, *, follow: bool, dry_run: bool) -
     for number, (job, arguments) in enumerate(links, 1):
         jobs += _array(each, asked, job, arguments, run, Path(f"{path}-{number}-{job.value}"), behind=len(jobs))
     if not (request.gpus_per_node or request.on_cpus):
+        if request.partition is None and (those := gpu_partitions()):
+            raise ConfigError(
+                f"the default partition has no GPUs: choose one of {', '.join(those)} (--partition), say"
+                " --gpus-per-node N where your site finds the partition, or --gpus-per-node 0 to train on CPUs"
+            )
         warn(f"partition {request.partition or 'by default'} has no GPUs: trains on CPUs, as --gpus-per-node 0")
+    if request.unknown_gpus:
+        warn(
+            f"SLURM knows of no GPUs: none are asked for, each node's {request.ranks_per_node} processes take one each"
+        )
     if dry_run:
         code = _print_dry_run(jobs, lambda: slurm.check_training(config, worlds))
         for line in _shares(request, config, worlds):
@@ -88,17 +99,20 @@ def _array(
     )
     typed = [*arguments, *(["--evaluate-if-fit"] if job is Job.sample else [])]
     command, needs = program(job, typed), (("afterok", behind - 1),) if behind else ()
-    array = _submission(job.value, command, run, request, asked, array=request.tasks)
+    array = _submission(job.value, command, run, path, request, asked, array=request.tasks)
     # it waits for all tasks, whatever became of them, and makes what is missing
-    merge = _submission("merge", command, run, alone, asked, notify=request.notify)
-    return [
-        Planned(path, array, request, needs),
-        Planned(Path(f"{path}-merge"), merge, alone, (*needs, ("afterany", behind))),
-    ]
+    after = Path(f"{path}-merge")
+    merge = _submission("merge", command, run, after, alone, asked, notify=request.notify)
+    return [Planned(path, array, request, needs), Planned(after, merge, alone, (*needs, ("afterany", behind)))]
 
 
-def _submission(kind: str, command: list[str], run: Path, request: Request, asked: Request, **more: Any) -> Submission:
+def _submission(
+    kind: str, command: list[str], run: Path, path: Path, request: Request, asked: Request, **more: Any
+) -> Submission:
     one = {1: World(nodes=1, accumulation=1)}
+    places = (run, Path.cwd())
+    gpus, source = bool(request.gpus_per_node), path / "source"
+    started = in_container(request.container, request.container_mounts, places, source, gpus=gpus)
     return Submission(
         kind=kind,
         commands=[command],
@@ -106,11 +120,12 @@ def _submission(kind: str, command: list[str], run: Path, request: Request, aske
         cwd=str(Path.cwd()),
         tasks_per_node=request.ranks_per_node,
         cpus_per_task=request.cpus_per_task,
+        python=started.python,
         max_failures=request.max_failures,
         exclude_after=request.exclude_after,
         signal_delay_s=request.signal_delay,
         options=asked.model_dump(),
-        srun=key_values("--srun", request.srun),
+        srun={**started.srun, **key_values("--srun", request.srun)},
         **{"worlds": one, **more},
     )
 

@@ -53,6 +53,9 @@ CASES = {
     "nothing that may follow": (["--then", "smaple"], ["--then 'smaple'", "sample, sweep, evaluate"]),
     "a score of no samples": (["--then", "evaluate"], ["--then 'evaluate'", "put --then sample before it"]),
     "a misspelt option of what follows": (["--then", "sample --ig-scal 2"], ["--then sample", "--ig-scale?"]),
+    "an image for pyxis": (["--container", "debian"], ["--container debian", "no pyxis", "FILE.sif"]),
+    "no image": (["--container", "FILE.sif"], ["--container", "FILE.sif does not exist"]),
+    "mounts of no image": (["--container-mounts", "/a:/b"], ["--container-mounts /a:/b", "--container IMAGE"]),
     "no option of sbatch": (["--sbatch", "=high"], ["--sbatch '=high'", "KEY=VALUE"]),
     "nodes for an array": (["--job", "sample", "--nodes", "2"], ["--nodes", "--tasks"]),
     "an array without a run": (["--job", "sample"], ["--job sample", "run directory"]),
@@ -228,7 +231,7 @@ def test_an_array_that_is_only_looked_at(
     monkeypatch.setenv("SBATCH_PARTITION", "cpu")
     monkeypatch.setenv("SBATCH_NO_REQUEUE", "1")
     words = ["--job", "encode", "--tasks", "4%2", "--source", "digits", "--dest", str(tmp_path / "x"), "--dry-run"]
-    done = run_command(["python", "launchers/slurm.py", *words])
+    done = run_command(["python", "launchers/slurm.py", *words, "--sbatch", "hint=nomultithread"])
     out, errors = done.stdout, done.stderr
     assert (
         done.returncode == 0
@@ -236,4 +239,5 @@ def test_an_array_that_is_only_looked_at(
     )
     assert "#SBATCH --array=0-3%2" in out and "#SBATCH --dependency=afterany:ENCODE" in out
     assert out.count("#SBATCH --partition=cpu") == 2 and "gpus" not in out
+    assert out.count("#SBATCH --cpus-per-task=2") == 2  # of four threads, one for each core
     assert not left(tmp_path) and not cluster.run("squeue", "-h")

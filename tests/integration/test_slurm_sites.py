@@ -50,11 +50,28 @@ def test_an_ordinary_user_trains_on_nodes_whose_gpus_pytorch_does_not_see(
     assert start.next == "stop" and "CUDA_VISIBLE_DEVICES=0,1: 0 of these 2 GPUs are there" in (told or "")
     assert "Traceback" not in refused.stdout and "IG_DIST_DEVICE=cpu" in (told or "")
     notify = f"echo $CODE $REASON > {home}/told"
-    done = cluster.as_user(*TRAIN, config, "--notify", notify, "--sbatch", "comment=mine", "--srun", "wait=60")
+    more = ["--notify", notify, "--sbatch", "comment=mine", "--srun", "wait=60", *apptainer(home)]
+    done = cluster.as_user(*TRAIN, config, *more)
+    said = (home / "apptainer.log").read_text().splitlines()
+    assert len(said) == 4 and f"--bind {sys.prefix}:{sys.prefix},{home}/run:{home}/run" in said[0], said
     assert done.returncode == 0 and "saved step 4" in done.stdout, done.stdout + done.stderr
     assert (home / "run/config.yaml").stat().st_uid == USER_ID and (home / "told").read_text() == "0 done\n"
     again = cluster.as_user(*TRAIN[:2], "resume", home / "run", "--nodes", 1)
     assert again.returncode == 0 and "is finished: 4 steps" in again.stdout and len(list(folders(home / "run"))) == 2
+
+
+def apptainer(home: Path) -> list[object]:
+    """Options with which ranks start in a container; the program says what it gets, and runs it where it is."""
+    (home / "image.sif").touch()
+    (home / "bin").mkdir()
+    program = home / "bin/apptainer"
+    program.write_text(
+        f'#!/bin/bash\n[ $1 = exec ] && echo "$@" >> {home}/apptainer.log\n'
+        f'while [ "$1" != {home}/image.sif ]; do shift; done; shift; exec "$@"\n'
+    )
+    program.chmod(0o755)
+    path = f"export OMP_NUM_THREADS=1 PATH={home}/bin:$PATH"
+    return ["--container", home / "image.sif", "--container-mounts", sys.prefix, "--setup", path]
 
 
 def test_the_status_of_a_job_that_is_held_and_of_one_whose_controller_is_away(

@@ -507,6 +507,7 @@ def test_what_follows_a_training_waits_until_it_has_succeeded(
     monkeypatch.setenv("IG_DIST_CLUSTER", "")
     run = tmp_path / "run"
     options = f"--nodes 2 sit_b2_ig run.dir={run} data.index={tmp_path} --tasks 4%2 --dry-run --sbatch gres=gpu:h100:8"
+    options += " --container nvcr.io#nvidia/pytorch --container-mounts /data"
     then = ["--then", "sample --ig-scale 1.4 sample.num=50", "--then", "evaluate --metrics fid,recall"]
     lines = dry_run(options, monkeypatch, capsys, *then)
 
@@ -517,6 +518,12 @@ def test_what_follows_a_training_waits_until_it_has_succeeded(
     assert said("#SBATCH --dependency=") == afters and len(said("#SBATCH --kill-on-invalid-dep=yes")) == 4
     assert said("#SBATCH --gres=") == ["gpu:h100:8", *["gpu:h100:1"] * 4] and said("#SBATCH --array=") == ["0-3%2"] * 2
     assert said("#SBATCH --nodes=") == ["2", "1", "1", "1", "1"] and said("# once ")[0] == "TRAIN has succeeded:"
+    ranks = said("#   srun ")
+    mounts, python = (
+        f"--container-mounts=/data:/data,{run}:{run},{Path.cwd()}:",
+        "PYTHONSAFEPATH=1 python3 -u -m ig_dist",
+    )
+    assert len(ranks) == 3 and all(mounts in line and f"/source {python}" in line for line in ranks)
     sample, evaluate = (line.split() for line in said("# it alone: python -m ig_dist.cli "))
     assert sample[:5] == ["sample", str(run), "--ig-scale", "1.4", "sample.num=50"] and evaluate[0] == "evaluate"
     assert sample[sample.index("--out") + 1] == evaluate[1] and evaluate[1].startswith(f"{run}/samples/")
@@ -532,6 +539,33 @@ def test_what_sites_ask_for_in_words_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("answer", "number"), [("17", "17"), ("17;here\n", "17"), ("Welcome!\n---\n17\n\n", "17")])
 def test_the_id_of_a_job_below_a_greeting(answer: str, number: str) -> None:
     assert job_id(answer) == number
+
+
+def test_gpus_of_which_slurm_knows_nothing(
+    clusters: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where it knows some elsewhere, they were typed for the wrong partition, or the default one is the wrong one."""
+    assert not complete(Request(partition="cpu", gpus_per_node=3)).unknown_gpus
+    monkeypatch.setenv("IG_DIST_CLUSTER", "")
+    monkeypatch.setattr(sys, "argv", ["slurm.py", "--dry-run", "sit_b2_ig", f"run.dir={tmp_path / 'run'}"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "launchers/slurm.py"), run_name="__main__")
+    assert "the default partition has no GPUs: choose one of h100, mixed (--partition)" in capsys.readouterr().err
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\ncat <<END\n{NODES.splitlines()[1]}\nEND\n")
+    whole = complete(Request(gpus_per_node=3))
+    text = batch_script(whole, submission(), tmp_path, name="first")
+    assert whole.unknown_gpus and "--ntasks-per-node=3" in text and "gpus-per-node" not in text
+    assert "CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0,1,2}" in text and "--mem" not in text
+
+
+def test_a_folder_that_a_node_has_not_is_one_line(tmp_path: Path) -> None:
+    Folder(tmp_path).write(submission(cwd="/nowhere", commands=[["-c", "pass"]]))
+    ids = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "LOCAL_WORLD_SIZE": "1", "SLURMD_NODENAME": "a"}
+    command = [sys.executable, "-m", "ig_dist.slurm.rank", str(tmp_path), "s"]
+    done = subprocess.run(command, env={**os.environ, **ids}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and exit_codes(tmp_path / "exits/s", 1) == {0: 2} and not done.stderr
+    assert done.stdout.startswith("error: a: /nowhere, where it was submitted: No such file or directory: submit from")
+    assert done.stdout.count("\n") == 1
 
 
 @pytest.mark.parametrize("newer", ["run", "submission"])
