@@ -34,7 +34,7 @@ from ig_dist.arithmetic import arithmetic
 from ig_dist.diffusion.loss import ig_loss
 from ig_dist.evaluation.plan import Plan
 from ig_dist.evaluation.solving import Models, Sampler
-from ig_dist.models.convert import to_published
+from ig_dist.convert.formats import to_published
 from ig_dist.models.dit import DiT
 from ig_dist.models.presets import forward_flops
 from ig_dist.parallel.dist import Dist

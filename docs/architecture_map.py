@@ -20,7 +20,6 @@ GROUPS = {  # root modules that are read together
     "api": ["api", "pipeline", "gallery"],
     "launching": ["launching", "jobs"],
     "export": ["export"],
-    "convert": ["convert", "convert_checks"],
     "run_dir": ["run_dir", "provenance"],
     "config": ["config", "configs", "config_file", "run_paths"],
     "arithmetic": ["arithmetic", "compile_cache"],

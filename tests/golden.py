@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ig_dist.convert.formats import read_config, to_ours
 from ig_dist.diffusion.loss import ig_loss
 from ig_dist.diffusion.path import Path
-from ig_dist.models.convert import read_config, to_ours
 from ig_dist.models.dit import DiT, DiTConfig
 
 FOLDER = FilePath(__file__).parent / "data"

@@ -46,8 +46,8 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Convert published weights (SiT, REPA, IG, LightningDiT) to ours, or ours back; nothing in a file is run."""
-    from ig_dist.convert import convert_back, convert_published
-    from ig_dist.convert_checks import known_format
+    from ig_dist.convert.checks import known_format
+    from ig_dist.convert.published import convert_back, convert_published
 
     published = None if format is None else known_format(format)
     if source.is_dir():

@@ -12,30 +12,15 @@ import torch
 
 from ig_dist.checkpoints.store import MANIFEST, CheckpointStore
 from ig_dist.config import Config
-from ig_dist.convert import RECORD_NAME
+from ig_dist.convert.published import Conversion
 from ig_dist.data.index import IndexFile
-from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT, count_parameters
-from ig_dist.report.text import Facts, items, number, plain
+from ig_dist.report.text import Facts, items, number
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import open_url, read_file
-from ig_dist.storage.urls import LOCAL
 
 _ONCE = Patience(stall_s=10.0, deadline_s=0.0)  # with a storage that does not answer the report does without
 Metrics = Sequence[Mapping[str, Any]]
-
-
-def read_conversion(run: Path) -> dict[str, Any] | None:
-    """What `ig-dist convert` wrote down; None: the run's weights were trained here.
-
-    Raises:
-        ConfigError: the file is damaged.
-    """
-    file = run / RECORD_NAME
-    try:
-        return dict(json.loads(read_file(LOCAL, str(file)))) if file.exists() else None
-    except (OSError, ValueError, TypeError, RecursionError):
-        raise ConfigError(f"{file} is damaged: convert the published checkpoint again") from None
 
 
 def run_facts(
@@ -44,7 +29,7 @@ def run_facts(
     metrics: Metrics,
     index: IndexFile | None,
     manifest: Mapping[str, Any] | None,
-    conversion: Mapping[str, Any] | None,
+    conversion: Conversion | None,
 ) -> dict[str, Facts]:
     """Names and values, by what they are about.
 
@@ -58,9 +43,8 @@ def run_facts(
     """
     about = {"Model": _model_facts(config), "Data": _data_facts(config, index, metrics)}
     if conversion is not None:
-        origin = {"Checkpoint": "source", "Published as": "published", "sha256": "source_sha256"}
-        told = [(name, plain(conversion.get(key))) for name, key in origin.items()]
-        return {"Converted": [("Directory", str(run)), *told], **about}
+        told = [("Checkpoint", conversion.source), ("Published as", conversion.published)]
+        return {"Converted": [("Directory", str(run)), *told, ("sha256", conversion.source_sha256)], **about}
     return {"Run": _run_facts(run, config, manifest), **about, "Training": _training_facts(config, metrics)}
 
 

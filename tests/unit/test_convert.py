@@ -13,12 +13,12 @@ import torch
 from safetensors import safe_open
 
 from ig_dist import rng
-from ig_dist.convert import Conversion, convert_back, convert_published
+from ig_dist.convert.formats import FROM_NOISE, read_config, read_format, to_ours, to_published
+from ig_dist.convert.published import Conversion, convert_back, convert_published
 from ig_dist.data.index import read_index
 from ig_dist.data.latents import normalisation, normalised, tokenizer_latents
 from ig_dist.errors import ConfigError
 from ig_dist.export import read_info
-from ig_dist.models.convert import FROM_NOISE, read_config, read_format, to_ours, to_published
 from ig_dist.models.dit import DiT, DiTConfig, initialize
 from ig_dist.models.presets import PRESETS
 from ig_dist.training.beginning import load_weights

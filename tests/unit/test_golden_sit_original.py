@@ -12,11 +12,11 @@ import torch
 from safetensors import safe_open
 
 from ig_dist.config_file import load_config
+from ig_dist.convert.formats import read_config, to_ours
 from ig_dist.diffusion.guidance import GuidanceTerm, guided_velocity
 from ig_dist.diffusion.path import Path
 from ig_dist.diffusion.samplers import euler, euler_maruyama, sde_grid, time_grid
 from ig_dist.evaluation.recipes import recipe
-from ig_dist.models.convert import read_config, to_ours
 from ig_dist.models.dit import DiT
 from tests.conftest import ROOT
 

@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from zlib_ng import zlib_ng
 
-from ig_dist.convert import convert_published
+from ig_dist.convert.published import convert_published
 from ig_dist.data import table as side_file
 from ig_dist.data.cache import BlockCache
 from ig_dist.data.index import TABLE_NAME, read_index

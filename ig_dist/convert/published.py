@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import shutil
@@ -16,16 +15,18 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from ig_dist.config_file import config_from_tree, to_yaml
-from ig_dist.convert_checks import build, check_bits, check_names, check_numbers
+from ig_dist.config_file import to_yaml
+from ig_dist.convert.checks import build, check_bits, check_names, check_numbers
+from ig_dist.convert.formats import FROM_NOISE, Format, read_config, read_format, to_ours, to_published
 from ig_dist.data.classes import imagenet_classes
 from ig_dist.data.index import LatentInfo, TokenizerInfo, read_index
 from ig_dist.errors import ConfigError
-from ig_dist.export import INFO_NAME, WEIGHTS_NAME, ExportInfo
+from ig_dist.export import INFO_NAME, WEIGHTS_NAME, ExportInfo, config_of, read_info
 from ig_dist.latents.statistics import Normalisation, read_latent_stats
 from ig_dist.latents.tokenizers import get_tokenizer
-from ig_dist.models.convert import FROM_NOISE, Format, read_config, read_format, to_ours, to_published
 from ig_dist.models.dit import DiTConfig, count_parameters
+from ig_dist.storage.files import read_file
+from ig_dist.storage.urls import LOCAL
 from ig_dist.tensor_files import read_safetensors, read_torch_file
 
 RECORD_NAME = "convert.json"
@@ -204,26 +205,28 @@ def _read_published(path: Path, raw: bool = False) -> dict[str, Tensor]:
     return weights
 
 
-def read_conversion(folder: Path) -> Conversion:
-    """What stands beside converted weights."""
-    return Conversion.model_validate_json((folder / RECORD_NAME).read_bytes())
+def read_conversion(folder: Path) -> Conversion | None:
+    """What stands beside converted weights; None: the weights there were trained here.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    file = folder / RECORD_NAME
+    try:
+        return Conversion.model_validate_json(read_file(LOCAL, str(file))) if file.exists() else None
+    except (OSError, ValidationError):
+        raise ConfigError(f"{file} is damaged: convert the published checkpoint again") from None
 
 
 def _read_ours(folder: Path) -> tuple[DiTConfig, Format | None, Path]:
     """The model, the format that it was converted from, and the file with its weights."""
-    file = folder / WEIGHTS_NAME
-    try:
-        if (folder / RECORD_NAME).is_file():
-            record = read_conversion(folder)
-            model, published, sha256 = record.model, record.published, record.weights_sha256
-        else:
-            info = ExportInfo.model_validate_json((folder / INFO_NAME).read_bytes())
-            model, published, sha256 = info.model, None, info.weights_sha256
-    except (OSError, ValidationError):
-        raise ConfigError(f"{folder} holds no weights of ours: give a folder of `ig-dist export`") from None
-    if not file.is_file() or _sha256(file) != sha256:
+    file, record = folder / WEIGHTS_NAME, read_conversion(folder)
+    if record is None and not (folder / INFO_NAME).is_file():
+        raise ConfigError(f"{folder} holds no weights of ours: give a folder of `ig-dist export`")
+    told, published = (read_info(folder), None) if record is None else (record, record.published)
+    if not file.is_file() or _sha256(file) != told.weights_sha256:
         raise ConfigError(f"{file} is missing or damaged (its hash differs): convert or export again")
-    return model, published, file
+    return told.model, published, file
 
 
 def _unfit(config: DiTConfig, published: Format) -> str:
@@ -306,9 +309,7 @@ def _make_a_run(
         weights_sha256=record.weights_sha256,
     )
     (folder / INFO_NAME).write_text(info.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    model = {name: value for name, value in dataclasses.asdict(record.model).items() if name != "mlp_ratio"}
-    tree = {"run": {"dir": str(dest)}, "model": model, "data": {"index": index}, "train": {"steps": 1}}
-    config = config_from_tree(tree, source=str(dest))
+    config = config_of(info, str(dest), index)
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ig_dist.convert.formats import FORMATS, FROM_NOISE, Format, to_ours, to_published
 from ig_dist.errors import ConfigError
-from ig_dist.models.convert import FORMATS, FROM_NOISE, Format, to_ours, to_published
 from ig_dist.models.dit import DiT, DiTConfig
 from ig_dist.rng import Purpose, normal
 
