@@ -131,7 +131,9 @@ def submit(
     ] = None,
     container_mounts: Annotated[
         str | None,
-        typer.Option(metavar="A:B,...", help="Folders that it sees. The run and this folder are among them."),
+        typer.Option(
+            metavar="FOLDER", help="What it sees, with commas; A:B for A at B. The run and this folder are among it."
+        ),
     ] = None,
     notify: Annotated[
         str | None,
