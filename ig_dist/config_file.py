@@ -6,7 +6,6 @@ name.
 
 from __future__ import annotations
 
-import difflib
 import shlex
 import types
 import typing
@@ -18,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from ig_dist.config import Config
 from ig_dist.config_keys import CONFIGS, config_keys, nearest_key, shipped_configs
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, nearest
 from ig_dist.run_paths import moved_paths
 from ig_dist.storage.urls import refuse_credentials
 
@@ -94,7 +93,7 @@ def find_config(named: str | Path) -> Path:
         raise ConfigError(f"{path} is a run: go on with it by `ig-dist train {shlex.quote(f'{path}/config.yaml')}`")
     if not path.is_file():
         known = shipped_configs()
-        near = difflib.get_close_matches(path.stem, known, n=1, cutoff=0.75)
+        near = nearest(path.stem, known, least=0.75)
         meant = f"did you mean {near[0]}?" if near else f"give a file, or one of {', '.join(known)}"
         raise ConfigError(f"no config file at {path}: {meant}")
     return path
@@ -231,9 +230,9 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         *group, name = map(str, first["loc"])
         names = list(_group_at(first["loc"][:-1]).model_fields)
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+        near = nearest(name, names, least=0.75)
         elsewhere = None if near else nearest_key(name)  # as `steps=5` means train.steps
-        near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+        near = near or nearest(name, names)
         text = f"unknown key {where!r}; did you mean {elsewhere or '.'.join([*group, *near])!r}?"
     else:
         message = _one_line(ValueError(first["msg"].removeprefix("Value error, ")))

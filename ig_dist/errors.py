@@ -4,6 +4,9 @@ Every message is one line that says what is wrong, where, and how to mend it. An
 bug: it keeps its traceback and exits 1.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class IgDistError(Exception):
     """Base of the errors that end a command with one line instead of a traceback."""
@@ -87,3 +90,8 @@ class Ending(Exception):  # noqa: N818  (the training loop turns it into one of 
 
     def __init__(self, error: IgDistError | None = None) -> None:
         self.error = error
+
+
+def nearest(name: str, known: Iterable[str], n: int = 1, least: float = 0.0) -> list[str]:
+    """The known names that are most like this one, the nearest first: what was meant by a name that is not known."""
+    return difflib.get_close_matches(name, list(dict.fromkeys(known)), n=n, cutoff=least)

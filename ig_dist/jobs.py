@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 from collections.abc import Sequence
 from enum import Enum
@@ -11,7 +10,7 @@ from typing import Any
 
 import typer
 
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, nearest
 from ig_dist.usage import NEAR, UsageError, explained, options, value_of
 
 
@@ -67,7 +66,7 @@ def own_options_first(launcher: Any, typed: Sequence[str]) -> list[str]:
     for word in words:
         name, separator, _ = word.partition("=")
         if name not in takes_value or (rest and name in of_the_job):
-            near = difflib.get_close_matches(name, {*known, *takes_value}, n=1, cutoff=NEAR)
+            near = nearest(name, {*known, *takes_value}, least=NEAR)
             if name.startswith("--") and name not in known and near and near[0] in takes_value:
                 raise ConfigError(f"unknown option {name}; did you mean {near[0]}?")
             rest.append(word)

@@ -23,6 +23,16 @@ class Advance(Protocol):
         """``done``: the units that are done in all, where other processes work on the same."""
 
 
+def bar(what: str, total: int | None, done: int = 0, *, in_bytes: bool = False, hidden: bool = False) -> Progress:
+    """A bar with one task, whose field ``rate`` is a text beside it; only the first process of a terminal shows it."""
+    amount = DownloadColumn() if in_bytes else MofNCompleteColumn()
+    columns = (TextColumn(what), BarColumn(), amount, TextColumn("{task.fields[rate]}"))
+    hidden = hidden or not is_first_process() or not console.is_terminal
+    shown = Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=console, disable=hidden)
+    shown.add_task(what, total=total, completed=done, rate="")
+    return shown
+
+
 @contextmanager
 def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
     """Show progress, and the rate of this process.
@@ -34,11 +44,8 @@ def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Advanc
         done: of these, finished before.
     """
     divisor, name = (1e6, "MB") if unit == "bytes" else (1, unit)
-    amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-    columns = (TextColumn(what), BarColumn(), amount, TextColumn("{task.fields[rate]}"))
-    hidden = not is_first_process() or not console.is_terminal
-    bar = Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=console, disable=hidden)
-    task = bar.add_task(what, total=total, completed=done, rate="")
+    shown = bar(what, total, done, in_bytes=unit == "bytes")
+    task = shown.task_ids[0]
     began = logged = time.monotonic()
     made, first, now_done, lock = 0, done, done, threading.Lock()
 
@@ -49,12 +56,12 @@ def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Advanc
             now = time.monotonic()
             rate = made / max(now - began, 1e-9)
             said = f"{rate / divisor:,.0f} {name}/s"
-            bar.update(task, completed=now_done, rate=said)
+            shown.update(task, completed=now_done, rate=said)
             if not console.is_terminal and is_first_process() and now - logged > LOG_EVERY_S:
                 logged = now
                 left = (total - now_done) / max((now_done - first) / (now - began), rate, 1e-9)
                 amounts = f"{now_done / divisor:,.0f} of {total / divisor:,.0f} {name}"
                 console.print(f"{what}: {amounts}, {said} here, {timedelta(seconds=round(left))} left", markup=False)
 
-    with bar:
+    with shown:
         yield advance

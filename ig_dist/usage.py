@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 import typer
 
 from ig_dist.config_keys import nearest_key
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, nearest
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of click, whichever one typer brings
 LAUNCHERS = ("launch", "slurm")
@@ -47,7 +46,7 @@ def explained(error: Any, typed: Sequence[str]) -> ConfigError:
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """That there is no such name, and the nearest one; of a word that is near to none, all of them."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = nearest(name, known, least=0.5)
     return f"unknown {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else f": use {', '.join(known)}")
 
 
@@ -55,7 +54,7 @@ def unknown_option(option: str, context: Any, typed: Sequence[str]) -> str:
     """That a verb has no such option, and what was meant: another of its options, a config key, or a launcher."""
     known, verb, word = options(context.command), context.info_name, option.lstrip("-")
     text = f"unknown option {option}"
-    near = difflib.get_close_matches(option, known, n=1, cutoff=NEAR)
+    near = nearest(option, known, least=NEAR)
     if len(word) == 1:  # there are no short ones
         near = [name for name in known if name.startswith(f"--{word}")]
     if near:
@@ -70,7 +69,7 @@ def unknown_option(option: str, context: Any, typed: Sequence[str]) -> str:
         starts = getattr(found, "commands", {}).get("submit", found)
         if verb not in LAUNCHERS and option in options(starts):
             return f"{text} of `ig-dist {verb}`; `ig-dist {launcher}` has it, see `ig-dist {launcher} --help`"
-    return f"{text}; did you mean {difflib.get_close_matches(option, known, n=1, cutoff=0.0)[0]}?"
+    return f"{text}; did you mean {nearest(option, known)[0]}?"
 
 
 def options(command: Any) -> list[str]:

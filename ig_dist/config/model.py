@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
 from ig_dist.config.types import Group, Positive
+from ig_dist.errors import nearest
 from ig_dist.models.dit import DiTConfig
 from ig_dist.models.presets import PRESETS, Preset
 
@@ -56,7 +56,7 @@ class ModelConfig(Group):
         preset: dict[str, Any] = Preset._field_defaults
         if self.preset is not None:
             if self.preset not in PRESETS:
-                near = difflib.get_close_matches(self.preset, PRESETS, n=3, cutoff=0.0)
+                near = nearest(self.preset, PRESETS, n=3)
                 raise ValueError(f"unknown preset {self.preset!r}; the nearest are {', '.join(near)}")
             preset = PRESETS[self.preset]._asdict()
         for name, value in preset.items():

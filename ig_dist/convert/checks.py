@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ig_dist.convert.formats import FORMATS, FROM_NOISE, Format, to_ours, to_published
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, nearest
 from ig_dist.models.dit import DiT, DiTConfig
 from ig_dist.rng import Purpose, normal
 
@@ -27,7 +26,7 @@ def known_format(text: str) -> Format:
     for name in FORMATS:
         if name == text:
             return name
-    near = difflib.get_close_matches(text, FORMATS, n=1, cutoff=0.0)[0]
+    near = nearest(text, FORMATS)[0]
     raise ConfigError(f"--format {text!r}: did you mean {near!r}? There are {', '.join(FORMATS)}")
 
 

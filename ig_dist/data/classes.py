@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, nearest
 
 
 @cache
@@ -54,7 +53,7 @@ def find_classes(asked: Sequence[int | str], names: Sequence[str], words: Sequen
             return numbers[0]
         if numbers:
             raise ConfigError(f"class {text!r} is one of {' and '.join(map(str, numbers))}: give its number")
-        near = difflib.get_close_matches(_plain(text), found, n=3, cutoff=0.5) if not text.isdecimal() else []
+        near = nearest(_plain(text), found, n=3, least=0.5) if not text.isdecimal() else []
         hint = "; the nearest are " + ", ".join(f"{name!r} ({found[name][0]})" for name in near) if near else ""
         raise ConfigError(f"there is no class {text!r}{hint}: give a number from 0 to {len(names) - 1}, or a name")
 

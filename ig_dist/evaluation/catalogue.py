@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, nearest
 
 Kind = Literal["frechet", "inception_score", "precision", "recall", "kernel", "agreement"]
 
@@ -73,7 +72,7 @@ def check_metrics(metrics: Iterable[str], what: str) -> list[str]:
     names = list(dict.fromkeys(metrics))
     for name in names:
         if name not in METRICS:
-            near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.0)[0]
+            near = nearest(name, METRICS)[0]
             raise ConfigError(f"{what}: unknown score {name!r}; did you mean {near!r}? There are {', '.join(METRICS)}")
     if not names:
         raise ConfigError(f"{what} is empty: name at least one of {', '.join(METRICS)}")

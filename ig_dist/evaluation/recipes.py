@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from ig_dist.config.model import ModelConfig
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, nearest
 from ig_dist.models.presets import PRESETS
 
 _SIT: dict[str, Any] = {"solver": "euler_maruyama", "steps": 250}
@@ -42,7 +41,7 @@ def recipe(name: str, model: ModelConfig) -> list[str]:
     it for products, and PyTorch does for convolutions). "fast" is "paper" with the model in bf16.
     """
     if name not in _RECIPES:
-        near = difflib.get_close_matches(name, _RECIPES, n=1, cutoff=0.0)[0]
+        near = nearest(name, _RECIPES)[0]
         raise ConfigError(f"--preset {name!r}: did you mean {near!r}? There are {', '.join(_RECIPES)}")
     size = _size(model)
     if size not in _RECIPES[name]:

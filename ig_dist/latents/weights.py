@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, nearest
 from ig_dist.extras import missing
 from ig_dist.storage.hub import NotOnHubError, hub_files
 
@@ -72,7 +71,7 @@ def find_weights(name: str) -> Path:
             return place
     if known is None:
         names = ["pixel", *(p.name for p in PUBLISHED), *(p.short for p in PUBLISHED)]
-        near = list(dict.fromkeys(difflib.get_close_matches(name, names, n=3, cutoff=0.0)))
+        near = nearest(name, names, n=3)
         raise ConfigError(
             f"unknown tokenizer {name!r}: no such path, nothing of that name in {root};"
             f" the nearest names are {', '.join(map(repr, near))}"

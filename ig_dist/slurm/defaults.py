@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, nearest
 from ig_dist.terminal import warn
 
 CLUSTER_FILE = Path("~/.config/ig_dist/cluster.yaml")
@@ -75,6 +74,6 @@ def _cluster_file(known: Sequence[str]) -> dict[str, Any]:
     tree = {str(key).replace("-", "_"): value for key, value in tree.items()}
     for key in tree:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            near = nearest(key, known)[0]
             raise ConfigError(f"{file}: unknown option {key!r}; did you mean {near!r}?")
     return {key: [value] if key in LISTS and isinstance(value, str) else value for key, value in tree.items()}

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ig_dist.errors import ConfigError
 from ig_dist.json_lines import LineFile, read_lines
+from ig_dist.progress import bar
 from ig_dist.run_dir import replace_text
 from ig_dist.terminal import console
 
@@ -63,16 +63,7 @@ class RunLog:
         self._path, self._start, self._total = path, start, total
         self._board: SummaryWriter | None = None
         self._hook = threading.excepthook
-        self._progress = Progress(
-            TextColumn(name),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=console,
-            disable=path is None or not console.is_terminal,
-        )
-        self._task = self._progress.add_task(name, total=total, completed=start, status="")
+        self._progress = bar(name, total, start, hidden=path is None)
 
     def __enter__(self) -> Self:
         if self._path is not None:
@@ -120,7 +111,7 @@ class RunLog:
 
     def advance(self, step: int) -> None:
         """Move the bar."""
-        self._progress.update(self._task, completed=step)
+        self._progress.update(self._progress.task_ids[0], completed=step)
 
     def add(self, step: int, values: Mapping[str, float], group: str = "validation") -> None:
         """Values that are not measured at every line: a line of their own, and TensorBoard under ``group``."""
@@ -162,7 +153,7 @@ class RunLog:
         step = int(metrics["step"] or 0)
         self._show(step, "train", {key: value for key, value in metrics.items() if key != "step"})
         status = f"loss {metrics['loss']:.4f}  {metrics['images_per_s']:.0f} images/s"
-        self._progress.update(self._task, completed=step, status=status)
+        self._progress.update(self._progress.task_ids[0], completed=step, rate=status)
         if not console.is_terminal:
             images = (self._total - step) * metrics["images_seen"] / step
             left = timedelta(seconds=round(images / metrics["images_per_s"]))

@@ -17,17 +17,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rich.filesize import decimal
-from rich.progress import Progress
 
 from ig_dist.data.sources.folders import find_kaggle, folder_source, kaggle_source
 from ig_dist.data.sources.idx import NAMED, find_idx, idx_native, idx_source
 from ig_dist.data.sources.source import DIGITS, Found, Native, Source, digits, source_name
 from ig_dist.data.sources.spool import Copy, SourceFile, copy_tar, file_version, spool, spool_folder
 from ig_dist.errors import ConfigError
+from ig_dist.progress import bar
 from ig_dist.storage.faults import PATIENCE, Patience
 from ig_dist.storage.files import open_url
 from ig_dist.storage.urls import is_file, is_local, refuse_credentials
-from ig_dist.terminal import console, is_first_process
 
 __all__ = ["Found", "Native", "Source", "find_source", "is_name", "native_format", "refuse_missing"]
 
@@ -131,13 +130,11 @@ def _parquet_source(src: str, files: Sequence[SourceFile], spool_base: str | Non
 def _local_tars(src: str, files: Sequence[SourceFile]) -> Found:
     from ig_dist.data.sources.tars import TarFile, tar_source
 
-    hidden = not is_first_process() or not console.is_terminal
-    with Progress(console=console, transient=True, disable=hidden) as progress:
-        task = progress.add_task("list tars", total=None)
+    with bar("list tars", None) as shown:
         kind, source = tar_source(
             [TarFile(file.path, file.name) for file in files],
             f"tars {_base_name(src)}",
-            on_progress=lambda listed: progress.update(task, completed=listed),
+            on_progress=lambda listed: shown.update(shown.task_ids[0], completed=listed),
         )
     return Found(kind, source.name, lambda: source)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ig_dist.arithmetic import arithmetic
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, nearest
 from ig_dist.evaluation.extractors.weights import PUBLISHED, Published, check_hash, find_weights
 
 PIXEL_RULE = "pixels / 127.5 - 1, flattened (H, W, C)"
@@ -100,7 +99,7 @@ def get_extractor(
             is not installed.
     """
     if name not in EXTRACTORS:
-        near = difflib.get_close_matches(name, EXTRACTORS, n=1, cutoff=0.0)
+        near = nearest(name, EXTRACTORS)
         raise ConfigError(f"unknown extractor {name!r}: did you mean {near[0]!r}? There are {', '.join(EXTRACTORS)}")
     known = EXTRACTORS[name]
     if known is None:
