@@ -22,8 +22,9 @@ from ig_dist.storage.files import REQUEST_BYTES, open_url, read_range
 from ig_dist.storage.urls import full_url, is_local
 
 Samples = NDArray[Any]
-Spot = tuple[int, int, int, int]
-"""Where a sample lies: shard, first byte, CRC-32, id."""
+SPOT = np.dtype([("shard", np.int64), ("offset", np.int64), ("crc", np.uint32), ("id", np.int64), ("label", np.int64)])
+"""Where a sample lies: its shard, and its first byte there; what it must be, and is."""
+Spots = NDArray[np.void]
 
 _READ_AGAIN = 5  # a link that flips a bit in every fifth request condemns one sample in 16,000
 _FILES_OPEN = 256
@@ -52,6 +53,13 @@ class _File:
     def __del__(self) -> None:
         if self.number >= 0:
             os.close(self.number)
+
+
+class _Memory(threading.local):
+    """A thread's own, for what has just been read: new memory would cost the kernel as much as the reading."""
+
+    def __init__(self) -> None:
+        self.room = np.empty(_ROOM, np.uint8).data
 
 
 class _Rows:
@@ -113,8 +121,9 @@ class ShardReader:
         self._index, self._on_corrupt, self._cache = index, on_corrupt, cache
         self._fs, self._path = open_url(index.folder, "data.index", self.patience)
         self._shape, self._dtype = index.info.latent.stored_shape, np.dtype(index.info.latent.dtype)
-        self._size = index.info.latent.stored_bytes
-        if self._size > max(shard.bytes for shard in index.info.shards):
+        self.sample_bytes = index.info.latent.stored_bytes
+        """Of its array."""
+        if self.sample_bytes > max(shard.bytes for shard in index.info.shards):
             raise ConfigError(
                 f"{index.folder}: latents of shape {index.info.latent.shape} are larger than its shards:"
                 f" {index.info.remake}"
@@ -125,7 +134,7 @@ class ShardReader:
         self._request_bytes = request_bytes
         self._kept = cache.shards if cache else 0  # the first shards, whose blocks the cache keeps
         self._open = lru_cache(_FILES_OPEN)(self._open_file)
-        self._memory = threading.local()  # new memory for each request would cost the kernel as much as the reading
+        self._memory = _Memory()
 
     def read(
         self, shard: int, start: int, stop: int, *, flipped: NDArray[np.bool_] | None = None
@@ -151,38 +160,30 @@ class ShardReader:
     def read_ids(self, start: int, stop: int) -> tuple[Samples, NDArray[np.bool_]]:
         """Samples of consecutive ids, ``start`` to ``stop`` (exclusive), of one shard or several; as ``read``."""
         samples, good = np.empty((stop - start, *self._shape), self._dtype), np.empty(stop - start, dtype=bool)
-        rows, at = self.rows(samples), start
-        while at < stop:
-            shard = int(np.searchsorted(self._first_id, at, side="right")) - 1
-            begin, after = int(self._first_id[shard]), min(stop, int(self._first_id[shard + 1]))
-            here = slice(at - start, after - start)
-            good[here] = self.read_run(self.find(shard, at - begin, after - begin), rows[here])
-            at = after
+        rows, ends = self.rows(samples), self._first_id
+        for shard in range(int(np.searchsorted(ends, start, side="right")) - 1, int(np.searchsorted(ends, stop))):
+            begin, after = max(start, int(ends[shard])), min(stop, int(ends[shard + 1]))
+            here, first = slice(begin - start, after - start), int(ends[shard])
+            good[here] = self.read_run(self.find(shard, begin - first, after - first), rows[here])
         return samples, good
 
-    def labels(self, shard: int, start: int, stop: int) -> NDArray[np.int32]:
-        """Labels of samples ``start`` to ``stop`` (exclusive) of a shard."""
-        first = int(self._first_id[shard])
-        labels: NDArray[np.int32] = self.table.label[first + start : first + stop]
-        return labels
-
-    def find(self, shard: int, start: int, stop: int, flipped: NDArray[np.bool_] | None = None) -> list[Spot]:
+    def find(self, shard: int, start: int, stop: int, flipped: NDArray[np.bool_] | None = None) -> Spots:
         """Where samples ``start`` to ``stop`` (exclusive) of a shard lie; ``flipped`` as for ``read``."""
         first = int(self._first_id[shard])
-        table = self.table[first + start : first + stop]
-        offsets, crcs = np.asarray(table.offset), np.asarray(table.crc32)
+        table, spots = self.table[first + start : first + stop], np.empty(stop - start, SPOT)
+        spots["shard"], spots["id"], spots["label"] = shard, np.arange(first + start, first + stop), table.label
+        spots["offset"], spots["crc"] = table.offset, table.crc32
         if flipped is not None and table.flip_offset is not None and table.flip_crc32 is not None:
-            offsets = np.where(flipped, np.asarray(table.flip_offset), offsets)
-            crcs = np.where(flipped, np.asarray(table.flip_crc32), crcs)
-        ids = range(first + start, first + stop)
-        return list(zip([shard] * len(ids), offsets.tolist(), crcs.tolist(), ids, strict=True))
+            np.copyto(spots["offset"], np.asarray(table.flip_offset), where=flipped)
+            np.copyto(spots["crc"], np.asarray(table.flip_crc32), where=flipped)
+        return spots
 
     def rows(self, samples: Samples) -> list[memoryview]:
         """The memory of each sample of an array, (n, *stored shape) or (n, bytes)."""
         data = samples.view(np.uint8).reshape(-1).data
-        return [data[at : at + self._size] for at in range(0, len(data), self._size)]
+        return [data[at : at + self.sample_bytes] for at in range(0, len(data), self.sample_bytes)]
 
-    def pick(self, spots: Sequence[Spot], rows: Sequence[memoryview]) -> list[int]:
+    def pick(self, spots: Spots, rows: Sequence[memoryview]) -> list[int]:
         """Read samples each by itself, wherever they lie, into a row each.
 
         Returns:
@@ -192,27 +193,25 @@ class ShardReader:
             DataError: as ``read``.
         """
         left = []
-        for number, (shard, offset, crc, _) in enumerate(spots):
+        for number, (shard, offset, crc, *_) in enumerate(spots.tolist()):
             row, block = rows[number], offset // self._request_bytes if shard < self._kept else 0
             damaged = False
             with suppress(OSError):  # there is no such block yet: not all of it is worth while for one sample
                 file = self._open(shard, block)
                 if os.preadv(file.number, [row], offset - file.begin) == len(row) and zlib_ng.crc32(row) == crc:
                     continue
-                damaged = len(list(self._blocks(shard, offset, offset + self._size))) == 1  # else it lies in two
+                damaged = len(list(self._blocks(shard, offset, offset + self.sample_bytes))) == 1  # else it lies in two
             left.append((number, damaged))
-        if not left:
-            return []
 
         def again(item: tuple[int, bool]) -> bool:
             number, damaged = item
-            return bool(self.read_run([spots[number]], [rows[number]], fresh=damaged, keep=damaged)[0])
+            return bool(self.read_run(spots[[number]], [rows[number]], fresh=damaged, keep=damaged)[0])
 
         good = in_parallel(again, left, _AT_ONCE, self.patience.stop)
         return [number for (number, _), whole in zip(left, good, strict=True) if not whole]
 
     def read_run(
-        self, spots: Sequence[Spot], rows: Sequence[memoryview], *, fresh: bool = False, keep: bool = True
+        self, spots: Spots, rows: Sequence[memoryview], *, fresh: bool = False, keep: bool = True
     ) -> NDArray[np.bool_]:
         """Read samples of one shard that lie together with few requests, into a row each.
 
@@ -229,30 +228,35 @@ class ShardReader:
             DataError: as ``read``.
         """
         good = np.zeros(len(spots), dtype=bool)
-        left = sorted(range(len(spots)), key=lambda number: spots[number][1])
+        left = np.argsort(spots["offset"])
         for attempt in range(1 + _READ_AGAIN):  # it may have suffered on the way, or in the cache; what was good stays
-            for part in self._cut(spots, left):
-                shard, begin = spots[part[0]][:2]
-                offsets = [spots[number][1] - begin for number in part]
-                filling = _Rows(offsets, [rows[number] for number in part])
-                self._bytes(shard, begin, begin + offsets[-1] + self._size, filling, fresh or attempt > 0, keep)
-                good[part] = [crc == spots[number][2] for number, crc in zip(part, filling.crcs, strict=True)]
-            left = [number for number in left if not good[number]]
-            if not left:
+            for part in self._cut(spots["offset"], left):
+                offsets = spots["offset"][part]
+                begin, end = int(offsets[0]), int(offsets[-1]) + self.sample_bytes
+                filling = _Rows((offsets - begin).tolist(), [rows[number] for number in part])
+                self._bytes(int(spots["shard"][0]), begin, end, filling, fresh or attempt > 0, keep)
+                good[part] = spots["crc"][part] == filling.crcs
+            left = left[~good[left]]
+            if not len(left):
                 break
-        for number in left:
-            self._quarantine(spots[number])
+        for shard, offset, _, sample, _ in spots[left].tolist():
+            if self._on_corrupt == "fail":
+                raise DataError(
+                    f"{self._url(shard)}: sample {sample} at byte {offset} is damaged (its CRC differs): restore the"
+                    " shard, or train without such samples (data.on_corrupt=skip)"
+                )
+            self.quarantined.add(sample)
         return good
 
-    def warm(self, spots: Sequence[Spot]) -> bool:
+    def warm(self, spots: Spots) -> bool:
         """Read the part of a shard that holds samples, so that ``pick`` finds it in this machine's memory.
 
         Returns:
             Whether it does: not where there is no file on a disk, nor where the kernel does not keep what it reads (as
             with some network file systems), or does not say so.
         """
-        shard, offsets = spots[0][0], [spot[1] for spot in spots]
-        begin, end, room = min(offsets), max(offsets) + self._size, self._room()
+        shard, offsets, room = int(spots["shard"][0]), spots["offset"], self._memory.room
+        begin, end = int(offsets.min()), int(offsets.max()) + self.sample_bytes
         try:
             for block, start, stop in self._blocks(shard, begin, end):
                 if shard < self._kept and not self._has(shard, block):
@@ -269,22 +273,17 @@ class ShardReader:
             return False
         return True
 
-    def _cut(self, spots: Sequence[Spot], order: list[int]) -> Iterator[list[int]]:
+    def _cut(self, offsets: NDArray[np.int64], left: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         """Samples, ascending in the shard, whose bytes fit into one request, with whatever lies between them."""
-        first = 0
-        for number in range(1, len(order)):
-            if spots[order[number]][1] + self._size - spots[order[first]][1] > self._request_bytes:
-                yield order[first:number]
-                first = number
-        if order:
-            yield order[first:]
+        while len(left):
+            most = offsets[left[0]] + self._request_bytes - self.sample_bytes
+            count = max(1, int(np.searchsorted(offsets[left], most, side="right")))
+            yield left[:count]
+            left = left[count:]
 
     def _blocks(self, shard: int, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
         """The cache's blocks that hold bytes of a shard, and which of these bytes; one of all where it keeps none."""
-        if shard >= self._kept:
-            yield 0, begin, end
-            return
-        size = self._request_bytes
+        size = self._request_bytes if shard < self._kept else end
         for block in range(begin // size, -(-end // size)):
             yield block, max(begin, block * size), min(end, (block + 1) * size)
 
@@ -294,23 +293,20 @@ class ShardReader:
             self._request(shard, begin, end, filling)
             return
         for block, start, stop in self._blocks(shard, begin, end):
+            first = block * self._request_bytes
             if fresh and keep:
                 self._cache.drop(shard, block)
                 self._open.cache_clear()
-            if (fresh and not keep) or ((self._cache.full or not keep) and not self._has(shard, block)):
-                self._request(shard, start, stop, filling)
+            if not fresh and self._has(shard, block):
+                data = np.empty(stop - start, np.uint8).data
+                with suppress(OSError):  # what is missing has another CRC
+                    os.preadv(self._open(shard, block).number, [data], start - first)
+                filling.take(data)
+                del data  # before the next block comes
+            elif keep and not self._cache.full:
+                filling.take(self._fetch(shard, block)[start - first : stop - first])
             else:
-                filling.take(self._kept_bytes(shard, block, start, stop))
-
-    def _kept_bytes(self, shard: int, block: int, start: int, stop: int) -> memoryview:
-        """Bytes of a block that the cache has, or has now."""
-        if not self._has(shard, block):
-            first = block * self._request_bytes
-            return self._fetch(shard, block)[start - first : stop - first]
-        file, data = self._open(shard, block), np.empty(stop - start, np.uint8).data
-        with suppress(OSError):  # what is missing has another CRC
-            os.preadv(file.number, [data], start - file.begin)
-        return data
+                self._request(shard, start, stop, filling)
 
     def _fetch(self, shard: int, block: int) -> memoryview:
         """A block from the storage, which the cache keeps."""
@@ -326,10 +322,9 @@ class ShardReader:
         return begin, min(self._request_bytes, self._index.info.shards[shard].bytes - begin)
 
     def _has(self, shard: int, block: int) -> bool:
-        try:
-            return self._open(shard, block) is not None
-        except OSError:
-            return False
+        with suppress(OSError):
+            return bool(self._open(shard, block))
+        return False
 
     def _open_file(self, shard: int, block: int) -> _File:
         if self._cache and shard < self._kept:
@@ -338,17 +333,10 @@ class ShardReader:
             raise FileNotFoundError
         return _File(f"{self._path}/{self._index.info.shards[shard].name}", 0, None)
 
-    def _room(self) -> memoryview:
-        """This thread's memory for what has just been read."""
-        if not hasattr(self._memory, "room"):
-            self._memory.room = np.empty(_ROOM, np.uint8).data
-        room: memoryview = self._memory.room
-        return room
-
     def _request(self, shard: int, begin: int, end: int, filling: _Rows | None = None) -> memoryview:
         """Read bytes of a shard from the storage: into rows as they come, or else into new memory."""
         path = f"{self._path}/{self._index.info.shards[shard].name}"
-        taking: dict[str, Any] = {"into": self._room(), "taken": filling.take} if filling else {}
+        taking: dict[str, Any] = {"into": self._memory.room, "taken": filling.take} if filling else {}
         try:
             return read_range(self._fs, path, begin, end, self.patience, **taking)
         except FileNotFoundError:
@@ -356,15 +344,6 @@ class ShardReader:
         except OSError as error:
             what = " ".join(str(error).split())
             raise DataError(f"{self._url(shard)}: {what}: mend the storage and run again") from None
-
-    def _quarantine(self, spot: Spot) -> None:
-        shard, offset, _, sample = spot
-        if self._on_corrupt == "fail":
-            raise DataError(
-                f"{self._url(shard)}: sample {sample} at byte {offset} is damaged (its CRC differs): restore the shard,"
-                " or train without such samples (data.on_corrupt=skip)"
-            )
-        self.quarantined.add(sample)
 
     def _url(self, shard: int) -> str:
         return full_url(self._fs, f"{self._path}/{self._index.info.shards[shard].name}")

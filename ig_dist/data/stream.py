@@ -9,11 +9,9 @@ first batch after a start waits for no window: its samples are read each by itse
 from __future__ import annotations
 
 import itertools
-import queue
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -25,7 +23,7 @@ from torch import Tensor
 
 from ig_dist.data.index import ShardIndex
 from ig_dist.data.order import SampleOrder, Window
-from ig_dist.data.reader import ShardReader, Spot
+from ig_dist.data.reader import SPOT, ShardReader, Spots
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.rng import Purpose, bernoulli
 
@@ -63,12 +61,10 @@ class _Window:
     """A window under way. Its samples are numbered in the order in which they are seen."""
 
     window: Window
-    ids: NDArray[np.int64]  # (n,)
-    labels: NDArray[np.int32]  # (n,)
-    spots: list[Spot]
-    places: list[int]
+    spots: Spots  # (n,)
+    places: NDArray[np.int64]  # (n,)
     """Where in the cursor's memory each is held; -1: it is not, and must be picked."""
-    todo: deque[list[int]]
+    todo: deque[NDArray[np.int64]]
     """Parts that nobody reads yet: samples that lie together in a shard."""
     unread: int
     """Samples of these parts, and of those that are being read."""
@@ -78,10 +74,10 @@ class _Part(NamedTuple):
     """A part of a window that is being read."""
 
     of: _Window
-    samples: list[int]
+    samples: NDArray[np.int64]
     places: list[int]
     """That are kept for them."""
-    good: Future[list[bool] | None]
+    good: Future[NDArray[np.bool_] | None]
     """Which of them are; None: they are not held, for the kernel does."""
 
 
@@ -93,7 +89,7 @@ class _Cursor:
         find: finds the window that holds a sample.
         do: does something, perhaps later.
         number: the stream's first sample.
-        memory: (capacity, bytes of a sample); none of it is used before something is held.
+        capacity: samples that may be held; their memory is not used before.
     """
 
     def __init__(
@@ -102,13 +98,14 @@ class _Cursor:
         find: Callable[[int], _Window],
         do: Callable[[Callable[[], Any]], Future[Any]],
         number: int,
-        memory: NDArray[np.uint8],
+        capacity: int,
     ) -> None:
         self._reader, self._find, self._do, self._number = reader, find, do, number
         self._windows: deque[_Window] = deque()
         self._next: Future[_Window] | None = do(partial(find, number))
         self._coming: deque[_Part] = deque()
-        self.held, self.free = reader.rows(memory), list(range(len(memory)))[::-1]
+        self._memory = np.empty((capacity, reader.sample_bytes), np.uint8)
+        self._rows, self._free = reader.rows(self._memory), list(range(capacity))
 
     def take(self, count: int, *, read: bool) -> Iterator[tuple[_Window, slice]]:
         """Where the next ``count`` samples are: in one or several windows; ``read``: which have been read."""
@@ -119,6 +116,13 @@ class _Cursor:
             yield window, slice(start, start + taken)
             self._number, count = self._number + taken, count - taken
 
+    def give(self, places: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
+        """Copy samples that are held into rows, (n, bytes), and hold them no longer."""
+        held = places >= 0
+        if held.any():
+            np.take(self._memory, places, axis=0, out=rows, mode="clip")  # what is not held is yet to come
+            self._free += places[held].tolist()
+
     def ahead(self) -> None:
         """Begin to read all that there is room for, of the window in use, then of the next."""
         while self._coming and self._coming[0].good.done():
@@ -127,10 +131,10 @@ class _Cursor:
         while True:
             last = self._windows[-1] if self._windows else None
             if last and last.todo:
-                if len(last.todo[0]) > len(self.free):
+                if len(last.todo[0]) > len(self._free):
                     return
                 samples = last.todo.popleft()
-                places = [self.free.pop() for _ in samples]
+                places, self._free = self._free[: len(samples)], self._free[len(samples) :]
                 self._coming.append(_Part(last, samples, places, self._do(partial(self._read, last, samples, places))))
             elif len(self._windows) < 2:
                 self._next = self._next or self._do(partial(self._find, last.window.stop if last else self._number))
@@ -158,23 +162,17 @@ class _Cursor:
         self._windows.append(self._next.result() if self._next else self._find(self._number))
         self._next = None
 
-    def _read(self, window: _Window, samples: list[int], places: list[int]) -> list[bool] | None:
-        spots = [window.spots[sample] for sample in samples]
-        if self._reader.warm(spots):
-            return None
-        good: list[bool] = self._reader.read_run(spots, [self.held[place] for place in places]).tolist()
-        return good
+    def _read(self, window: _Window, samples: NDArray[np.int64], places: list[int]) -> NDArray[np.bool_] | None:
+        spots = window.spots[samples]
+        return None if self._reader.warm(spots) else self._reader.read_run(spots, [self._rows[n] for n in places])
 
     def _take_part(self) -> None:
         """Wait for the part that was begun first."""
         window, samples, places, coming = self._coming.popleft()
-        good = coming.result()
-        used = self._number - window.window.first
-        for number, (sample, place) in enumerate(zip(samples, places, strict=True)):
-            if good is not None and good[number] and sample >= used:
-                window.places[sample] = place
-            else:
-                self.free.append(place)
+        good, kept = coming.result(), np.array(places)
+        holds = np.zeros(len(samples), bool) if good is None else good & (samples >= self._number - window.window.first)
+        window.places[samples[holds]] = kept[holds]
+        self._free += kept[~holds].tolist()
         window.unread -= len(samples)
 
 
@@ -209,9 +207,9 @@ class BatchStream:
         self.reader = reader or ShardReader(index)
         per_rank = order.streams // world_size
         self._streams = range(rank * per_rank, (rank + 1) * per_rank)
-        self._stopped = threading.Event()
-        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(BATCHES_AHEAD)
-        self._assembler: threading.Thread | None = None
+        self._ready: deque[Future[Batch]] = deque()
+        self._to_come = self._batches()
+        self._assembler = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="reader") if workers else None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -219,95 +217,60 @@ class BatchStream:
             yield batch
 
     def get(self, timeout_s: float | None = None) -> Batch | None:
-        """The next batch; None: it has not come in this time. An error of the reading surfaces here."""
-        if self._assembler is None:
-            self._assembler = threading.Thread(target=self._assemble, name="batches", daemon=True)
-            self._assembler.start()
-        try:
-            item = self._ready.get(timeout=timeout_s)
-        except queue.Empty:
+        """The next batch; None: it has not come in this time. An error of the reading surfaces here, at each call."""
+        while len(self._ready) <= BATCHES_AHEAD:
+            self._ready.append(self._assembler.submit(next, self._to_come))
+        if not wait(list(self._ready)[:1], timeout_s).done:
             return None
-        if isinstance(item, BaseException):
-            self._ready.put(item)  # nothing else will come, however often one asks
-            raise item
-        return item
+        batch = self._ready[0].result()
+        self._ready.popleft()
+        return batch
 
     def close(self) -> None:
         """Stop the threads and drop what they had read.
 
         Waits for them: a thread that is still inside torch when the interpreter ends aborts the process.
         """
-        self._stopped.set()
         self.reader.patience.stop.set()
-        if self._pool:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-        if self._assembler:
-            self._assembler.join()
-
-    def _assemble(self) -> None:
-        """In a thread of its own: batches, as far ahead as the queue is long."""
-        try:
-            for batch in self._batches():
-                if not self._put(batch):
-                    return
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: Batch | BaseException) -> bool:
-        """Whether there was a place for it before the stop."""
-        while not self._stopped.is_set():
-            try:
-                self._ready.put(item, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False
+        for threads in (self._pool, self._assembler):
+            if threads:
+                threads.shutdown(cancel_futures=True)
 
     def _batches(self) -> Iterator[Batch]:
         latent, per_stream = self._index.info.latent, self._order.samples_per_stream
         self._part, capacity = _held(
             self._order.window_samples, self._order.streams, self._order.num_samples, latent.stored_bytes
         )
-        streams = [
-            _Cursor(
-                self.reader,
-                partial(self._find, stream),
-                self._do,
-                self._start * per_stream,
-                np.empty((capacity, latent.stored_bytes), np.uint8),
-            )
-            for stream in self._streams
-        ]
+        begin = self._start * per_stream
+        streams = [_Cursor(self.reader, partial(self._find, one), self._do, begin, capacity) for one in self._streams]
         rows = len(streams) * per_stream
         for number in itertools.count(self._start):
             # what goes to the device: pinned, it is copied there while the processor does something else
             tensors = _new((rows, *latent.stored_shape), latent.dtype), _new((rows,), "int64"), _new((rows,), "int64")
             latents, labels, positions = (tensor.numpy() for tensor in tensors)
-            ids, epochs = np.empty(rows, dtype=np.int64), np.empty(rows, dtype=np.int64)
-            memory, picked, row = self.reader.rows(latents), list[tuple[_Window, int, int]](), 0
+            stored, memory = latents.view(np.uint8).reshape(rows, -1), self.reader.rows(latents)
+            spots, places, epochs = np.empty(rows, SPOT), np.empty(rows, np.int64), np.empty(rows, np.int64)
+            taken, row = list[tuple[_Window, int, int]](), 0
             for stream in streams:
                 # the first batch waits for no window
                 for window, part in stream.take(per_stream, read=number > self._start):
                     to = slice(row, row + part.stop - part.start)
-                    ids[to], labels[to], epochs[to] = window.ids[part], window.labels[part], window.window.epoch
-                    for row, sample in zip(range(to.start, to.stop), range(part.start, part.stop), strict=True):
-                        if (place := window.places[sample]) < 0:
-                            picked.append((window, sample, row))
-                        else:
-                            memory[row][:] = stream.held[place]
-                            stream.free.append(place)
+                    taken.append((window, part.start, row))
+                    spots[to], places[to], epochs[to] = window.spots[part], window.places[part], window.window.epoch
+                    stream.give(places[to], stored[to])
                     row = to.stop
-            found = [window.spots[sample] for window, sample, _ in picked]
-            for bad in self.reader.pick(found, [memory[row] for _, _, row in picked]):
-                window, sample, row = picked[bad]
-                other = self._stand_in(window, sample, memory[row])
-                ids[row], labels[row] = window.ids[other], window.labels[other]
+            picked = np.flatnonzero(places < 0).tolist()
+            damaged = self.reader.pick(spots[picked], [memory[row] for row in picked])
+            for bad in (picked[which] for which in damaged):
+                window, sample, row = next(one for one in reversed(taken) if one[2] <= bad)
+                spots[bad] = self._stand_in(window, sample + bad - row, memory[bad])
+            labels[:] = spots["label"]
             first = number * self._order.global_batch_size + self._streams.start * per_stream
             positions[:] = np.arange(first, first + rows)
             yield Batch(
                 latents=tensors[0],
                 labels=tensors[1],
-                ids=torch.from_numpy(ids),
+                ids=torch.from_numpy(spots["id"].copy()),
                 positions=tensors[2],
                 epochs=torch.from_numpy(epochs),
             )
@@ -325,34 +288,25 @@ class BatchStream:
     def _find(self, stream: int, number: int) -> _Window:
         """The window that holds a stream's sample, of which it and those after it are wanted."""
         window = self._order.window(stream, number)
-        flips, most = self._flips(stream, window), self._part
-        seen = np.argsort(window.permutation)  # of each sample as they lie
-        spots, labels, todo, at = list[Spot](), [], deque[list[int]](), 0
+        flips, seen = self._flips(stream, window), np.argsort(window.permutation)  # of each sample as they lie
+        spots, todo, at = list[Spots](), deque[NDArray[np.int64]](), 0
         for piece in window.pieces:
-            after = at + piece.stop - piece.start
-            spots += self.reader.find(*piece, flips[at:after])
-            labels.append(self.reader.labels(*piece))
-            parts = [seen[start : min(start + most, after)].tolist() for start in range(at, after, most)]
-            todo += [left for part in parts if (left := [sample for sample in part if sample >= number - window.first])]
-            at = after
-        return _Window(
-            window,
-            self._order.ids(window),
-            np.concatenate(labels)[window.permutation],
-            [spots[place] for place in window.permutation.tolist()],
-            [-1] * at,
-            todo,
-            sum(map(len, todo)),
-        )
+            lie = seen[at : at + piece.stop - piece.start]
+            spots.append(self.reader.find(*piece, flips[at : at + len(lie)]))
+            parts = (lie[start : start + self._part] for start in range(0, len(lie), self._part))
+            todo += [left for part in parts if len(left := part[part >= number - window.first])]
+            at += len(lie)
+        places = np.full(at, -1)
+        return _Window(window, np.concatenate(spots)[window.permutation], places, todo, sum(map(len, todo)))
 
-    def _stand_in(self, window: _Window, sample: int, row: memoryview) -> int:
-        """The next good sample of a window, around, in place of a damaged one."""
-        count = len(window.ids)
+    def _stand_in(self, window: _Window, sample: int, row: memoryview) -> Any:
+        """The spot of the next good sample of a window, around, in place of a damaged one."""
+        count = len(window.spots)
         for other in (*range(sample + 1, count), *range(sample)):
-            if not self.reader.pick([window.spots[other]], [row]):
-                return int(other)
+            if not len(self.reader.pick(window.spots[[other]], [row])):
+                return window.spots[other]
         raise DataError(
-            f"all {count} samples of a window are damaged, near sample {window.ids[0]}:"
+            f"all {count} samples of a window are damaged, near sample {window.spots['id'][0]}:"
             " restore the shards (ig-dist encode writes them again)"
         )
 
