@@ -13,7 +13,6 @@ Time limits, preemption, dead nodes and dead processes requeue the job. See docs
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ import typer
 from ig_dist.commands.examples import epilog
 from ig_dist.commands.launch import CONTEXT, Launch
 from ig_dist.commands.options import AsJson, complete_config, complete_keys, print_json
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, nearest
 from ig_dist.jobs import JOBS, Job, refuse_verb
 from ig_dist.slurm.defaults import defaults_of, say_unused_variables
 from ig_dist.usage import unknown_option
@@ -188,31 +187,10 @@ def submit(
 
     count, at_once = _tasks(tasks or "8")
     say_unused_variables()
-    request = Request(
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        tasks_per_node=tasks_per_node,
-        cpus_per_gpu=cpus_per_gpu,
-        partition=partition,
-        account=account,
-        qos=qos,
-        time=time,
-        constraint=constraint,
-        exclude=exclude,
-        mem=mem,
-        signal_delay=signal_delay,
-        setup=setup or [],
-        sbatch=sbatch or [],
-        srun=srun or [],
-        container=container or "",
-        container_mounts=container_mounts or "",
-        notify=notify or "",
-        then=[text for text in then or [] if text],
-        max_failures=max_failures,
-        exclude_after=exclude_after,
-        tasks=count,
-        at_once=at_once,
-    )
+    given = {
+        name: value for name, value in context.params.items() if name in Request.model_fields and value is not None
+    }
+    request = Request(**{**given, "tasks": count, "at_once": at_once, "then": [text for text in then or [] if text]})
     if job is Job.train:
         from ig_dist.config_file import load_config
 
@@ -341,7 +319,7 @@ def _config_first(config: Path | None, arguments: Sequence[str]) -> tuple[Path, 
 
 
 def _refuse_misspelt_verb(word: str) -> None:
-    near = difflib.get_close_matches(word, VERBS, n=1, cutoff=0.75)
+    near = nearest(word, VERBS, least=0.75)
     if near and not Path(word).exists():
         raise ConfigError(f"unknown verb {word!r} of ig-dist slurm; did you mean {near[0]!r}?")
 
