@@ -122,7 +122,8 @@ def sample(
     config = sample_config(find_run(source)[0], overrides, **asked)
     folder = None if out is None else str(out)
     check_places(config, folder)
-    return sample_run(config, find_weights(source, ema=ema, raw=raw, config=config).export, out=folder).samples.url
+    samples, _ = sample_run(config, find_weights(source, ema=ema, raw=raw, config=config).export, out=folder)
+    return samples.url
 
 
 def sweep(

@@ -105,8 +105,8 @@ def sample(
                 raise
             console.print(f"no scores: {error}", markup=False)
             metrics = []
-    made = sample_run(config, export, metrics, out=out)
+    samples, _ = sample_run(config, export, metrics, out=out)
     if metrics:
-        evaluate(made.samples.url)
+        evaluate(samples.url)
     elif is_main_process():
-        console.print(f"next: ig-dist evaluate {shlex.quote(made.samples.url)}", markup=False)
+        console.print(f"next: ig-dist evaluate {shlex.quote(samples.url)}", markup=False)

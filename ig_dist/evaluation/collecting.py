@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
-from PIL import Image
+from PIL.Image import Image
 
-from ig_dist.evaluation.npz_writing import Streamed, npz_bytes, write_npz
+from ig_dist.evaluation.images import plan_images
+from ig_dist.evaluation.npz_writing import Streamed, npz_bytes, remove_stale, write_npz
 from ig_dist.evaluation.pictures import gallery
 from ig_dist.evaluation.units import Samples, make_folder, read_unit, write_file
+from ig_dist.gallery import pil_images
 from ig_dist.storage.files import open_url
+from ig_dist.storage.urls import is_local
 from ig_dist.storage.writable import why_unwritable
 
 NPZ_NAME = "samples.npz"
@@ -26,10 +29,11 @@ def write_samples_npz(samples: Samples) -> None:
     """All images of a plan in order as ``samples.npz`` beside the units (arr_0 images, arr_1 labels), unit by unit.
 
     Consecutive blocks of 5,000 are mixed in their classes, whatever the plan's labels, as the inception score wants it.
-    One that is there with the right size is left as it is.
+    One that is there with the right size is left as it is. What killed workers left of their units is removed.
     """
     plan, (fs, path) = samples.plan, open_url(samples.url, "sample.url")
-
+    if is_local(fs):
+        remove_stale(Path(path), "unit_*.tmp")
     shape, labels = read_unit(plan, samples.url, 0).images.shape[1:], list[NDArray[Any]]()
 
     def images() -> Iterator[NDArray[Any]]:
@@ -62,11 +66,9 @@ def write_picture(samples: Samples, run: Path, classes: Sequence[str]) -> str:
         file = f"{inside}/{plan.digest}.png"
     else:
         file = f"{samples.url}.png"
-    data = io.BytesIO()
-    picture.save(data, "PNG")
     fs, path = open_url(file, "sample.url")
     make_folder(fs, path.rsplit("/", 1)[0])
-    write_file(fs, path, data.getvalue())
+    write_file(fs, path, _png(picture))
     return file
 
 
@@ -74,14 +76,15 @@ def write_pngs(samples: Samples, num: int, classes: list[str]) -> None:
     """The first ``num`` images as ``png/000000_class.png`` beside the units."""
     fs, path = open_url(samples.url, "sample.url")
     make_folder(fs, f"{path}/png")
-    plan, done = samples.plan, 0
-    for number in range(plan.num_units):
-        if done >= min(num, plan.num):
-            break
-        unit = read_unit(plan, samples.url, number)
-        for image, label in zip(unit.images[: num - done], unit.labels, strict=False):
-            data = io.BytesIO()
-            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(data, "PNG")
-            name = re.sub(r"[^\w-]+", "_", classes[int(label)])
-            write_file(fs, f"{path}/png/{done:06d}_{name}.png", data.getvalue())
-            done += 1
+    images = plan_images(samples)
+    for number in range(min(num, images.num)):
+        pixels, labels, _ = images.read(range(number, number + 1))
+        assert labels is not None
+        name = re.sub(r"[^\w-]+", "_", classes[int(labels[0])])
+        write_file(fs, f"{path}/png/{number:06d}_{name}.png", _png(pil_images(pixels)[0]))
+
+
+def _png(picture: Image) -> bytes:
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    return data.getvalue()

@@ -107,21 +107,18 @@ def _zipped(arrays: Mapping[str, Streamed]) -> Iterator[memoryview]:
     yield from sink.taken()
 
 
-class _Sink:
-    """What zipfile wrote; without ``tell`` it is a stream."""
+class _Sink(io.RawIOBase):
+    """Takes what zipfile writes. It tells no position, so zipfile writes a stream."""
 
     def __init__(self) -> None:
         self._pieces: list[memoryview] = []
 
-    def write(self, data: bytes | memoryview) -> int:
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
         self._pieces.append(memoryview(data))
         return len(data)
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
     def taken(self) -> list[memoryview]:
         pieces, self._pieces = self._pieces, []
@@ -146,10 +143,7 @@ def _write_local(path: Path, pieces: Iterator[memoryview], size: int) -> None:
         )
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f"{path.name}.*.tmp"):  # by a process that was killed; one at work writes all the time
-        with contextlib.suppress(FileNotFoundError):  # another process does the same
-            if time.time() - left.stat().st_mtime > STALE_S:
-                left.unlink()
+    remove_stale(path.parent, f"{path.name}.*.tmp")
     if (free := shutil.disk_usage(path.parent).free) < size:
         raise no_space(f"its disk has {free / 1e9:.2f} GB free")
     try:
@@ -158,6 +152,14 @@ def _write_local(path: Path, pieces: Iterator[memoryview], size: int) -> None:
         if error.errno not in _FULL:
             raise
         raise no_space("its disk or quota is full") from None
+
+
+def remove_stale(folder: Path, pattern: str) -> None:
+    """Remove old parts of files, by processes that were killed; one at work writes all the time."""
+    for left in folder.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # another process does the same
+            if time.time() - left.stat().st_mtime > STALE_S:
+                left.unlink()
 
 
 def _write_s3(fs: Any, path: str, pieces: Iterator[memoryview], size: int, patience: Patience) -> None:

@@ -131,11 +131,7 @@ class Plan(BaseModel):
 def make_plan(config: Config, info: ModelInfo, weights_sha256: str, weak: ExportInfo | None = None) -> Plan:
     """The plan of the config's ``sample`` and ``guidance`` groups for weights of that hash.
 
-    Args:
-        config: the run's.
-        info: of the model.
-        weights_sha256: of its weights.
-        weak: of the second model, where guidance has an auto term.
+    ``weak`` is the second model's, where guidance has an auto term.
 
     Raises:
         ConfigError: guidance that the models cannot give.
@@ -162,28 +158,15 @@ def make_plan(config: Config, info: ModelInfo, weights_sha256: str, weak: Export
                 f"sample.weak_model {config.sample.weak_model}: it never saw the null label, which cfg asks of it:"
                 " give its auto term branches=conditional"
             )
-    sample = config.sample
+    asked = config.sample.model_dump(include=Plan.model_fields.keys() - {"time_shift", "classes"})
     return Plan(
-        num=sample.num,
-        labels=sample.labels,
+        **asked,
         num_classes=len(info.classes),
-        seed=sample.seed,
-        solver=sample.solver,
-        steps=sample.steps,
-        time_shift=resolve_shift(sample.time_shift, info.latent.shape),
-        correct_last_step=sample.correct_last_step,
-        rtol=sample.rtol,
-        atol=sample.atol,
+        time_shift=resolve_shift(config.sample.time_shift, info.latent.shape),
         guidance=tuple(guidance),
-        precision=sample.precision,
-        unit_size=sample.unit_size,
-        batch_size=sample.batch_size,
         weights_sha256=weights_sha256,
         weak_sha256=weak.weights_sha256 if auto and weak is not None else None,
         classes=tuple(_classes(config, info)),
-        state=sample.state,
-        decode_precision=sample.decode_precision,
-        compile=sample.compile,
     )
 
 

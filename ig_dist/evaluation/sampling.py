@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -18,8 +17,6 @@ from ig_dist.evaluation.extractors.extractor import Extractor, get_extractor
 from ig_dist.evaluation.features import FeatureFiles, feature_name
 from ig_dist.evaluation.generate import generate_units
 from ig_dist.evaluation.plan import class_names, make_plan
-from ig_dist.evaluation.samples import PLAN_NAME as PLAN_NAME
-from ig_dist.evaluation.samples import read_samples as read_samples
 from ig_dist.evaluation.samples import samples_url, write_plan
 from ig_dist.evaluation.solving import Models, autoguided, decoder, load_second
 from ig_dist.evaluation.units import Samples, existing, unit_name, write_file
@@ -33,14 +30,6 @@ from ig_dist.this_process import this_device, this_process
 LIST_EVERY_S = 1.0  # the folder, for the units of other workers
 
 
-class Made(NamedTuple):
-    """What sampling ends with."""
-
-    samples: Samples
-    files: FeatureFiles
-    """Features of the samples."""
-
-
 def sample_run(
     config: Config,
     export: Path,
@@ -49,7 +38,7 @@ def sample_run(
     num: int | None = None,
     collected: bool = True,
     out: str | None = None,
-) -> Made:
+) -> tuple[Samples, FeatureFiles]:
     """Make all images of the config's plan with exported weights, and the features that scores need of them.
 
     Under several processes each is a worker; the first one collects the images into
@@ -98,7 +87,7 @@ def sample_run(
     write_plan(samples, config)  # every worker: all units are there, and who scores now may be faster than the first
     if collected and is_main_process():
         _collect(samples, config)
-    return Made(samples, files)
+    return samples, files
 
 
 def check_places(config: Config, out: str | None = None) -> None:

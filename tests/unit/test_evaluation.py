@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -309,7 +310,13 @@ def test_the_npz_holds_all_images_in_order(made: Path, tmp_path: Path) -> None:
     samples = samples_in(tmp_path)
     for name in UNITS:
         (tmp_path / name).write_bytes((made / name).read_bytes())
+    old, new = (tmp_path / f"{UNITS[0]}.{i}.tmp" for i in range(2))  # of a worker that was killed, of one at work
+    for part in (old, new):
+        part.write_bytes(b"a part")
+    os.utime(old, (0, 0))
     write_samples_npz(samples)
+    assert not old.exists() and new.exists()
+    new.unlink()
     file = tmp_path / "samples.npz"
     units = [read_unit(samples.plan, samples.url, number) for number in range(3)]
     with np.load(file) as arrays:
