@@ -49,8 +49,8 @@ def cancel(run: Path) -> None:
         if time.monotonic() > deadline:
             raise SlurmError(f"job {', '.join(ids)} is still ending after {CANCEL_S:.0f} s: see squeue")
         time.sleep(pause)
-    saved = [_last_end(folder) or {} for folder, _ in saving]
-    steps = [f"saved at step {end['checkpoint']}; " for end in saved if end.get("checkpoint") is not None]
+    saved = [_newest(folder).get("checkpoint") for folder, _ in saving]
+    steps = [f"saved at step {step}; " for step in saved if step is not None]
     console.print(
         f"cancelled: job {', '.join(ids)}; {''.join(steps)}go on with: ig-dist slurm resume {run}", markup=False
     )
@@ -58,7 +58,7 @@ def cancel(run: Path) -> None:
 
 def _let_save(folder: Folder, submission: Submission) -> None:
     """Ask a training to save and leave, as before a time limit, and wait until it has, for as long as there it may."""
-    if not _runs(folder):  # it begins, or waits for the run's lock
+    if _newest(folder).get("event") != "start":  # it begins, or waits for the run's lock
         return
     console.print(f"job {folder.id}: asked to save; waits for up to {submission.signal_delay_s} s", markup=False)
     try:
@@ -67,7 +67,7 @@ def _let_save(folder: Folder, submission: Submission) -> None:
         console.print(str(error), markup=False)
         return
     began = time.monotonic()
-    while _runs(folder):
+    while _newest(folder).get("event") == "start":
         waited = time.monotonic() - began
         if waited > submission.signal_delay_s:
             console.print(f"job {folder.id}: has not saved in {waited:.0f} s: ended all the same", markup=False)
@@ -75,16 +75,9 @@ def _let_save(folder: Folder, submission: Submission) -> None:
         time.sleep(0.2)
 
 
-def _runs(folder: Folder) -> bool:
-    """Whether there is a start that has not ended."""
-    events = folder.events()
-    return bool(events) and events[-1]["event"] == "start"
-
-
-def _last_end(folder: Folder) -> dict[str, object] | None:
-    """How a training has ended; None: it runs."""
-    events = folder.events()
-    return events[-1] if events and events[-1]["event"] == "end" else None
+def _newest(folder: Folder) -> dict[str, object]:
+    """The start of a training that runs, or else its end; nothing before the first start."""
+    return (folder.events() or [{}])[-1]
 
 
 def _pauses() -> Iterator[float]:

@@ -13,7 +13,6 @@ cancelled         there once `cancel` was asked for
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterator
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ig_dist.json_lines import append, read_lines
 
 JOB_NAME, SCRIPT_NAME, ID_NAME, CANCELLED_NAME, BLAME_NAME = "job.json", "batch.sh", "id", "cancelled", "blame"
 ACCUMULATION = "{accumulation}"  # in a command: that of the world at hand
@@ -111,12 +112,7 @@ class Folder:
 
     def add_event(self, event: str, task: str = "", **what: Any) -> None:
         """Append a start or an end, or that a start waits and has waited."""
-        line = {"event": event, "time": round(time.time(), 3), **what}
-        with (self.path / f"history{_suffix(task)}.jsonl").open("a+b") as file:
-            if end := file.tell():  # a line that a kill cut off is ended
-                file.seek(end - 1)
-                file.write(b"" if file.read(1) == b"\n" else b"\n")
-            file.write(json.dumps(line).encode() + b"\n")
+        append(self._history(task), {"event": event, "time": round(time.time(), 3), **what})
 
     def events(self, task: str = "", *, waits: bool = False) -> list[dict[str, Any]]:
         """Starts and ends, oldest first; an end that SLURM brought about is told by SLURM's own log line.
@@ -125,16 +121,15 @@ class Folder:
             task: of an array.
             waits: those for the run's lock too.
         """
-        file = self.path / f"history{_suffix(task)}.jsonl"
-        lines = text_of(file).splitlines()
         events: list[dict[str, Any]] = []
-        for line in lines:
-            if (event := _told(line)) is None:
-                continue
+        for event in filter(None, map(_told, read_lines(self._history(task)))):
             if event["event"] in _BEGINNINGS and events and events[-1]["event"] in _BEGINNINGS:
                 events.append(self._unseen_end(events[-1], event["log"], task))
             events.append(event)
         return events if waits else [event for event in events if event["event"] in ("start", "end")]
+
+    def _history(self, task: str) -> Path:
+        return self.path / f"history{_suffix(task)}.jsonl"
 
     def _unseen_end(self, begun: dict[str, Any], until: int, task: str) -> dict[str, Any]:
         return {
@@ -182,13 +177,9 @@ def text_of(file: Path) -> str:
         return ""
 
 
-def _told(line: str) -> dict[str, Any] | None:
-    """An event of the history; None: the line is cut off, being written, or not ours."""
-    try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+def _told(event: dict[str, Any]) -> dict[str, Any] | None:
+    """An event of the history with all that it has; None: it is not ours."""
+    if not isinstance(event.get("event"), str):
         return None
     end = {"reason": "", "next": "", "code": None} if event["event"] in _BEGINNINGS.values() else {}
     event = {"nodes": [], "log": 0, **end, **event}

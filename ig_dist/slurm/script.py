@@ -76,11 +76,6 @@ class Request(BaseModel):
         """One for each GPU, or as many as asked for where there are none."""
         return self.gpus_per_node or self.tasks_per_node or 1
 
-    @property
-    def cpus_per_task(self) -> int | None:
-        """CPUs of a rank; None: as the cluster gives them."""
-        return self.cpus_per_gpu
-
 
 def complete(request: Request, *, assume: bool = False) -> Request:
     """Fill in what was not said, from what the partition's nodes have.
@@ -162,7 +157,7 @@ def batch_script(request: Request, submission: Submission, folder: Path, *, name
 
     low, high = request.node_range
     # SLURM would keep the number of tasks of a job's first start, and with it that start's number of nodes
-    fixed, cpus = low == high, request.cpus_per_task
+    fixed, cpus = low == high, request.cpus_per_gpu
     task = "_%a" if submission.array else ""
     throttle = f"%{request.at_once}" if request.at_once else ""
     log = Folder(folder).log
@@ -246,7 +241,7 @@ def _more(request: Request, said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _threads(request: Request) -> list[str]:
-    cpus = request.cpus_per_task or 1
+    cpus = request.cpus_per_gpu or 1
     threads = max(1, min(8, cpus // 2)) if request.gpus_per_node else cpus
     return [
         "# a fixed number, not that of the shell: sums depend on it, and reader threads need CPUs too",

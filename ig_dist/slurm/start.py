@@ -119,7 +119,7 @@ def _submission(
         run=str(run),
         cwd=str(Path.cwd()),
         tasks_per_node=request.ranks_per_node,
-        cpus_per_task=request.cpus_per_task,
+        cpus_per_task=request.cpus_per_gpu,
         python=started.python,
         max_failures=request.max_failures,
         exclude_after=request.exclude_after,

@@ -48,11 +48,10 @@ def worlds(config: Config, request: Request) -> dict[int, World]:
     """
     low, high = request.node_range
     ranks, batch = request.ranks_per_node, config.train.global_batch_size
-    if low == high:
-        _check_nodes(config, high, ranks)
-    allowed = [nodes for nodes in range(1, high + 1) if _fits(config, nodes, ranks)]
-    if not allowed or allowed[0] > low:
-        _check_nodes(config, low, ranks)
+    refused = {nodes: _refusal(config, nodes, ranks) for nodes in range(1, high + 1)}
+    allowed = [nodes for nodes in refused if not refused[nodes]]
+    if (low == high or not allowed or allowed[0] > low) and (error := refused[low]):
+        raise ConfigError(f"--nodes {low} with {ranks} processes each: {error}")
     largest = batch // (allowed[-1] * ranks * config.train.accumulation)  # micro-batch on all the nodes
     found = {}
     for nodes in range(low, high + 1):
@@ -63,19 +62,13 @@ def worlds(config: Config, request: Request) -> dict[int, World]:
     return found
 
 
-def _check_nodes(config: Config, nodes: int, ranks: int) -> None:
+def _refusal(config: Config, nodes: int, ranks: int) -> str:
+    """Why so many nodes cannot share the batch; empty: they can."""
     try:
         config.check_world_size(nodes * ranks, ranks)
     except ConfigError as error:
-        raise ConfigError(f"--nodes {nodes} with {ranks} processes each: {error}") from None
-
-
-def _fits(config: Config, nodes: int, ranks: int) -> bool:
-    try:
-        config.check_world_size(nodes * ranks, ranks)
-    except ConfigError:
-        return False
-    return True
+        return str(error)
+    return ""
 
 
 def check_training(config: Config, found: dict[int, World]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -15,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from ig_dist.errors import ConfigError, IgDistError
+from ig_dist.json_lines import read_lines
 from ig_dist.slurm.commands import QueuedJob, my_folders, queued
 from ig_dist.slurm.record import JOB_NAME, Folder, Submission, folders, text_of
 from ig_dist.slurm.verdict import bad_nodes
@@ -204,10 +204,9 @@ def how_far(run: Path) -> str | None:
 
 def _last_metrics(run: Path) -> dict[str, Any] | None:
     try:
-        lines = text_of(run / "metrics.jsonl")[-65536:].splitlines()
-        found = json.loads(lines[-1])
-        return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
-    except (OSError, IndexError, ValueError, RecursionError):
+        *_, found = read_lines(run / "metrics.jsonl", last_bytes=65536)
+        return found if isinstance(found.get("step"), int) else None
+    except (OSError, ValueError):
         return None
 
 
