@@ -11,9 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, FiniteFloat, NonNegativeInt, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from ig_dist.json_lines import LineFile, read_lines
 from ig_dist.terminal import console
@@ -36,13 +37,17 @@ KINDS = {
 """Kinds of time and what they are called. ``step`` is the productive one."""
 
 
+Seconds = Annotated[float, Field(ge=0, lt=2**40)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+
+
 class Line(BaseModel):
     """What a start has spent until a step."""
 
-    began: FiniteFloat
-    from_step: NonNegativeInt
-    step: NonNegativeInt
-    seconds: dict[str, FiniteFloat]
+    began: Seconds
+    from_step: Count
+    step: Count
+    seconds: dict[str, Seconds]
 
 
 @dataclass(frozen=True)

@@ -381,6 +381,8 @@ CASES: dict[str, tuple[Harm, str]] = {
             "with other lines": b'5\nnull\n[]\n{}\n{"step": "x"}\n{"step": null}\n',
             "with empty lines": b"\n\n",
             "with a line of odd values": b'{"began": "x", "from_step": null, "step": [], "seconds": 5}\n',
+            "with a huge step": b'{"began": 1, "from_step": 0, "step": 1%s, "seconds": {}}\n' % (b"0" * 400),
+            "with long times": b'{"began": 1, "from_step": 0, "step": 2, "seconds": {"step": 1e308, "data": 1e308}}\n',
         }.items()
     },
     **{
