@@ -38,6 +38,7 @@ from ig_dist.parallel.sharded import update
 from ig_dist.rng import Purpose, integers, normal, uniform
 from ig_dist.training import trainer
 from ig_dist.training.ema import EMA
+from ig_dist.training.learner import Learner, train_step
 from ig_dist.training.meter import Meter
 from ig_dist.training.objective import TaskMaker, open_reader
 from ig_dist.training.phases import Phases
@@ -114,10 +115,10 @@ def waits(case: Case) -> Found:
     initialize(model, 0)
     engine = build_engine(model, config, None, case.dist)
     ema = EMA(engine.masters(), config.ema.decays, engine.masters_written)
-    meter = Meter(config, model, case.dist, Phases())
+    to_task, meter = TaskMaker(config, index.info, case.device), Meter(config, model, case.dist, Phases())
     meter.phases.last_warm_up = 1
     meter.phases.enter("data", 2)
-    to_task = TaskMaker(config, index.info, case.device)
+    learner = Learner(config, model, engine, ema, to_task, meter)
     stream = BatchStream(index, trainer.build_order(config, index, case.dist), reader=open_reader(index, config))
     batch = stream.get()
     stream.close()
@@ -127,9 +128,7 @@ def waits(case: Case) -> Found:
             assert part.latents.is_pinned() and part.labels.is_pinned() and part.positions.is_pinned()
 
     def step() -> None:
-        losses, result = trainer._train_step(engine, ema, model, batch, to_task, config, 1e-4, 2, meter)
-        ema.update(result.finite)
-        meter.count(result, batch, losses, 3)
+        train_step(learner, batch, 3, 1e-4)
 
     for _ in range(3):
         step()

@@ -142,4 +142,5 @@ def orthogonalised(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         gram = x.mT @ x if tall else x @ x.mT
         polynomial = b * gram + c * (gram @ gram)
         x = a * x + (x @ polynomial if tall else polynomial @ x)
-    return x.to(matrix.dtype)
+    result: Tensor = x.to(matrix.dtype)
+    return result

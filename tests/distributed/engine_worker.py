@@ -32,6 +32,9 @@ from ig_dist.parallel.build import build_engine
 from ig_dist.parallel.dist import Dist, init_distributed, patience_of, shut_down
 from ig_dist.terminal import leave
 from ig_dist.training import trainer
+from ig_dist.training.ema import EMA
+from ig_dist.training.learner import build_learner, snapshot
+from ig_dist.training.phases import Phases
 
 
 def reload(job: dict[str, Any], dist: Dist) -> None:
@@ -41,9 +44,8 @@ def reload(job: dict[str, Any], dist: Dist) -> None:
     checkpoint = CheckpointStore(job["source"]).at(job["step"], dist, keep=True)
     with torch.device("meta"):  # everything must come from the checkpoint
         model = DiT(config.model.to_dit())
-    engine = build_engine(model, config, Loaded(checkpoint, dist), dist)
-    ema = trainer._build_ema(engine, config, Loaded(checkpoint, dist))
-    held = trainer._snapshot(engine, ema, model, config, index, checkpoint.step, dist)
+    learner = build_learner(config, index, model, Loaded(checkpoint, dist), dist, Phases())
+    held = snapshot(learner, index, checkpoint.step, dist)
     saver = Saver(CheckpointStore(job["dest"]), dist)
     saver.save(checkpoint.step, *held)
     saver.wait()
@@ -59,7 +61,7 @@ def measure(job: dict[str, Any], dist: Dist) -> None:
     model = DiT(config.model.to_dit())
     initialize(model, 0)
     engine = build_engine(model, config, None, dist)
-    ema = trainer._build_ema(engine, config, None)
+    ema = EMA(engine.masters(), config.ema.decays)
     size, channels = model.config.input_size, model.config.in_channels
     for step in range(2):  # the moments come with the first step
         with engine.microbatch(last=step == 0 or config.train.accumulation == 1):

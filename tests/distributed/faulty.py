@@ -40,7 +40,7 @@ from ig_dist.data.stream import BatchStream
 from ig_dist.errors import DataError
 from ig_dist.launching.node import Node
 from ig_dist.launching.supervisor import supervise
-from ig_dist.training import trainer, watchdog
+from ig_dist.training import learner, trainer, watchdog
 from ig_dist.training.marks import Marks
 from ig_dist.training.meter import Meter
 
@@ -48,7 +48,7 @@ KIND = os.environ["FAULT"]
 MINE = os.environ["FAULT_RANK"] == os.environ.get("RANK", "0")
 STEPS = [int(step) for step in os.environ["FAULT_STEPS"].split(",")]
 
-whole = trainer.training_loss
+whole = learner.training_loss
 get = BatchStream.get
 product = torch.mm
 read = Meter.read
@@ -155,7 +155,7 @@ def slow_get(self: BatchStream, timeout_s: float | None = None) -> Any:
 if __name__ == "__main__":
     if "RANK" not in os.environ:
         sys.exit(supervise(["-m", "tests.distributed.faulty", "train", *sys.argv[1:]], Node(processes=2)))
-    trainer.training_loss = training_loss
+    learner.training_loss = training_loss
     BatchStream.get = slow_get  # type: ignore[method-assign]
     if KIND in ("stall", "stalls"):
         device.start()

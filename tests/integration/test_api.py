@@ -163,7 +163,7 @@ def test_a_training_that_is_interrupted_leaves_the_process_as_it_was(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("ig_dist.training.trainer._train_step", interrupted)
+        patch.setattr("ig_dist.training.trainer.train_step", interrupted)
         ig_dist.train(config)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)] == before
     assert not torch.distributed.is_initialized()
@@ -172,10 +172,10 @@ def test_a_training_that_is_interrupted_leaves_the_process_as_it_was(
         os.kill(os.getpid(), signal.SIGINT)  # the kernel is interrupted
         return train_step(*arguments)
 
-    from ig_dist.training.trainer import _train_step as train_step
+    from ig_dist.training.learner import train_step
 
     with monkeypatch.context() as patch, pytest.raises(ig_dist.IgDistError, match="of 30; run the same"):
-        patch.setattr("ig_dist.training.trainer._train_step", stopped)
+        patch.setattr("ig_dist.training.trainer.train_step", stopped)
         ig_dist.train(str(config))
     run = ig_dist.train(config)  # goes on
     assert ig_dist.load(run).info.step == 30
@@ -185,15 +185,16 @@ def test_a_training_that_is_interrupted_leaves_the_process_as_it_was(
 def test_a_hang_is_said_and_left_to_the_user(
     tiny_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from ig_dist.training.trainer import _train_step as train_step
+    from ig_dist.training.learner import train_step
 
     def slow(*arguments: Any) -> Any:
-        if arguments[7] == 2:  # steps done
-            arguments[-1].phases.enter("forward")
+        learner, _, step, _ = arguments
+        if step == 3:
+            learner.meter.phases.enter("forward")
             time.sleep(1.6)
         return train_step(*arguments)
 
-    monkeypatch.setattr("ig_dist.training.trainer._train_step", slow)
+    monkeypatch.setattr("ig_dist.training.trainer.train_step", slow)
     run = ig_dist.train(tiny_config(train={"steps": 4, "timeout_s": 1}))
     assert "no progress for" in capfd.readouterr().err and list((run / "hang").iterdir())
     assert ig_dist.load(run).info.step == 4

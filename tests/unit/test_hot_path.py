@@ -20,8 +20,8 @@ from ig_dist.parallel.build import build_engine
 from ig_dist.parallel.dist import Dist, shut_down
 from ig_dist.parallel.engine import StepResult
 from ig_dist.parallel.sharded import total_norm
-from ig_dist.training import trainer
 from ig_dist.training.ema import EMA
+from ig_dist.training.learner import Learner, train_step
 from ig_dist.training.meter import Meter
 from ig_dist.training.objective import TaskMaker, training_loss
 from ig_dist.training.phases import Phases
@@ -58,10 +58,10 @@ def test_a_step(parts: Callable[..., Any], engine_kind: str, kind: str, request:
     engine = build_engine(model, config, None, ALONE)
     ema = EMA(engine.masters(), config.ema.decays, engine.masters_written)
     to_task, meter = TaskMaker(config, info, ALONE.device), Meter(config, model, ALONE, Phases())
+    learner = Learner(config, model, engine, ema, to_task, meter)
 
     def step() -> None:
-        losses, result = trainer._train_step(engine, ema, model, batch, to_task, config, 1e-3, 2, meter)
-        meter.count(result, batch, losses, 3)
+        train_step(learner, batch, 3, 1e-3)
 
     step()
     with Operations() as whole:

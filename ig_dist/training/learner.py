@@ -1,0 +1,95 @@
+"""One optimizer step of a run, and what it changes. It knows engines by their protocol only."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ig_dist.checkpoints.snapshot import Piece
+from ig_dist.config import Config
+from ig_dist.data.index import ShardIndex
+from ig_dist.data.stream import Batch
+from ig_dist.models.dit import DiT
+from ig_dist.parallel.build import build_engine
+from ig_dist.parallel.dist import Dist
+from ig_dist.parallel.engine import Engine, LoadedState, StepResult
+from ig_dist.training.ema import EMA
+from ig_dist.training.meter import Meter
+from ig_dist.training.objective import TaskMaker, ema_differences, training_loss
+from ig_dist.training.phases import Phases
+
+
+class Learner(NamedTuple):
+    """What learns on this rank."""
+
+    config: Config
+    model: DiT
+    engine: Engine
+    """Holds the model, its optimizer, and how both are spread over the ranks."""
+    ema: EMA
+    to_task: TaskMaker
+    meter: Meter
+
+
+def build_learner(
+    config: Config, index: ShardIndex, model: DiT, state: LoadedState | None, dist: Dist, phases: Phases
+) -> Learner:
+    """From the initial weights or a checkpoint. COLLECTIVE."""
+    engine = build_engine(model, config, state, dist)
+    ema = EMA(engine.masters(), config.ema.decays, engine.masters_written)
+    if state is not None:
+        for decay in config.ema.decays:
+            ema.load(decay, engine.parts(state, f"ema/{decay}"))
+    return Learner(
+        config, model, engine, ema, TaskMaker(config, index.info, dist.device), Meter(config, model, dist, phases)
+    )
+
+
+def train_step(learner: Learner, batch: Batch, step: int, lr: float) -> tuple[Tensor, StepResult]:
+    """The optimizer step with that number, of this rank's part of a global batch. COLLECTIVE.
+
+    Returns:
+        The losses of its rows, (losses, rows) on the device, and what the optimizer says.
+    """
+    config, engine, meter = learner.config, learner.engine, learner.meter
+    accumulation, phases = config.train.accumulation, meter.phases
+    phases.enter("forward")
+    tasks = [learner.to_task(micro) for micro in batch.split(accumulation)]
+    differences = ema_differences(learner.model, learner.ema, tasks, config, step=step - 1)
+    losses = []
+    for i, (task, difference) in enumerate(zip(tasks, differences, strict=True)):
+        phases.enter("forward")
+        with engine.microbatch(last=i == accumulation - 1):
+            with meter.own.timed() if engine.forward_alone else nullcontext():
+                loss = training_loss(engine.module, task, config, step=step - 1, difference=difference)
+            phases.enter("backward")
+            engine.backward(loss[0].mean() / accumulation)
+        losses.append(loss.detach())
+    phases.enter("optimizer")
+    result, rows = engine.step(lr), torch.cat(losses, dim=1)
+    with meter.own.timed():
+        learner.ema.update(result.finite)
+    meter.count(result, batch, rows, step)
+    return rows, result
+
+
+def snapshot(learner: Learner, index: ShardIndex, step: int, dist: Dist) -> tuple[dict[str, Piece], dict[str, Any]]:
+    """The pieces that this rank writes, and what stands beside them in the manifest. COLLECTIVE."""
+    engine = learner.engine
+    averages = {f"ema/{decay}": shards for decay, shards in learner.ema.averages.items()}
+    masters = engine.masters()
+    pieces = engine.canonical({"model": masters, **averages, **engine.moments()})
+    if dist.is_main:  # buffers are constant but for those among the masters: every rank has them whole
+        for name, buffer in learner.model.named_buffers():
+            if name not in masters:
+                pieces[f"model/{name}"] = Piece(tuple(buffer.shape), 0, buffer)
+    meta = {
+        "images_seen": step * learner.config.train.global_batch_size,
+        "optimizer_steps": engine.optimizer_steps(),
+        "config": learner.config.model_dump(mode="json"),
+        "index_sha256": index.sha256,
+    }
+    return pieces, meta
