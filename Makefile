@@ -3,9 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 TIERS := test-unit test-distributed test-integration test-gpu
 
-# the quickstart needs the base dependencies only; the dev install has them too
-.venv/.base .venv/.installed: pyproject.toml constraints.txt
+# The quickstart needs the base dependencies only; the dev install has them too. CI takes no file whose hash is not in
+# the lock, but torch and what only its CUDA builds need: which build a machine has is for its own index to say.
+LOCK := constraints-hashes.txt
+.venv/.base .venv/.installed: pyproject.toml constraints.txt $(LOCK)
 	$(PYTHON) -m venv .venv
+	$(if $(CI),$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement $(LOCK))
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.$(EXTRAS)'
 	touch .venv/.base $@
 
@@ -18,7 +21,7 @@ TIERS := test-unit test-distributed test-integration test-gpu
 	.venv-lowest/bin/python -m pip install --quiet --no-compile --constraint .venv-lowest/constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: install quickstart test $(TIERS) test-lowest test-full soak lint help
+.PHONY: install quickstart test $(TIERS) test-lowest test-full soak lint lock audit help
 
 install: .venv/.installed  ## Make .venv with everything in it
 
@@ -44,6 +47,16 @@ lint: .venv/.installed  ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+lock: SHELL := /bin/bash -o pipefail
+lock:  ## constraints-hashes.txt anew, from constraints.txt; needs uv (pip install uv) and an index of packages
+	uv pip compile --quiet --no-header --no-annotate --generate-hashes --python-version 3.11 --python-platform linux \
+		--constraint constraints.txt --all-extras pyproject.toml \
+		| awk '/^[^ ]/ {other = /^(torch=|triton|cuda-|nvidia-)/} !other' > $(LOCK).new
+	mv $(LOCK).new $(LOCK)
+
+audit:  ## Known holes in what CI installs; needs pip-audit (pip install pip-audit) and the network: it asks PyPI
+	pip-audit --requirement $(LOCK) --require-hashes --disable-pip --strict
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
