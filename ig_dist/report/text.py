@@ -1,4 +1,4 @@
-"""Numbers, durations and protocol values as the report's reader wants them."""
+"""Numbers and protocol values as the report's reader wants them."""
 
 from __future__ import annotations
 
@@ -39,16 +39,6 @@ def score(value: float, digits: int = 4) -> str:
     if not math.isfinite(value) or value == 0:
         return f"{value:g}"
     return f"{value:,.{min(9, max(0, digits - 1 - math.floor(math.log10(abs(value)))))}f}"
-
-
-def duration(seconds: float) -> str:
-    """The two largest units, e.g. ``2 h 5 min``."""
-    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
-    if days >= 1:
-        return f"{int(days)} d {int(hours % 24)} h"
-    if hours >= 1:
-        return f"{int(hours)} h {int(minutes % 60)} min"
-    return f"{int(minutes)} min {int(seconds % 60)} s" if minutes >= 1 else f"{seconds:.0f} s"
 
 
 def images_text(counts: Iterable[int | None]) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 
 from ig_dist.report.plots import Chart, Curve, curve_chart, event_chart
 from ig_dist.report.results import Row
-from ig_dist.report.text import duration, number
-from ig_dist.training.goodput import KINDS, LEAST_PERCENT, read_goodput, read_saves
+from ig_dist.report.text import number
+from ig_dist.training.goodput import KINDS, LEAST_PERCENT, duration, read_goodput, read_saves
 
 
 def training_charts(run: Path, lines: Sequence[Row]) -> list[Chart]:

@@ -20,7 +20,8 @@ from ig_dist.report.pictures import columns_of
 from ig_dist.report.plots import Chart, curve_chart, save_sweep, smooth, sweep_chart
 from ig_dist.report.results import Row, Sweep, best_row, better, is_imagenet, read_results
 from ig_dist.report.sweeps import sweep_section, tiles
-from ig_dist.report.text import compact, duration, folded, guidance_name, number, plan_name, protocol_parts, score
+from ig_dist.report.text import compact, folded, guidance_name, number, plan_name, protocol_parts, score
+from ig_dist.training.goodput import duration
 from tests.unit.test_report import make_run, read, sweep_of
 
 
