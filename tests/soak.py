@@ -88,7 +88,7 @@ def soak(
 
 
 def all_rounds(folder: Path, servers: ExitStack) -> dict[str, Callable[[Campaign, Path], list[str]]]:
-    """Those that this machine can do, by name."""
+    """Those that this machine can do, by name; servers start with the first round that needs them."""
     rounds: dict[str, Callable[[Campaign, Path], list[str]]] = {
         **{f"train {name}": partial(train, name=name) for name in ENGINES},
         "encode": encode, "sample": sample, "two": two_at_once, "clock": clock,
@@ -96,12 +96,11 @@ def all_rounds(folder: Path, servers: ExitStack) -> dict[str, Callable[[Campaign
     if os.geteuid() == 0:
         rounds["disk"] = full_disk
     if object_store.available() is None:
-        store = servers.enter_context(object_store.ObjectStore(folder / "store"))
-        store.create_bucket("soak")
-        rounds["storage"] = partial(storage, store=store, bucket="soak")
+        store = cache(lambda: servers.enter_context(object_store.ObjectStore(folder / "store")))
+        rounds["storage"] = partial(storage, start_store=store)
     if slurm_cluster.available() is None:
-        start = cache(lambda: servers.enter_context(slurm_cluster.SlurmCluster(nodes=2)))
-        rounds["slurm"] = partial(slurm, start_cluster=start)
+        cluster = cache(lambda: servers.enter_context(slurm_cluster.SlurmCluster(nodes=2)))
+        rounds["slurm"] = partial(slurm, start_cluster=cluster)
     return rounds
 
 

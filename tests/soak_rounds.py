@@ -11,7 +11,7 @@ import random
 import re
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -238,12 +238,13 @@ STORAGE = [
 ]
 
 
-def storage(campaign: Campaign, folder: Path, store: ObjectStore, bucket: str) -> list[str]:
+def storage(campaign: Campaign, folder: Path, start_store: Callable[[], ObjectStore]) -> list[str]:
     """Training from and to an object store that fails: 503, resets, lost answers, cut and flipped bodies, an outage."""
     if "ddp, 1" not in campaign.whole:
         return train(campaign, folder, "ddp, 1")
-    name = folder.name
-    checkpoint = {**SETTINGS["checkpoint"], "url": f"s3://{bucket}/{name}"}
+    store, bucket = start_store(), folder.name
+    store.create_bucket(bucket)
+    checkpoint = {**SETTINGS["checkpoint"], "url": f"s3://{bucket}/run"}
     config = write_tiny_config(folder, campaign.index, "hurt", **{**SETTINGS, "checkpoint": checkpoint})
     with FaultProxy(store.endpoint, seed=campaign.draw.randrange(2**32)) as proxy:
         proxy.add(*campaign.draw.sample(STORAGE, 4))
@@ -255,7 +256,7 @@ def storage(campaign: Campaign, folder: Path, store: ObjectStore, bucket: str) -
         suffered = under_faults(campaign, start, ["SIGKILL of all", STILL], 4.0)
         suffered += [campaign.count(f"storage: {event.kind}") for event in proxy.log]
     client = store.client
-    prefix = f"{name}/step_{STEPS:010d}/"
+    prefix = f"run/step_{STEPS:010d}/"
     local = folder / "runs" / "hurt" / "checkpoints" / f"step_{STEPS:010d}"
     local.mkdir(parents=True)
     for entry in client.list_objects_v2(Bucket=bucket, Prefix=prefix)["Contents"]:
