@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ig_dist.arithmetic import Precision
 from ig_dist.config import Config
+from ig_dist.config.describe import plan_name
 from ig_dist.config.sampling import GuidanceConfig
 from ig_dist.data.classes import class_words, find_classes
 from ig_dist.data.index import read_index_file
@@ -110,22 +110,7 @@ class Plan(BaseModel):
 
     def describe(self) -> str:
         """The plan in a few words; the last one names it, so that no two plans are described alike."""
-        labels = f"classes {', '.join(map(str, self.classes[:6]))}" if self.classes else ""
-        labels += f" and {len(self.classes) - 6} more" if len(self.classes) > 6 else ""
-        parts = [
-            describe_guidance(self.guidance),
-            self.solver if self.solver == "dopri5" else f"{self.solver} {self.steps}",
-            f"time shift {self.time_shift:.3g}" if self.time_shift != 1 else "",
-            "" if self.correct_last_step else "last step not corrected",
-            labels,
-            "random labels" if self.labels == "random" else "",
-            f"seed {self.seed}",
-            self.precision if self.precision != "fp32" else "",
-            "state in fp32" if self.state == "fp32" else "",
-            f"decoded in {self.decode_precision}" if self.decode_precision != "fp32" else "",
-            "" if self.compile == "auto" else "compiled" if self.compile else "not compiled",
-        ]
-        return f"{', '.join(filter(None, parts))}; plan {self.digest[:8]}"
+        return plan_name(self.digest, self.model_dump(mode="json"))
 
 
 def make_plan(config: Config, info: ModelInfo, weights_sha256: str, weak: ExportInfo | None = None) -> Plan:
@@ -191,21 +176,6 @@ def _classes(config: Config, info: ModelInfo) -> list[int]:
         return find_classes(asked, info.classes, _words(config, info)) if asked else []
     except ConfigError as error:
         raise ConfigError(f"sample.classes: {error}") from None
-
-
-def describe_guidance(terms: Sequence[GuidanceConfig]) -> str:
-    """Guidance in words."""
-    return ", ".join(map(_describe_term, terms)) or "unguided"
-
-
-def _describe_term(term: GuidanceConfig) -> str:
-    names = {"ig": "IG", "cfg": "CFG", "auto": "autoguidance"}
-    told = f"{names[term.kind]} {term.scale:g}"
-    if term.interval != (0.0, 1.0):
-        told += " for t in [{:g}, {:g}]".format(*term.interval)
-    if term.channels is not None:
-        told += f" on the first {term.channels} channel{'s' * (term.channels > 1)}"
-    return told if term.branches == "both" else f"{told} on the {term.branches} branch"
 
 
 def _check_weak(weak: ExportInfo, info: ModelInfo, config: Config) -> None:

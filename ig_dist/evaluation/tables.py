@@ -9,10 +9,9 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from ig_dist.config.sampling import GuidanceConfig
+from ig_dist.config.describe import guidance_name
 from ig_dist.evaluation.catalogue import best_row, lower_is_better
 from ig_dist.evaluation.evaluate import Verdict
-from ig_dist.evaluation.plan import describe_guidance
 from ig_dist.evaluation.samples import Listed
 from ig_dist.terminal import console
 
@@ -44,7 +43,7 @@ def print_result(result: dict[str, Any]) -> None:
         table.add_row(escape(name), _score(value, spread.get(name)), style="bold")
     table.add_section()
     for key, value in result["protocol"].items():
-        told = describe_guidance([GuidanceConfig(**term) for term in value]) if key == "guidance" else str(value)
+        told = guidance_name(value) if key == "guidance" else str(value)
         table.add_row(escape(key), escape(told))
     console.print(table)
 

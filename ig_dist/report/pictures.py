@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from ig_dist.config import Config
+from ig_dist.config.describe import guidance_name, plan_name
 from ig_dist.data.classes import class_words
 from ig_dist.data.index import IndexFile
-from ig_dist.report.text import guidance_name, plan_name
 from ig_dist.storage.files import read_file
 from ig_dist.storage.urls import LOCAL
 

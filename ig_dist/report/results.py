@@ -11,17 +11,17 @@ from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from ig_dist.config.describe import KINDS, guidance_name, interval_text
 from ig_dist.data.classes import class_words, imagenet_classes
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.catalogue import METRICS, lower_is_better
 from ig_dist.report.facts import read_index
-from ig_dist.report.text import guidance_name, images_text, interval_text, number, score
+from ig_dist.report.text import images_text, number, score
 from ig_dist.storage.files import read_file
 from ig_dist.storage.urls import LOCAL
 
 PAPER_IMAGES = 50_000
 REAL_IMAGENET_FID = 1.68  # of the validation images, measured with ADM's evaluator
-KINDS = {"ig": "IG", "cfg": "CFG", "auto": "autoguidance"}
 SCALES = {
     "ig_scale": "Internal Guidance scale (1: off)",
     "cfg_scale": "classifier-free guidance scale (1: off)",

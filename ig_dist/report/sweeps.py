@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ig_dist.config.describe import KINDS, interval_text
 from ig_dist.report.plots import sweep_chart, tradeoff_chart
 from ig_dist.report.results import (
-    KINDS,
     OTHER_AXES,
     Cell,
     Row,
@@ -24,7 +24,7 @@ from ig_dist.report.results import (
     unguided,
     varies,
 )
-from ig_dist.report.text import images_text, interval_text, protocol_parts, score
+from ig_dist.report.text import images_text, protocol_parts, score
 
 
 def sweep_section(sweep: Row, newest: int | None, seeds: Sequence[int]) -> dict[str, Any]:

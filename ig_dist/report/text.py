@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from ig_dist.config.describe import guidance_name
 
 Facts = list[tuple[str, str]]
 """Names and values."""
@@ -47,39 +49,6 @@ def images_text(counts: Iterable[int | None]) -> str:
     if not known:
         return ""
     return f"N = {known[0]:,}" if len(known) == 1 else f"N = {known[0]:,} to {known[-1]:,}"
-
-
-def interval_text(interval: Sequence[float] | None) -> str:
-    """Times, e.g. ``[0.2, 1]``."""
-    return "none" if interval is None else "[{:g}, {:g}]".format(*interval)
-
-
-def guidance_name(terms: Sequence[Mapping[str, Any]]) -> str:
-    """Guidance in words, e.g. ``IG 1.4 for t in [0.2, 1], CFG 1.5``."""
-    names = []
-    for term in terms:
-        interval = tuple(term.get("interval", (0, 1)))
-        on = "" if interval == (0, 1) else f" for t in {interval_text(interval)}"
-        name = {"auto": "autoguidance"}.get(term["kind"], str(term["kind"]).upper())
-        channels = term.get("channels")
-        on += f" on the first {channels} channel{'s' * (channels > 1)}" if channels else ""
-        branch = f" on the {term['branches']} branch" if term.get("branches", "both") != "both" else ""
-        names.append(f"{name} {number(term['scale'])}{on}{branch}")
-    return ", ".join(names) or "unguided"
-
-
-def plan_name(digest: str, told: Mapping[str, Any], step: int | None = None) -> str:
-    """A sampling plan in words, as it is named where it is made; its hash is the last of them."""
-    classes = told.get("classes") or ()
-    labels = f"classes {', '.join(map(str, classes[:6]))}" + (f" and {len(classes) - 6} more" if classes[6:] else "")
-    parts = [
-        guidance_name(told["guidance"]),
-        str(told["solver"]) if told["solver"] == "dopri5" else f"{told['solver']} {told['steps']}",
-        labels if classes else "random labels" if told["labels"] == "random" else "",
-        f"seed {told['seed']}",
-        f"step {step:,} of the run" if step is not None else "",
-    ]
-    return f"{', '.join(filter(None, parts))}; plan {digest[:8]}"
 
 
 def plain(value: Any) -> str:

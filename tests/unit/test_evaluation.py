@@ -14,6 +14,7 @@ import safetensors.numpy
 import torch
 from PIL import Image
 
+from ig_dist.config.describe import guidance_name
 from ig_dist.config.sampling import GuidanceConfig
 from ig_dist.config_file import load_config
 from ig_dist.errors import ConfigError, DataError
@@ -26,7 +27,6 @@ from ig_dist.evaluation.plan import Plan
 from ig_dist.evaluation.plan import make_plan as plan_of
 from ig_dist.evaluation.solving import Sampler
 from ig_dist.evaluation.units import Samples, read_unit, unit_name, write_unit
-from ig_dist.report.text import guidance_name
 from tests.scoring import make_plan, pixel, quadrants, tiny_models
 
 MODELS, INFO = tiny_models()

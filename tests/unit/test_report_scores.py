@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ig_dist.config.describe import guidance_name, plan_name
 from ig_dist.data.classes import imagenet_classes
 from ig_dist.report.evaluations import evaluation_section, evaluation_sections, step_charts
 from ig_dist.report.facts import read_index
@@ -20,7 +21,7 @@ from ig_dist.report.pictures import columns_of
 from ig_dist.report.plots import Chart, curve_chart, save_sweep, smooth, sweep_chart
 from ig_dist.report.results import Row, Sweep, best_row, better, is_imagenet, read_results
 from ig_dist.report.sweeps import sweep_section, tiles
-from ig_dist.report.text import compact, folded, guidance_name, number, plan_name, protocol_parts, score
+from ig_dist.report.text import compact, folded, number, protocol_parts, score
 from ig_dist.training.goodput import duration
 from tests.unit.test_report import make_run, read, sweep_of
 
