@@ -27,7 +27,6 @@ from ig_dist.checkpoints.checkpoint import Checkpoint as Checkpoint
 from ig_dist.checkpoints.manifest import MANIFEST as MANIFEST
 from ig_dist.checkpoints.manifest import folder_name, inspect
 from ig_dist.checkpoints.reading import read_share
-from ig_dist.checkpoints.snapshot import Piece as Piece
 from ig_dist.config import Config
 from ig_dist.errors import ConfigError, DamagedError, DataError, IgDistError
 from ig_dist.parallel.agreement import meet

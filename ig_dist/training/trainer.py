@@ -19,7 +19,7 @@ from torch import Tensor
 from ig_dist.arithmetic import switches
 from ig_dist.checkpoints.exchange import Loaded
 from ig_dist.checkpoints.saving import Saver
-from ig_dist.checkpoints.store import Checkpoint, CheckpointStore
+from ig_dist.checkpoints.store import Checkpoint, CheckpointStore, checkpoint_store
 from ig_dist.config import Config
 from ig_dist.data.index import ShardIndex, read_index
 from ig_dist.data.latents import check_latents
@@ -36,7 +36,7 @@ from ig_dist.parallel.engine import StepResult
 from ig_dist.provenance import note_start
 from ig_dist.run_dir import Identity, claim, read_identity
 from ig_dist.terminal import console
-from ig_dist.training.beginning import checkpoint_store, find_checkpoint, load_weights
+from ig_dist.training.beginning import find_checkpoint, load_weights
 from ig_dist.training.failing import failures_told
 from ig_dist.training.goodput import Ledger
 from ig_dist.training.learner import Learner, build_learner, snapshot, train_step
