@@ -195,9 +195,9 @@ def index(
 ) -> None:
     """Index WebDataset shards of latents that were made elsewhere."""
     from ig_dist.data.foreign import choose_classes, describe, first_sample, read_shards
-    from ig_dist.data.index import TABLE_NAME, KeyInfo, SampleTable, write_index
+    from ig_dist.data.index import TABLE_NAME, KeyInfo, write_index
     from ig_dist.data.shard_files import find_shards
-    from ig_dist.data.statistics import normalised, raw_statistics
+    from ig_dist.data.statistics import normalised
     from ig_dist.latents.statistics import read_latent_stats
     from ig_dist.latents.tokenizers import get_tokenizer
     from ig_dist.storage.faults import Patience
@@ -237,12 +237,9 @@ def index(
     latent = describe(dtype, shape, bool(flip_key) or (has_flip and flip_key is None), kind, encoder)
     check_channels(latent, shifts, scales, latent_stats)
     side = choose_image_size(image_size, latent.shape, encoder)
-    contents = read_shards(found, latent, keys, workers, patience)
-    classes = choose_classes(found, contents, names, num_classes)
-
-    raw = raw_statistics(content.sums for content in contents)
+    described, raw, table = read_shards(found, latent, keys, workers, patience)
+    classes = choose_classes(described, table, names, num_classes)
     latent = normalise(latent, raw, shifts, scales)
-    table = SampleTable.joined([content.rows for content in contents])
     info = {
         "source": source or PurePosixPath(found.folder).name,
         "seed": 0,
@@ -258,10 +255,7 @@ def index(
         "classes": classes,
         "class_names": words,
         "statistics": normalised(raw, latent),
-        "shards": [
-            {"name": name, "bytes": size, "samples": len(content.rows), "sha256": content.sha256}
-            for (name, size), content in zip(found.sizes.items(), contents, strict=True)
-        ],
+        "shards": described,
     }
     try:
         write_index(folder, info, table)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from ig_dist.background import in_parallel
-from ig_dist.data.index import KeyInfo, LatentInfo
-from ig_dist.data.shard_files import (
-    FoundShards,
-    ShardContent,
-    ShardFile,
-    read_shard,
-)
+from ig_dist.data.index import KeyInfo, LatentInfo, SampleTable, ShardInfo, Statistics
+from ig_dist.data.shard_files import FoundShards, ShardContent, ShardFile, read_shard
 from ig_dist.data.shards import locate_array, split_name
+from ig_dist.data.statistics import ChannelSums, raw_statistics
+from ig_dist.data.table import Spool
 from ig_dist.data.tar import DamagedTar, read_tar
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.progress import progress
 from ig_dist.storage.faults import Patience, unreadable
-from ig_dist.storage.urls import full_url
+from ig_dist.storage.urls import full_url, is_local
 
 if TYPE_CHECKING:
     from ig_dist.latents.tokenizer import Tokenizer
@@ -100,25 +98,40 @@ def describe(
 
 def read_shards(
     shards: FoundShards, latent: LatentInfo, keys: KeyInfo, workers: int, patience: Patience
-) -> list[ShardContent]:
-    """Read every shard, once.
+) -> tuple[list[ShardInfo], Statistics, SampleTable]:
+    """Read every shard, once. What is held of each is a line; the rows are in a file beside them, or a temporary one.
+
+    Returns:
+        What the index says of each, statistics of the latents as stored, and the rows.
 
     Raises:
         ConfigError: samples that do not fit the options.
         DataError: damaged shards or latents, or the storage fails.
     """
+    names, lock, ready = list(shards.sizes), threading.Lock(), dict[int, ShardContent]()
+    done, sums = list[ShardInfo](), list[ChannelSums]()
+    spool = Spool(shards.folder if is_local(shards.fs) else None)
     with progress("index", sum(shards.sizes.values()), "bytes") as advance:
 
-        def read(name: str) -> ShardContent:
+        def read(number: int) -> None:
+            name = names[number]
             path = f"{shards.folder}/{name}"
             try:
                 content = read_shard(ShardFile(shards.fs, path, shards.sizes[name], patience, advance), latent, keys)
             except OSError as error:
                 raise unreadable(shards.fs, path, error) from None
             _refuse(full_url(shards.fs, path), content)
-            return content
+            with lock:
+                ready[number] = content
+                while len(done) in ready:  # in the order of the shards
+                    name, content = names[len(done)], ready.pop(len(done))
+                    count = len(content.rows)
+                    done.append(ShardInfo(name=name, bytes=shards.sizes[name], samples=count, sha256=content.sha256))
+                    sums.append(content.sums)
+                    spool.add(content.rows.columns)
 
-        return in_parallel(read, list(shards.sizes), workers, patience.stop)
+        in_parallel(read, range(len(names)), workers, patience.stop)
+    return done, raw_statistics(sums), SampleTable(**spool.columns())
 
 
 def _refuse(url: str, content: ShardContent) -> None:
@@ -145,7 +158,7 @@ def _with_place(url: str, error: ConfigError | DamagedTar) -> ConfigError | Data
 
 
 def choose_classes(
-    shards: FoundShards, contents: list[ShardContent], names: list[str] | None, number: int | None
+    shards: list[ShardInfo], table: SampleTable, names: list[str] | None, number: int | None
 ) -> list[str]:
     """Names of the classes that the labels count.
 
@@ -154,16 +167,17 @@ def choose_classes(
     """
     if names is not None and number not in (None, len(names)):
         raise ConfigError(f"--class-names has {len(names)} lines, --num-classes is {number}: leave one of them out")
-    highest = max(int(content.rows.label[:].max()) for content in contents)
+    highest = max(int(labels.max()) for labels in table.labels())
     if names is None and number is None and highest >= _MOST_CLASSES:
         raise ConfigError(f"the highest label is {highest}: give --num-classes if that is right")
     count = len(names) if names is not None else highest + 1 if number is None else number
-    for name, content in zip(shards.sizes, contents, strict=True):
-        labels = content.rows.label[:]
+    first = 0
+    for shard in shards:
+        labels, first = table.label[first : first + shard.samples], first + shard.samples
         bad = np.flatnonzero((labels < 0) | (labels >= count))
         if len(bad):
             raise ConfigError(
-                f"{name}: sample {bad[0]} has label {labels[bad[0]]}, the classes are 0 to {count - 1}: give another"
-                " --num-classes or --class-names, or mend the shards (labels count from 0)"
+                f"{shard.name}: sample {bad[0]} has label {labels[bad[0]]}, the classes are 0 to {count - 1}: give"
+                " another --num-classes or --class-names, or mend the shards (labels count from 0)"
             )
     return names if names is not None else [str(label) for label in range(count)]

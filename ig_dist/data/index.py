@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -22,9 +23,10 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from ig_dist.data import table as side_file
 from ig_dist.data.shards import SampleRow
 from ig_dist.data.table import Blocks, Column, StoredColumn, Sums
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, DataError
 from ig_dist.storage.faults import PATIENCE, Patience, unreadable
 from ig_dist.storage.files import list_sizes, open_url, read_file
+from ig_dist.storage.s3 import abort_orphaned_uploads
 from ig_dist.storage.urls import full_url
 from ig_dist.storage.writes import write_stream
 
@@ -32,6 +34,7 @@ FORMAT = "ig-dist-index/1"
 TABLE_NAME = "index.samples.safetensors"
 
 _AT_ONCE = 2**20  # rows
+_TIDYING_S = 30.0
 _KINDS: dict[str, type[np.generic]] = {
     "offset": np.int64,
     "label": np.int32,
@@ -166,11 +169,6 @@ class SampleTable:
         return cls(**made)
 
     @classmethod
-    def joined(cls, tables: Sequence[SampleTable]) -> SampleTable:
-        """All rows, one table after the other."""
-        return cls(**{name: np.concatenate([table.columns[name] for table in tables]) for name in tables[0].columns})
-
-    @classmethod
     def from_columns(cls, columns: Mapping[str, Column]) -> SampleTable:
         """Columns of a file, which may be any.
 
@@ -251,6 +249,8 @@ def write_index(folder: str, info: dict[str, Any], table: SampleTable, patience:
     crcs = {"table_crc32": sums.crcs} if sums.size > side_file.HELD_BYTES else {}
     file = IndexFile(**{**info, "format": FORMAT, "table_sha256": sums.sha256, "table_crc32": None, **crcs})
     write_index_file(folder, file, patience)
+    with suppress(OSError, DataError):  # parts that killed writers of it left cost money, but not the index
+        abort_orphaned_uploads(fs, f"{path}/{TABLE_NAME}", Patience(deadline_s=_TIDYING_S))
 
 
 def write_index_file(folder: str, file: IndexFile, patience: Patience = PATIENCE, *, name: str = "index.json") -> None:

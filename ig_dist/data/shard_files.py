@@ -16,8 +16,10 @@ from ig_dist.data.statistics import ChannelSums
 from ig_dist.data.tar import DamagedTar
 from ig_dist.errors import ConfigError
 from ig_dist.storage.faults import Patience, unreadable
-from ig_dist.storage.files import REQUEST_BYTES, list_sizes, open_url, read_range
+from ig_dist.storage.files import list_sizes, open_url, read_range
 from ig_dist.storage.urls import full_url
+
+_PIECE = 2**23  # bytes of a request; as many of each file are in memory
 
 
 class ShardFile:
@@ -37,7 +39,8 @@ class ShardFile:
         self._fs, self._path, self._size, self._patience, self._advance = fs, path, size, patience, advance
         self._hash = hashlib.sha256()
         self._next = 0  # of the piece that is not read yet
-        self._piece, self._at = memoryview(b""), 0
+        self._memory = np.empty(min(size, _PIECE), np.uint8).data
+        self._piece, self._at = self._memory[:0], 0
 
     def read(self, count: int) -> bytes:
         """The next ``count`` bytes; fewer at the end of the file."""
@@ -58,10 +61,11 @@ class ShardFile:
     def _read_piece(self) -> bool:
         if self._patience.stop.is_set():
             raise CancelledError
-        stop = min(self._next + REQUEST_BYTES, self._size)
+        stop = min(self._next + _PIECE, self._size)
         if stop == self._next:
             return False
-        self._piece = read_range(self._fs, self._path, self._next, stop, self._patience)
+        into = self._memory[: stop - self._next]
+        self._piece = read_range(self._fs, self._path, self._next, stop, self._patience, into=into)
         self._hash.update(self._piece)
         self._advance(stop - self._next)
         self._next, self._at = stop, 0

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from zlib_ng import zlib_ng
 
-from ig_dist.errors import ConfigError, DamagedError
+from ig_dist.errors import ConfigError, DamagedError, DataError
 from ig_dist.storage.faults import PATIENCE, Patience, unreadable
 from ig_dist.storage.files import REQUEST_BYTES, read_range
 from ig_dist.storage.urls import full_url
@@ -254,36 +254,49 @@ class Sums:
 
 
 class Spool:
-    """Columns that are added to shard by shard and read one by one, in a temporary file that nobody sees.
+    """Rows that are added shard by shard and read column by column, in a temporary file that nobody sees.
 
     Args:
-        dtypes: of the columns.
         folder: on whose disk the file is; None: the system's for temporary files.
     """
 
-    def __init__(self, dtypes: Mapping[str, np.dtype[Any]], folder: str | None) -> None:
-        self._row = np.dtype(list(dtypes.items()))
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (closed with this object)
+    def __init__(self, folder: str | None) -> None:
+        self._folder = folder
+        self._file: Any = None
+        self.row = np.dtype([])
         self._count = 0
 
-    def add(self, columns: Mapping[str, NDArray[Any]]) -> None:
-        """Append rows."""
-        rows = np.empty(len(next(iter(columns.values()))), self._row)
+    def add(self, columns: Mapping[str, Column]) -> None:
+        """Append rows.
+
+        Raises:
+            DataError: there is no room for them.
+        """
+        rows = np.empty(len(columns["label"]), [(name, column.dtype) for name, column in columns.items()])
         for name, column in columns.items():
             rows[name] = column
-        self._file.seek(0, 2)
-        self._file.write(rows.tobytes())
-        self._file.flush()  # a full disk is found here
         self._count += len(rows)
+        try:
+            if self._file is None:
+                self._file, self.row = tempfile.TemporaryFile(dir=self._folder), rows.dtype  # noqa: SIM115
+            self._file.seek(0, 2)
+            self._file.write(rows.tobytes())
+            self._file.flush()  # a full disk is found here
+        except OSError as error:
+            remedy = "free space there" if self._folder else "free space there, or set TMPDIR"
+            raise DataError(
+                f"{self._folder or tempfile.gettempdir()}: the rows of {self._count} samples cannot be kept for the"
+                f" index ({error.strerror}): {remedy}, and run the same command again"
+            ) from None
 
     def columns(self) -> dict[str, SpooledColumn]:
         """What was added so far."""
-        return {name: SpooledColumn(self, name, self._count) for name in self._row.names or ()}
+        return {name: SpooledColumn(self, name, self._count) for name in self.row.names or ()}
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Rows ``start`` to ``stop`` (exclusive)."""
-        self._file.seek(start * self._row.itemsize)
-        return np.frombuffer(self._file.read((stop - start) * self._row.itemsize), self._row)
+        self._file.seek(start * self.row.itemsize)
+        return np.frombuffer(self._file.read((stop - start) * self.row.itemsize), self.row)
 
 
 @dataclass(frozen=True)
@@ -304,5 +317,5 @@ class SpooledColumn:
     @property
     def dtype(self) -> np.dtype[Any]:
         """Of its numbers."""
-        found: np.dtype[Any] = self.spool._row[self.name]
+        found: np.dtype[Any] = self.spool.row[self.name]
         return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NoReturn
@@ -19,7 +18,7 @@ from ig_dist.data.sources import Source
 from ig_dist.data.table import Spool
 from ig_dist.encoding.records import Dest, Rejected, ShardRecord, Superseded, TooManyRejected
 from ig_dist.encoding.settings import Settings
-from ig_dist.errors import ConfigError, DataError
+from ig_dist.errors import ConfigError
 from ig_dist.latents.tokenizer import Tokenizer
 from ig_dist.storage.files import read_range
 from ig_dist.storage.urls import is_local
@@ -86,7 +85,6 @@ class _Totals:
     """
 
     def __init__(self, classes: int, folder: str | None) -> None:
-        self._folder = folder
         self.class_counts = np.zeros(classes, np.int64)
         self.settings: Settings | None = None
         """Of the first record: a tokenizer may have another name (a path) for each worker."""
@@ -95,7 +93,7 @@ class _Totals:
         self.samples = self.upscaled = 0
         self.sums: Any = 0.0
         """Per channel, of the latents and of their squares."""
-        self._spool: Spool | None = None
+        self._spool = Spool(folder)
 
     def add(self, record: ShardRecord) -> None:
         """Take the next record."""
@@ -108,22 +106,12 @@ class _Totals:
         self.class_counts += record.rows.class_counts(len(self.class_counts))
         self.sums = self.sums + np.array([record.sums, record.square_sums])
         self.shards.append(record.model_dump(include={"name", "bytes", "samples", "sha256"}))
-        columns = {name: np.asarray(column) for name, column in record.rows.columns.items()}
-        try:
-            if self._spool is None:
-                self._spool = Spool({name: column.dtype for name, column in columns.items()}, self._folder)
-            self._spool.add(columns)
-        except OSError as error:
-            remedy = "free space there" if self._folder else "free space there, or set TMPDIR"
-            raise DataError(
-                f"{self._folder or tempfile.gettempdir()}: the rows of {self.samples} samples cannot be kept for the"
-                f" index ({error.strerror}): {remedy}, and run the same command again"
-            ) from None
+        self._spool.add(record.rows.columns)
 
     @property
     def table(self) -> SampleTable:
         """The rows of all records."""
-        return SampleTable(**self._spool.columns()) if self._spool else SampleTable.from_rows([])
+        return SampleTable(**self._spool.columns()) if self.samples else SampleTable.from_rows([])
 
 
 def too_many(rejected: Sequence[Rejected], total: int, max_rejected: float) -> bool:

@@ -118,14 +118,14 @@ def md5(data: bytes | memoryview) -> str:
 
 
 def abort_orphaned_uploads(fs: Any, path: str, patience: Patience = PATIENCE) -> int:
-    """Abort the multipart uploads below a path that nobody will finish; the number of them.
+    """Abort the multipart uploads of a path, and below it, that nobody will finish; the number of them.
 
     A process that is killed while it uploads leaves parts that cost storage and are listed nowhere. Call it only
     when nobody writes there any more. Nothing to do but on S3.
     """
     if "s3" not in fs.protocol:
         return 0
-    bucket, prefix, _ = fs.split_path(f"{path}/")
+    bucket, prefix, _ = fs.split_path(path)
 
     def call(method: str, **arguments: Any) -> Any:
         return retried(fs, path, lambda: fs.call_s3(method, Bucket=bucket, **arguments), patience)
@@ -134,7 +134,8 @@ def abort_orphaned_uploads(fs: Any, path: str, patience: Patience = PATIENCE) ->
     markers: dict[str, str] = {}
     while page.get("IsTruncated"):  # at most 1,000 a page
         page = call("list_multipart_uploads", Prefix=prefix, **markers)
-        for upload in page.get("Uploads") or []:
+        uploads = page.get("Uploads") or []
+        for upload in (one for one in uploads if not prefix or f"{one['Key']}/".startswith(f"{prefix}/")):
             with contextlib.suppress(FileNotFoundError):  # it is gone, and the answer was lost
                 call("abort_multipart_upload", Key=upload["Key"], UploadId=upload["UploadId"])
             count += 1

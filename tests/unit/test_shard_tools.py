@@ -20,12 +20,16 @@ import webdataset
 from numpy.typing import NDArray
 
 from ig_dist.data.cache import BlockCache
-from ig_dist.data.index import ShardIndex, read_index
+from ig_dist.data.foreign import read_shards
+from ig_dist.data.index import TABLE_NAME, KeyInfo, LatentInfo, ShardIndex, read_index
 from ig_dist.data.order import SampleOrder
 from ig_dist.data.reader import ShardReader
 from ig_dist.data.shard_files import find_shards
+from ig_dist.data.shards import pack_shard
 from ig_dist.data.stream import BatchStream
 from ig_dist.latents.tokenizers import get_tokenizer
+from ig_dist.storage.faults import Patience
+from ig_dist.storage.files import open_url
 from tests.conftest import ROOT
 from tests.fault_proxy import Fault, FaultProxy
 from tests.foreign_shards import SIZES, write_foreign
@@ -60,6 +64,23 @@ def test_what_lies_between_latents_is_not_held_all_at_once(tmp_path: Path, run: 
     tracemalloc.stop()
     assert good.all() and (samples == latent).all()
     assert samples.nbytes < peak < 2**20 + 4 * samples.nbytes  # one request, of ten, at most, and the samples
+
+
+def test_the_memory_of_an_index_does_not_grow_with_the_shards(tmp_path: Path) -> None:
+    keys, count = KeyInfo(), 1000
+    data = pack_shard([f"{i:04d}" for i in range(count)], np.ones((count, 1, 1, 1), np.float16), np.arange(count) % 7)
+    latent = LatentInfo(kind="sample", shape=(1, 1, 1), dtype="float16", shift=[0], scale=[1])
+    peaks = []
+    for shards in (2, 10):
+        for number in range(shards):
+            (tmp_path / f"{number:02d}.tar").write_bytes(data)
+        tracemalloc.start()
+        described, _, table = read_shards(find_shards(str(tmp_path)), latent, keys, 2, Patience())
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert [shard.samples for shard in described] == [count] * shards
+        assert table.label[count : 2 * count].tolist() == [i % 7 for i in range(count)] and len(table) == count * shards
+    assert peaks[1] < peaks[0] + 64_000, peaks  # their rows alone are 128 KB more
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("sample", "float32"), ("moments", "float16"), ("moments", "float32")])
@@ -260,6 +281,11 @@ def test_object_storage_with_faults(bucket: str, fault_proxy: FaultProxy, run: R
     assert ran.code == 0 and len(fault_proxy.log) == 3, ran
     latents, _, ids = stream(read_index(url))
     assert (latents == truth["latents"][ids]).all()
+    fs, _ = open_url(url, "test")
+    for name in (TABLE_NAME, "another"):  # a writer was killed
+        fs.call_s3("create_multipart_upload", Bucket=bucket, Key=f"shards/{name}")
+    assert run("index_shards", "--shards", url, *PIXEL, *NPY, "--force").code == 0
+    assert [upload["Key"] for upload in fs.list_multipart_uploads(bucket)] == ["shards/another"]
     fault_proxy.add(Fault("flip", next=1, path=r"part-02\.tar", after_bytes=5000))  # on the way: no damage
     ran = run("verify_shards", url)
     assert ran.code == 0 and "0 of them damaged" in ran.out, ran

@@ -18,9 +18,9 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from ig_dist.data.classes import class_words, imagenet_classes
+from ig_dist.data.processes import end_with_parent, helpers
 from ig_dist.data.sources.source import ByteRange, Listed, Source, listed_source
 from ig_dist.errors import ConfigError
-from ig_dist.processes import end_with_parent, helpers
 
 PICTURES = {"jpg", "jpeg", "png", "webp", "gif", "bmp"}
 LABEL = "cls"
