@@ -16,13 +16,12 @@ PICTURE = ROOT / "docs/pictures/packages.svg"
 IMPORT = re.compile(r"^(?:from|import) (ig_dist[\w.]*)(?: import (\w+))?", re.MULTILINE)
 BASE = "errors, rng ..."
 GROUPS = {  # root modules that are read together
-    "commands": ["cli", "commands", "dry_run", "quickstart"],
-    "api": ["api", "pipeline", "gallery"],
-    "launching": ["launching", "jobs"],
+    BASE: ["terminal"],
+    "commands": ["cli", "commands", "dry_run"],
+    "api": ["api", "pipeline"],
     "export": ["export"],
-    "run_dir": ["run_dir", "provenance"],
+    "run_dir": ["run_dir"],
     "config": ["config", "configs", "config_file", "run_paths"],
-    "arithmetic": ["arithmetic", "compile_cache"],
 }
 ROWS = [  # four columns; what is below knows nothing of what is above
     ["", "commands", "api", ""],

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ig_dist.encoding.run import encode
     from ig_dist.errors import IgDistError
     from ig_dist.evaluation.evaluate import evaluate
-    from ig_dist.gallery import grid
+    from ig_dist.evaluation.gallery import grid
     from ig_dist.pipeline import Pipeline
 
 __version__ = "0.1.0"

@@ -20,10 +20,10 @@ from ig_dist.data.latents import normalisation
 from ig_dist.diffusion.guidance import GuidanceTerm, guided_velocity
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.asking import Asked, sample_config
+from ig_dist.evaluation.gallery import Images, pil_images
 from ig_dist.evaluation.plan import class_names, image_numbers, make_plan
 from ig_dist.evaluation.solving import Models, Sampler, autoguided, decode, decoder, load_second
 from ig_dist.export import ExportInfo, Weights, load_export
-from ig_dist.gallery import Images, pil_images
 from ig_dist.models.dit import DiT, count_parameters
 from ig_dist.progress import progress
 from ig_dist.rng import Purpose, normal

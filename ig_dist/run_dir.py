@@ -18,11 +18,10 @@ from pydantic import ValidationError
 
 from ig_dist.config import Config
 from ig_dist.config_file import read_groups
-from ig_dist.endings import LOCK_WAIT_VARIABLE
 from ig_dist.errors import ConfigError
 from ig_dist.run_paths import absolute_paths, moved_paths
 from ig_dist.terminal import console
-from ig_dist.this_process import host
+from ig_dist.this_process import LOCK_WAIT_VARIABLE, host
 
 CONFIG_NAME = "config.yaml"
 IDENTITY_NAME = "run.json"

@@ -37,6 +37,10 @@ _MPI = {
     "mpiexec": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH's and Intel's
 }
 
+LOCK_WAIT_VARIABLE = "IG_DIST_LOCK_WAIT_S"
+"""Seconds to wait for whoever holds a run, set by a launcher that starts it again: a server of files may take a minute
+or two to find out that a machine is gone, and its locks with it."""
+
 
 class Process(NamedTuple):
     """One of the processes that work together."""

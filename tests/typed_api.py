@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 import ig_dist
-from ig_dist.gallery import Images
+from ig_dist.evaluation.gallery import Images
 from ig_dist.models.dit import DiT
 
 pipe = ig_dist.load("runs/digits", ema=0.995, device="cpu")

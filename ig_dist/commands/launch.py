@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from ig_dist.commands.options import complete_config, complete_keys
-from ig_dist.jobs import JOBS, Job, own_options_first, program, refuse_verb
+from ig_dist.launching.jobs import JOBS, Job, own_options_first, program, refuse_verb
 
 
 class Launch(typer.core.TyperCommand):

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ig_dist.config_keys import config_keys, shipped_configs
 from ig_dist.errors import ConfigError
+from ig_dist.terminal.keys import config_keys, shipped_configs
 
 
 def complete_config(incomplete: str) -> list[str]:

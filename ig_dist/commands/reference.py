@@ -29,7 +29,7 @@ def reference(
 ) -> None:
     """Make statistics of real pictures, as ADM's files have them. Any number of processes may share the work."""
     from ig_dist.evaluation.references import make_reference
-    from ig_dist.jobs import refuse_missing
+    from ig_dist.launching.jobs import refuse_missing
 
     refuse_missing(source)
     places = dict(pair("--weights", text) for text in weights or [])

@@ -25,9 +25,9 @@ from ig_dist.commands.examples import epilog
 from ig_dist.commands.launch import CONTEXT, Launch
 from ig_dist.commands.options import AsJson, complete_config, complete_keys, print_json
 from ig_dist.errors import ConfigError, nearest
-from ig_dist.jobs import JOBS, Job, refuse_verb
+from ig_dist.launching.jobs import JOBS, Job, refuse_verb
 from ig_dist.slurm.defaults import defaults_of, say_unused_variables
-from ig_dist.usage import unknown_option
+from ig_dist.terminal.usage import unknown_option
 
 DEFAULT = Path("sit_xl2_ig")
 VERBS = ("submit", "status", "cancel", "resume")
@@ -221,7 +221,7 @@ def status(
     if follow:
         from ig_dist.slurm import control
 
-        raise typer.Exit(control.follow(*watch.found_folders(run)[-1]))
+        raise typer.Exit(control.follow(*watch.to_follow(run)))
 
 
 @app.command(epilog=epilog("slurm cancel"))

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ig_dist.data.images import RejectedImage, center_crop, load_rgb
+from ig_dist.data.processes import end_with_parent, helpers
 from ig_dist.data.sources.source import Item, read_bytes
 from ig_dist.errors import DataError
-from ig_dist.processes import end_with_parent, helpers
 
 PREFETCH = 4  # batches that each process decodes ahead
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from ig_dist.endings import STOPPED, After, codes
 from ig_dist.errors import ConfigError
-from ig_dist.jobs import Job
+from ig_dist.launching.endings import STOPPED, After, codes
+from ig_dist.launching.jobs import Job
 from ig_dist.launching.node import PORT
 
 WORK = "/work"

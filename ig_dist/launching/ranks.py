@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from ig_dist.endings import STOPPED, After, after, explaining
 from ig_dist.errors import DataError, StorageError
+from ig_dist.launching.endings import STOPPED, After, after, explaining
 from ig_dist.launching.node import Node
 
 GRACE_S = 10.0

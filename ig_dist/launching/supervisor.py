@@ -8,11 +8,12 @@ import sys
 import time
 from collections.abc import Sequence
 
-from ig_dist.endings import LOCK_WAIT_VARIABLE, After, after, pause_s
 from ig_dist.errors import IgDistError
+from ig_dist.launching.endings import After, after, pause_s
 from ig_dist.launching.node import Node
 from ig_dist.launching.ranks import POLL_S, Asked, rank_environment, run_ranks, signals_passed_on
 from ig_dist.launching.together import Next, StoppedError, join
+from ig_dist.this_process import LOCK_WAIT_VARIABLE
 
 GRACE_S = 300.0
 LONG_S = 3600.0

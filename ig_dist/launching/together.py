@@ -16,8 +16,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
-from ig_dist.endings import explaining
 from ig_dist.errors import ConfigError, HangError
+from ig_dist.launching.endings import explaining
 from ig_dist.launching.line import Line, door, free_port
 from ig_dist.launching.node import Node
 from ig_dist.launching.ranks import POLL_S, Asked

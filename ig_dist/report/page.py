@@ -16,11 +16,11 @@ import jinja2
 
 from ig_dist import __version__
 from ig_dist.config import Config
+from ig_dist.config.provenance import FILE_NAME
 from ig_dist.config_file import load_run
 from ig_dist.convert.published import read_conversion
 from ig_dist.errors import ConfigError
 from ig_dist.json_lines import read_lines
-from ig_dist.provenance import FILE_NAME
 from ig_dist.report.evaluations import evaluation_sections, step_charts
 from ig_dist.report.facts import newest_manifest, provenance_facts, read_index, run_facts
 from ig_dist.report.pictures import embedded, nearest_pictures, plan_pictures, training_grids

@@ -25,8 +25,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from ig_dist.endings import STOPPED
 from ig_dist.errors import IgDistError
+from ig_dist.launching.endings import STOPPED
 from ig_dist.parallel.blame import blamed, noted_failure
 from ig_dist.slurm.commands import SlurmError, host_names, minutes, queued, slurm
 from ig_dist.slurm.holding import CutOff, end_ranks_here, lock_is_free

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ig_dist.errors import ConfigError, IgDistError
-from ig_dist.usage import unknown
+from ig_dist.terminal.usage import unknown
 
 CLIENT_SECONDS = 60.0
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")

@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ig_dist import endings
-from ig_dist.endings import STOPPED, After
+from ig_dist.launching import endings
+from ig_dist.launching.endings import STOPPED, After
 from ig_dist.slurm.commands import QueuedJob, SlurmError, queued, slurm
 from ig_dist.slurm.record import Folder, Submission
 from ig_dist.slurm.watch import advice, found_folders, state

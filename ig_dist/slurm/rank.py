@@ -14,8 +14,8 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
-from ig_dist.endings import STOPPED
 from ig_dist.errors import ConfigError
+from ig_dist.launching.endings import STOPPED
 from ig_dist.parallel.blame import VARIABLE
 from ig_dist.slurm.record import ACCUMULATION, BLAME_NAME, Folder
 from ig_dist.terminal import MERGED_LATER, leave

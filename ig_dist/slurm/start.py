@@ -10,7 +10,7 @@ from typing import Any
 
 from ig_dist.config import Config
 from ig_dist.errors import ConfigError
-from ig_dist.jobs import Job, job_folder, program
+from ig_dist.launching.jobs import Job, job_folder, program
 from ig_dist.slurm import submit as slurm
 from ig_dist.slurm.batch import srun_command
 from ig_dist.slurm.chain import Planned, following, submit_all

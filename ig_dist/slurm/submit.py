@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ig_dist.config import Config
+from ig_dist.config.provenance import COMMIT_NAME, SOURCE, commit
 from ig_dist.config_file import to_yaml
 from ig_dist.data.index import read_index
 from ig_dist.data.latents import check_latents
 from ig_dist.data.stream import check_window_memory
 from ig_dist.errors import ConfigError
 from ig_dist.parallel.build import check_engine
-from ig_dist.provenance import COMMIT_NAME, SOURCE, commit
 from ig_dist.run_dir import changed_keys
 from ig_dist.slurm.commands import SlurmError, queued, slurm
 from ig_dist.slurm.record import SCRIPT_NAME, Folder, Submission, World, folders

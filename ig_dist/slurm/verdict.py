@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ig_dist import endings
-from ig_dist.endings import STOPPED, After
+from ig_dist.launching import endings
+from ig_dist.launching.endings import STOPPED, After
 from ig_dist.slurm.record import Submission
 
 BLAME_S = 86_400.0

@@ -21,6 +21,7 @@ from ig_dist.checkpoints.exchange import Loaded
 from ig_dist.checkpoints.saving import Saver
 from ig_dist.checkpoints.store import Checkpoint, CheckpointStore, checkpoint_store
 from ig_dist.config import Config
+from ig_dist.config.provenance import note_start
 from ig_dist.data.index import ShardIndex, read_index
 from ig_dist.data.latents import check_latents
 from ig_dist.data.order import SampleOrder
@@ -33,7 +34,6 @@ from ig_dist.parallel.agreement import Awaited
 from ig_dist.parallel.build import check_engine
 from ig_dist.parallel.dist import Dist, StopFlag, from_main, init_distributed, lost_peers_explained, shut_down
 from ig_dist.parallel.engine import StepResult
-from ig_dist.provenance import note_start
 from ig_dist.run_dir import Identity, claim, read_identity
 from ig_dist.terminal import console
 from ig_dist.training.beginning import find_checkpoint, load_weights

@@ -22,9 +22,9 @@ from PIL import Image
 import ig_dist
 from ig_dist.commands.encode import encode as encode_command
 from ig_dist.commands.sweep import sweep as sweep_command
+from ig_dist.data.processes import helpers
 from ig_dist.errors import ConfigError
 from ig_dist.pipeline import Pipeline
-from ig_dist.processes import helpers
 from tests.conftest import ROOT, TINY, run_command
 
 GUIDED = "--ig-scale 1.4 --ig-interval 0.2,1 --cfg-scale 1.35 --cfg-interval 0,0.7"

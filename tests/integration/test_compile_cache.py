@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ig_dist.compile_cache import keep_compiled
+from ig_dist.arithmetic.compile_cache import keep_compiled
 from tests.conftest import ROOT
 
 CODE = """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ig_dist import compile_cache
+from ig_dist.arithmetic import compile_cache
 from ig_dist.data.sources.spool import spool
 from ig_dist.errors import ConfigError
 from ig_dist.storage.faults import PATIENCE

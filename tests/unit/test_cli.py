@@ -19,10 +19,10 @@ from pydantic import BaseModel
 from ig_dist.cli import app
 from ig_dist.commands.examples import EXAMPLES
 from ig_dist.config import Config
-from ig_dist.config_keys import config_keys, nearest_key
 from ig_dist.errors import ConfigError
-from ig_dist.jobs import JOBS, Job, own_options_first, refuse_verb
-from ig_dist.usage import options
+from ig_dist.launching.jobs import JOBS, Job, own_options_first, refuse_verb
+from ig_dist.terminal.keys import config_keys, nearest_key
+from ig_dist.terminal.usage import options
 from tests.integration.test_bad_input import call
 
 ROOT: Any = typer.main.get_command(app)

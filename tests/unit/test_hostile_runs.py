@@ -20,7 +20,7 @@ import pytest
 import safetensors.numpy
 import torch
 
-from ig_dist import compile_cache
+from ig_dist.arithmetic import compile_cache
 from ig_dist.checkpoints.manifest import FORMAT, sealed
 from ig_dist.errors import ConfigError, DataError, IgDistError
 from ig_dist.evaluation import npz

@@ -14,7 +14,7 @@ import yaml
 from ig_dist.cli import app
 from ig_dist.commands.launch import launch
 from ig_dist.errors import ConfigError
-from ig_dist.jobs import Job
+from ig_dist.launching.jobs import Job
 from ig_dist.launching.kubernetes import failure_rules, manifest
 from ig_dist.launching.node import this_node
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from ig_dist.endings import explaining
 from ig_dist.errors import ConfigError
 from ig_dist.launching import together
+from ig_dist.launching.endings import explaining
 from ig_dist.launching.line import Line, free_port
 from ig_dist.launching.node import Node, this_node
 from ig_dist.launching.ranks import Asked
@@ -29,7 +29,8 @@ from ig_dist.launching.ranks import Asked
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = """
 import json, sys
-from ig_dist import endings, terminal
+from ig_dist import terminal
+from ig_dist.launching import endings
 from ig_dist.errors import IgDistError
 from ig_dist.launching import node, ranks, supervisor, together
 given = json.loads(sys.argv[1])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ig_dist import provenance
+from ig_dist.config import provenance
 from ig_dist.slurm.submit import snapshot
 
 
@@ -63,7 +63,7 @@ def test_nothing_that_lacks_is_an_error(checkout: Path, monkeypatch: pytest.Monk
 
 def test_a_jobs_copy_knows_its_commit(tmp_path: Path) -> None:
     snapshot(tmp_path / "source")
-    code = "from ig_dist import provenance as p; import json; print(json.dumps([p.__file__, p.commit()]))"
+    code = "from ig_dist.config import provenance as p; import json; print(json.dumps([p.__file__, p.commit()]))"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "source"), "PYTHONSAFEPATH": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     file, commit = json.loads(done.stdout)

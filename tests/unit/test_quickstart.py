@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ig_dist import quickstart
+from ig_dist.commands import quickstart
 from ig_dist.config_file import load_config, to_yaml
 from ig_dist.errors import ConfigError
 

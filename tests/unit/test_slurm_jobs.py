@@ -19,9 +19,9 @@ import pytest
 
 from ig_dist.config import Config
 from ig_dist.config_file import to_yaml
-from ig_dist.endings import STOPPED
 from ig_dist.errors import ConfigError
-from ig_dist.jobs import Job, job_folder
+from ig_dist.launching.endings import STOPPED
+from ig_dist.launching.jobs import Job, job_folder
 from ig_dist.slurm import watch
 from ig_dist.slurm.commands import Partition, QueuedJob, SlurmError, minutes, partition
 from ig_dist.slurm.defaults import defaults_of
@@ -556,6 +556,21 @@ def test_gpus_of_which_slurm_knows_nothing(
     text = batch_script(whole, submission(), tmp_path, name="first")
     assert whole.unknown_gpus and "--ntasks-per-node=3" in text and "gpus-per-node" not in text
     assert "CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0,1,2}" in text and "--mem" not in text
+
+
+def test_the_job_that_runs_is_followed_and_not_what_comes_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = "7|COMPLETED|None|n|N/A\n8_0|RUNNING|None|n|N/A\n9|PENDING|Dependency||N/A"
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho '{jobs}'\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for number in "789":
+        folder = Folder(tmp_path / "run/slurm" / number)
+        folder.path.mkdir(parents=True)
+        folder.write(submission())
+        folder.id = number
+    assert watch.to_follow(tmp_path / "run")[0].id == "8"
 
 
 def test_a_folder_that_a_node_has_not_is_one_line(tmp_path: Path) -> None:

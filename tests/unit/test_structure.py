@@ -28,7 +28,7 @@ FORBIDDEN = {
     "ig_dist/training/trainer.py": [
         "submitit",
         "ig_dist.slurm",
-        "ig_dist.jobs",
+        "ig_dist.launching.jobs",
         "tarfile",
         "s3fs",
         "fsspec",

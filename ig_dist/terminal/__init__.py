@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.text import Text
 
 from ig_dist.errors import ConfigError, IgDistError
+from ig_dist.terminal.usage import UsageError, explained
 from ig_dist.this_process import Process, this_process
-from ig_dist.usage import UsageError, explained
 
 # in a notebook plain lines: its kernel asks for colours, which rich takes for a terminal; each line would be a block
 _NOTEBOOK: dict[str, Any] = {"force_jupyter": False, "force_terminal": False} if "ipykernel" in sys.modules else {}

@@ -26,7 +26,7 @@ FILE_NAME = "provenance.jsonl"
 COMMIT_NAME = "commit.json"
 """Beside a copy of the package: what `commit` said where it was copied from."""
 
-SOURCE = Path(__file__).resolve().parents[1]
+SOURCE = Path(__file__).resolve().parents[2]
 GIT_S = 10.0  # a shared file system may be slow
 
 

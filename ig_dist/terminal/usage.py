@@ -9,8 +9,8 @@ from typing import Any
 
 import typer
 
-from ig_dist.config_keys import nearest_key
 from ig_dist.errors import ConfigError, nearest
+from ig_dist.terminal.keys import nearest_key
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of click, whichever one typer brings
 LAUNCHERS = ("launch", "slurm")

@@ -10,8 +10,8 @@ import difflib
 from functools import cache
 from pathlib import Path
 
-CONFIGS = Path(__file__).parent / "configs"
-_SOURCES = Path(__file__).parent / "config"
+CONFIGS = Path(__file__).parents[1] / "configs"
+_SOURCES = Path(__file__).parents[1] / "config"
 
 
 def shipped_configs() -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from ig_dist.errors import ConfigError, nearest
-from ig_dist.usage import NEAR, UsageError, explained, options, value_of
+from ig_dist.terminal.usage import NEAR, UsageError, explained, options, value_of
 
 
 class Job(Enum):

@@ -18,9 +18,6 @@ from ig_dist.errors import (
 )
 
 STOPPED = Preempted.exit_code
-LOCK_WAIT_VARIABLE = "IG_DIST_LOCK_WAIT_S"
-"""Seconds to wait for whoever holds a run, set by a launcher that starts it again: a server of files may take a minute
-or two to find out that a machine is gone, and its locks with it."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 600.0
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 import torch.utils.deterministic
 
-from ig_dist.compile_cache import keep_compiled, shared
+from ig_dist.arithmetic.compile_cache import keep_compiled, shared
 
 GRAPHS = 64
 """Of one function in a process."""
