@@ -247,11 +247,8 @@ def make_features(
 ) -> None:
     """Make the features of every unit that lacks them, from this worker's own place on; any number may be at work.
 
-    Args:
-        files: of the set of images.
-        share: this worker's number, and how many there are; None: this process's.
-        num: only the units of the first so many images; None: all.
-        what: names it in the progress.
+    ``share``: this worker's number, and how many there are; None: this process's. ``num``: only the units of the first
+    so many images. ``what`` names it in the progress.
     """
     images, (worker, workers) = files.images, share or this_process()[:2]
     units = -(-min(num or images.num, images.num) // images.unit_size)

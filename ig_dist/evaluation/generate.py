@@ -40,20 +40,11 @@ def generate_units(
     workers: int = 1,
     on_progress: Callable[[int], None] = lambda images: None,
 ) -> FeatureFiles:
-    """Make every unit of a plan that does not exist yet, and the features of each.
+    """Make every unit of a plan that does not exist yet, and the features of each; gives the feature files.
 
-    Args:
-        models: see ``Models``.
-        samples: the plan and the folder of its samples.
-        extractors: whose features are made.
-        num: only the units of the first so many images; None: all.
-        keep_images: write the images too; if not, the features stand for them, and only unit 0 keeps its images.
-        worker: this worker's number; it begins at unit worker * units / workers.
-        workers: number of workers that may be at work.
-        on_progress: called with the number of finished images of the unit in hand, 0 between units.
-
-    Returns:
-        The feature files.
+    Without ``keep_images`` the features stand for the images, and only unit 0 keeps its own. A worker begins at unit
+    worker * units / workers. ``num``: only the units of the first so many images. ``on_progress`` is told the number of
+    finished images of the unit in hand, 0 between units.
     """
     plan, (fs, path) = samples.plan, open_url(samples.url, "sample.url")
     make_folder(fs, path)

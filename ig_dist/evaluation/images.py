@@ -88,9 +88,7 @@ def plan_images(samples: Samples) -> ImageSet:
 def index_images(index: ShardIndex, tokenizer: str = "") -> ImageSet:
     """The images that the stored latents of an index decode to, in index order; of stored moments the mean is decoded.
 
-    Args:
-        index: the opened index.
-        tokenizer: where its tokenizer is if not under its name in the index.
+    ``tokenizer``: where its tokenizer is if not under its name in the index.
     """
     info, device = index.info, this_device()
     decoder = index_tokenizer(info.tokenizer, info.latent, tokenizer, device=device)

@@ -40,14 +40,7 @@ def nearest_pictures(
     """Draw the samples that the extractor is most sure of above the reference pictures that are nearest in features.
 
     Features are read unit by unit; distances are Euclidean, in ``pool`` features. Of an extractor without logits the
-    first samples of each class are taken.
-
-    Args:
-        files: features of the samples.
-        reference: with pictures, under one of the same extractors.
-        columns: number of samples.
-        file: the PNG.
-        num: only the first so many samples; None: all.
+    first samples of each class are taken. ``num``: of the first so many samples only.
     """
     if reference.files is None:
         raise _without_pictures(reference)
@@ -157,13 +150,9 @@ def _rows(files: FeatureFiles, name: str, numbers: Numbers) -> Floats:
 
 
 def _search(queries: Floats, owners: Numbers, real: FeatureFiles, name: str) -> tuple[Floats, Numbers]:
-    """Squared distances and numbers of the nearest reference pictures, each (Q, NEIGHBOURS), the nearest first.
+    """Squared distances and numbers of the reference pictures nearest to features (Q, D), each (Q, NEIGHBOURS).
 
-    Args:
-        queries: features (Q, D).
-        owners: of each the reference picture that it is of, which does not count as its own neighbour; -1: none.
-        real: features of the reference.
-        name: the extractor.
+    ``owners``: of each query the reference picture that it is of, which is not its own neighbour; -1: none.
     """
     best = np.full((len(queries), NEIGHBOURS), np.inf)
     where = np.full((len(queries), NEIGHBOURS), -1)

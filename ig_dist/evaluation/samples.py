@@ -6,14 +6,14 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from pydantic import ValidationError
+from pydantic import BaseModel
 
 from ig_dist.config import Config
 from ig_dist.config.sampling import EvaluateConfig
 from ig_dist.config_file import load_run
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, IgDistError
 from ig_dist.evaluation.plan import Plan
 from ig_dist.evaluation.units import Samples, existing, unit_name, write_file
 from ig_dist.export import INFO_NAME, UNKNOWN_DATA, ExportInfo
@@ -35,23 +35,34 @@ def reference_of(config: Config) -> str:
     return config.evaluate.reference or ("" if config.data.index == UNKNOWN_DATA else config.data.index)
 
 
+class _PlanFile(BaseModel):
+    """``plan.json``: what a plan's folder holds, for whoever evaluates it."""
+
+    plan: Plan
+    export: ExportInfo
+    run: str
+    weak: ExportInfo | None
+    uint8_rule: str
+    tokenizer: str
+    evaluate: EvaluateConfig
+
+
 def write_plan(samples: Samples, config: Config) -> None:
-    """Write what a plan's folder holds, for whoever evaluates it; its samples are finished."""
+    """Write ``plan.json``; the samples are finished."""
     fs, path = open_url(samples.url, "sample.url")
-    described: dict[str, Any] = {
-        "plan": samples.plan.model_dump(mode="json"),
-        "export": samples.info.model_dump(mode="json"),
-        "run": str(Path(config.run.dir).absolute()),
-        "weak": None if samples.weak is None else samples.weak.model_dump(mode="json"),
-        "uint8_rule": samples.uint8_rule,
-        "tokenizer": _absolute(samples.tokenizer),
-        "evaluate": {
-            **config.evaluate.model_dump(mode="json"),
-            "reference": _absolute(reference_of(config)),
-            "weights": {name: _absolute(place) for name, place in config.evaluate.weights.items()},
-        },
-    }
-    write_file(fs, f"{path}/{PLAN_NAME}", json.dumps(described, indent=1).encode())
+    weights = {name: _absolute(place) for name, place in config.evaluate.weights.items()}
+    told = _PlanFile(
+        plan=samples.plan,
+        export=samples.info,
+        run=str(Path(config.run.dir).absolute()),
+        weak=samples.weak,
+        uint8_rule=samples.uint8_rule,
+        tokenizer=_absolute(samples.tokenizer),
+        evaluate=config.evaluate.model_copy(
+            update={"reference": _absolute(reference_of(config)), "weights": weights},
+        ),
+    )
+    write_file(fs, f"{path}/{PLAN_NAME}", json.dumps(told.model_dump(mode="json"), indent=1).encode())
 
 
 def read_samples(url: str) -> tuple[Samples, Path, EvaluateConfig]:
@@ -65,25 +76,21 @@ def read_samples(url: str) -> tuple[Samples, Path, EvaluateConfig]:
     url = url.rstrip("/")
     fs, path = open_url(url, "SAMPLES")
     try:
-        described = json.loads(read_file(fs, f"{path}/{PLAN_NAME}"))
-        plan, info = Plan(**described["plan"]), ExportInfo(**described["export"])
-        weak = None if described["weak"] is None else ExportInfo(**described["weak"])
-        evaluate, old = EvaluateConfig(**described["evaluate"]), str(described["run"])
-        tokenizer, rule = str(described["tokenizer"]), str(described["uint8_rule"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, ValidationError):
+        told = _PlanFile.model_validate_json(read_file(fs, f"{path}/{PLAN_NAME}"))
+    except (OSError, ValueError):
         raise ConfigError(
             f"{url} holds no finished samples (no {PLAN_NAME}): make them with `ig-dist sample RUN`"
         ) from None
-    run, above = Path(old), Path(url).absolute().parent
+    run, above = Path(told.run), Path(url).absolute().parent
     if "://" not in url and above.name == "samples" and (above.parent / "config.yaml").is_file():
         run = above.parent
 
     def now(place: str) -> str:
-        return moved_path(place, old, run) if old else place
+        return moved_path(place, told.run, run) if told.run else place
 
-    weights = {name: now(place) for name, place in evaluate.weights.items()}
-    evaluate = evaluate.model_copy(update={"reference": now(evaluate.reference), "weights": weights})
-    return Samples(plan, info, url, rule, now(tokenizer), weak), run, evaluate
+    weights = {name: now(place) for name, place in told.evaluate.weights.items()}
+    evaluate = told.evaluate.model_copy(update={"reference": now(told.evaluate.reference), "weights": weights})
+    return Samples(told.plan, told.export, url, told.uint8_rule, now(told.tokenizer), told.weak), run, evaluate
 
 
 def is_run(folder: Path) -> bool:
@@ -146,9 +153,9 @@ def _listed(url: str, run: Path) -> Iterator[Listed]:
         name, files = folder.rstrip("/").rsplit("/", 1)[-1], existing(fs, folder)
         plan = step = None
         if PLAN_NAME in files:
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-                told = json.loads(read_file(fs, f"{folder}/{PLAN_NAME}"))
-                step, plan = int(told["export"]["step"]), Plan(**told["plan"])  # a damaged one counts as unfinished
+            with contextlib.suppress(OSError, ValueError, IgDistError):  # a damaged one counts as unfinished
+                told = _PlanFile.model_validate_json(read_file(fs, f"{folder}/{PLAN_NAME}"))
+                step, plan = told.export.step, told.plan
         if plan is not None:
             yield Listed(f"{url}/{name}", plan, plan.num, _scores(run / "evaluations" / f"{plan.digest}.json"), step)
         elif units := [file for file in files if file.startswith("unit_")]:

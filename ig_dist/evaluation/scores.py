@@ -118,16 +118,19 @@ class Scores:
 
     def _precision_recall(self, feature: Feature) -> scored.PrecisionRecall:
         if feature not in self._manifold:
-            theirs, ours = self._reference.rows(feature, MANIFOLD_IMAGES), self._all(feature)
-            check_dimensions(self._reference, feature, ours.shape[1], theirs.shape[1])
             half = self._protocol == "adm" and feature[0] == "inception"
-            self._manifold[feature] = scored.precision_recall(ours, theirs, half=half, device=self._device)
+            both = self._both(feature, MANIFOLD_IMAGES)
+            self._manifold[feature] = scored.precision_recall(*both, half=half, device=self._device)
         return self._manifold[feature]
 
     def _kernel(self, feature: Feature) -> scored.MeanStd:
-        theirs, ours = self._reference.rows(feature, KERNEL_IMAGES), self._all(feature)
+        return scored.kernel_distance(*self._both(feature, KERNEL_IMAGES))
+
+    def _both(self, feature: Feature, most: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Features of all images, and of so many of the reference at most."""
+        theirs, ours = self._reference.rows(feature, most), self._all(feature)
         check_dimensions(self._reference, feature, ours.shape[1], theirs.shape[1])
-        return scored.kernel_distance(ours, theirs)
+        return ours, theirs
 
     def _agreement(self, feature: Feature) -> float:
         classifier, num_classes = self._reference.classifier(feature)

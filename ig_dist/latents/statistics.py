@@ -20,11 +20,7 @@ class Normalisation(NamedTuple):
 
 
 def read_latent_stats(path: Path) -> Normalisation:
-    """Shift and scale from the mean and standard deviation of latents, (1, C, 1, 1) or (C,) each.
-
-    Args:
-        path: a file of PyTorch, of which nothing is run, or ``.safetensors``.
-    """
+    """Shift and scale from the mean and standard deviation of latents, (1, C, 1, 1) or (C,) each; no code is run."""
     if not path.is_file():
         raise ConfigError(f"--latent-stats {path}: no such file; it is published beside the weights, or in their data")
     found = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)

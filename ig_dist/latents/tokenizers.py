@@ -48,14 +48,7 @@ def index_tokenizer(
     device: str | torch.device = "cpu",
     precision: Precision = "fp32",
 ) -> Tokenizer:
-    """The tokenizer that made an index, for decoding.
-
-    Args:
-        info: the tokenizer as the index names it.
-        latent: the index's latents.
-        place: folder, file or name of the tokenizer where it is not found under the name in the index.
-        device: where it runs.
-        precision: its arithmetic, ``sample.decode_precision``.
+    """The tokenizer that made an index, for decoding; ``place``: where it is if not under its name in the index.
 
     Raises:
         ConfigError: it is not found, another one is found, or it does not make latents of that shape.

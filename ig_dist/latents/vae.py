@@ -47,14 +47,10 @@ _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", "
 
 
 def load_vae(name: str, weights: Path, device: torch.device, precision: Precision) -> Tokenizer:
-    """The tokenizer of an autoencoder.
+    """The tokenizer of an autoencoder: a folder with diffusers' files, an LDM checkpoint, or a folder with one.
 
-    Args:
-        name: as it will stand in an index.
-        weights: a folder with diffusers' files, an LDM checkpoint, or a folder with one.
-        device: where it runs.
-        precision: its weights are cast to it. Autocast would keep the norms' results in fp32 and so move twice the
-            bytes; inside, norms and softmax sum in fp32 either way. Mean and std are computed in fp32 from its outputs.
+    Its weights are cast to ``precision``. Autocast would keep the norms' results in fp32 and so move twice the bytes;
+    inside, norms and softmax sum in fp32 either way. Mean and std are computed in fp32 from its outputs.
     """
     model, scale, rule = load_autoencoder(name, weights)
     config, dtype, to_uint8 = model.config, DTYPES[precision], _TO_UINT8[rule]

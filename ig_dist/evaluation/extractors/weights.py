@@ -79,19 +79,10 @@ def _placed(known: Published, given: str) -> Path | None:
     root = extractor_root()
     places = [Path(given).expanduser(), root / given] if given else [root / known.name, root / known.files[-1]]
     for place in places:
-        file = place / known.files[-1] if _is(Path.is_dir, place) else place
-        if known.is_folder and file == place:
-            continue  # it would lack the other files
-        if _is(Path.is_file, file):
+        file = place / known.files[-1] if os.path.isdir(place) else place  # noqa: PTH112  (raises nothing, also of a name too long)
+        if os.path.isfile(file) and not (known.is_folder and file == place):  # noqa: PTH113  (alone it lacks others)
             return file
     return None
-
-
-def _is(test: Callable[[Path], bool], path: Path) -> bool:
-    try:
-        return test(path)
-    except OSError:  # too long for a path, or in a folder that may not be read
-        return False
 
 
 def check_hash(known: Published, file: Path, *, allow_other: bool) -> str:
