@@ -13,19 +13,21 @@ cancelled         there once `cancel` was asked for
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from ig_dist.json_lines import append, read_lines
 
 JOB_NAME, SCRIPT_NAME, ID_NAME, CANCELLED_NAME, BLAME_NAME = "job.json", "batch.sh", "id", "cancelled", "blame"
 ACCUMULATION = "{accumulation}"  # in a command: that of the world at hand
 _BEGINNINGS = {"start": "end", "wait": "waited"}
+Time = Annotated[float, Field(ge=0, lt=2**32)]
 Kind = Literal["train", "encode", "sample", "sweep", "evaluate", "reference", "merge"]
 
 
@@ -70,6 +72,25 @@ class Submission(BaseModel):
     """File whose lock a running job of this run holds; a start waits until it is free."""
     hold_s: float = 600.0
     """How long: until a holder that lost its peers has noticed it, and the server of files that a machine is gone."""
+
+
+class Event(BaseModel):
+    """A line of the history, which others may have written too."""
+
+    model_config = ConfigDict(extra="allow")
+
+    event: str
+    time: Time
+    log: NonNegativeInt = 0
+    """Bytes of the batch log before it."""
+    nodes: list[str] = []
+    blame: list[str] = []
+    reason: str = ""
+    next: str = ""
+    code: int | None = None
+    checkpoint: int | None = None
+    until: Time | None = None
+    """Of a wait."""
 
 
 class Folder:
@@ -122,7 +143,10 @@ class Folder:
             waits: those for the run's lock too.
         """
         events: list[dict[str, Any]] = []
-        for event in filter(None, map(_told, read_lines(self._history(task)))):
+        lines: list[dict[str, Any]] = []
+        with contextlib.suppress(OSError):
+            lines.extend(read_lines(self._history(task)))
+        for event in filter(None, map(_told, lines)):
             if event["event"] in _BEGINNINGS and events and events[-1]["event"] in _BEGINNINGS:
                 events.append(self._unseen_end(events[-1], event["log"], task))
             events.append(event)
@@ -177,24 +201,12 @@ def text_of(file: Path) -> str:
         return ""
 
 
-def _told(event: dict[str, Any]) -> dict[str, Any] | None:
+def _told(line: dict[str, Any]) -> dict[str, Any] | None:
     """An event of the history with all that it has; None: it is not ours."""
-    if not isinstance(event.get("event"), str):
+    try:
+        return Event.model_validate(line).model_dump()
+    except ValidationError:
         return None
-    end = {"reason": "", "next": "", "code": None} if event["event"] in _BEGINNINGS.values() else {}
-    event = {"nodes": [], "log": 0, **end, **event}
-    names = [event["nodes"], event.get("blame") or []]
-    fits = (
-        isinstance(event.get("time"), int | float)
-        and 0 <= event["time"] < 2**32
-        and isinstance(event["log"], int)
-        and event["log"] >= 0
-        and all(isinstance(found, list) and all(isinstance(name, str) for name in found) for found in names)
-        and all(isinstance(event.get(key, ""), str) for key in ("reason", "next"))
-        and isinstance(event.get("code"), int | None)
-        and (not isinstance(until := event.get("until", 0), int | float) or 0 <= until < 2**32)
-    )
-    return event if fits else None
 
 
 def _suffix(task: str) -> str:

@@ -47,6 +47,14 @@ def found_folders(run: Path) -> list[tuple[Folder, Submission]]:
     return found
 
 
+def to_follow(run: Path) -> tuple[Folder, Submission]:
+    """The first of a run's submissions that waits or runs, or else the newest."""
+    found = found_folders(run)
+    active = [job.id for job in queued([folder.id for folder, _ in found if folder.id]) if job.active]
+    numbers = {number.partition("_")[0] for number in active}
+    return next((one for one in found if one[0].id in numbers), found[-1])
+
+
 def refuse_others(folder: Folder, submission: Submission, run: Path) -> None:
     """Refuse to submit again what this user may not have typed: options hold shell lines.
 
@@ -162,7 +170,7 @@ def _show_history(folder: Folder, submission: Submission, task: str, active: boo
         blame = f" (blamed: {', '.join(end['blame'])})" if end and end.get("blame") else ""
         where = ",".join(nodes) if len(nodes) < 5 else f"{len(nodes)} nodes ({nodes[0]}, ...)"
         then = f" -> {end['next']}" if end and end["next"] not in ("", "done") else ""
-        now = f"waits until {_clock(entry['until'])} for a process that holds the run" if "until" in entry else "runs"
+        now = f"waits until {_clock(entry['until'])} for a process that holds the run" if entry["until"] else "runs"
         console.print(f"    {number}  {began}  {where}: {end['reason'] if end else now}{blame}{then}", markup=False)
 
 
