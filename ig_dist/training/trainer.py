@@ -71,6 +71,7 @@ def train(config: Config, *, force: bool = False, lives_on: bool = False) -> Non
     with ExitStack() as cleanup:
         cleanup.enter_context(switches(config.train.precision, deterministic=config.train.deterministic))
         dist = init_distributed(config.train.timeout_s, longest_wait_s(config))
+        cleanup.enter_context(lost_peers_explained(dist))
         watchdog = cleanup.enter_context(watched(phases, config, dist, lives_on=lives_on))
         # After an error the groups stay as they are: NCCL's end of one waits for peers that may never come.
         cleanup.push(lambda kind, *_: shut_down() if kind is None or dist.world_size == 1 else None)

@@ -17,7 +17,8 @@
 | ``slow`` | takes ``FAULT_S`` seconds longer |
 
 and of the trials before the first step ``miscounts``, ``drags`` (by ``FAULT_S`` a product), ``unreadable`` (the
-shards), ``unmounted`` (the index too) and ``replaced`` (the index, by another one).
+shards), ``unmounted`` (the index too) and ``replaced`` (the index, by another one). ``early`` kills the process as soon as the
+group of processes is there.
 """
 
 from __future__ import annotations
@@ -168,6 +169,8 @@ if __name__ == "__main__":
         BatchStream.close = lambda self: time.sleep(3600)  # type: ignore[method-assign]
     if MINE and KIND in ("miscounts", "drags"):
         torch.mm = faulty_product  # type: ignore[assignment]
+    if MINE and KIND == "early":
+        trainer.watched = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     if MINE and KIND == "unmounted":
         trainer.read_index = unmounted
     if MINE and KIND == "replaced":

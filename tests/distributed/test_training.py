@@ -211,6 +211,12 @@ def test_a_rank_that_loses_its_peer_says_so_before_it_closes_what_takes_long(tin
     assert len(said) == 2
 
 
+def test_a_peer_may_be_lost_as_soon_as_the_group_is_there(tiny_config: Write) -> None:
+    done = faulty(tiny_config("early"), "early", rank=1, steps="0")
+    assert done.returncode == 128 + signal.SIGKILL and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: rank 0: another of the 2 processes ended; its message says why\n")
+
+
 def test_a_run_directory_in_use_is_refused(tiny_config: Write, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "busy"
     config = tiny_config("busy", train={"steps": 100000})
