@@ -172,17 +172,16 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Hold shards of latents against their index."""
-    from ig_dist.data.index import ShardIndex, check_table, read_index_file, read_table
+    from ig_dist.data.index import ShardIndex, read_index_file, read_table
     from ig_dist.data.verify import verify_shards
 
     console.stderr = as_json  # stdout is the JSON alone
     folder, info, sha256 = read_index_file(url, "INDEX")
     table, table_problem = None, []
     try:
-        table = read_table(folder, info)
-        check_table(folder, info, table)
+        table = read_table(folder, info, whole=True)
     except (ConfigError, DamagedError) as error:
-        table, table_problem = None, [str(error)]
+        table_problem = [str(error)]
     began = time.perf_counter()
     verdict = verify_shards(folder, info, table, fast=fast, seed=seed, workers=workers)
     verdict.index_problems[:0] = table_problem

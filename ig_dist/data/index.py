@@ -196,8 +196,8 @@ class SampleTable:
 
     def under(self, patience: Patience) -> SampleTable:
         """The same table, whose file is read under another patience."""
-        columns = self.columns.items()
-        return SampleTable(**{name: c.under(patience) if isinstance(c, StoredColumn) else c for name, c in columns})
+        under = {name: c.under(patience) for name, c in self.columns.items() if isinstance(c, StoredColumn)}
+        return SampleTable(**{**self.columns, **under})
 
     def labels(self) -> Iterator[NDArray[np.int32]]:
         """All labels, some at a time."""
@@ -269,7 +269,17 @@ def read_index(url: str) -> ShardIndex:
     """
     folder, info, sha256 = read_index_file(url)
     table = read_table(folder, info)
-    _check_shards(folder, info)
+    fs, path = open_url(folder, "data.index")
+    try:
+        found = list_sizes(fs, path)
+    except OSError as error:
+        raise unreadable(fs, path, error) from None
+    for shard in info.shards:
+        if (size := found.get(shard.name)) != shard.bytes:
+            what = "of index.json is missing: restore it"
+            if size is not None:
+                what = f"has {size} bytes, index.json says {shard.bytes} (it does not match its shards): copy it again"
+            raise ConfigError(f"{full_url(fs, path)}: shard {shard.name} {what} or {info.remake}")
     return ShardIndex(folder, info, table, sha256)
 
 
@@ -286,9 +296,8 @@ def read_index_file(url: str, name: str = "data.index") -> tuple[str, IndexFile,
     except (FileNotFoundError, NotADirectoryError):
         what = "is a folder without an index.json" if fs.isdir(path) else "does not exist"
         raise ConfigError(
-            f"{name}: {folder} {what}; write shards there with"
-            " `ig-dist encode --source SRC --dest FOLDER --tokenizer T`,"
-            " or index those that are there with ig-dist index"
+            f"{name}: {folder} {what}; write shards there with `ig-dist encode --source SRC --dest FOLDER"
+            " --tokenizer T`, or index those that are there with ig-dist index"
         ) from None
     except OSError as error:
         raise unreadable(fs, f"{path}/index.json", error) from None
@@ -303,8 +312,13 @@ def read_index_file(url: str, name: str = "data.index") -> tuple[str, IndexFile,
     return folder, info, hashlib.sha256(raw).hexdigest()
 
 
-def read_table(folder: str, info: IndexFile) -> SampleTable:
-    """The side file: a small one is read and checked whole, of a large one only what is asked for, when it is.
+def read_table(folder: str, info: IndexFile, *, whole: bool = False) -> SampleTable:
+    """The side file: a small one is read and checked, of a large one only what is asked for, when it is.
+
+    Args:
+        folder: where it is.
+        info: the index.
+        whole: read and check all of a large one too.
 
     Raises:
         ConfigError: it is missing, or not the one of the index.
@@ -314,54 +328,23 @@ def read_table(folder: str, info: IndexFile) -> SampleTable:
     try:
         if info.table_crc32 is not None:
             blocks = Blocks(fs, path, fs.size(path), info.table_crc32, info.remake)
-            table = SampleTable.from_columns(side_file.stored_columns(blocks))
+            columns: Mapping[str, Column] = side_file.stored_columns(blocks)
+            sha256 = blocks.sha256() if whole else info.table_sha256
         else:
             packed = read_file(fs, path)
-            if hashlib.sha256(packed).hexdigest() != info.table_sha256:
-                raise ConfigError(
-                    f"{path} does not match index.json (sha256 differs): copy both again or {info.remake}"
-                )
-            table = SampleTable.from_columns(safetensors.numpy.load(packed))
+            sha256 = hashlib.sha256(packed).hexdigest()
+            columns = safetensors.numpy.load(packed) if sha256 == info.table_sha256 else {}
+        if sha256 != info.table_sha256:
+            raise ConfigError(f"{path} does not match index.json (sha256 differs): copy both anew or {info.remake}")
+        table = SampleTable.from_columns(columns)
+        if info.latent.flips != (table.flip_offset is not None):
+            raise ValueError("it and index.json disagree about latent_flip")
+        if len(table) != sum(shard.samples for shard in info.shards):
+            raise ValueError(f"it holds {len(table)} samples, index.json another number")
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing: it belongs to index.json; copy it there or {info.remake}") from None
     except OSError as error:
         raise unreadable(fs, path, error) from None
     except (ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
         raise ConfigError(f"{path} is no side file of an index ({error}): {info.remake}") from None
-    if info.latent.flips != (table.flip_offset is not None):
-        raise ConfigError(f"{path} and index.json disagree about latent_flip: {info.remake}")
-    if len(table) != sum(shard.samples for shard in info.shards):
-        raise ConfigError(f"{path} holds {len(table)} samples, index.json another number: {info.remake}")
     return table
-
-
-def check_table(folder: str, info: IndexFile, table: SampleTable) -> None:
-    """Read the whole side file, also a large one.
-
-    Raises:
-        ConfigError: it is not the one of the index.
-        DamagedError: parts of it are not.
-        DataError: the storage fails.
-    """
-    if isinstance(table.label, StoredColumn) and table.label.blocks.sha256() != info.table_sha256:
-        raise ConfigError(
-            f"{folder}/{TABLE_NAME} does not match index.json (sha256 differs): copy both again or {info.remake}"
-        )
-
-
-def _check_shards(folder: str, info: IndexFile) -> None:
-    fs, path = open_url(folder, "data.index")
-    try:
-        found = list_sizes(fs, path)
-    except OSError as error:
-        raise unreadable(fs, path, error) from None
-    for shard in info.shards:
-        if shard.name not in found:
-            raise ConfigError(
-                f"{full_url(fs, path)}: shard {shard.name} of index.json is missing: restore it or {info.remake}"
-            )
-        if found[shard.name] != shard.bytes:
-            raise ConfigError(
-                f"{full_url(fs, path)}/{shard.name} has {found[shard.name]} bytes, index.json says {shard.bytes}:"
-                f" the index does not match its shards; copy them again or {info.remake}"
-            )

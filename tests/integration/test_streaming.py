@@ -13,7 +13,7 @@ import torch
 
 from ig_dist.data import table as side_file
 from ig_dist.data.cache import BlockCache
-from ig_dist.data.index import ShardIndex, check_table, read_index, write_index
+from ig_dist.data.index import ShardIndex, read_index, read_table, write_index
 from ig_dist.data.order import SampleOrder
 from ig_dist.data.reader import ShardReader
 from ig_dist.data.stream import Batch, BatchStream
@@ -152,7 +152,7 @@ def test_a_large_side_file_goes_up_in_parts_and_comes_back_in_blocks(
         for name, column in index.table[start : start + 3000].columns.items():
             assert np.array_equal(column, written.columns[name][start : start + 3000])
     assert [event.kind for event in fault_proxy.log[2:]] == ["status503", "cut", "flip", "flip"]
-    check_table(index.folder, index.info, index.table)
+    read_table(index.folder, index.info, whole=True)
 
 
 def test_a_server_that_is_killed_and_comes_back_is_waited_for(
