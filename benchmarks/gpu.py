@@ -40,9 +40,9 @@ try:
 
     from benchmarks import gpu_checks, gpu_speed
     from benchmarks.gpu_cases import Case, Found, NotHereError
-    from ig_dist.extras import EXTRAS
     from ig_dist.run_dir import replace_text
     from ig_dist.terminal import console, run_app
+    from ig_dist.terminal.extras import EXTRAS
     from tests import golden
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: bring its wheel along (docs/installation.md, 'A GPU machine without a network')")

@@ -31,13 +31,13 @@ from benchmarks.reference import Published
 from benchmarks.side_by_side import interleaved, profiled, seconds
 from benchmarks.synthetic import build_model, export_info, synthetic_info
 from ig_dist.config import Config
-from ig_dist.dry_run import GIB, dry_run
 from ig_dist.evaluation.generate import generate_units
 from ig_dist.evaluation.plan import Plan
 from ig_dist.evaluation.solving import Models, Sampler
 from ig_dist.evaluation.units import Samples
 from ig_dist.latents.tokenizer import PIXEL, Tokenizer
 from ig_dist.terminal import console
+from ig_dist.training.dry_run import GIB, dry_run
 from ig_dist.training.metrics import model_flops_utilisation, peak_tflops_of
 from tests import tally
 

@@ -26,10 +26,10 @@ from ig_dist.checkpoints.manifest import make_manifest
 from ig_dist.checkpoints.reading import owners, parts_of, requests
 from ig_dist.checkpoints.snapshot import Piece, described, layout
 from ig_dist.config_file import load_config
-from ig_dist.dry_run import IMAGENET_CLASSES, SD_LATENT
 from ig_dist.models.dit import DiT
 from ig_dist.parallel.sharded import shared_out
 from ig_dist.terminal import console, run_app
+from ig_dist.training.dry_run import IMAGENET_CLASSES, SD_LATENT
 
 MIB = 2**20
 MOST_BYTES, REQUEST_MIB = 1.1, 16

@@ -29,7 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ig_dist.config import Config
 from ig_dist.config_file import load_config
-from ig_dist.dry_run import (
+from ig_dist.models.presets import forward_flops
+from ig_dist.terminal import console, run_app
+from ig_dist.training.dry_run import (
     GIB,
     IMAGENET_CLASSES,
     IMAGENET_IMAGES,
@@ -41,8 +43,6 @@ from ig_dist.dry_run import (
     memory_per_gpu,
     sent_per_gpu,
 )
-from ig_dist.models.presets import forward_flops
-from ig_dist.terminal import console, run_app
 
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 NVLINK, NETWORK = 450e9, 50e9  # bytes/s that each GPU sends: NVLink 4 one way, and one of eight 400 Gb/s ports a node

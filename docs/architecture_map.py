@@ -17,11 +17,11 @@ IMPORT = re.compile(r"^(?:from|import) (ig_dist[\w.]*)(?: import (\w+))?", re.MU
 BASE = "errors, rng ..."
 GROUPS = {  # root modules that are read together
     BASE: ["terminal"],
-    "commands": ["cli", "commands", "dry_run"],
+    "commands": ["cli", "commands"],
     "api": ["api", "pipeline"],
     "export": ["export"],
     "run_dir": ["run_dir"],
-    "config": ["config", "configs", "config_file", "run_paths"],
+    "config": ["config", "configs", "config_file"],
 }
 ROWS = [  # four columns; what is below knows nothing of what is above
     ["", "commands", "api", ""],

@@ -16,8 +16,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ig_dist.config import Config
+from ig_dist.config.paths import moved_paths
 from ig_dist.errors import ConfigError, nearest
-from ig_dist.run_paths import moved_paths
 from ig_dist.storage.urls import refuse_credentials
 from ig_dist.terminal.keys import CONFIGS, config_keys, nearest_key, shipped_configs
 

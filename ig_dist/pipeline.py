@@ -25,8 +25,8 @@ from ig_dist.evaluation.plan import class_names, image_numbers, make_plan
 from ig_dist.evaluation.solving import Models, Sampler, autoguided, decode, decoder, load_second
 from ig_dist.export import ExportInfo, Weights, load_export
 from ig_dist.models.dit import DiT, count_parameters
-from ig_dist.progress import progress
 from ig_dist.rng import Purpose, normal
+from ig_dist.terminal.progress import progress
 
 Labels = Sequence[int | str] | int | str | NDArray[np.integer[Any]] | Tensor
 Output = Literal["pil", "numpy", "torch", "latents"]

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from zlib_ng import zlib_ng
 
-from ig_dist.background import in_parallel
 from ig_dist.checkpoints.snapshot import ALIGNMENT, DTYPE_NAMES, PART_BYTES
 from ig_dist.errors import DamagedError
+from ig_dist.storage.background import in_parallel
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import REQUEST_BYTES, open_url, read_range
 

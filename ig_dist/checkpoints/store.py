@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ig_dist.background import in_background
 from ig_dist.checkpoints.checkpoint import Checkpoint as Checkpoint
 from ig_dist.checkpoints.manifest import MANIFEST as MANIFEST
 from ig_dist.checkpoints.manifest import folder_name, inspect
@@ -31,6 +30,7 @@ from ig_dist.config import Config
 from ig_dist.errors import ConfigError, DamagedError, DataError, IgDistError
 from ig_dist.parallel.agreement import meet
 from ig_dist.parallel.dist import Dist, from_main, gather_objects
+from ig_dist.storage.background import in_background
 from ig_dist.storage.faults import Patience, retried
 from ig_dist.storage.files import list_sizes, open_url
 from ig_dist.storage.s3 import abort_orphaned_uploads

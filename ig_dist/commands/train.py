@@ -37,8 +37,8 @@ def train(
         for line in loaded.warnings():
             warn(line)
     if dry_run:
-        from ig_dist.dry_run import dry_run as foretell
-        from ig_dist.dry_run import print_dry_run
+        from ig_dist.training.dry_run import dry_run as foretell
+        from ig_dist.training.dry_run import print_dry_run
 
         told = foretell(loaded, gpus=gpus, mfu=mfu, peak_tflops=peak_tflops)
         return print_json(told) if as_json else print_dry_run(told)

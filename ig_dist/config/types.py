@@ -7,7 +7,7 @@ from typing import Annotated
 import fsspec
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from ig_dist.extras import missing
+from ig_dist.terminal.extras import missing
 
 Positive = Annotated[int, Field(gt=0)]
 

@@ -26,8 +26,8 @@ from ig_dist.latents.statistics import Normalisation, read_latent_stats
 from ig_dist.latents.tokenizers import get_tokenizer
 from ig_dist.models.dit import DiTConfig, count_parameters
 from ig_dist.storage.files import read_file
+from ig_dist.storage.tensor_files import read_safetensors, read_torch_file
 from ig_dist.storage.urls import LOCAL
-from ig_dist.tensor_files import read_safetensors, read_torch_file
 
 RECORD_NAME = "convert.json"
 OTHERS_NAME = "training_only.safetensors"

@@ -7,7 +7,6 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ig_dist.background import in_parallel
 from ig_dist.data.index import KeyInfo, LatentInfo, SampleTable, ShardInfo, Statistics
 from ig_dist.data.shard_files import FoundShards, ShardContent, ShardFile, read_shard
 from ig_dist.data.shards import locate_array, split_name
@@ -15,9 +14,10 @@ from ig_dist.data.statistics import ChannelSums, raw_statistics
 from ig_dist.data.table import Spool
 from ig_dist.data.tar import DamagedTar, read_tar
 from ig_dist.errors import ConfigError, DataError
-from ig_dist.progress import progress
+from ig_dist.storage.background import in_parallel
 from ig_dist.storage.faults import Patience, unreadable
 from ig_dist.storage.urls import full_url, is_local
+from ig_dist.terminal.progress import progress
 
 if TYPE_CHECKING:
     from ig_dist.latents.tokenizer import Tokenizer

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from zlib_ng import zlib_ng
 
-from ig_dist.background import in_parallel
 from ig_dist.data.cache import BlockCache
 from ig_dist.data.index import ShardIndex
 from ig_dist.errors import ConfigError, DataError
+from ig_dist.storage.background import in_parallel
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import REQUEST_BYTES, open_url, read_range
 from ig_dist.storage.urls import full_url, is_local

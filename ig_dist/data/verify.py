@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ig_dist.background import in_parallel
 from ig_dist.data.index import TABLE_NAME, IndexFile, SampleTable, ShardIndex
 from ig_dist.data.reader import ShardReader
 from ig_dist.data.shard_files import ShardContent, ShardFile, read_shard
 from ig_dist.data.statistics import ChannelSums, normalised, raw_statistics
-from ig_dist.progress import progress
+from ig_dist.storage.background import in_parallel
 from ig_dist.storage.faults import Patience, unreadable
 from ig_dist.storage.files import list_sizes, open_url
+from ig_dist.terminal.progress import progress
 
 TOLERANCE = 1e-4
 """Of means (in standard deviations) and of standard deviations (relative): sums of the same numbers differ by less."""

@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 
-from ig_dist.background import in_background
 from ig_dist.data.index import ShardIndex, read_index
 from ig_dist.data.sources import Source
 from ig_dist.encoding.encoder import latent_batches
@@ -21,8 +20,9 @@ from ig_dist.encoding.settings import Settings, settings_of, shard_count, shard_
 from ig_dist.encoding.shards import OpenShard, finish_shard, rejected_of
 from ig_dist.encoding.walk import requests
 from ig_dist.latents.tokenizer import Tokenizer
-from ig_dist.progress import progress
 from ig_dist.rng import Purpose, permutation
+from ig_dist.storage.background import in_background
+from ig_dist.terminal.progress import progress
 from ig_dist.this_process import Process
 
 STOP_S = 5.0

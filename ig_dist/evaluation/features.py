@@ -23,8 +23,8 @@ from ig_dist.errors import DataError
 from ig_dist.evaluation.extractors.extractor import Extractor
 from ig_dist.evaluation.images import UNIT_SIZE, ImageSet, Pictures
 from ig_dist.evaluation.units import make_folder, write_file
-from ig_dist.progress import progress
 from ig_dist.storage.files import open_url, read_range
+from ig_dist.terminal.progress import progress
 from ig_dist.this_process import this_process
 
 FORMAT = "ig-dist-features/1"

@@ -21,10 +21,10 @@ from ig_dist.evaluation.samples import samples_url, write_plan
 from ig_dist.evaluation.solving import Models, autoguided, decoder, load_second
 from ig_dist.evaluation.units import Samples, existing, unit_name, write_file
 from ig_dist.export import load_export
-from ig_dist.progress import progress
 from ig_dist.storage.files import open_url
 from ig_dist.storage.writable import why_unwritable
 from ig_dist.terminal import console, is_first_process, is_main_process
+from ig_dist.terminal.progress import progress
 from ig_dist.this_process import this_device, this_process
 
 LIST_EVERY_S = 1.0  # the folder, for the units of other workers

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ig_dist.errors import ConfigError
-from ig_dist.tensor_files import read_safetensors, read_torch_file
+from ig_dist.storage.tensor_files import read_safetensors, read_torch_file
 
 # Of the training around the autoencoder.
 OTHER_PARTS = ("loss.", "discriminator.", "foundation_model.", "linear_proj.")

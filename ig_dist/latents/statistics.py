@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ig_dist.errors import ConfigError
-from ig_dist.tensor_files import read_safetensors, read_torch_file
+from ig_dist.storage.tensor_files import read_safetensors, read_torch_file
 
 
 class Normalisation(NamedTuple):

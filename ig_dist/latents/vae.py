@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ig_dist.arithmetic import arithmetic
 from ig_dist.errors import ConfigError
-from ig_dist.extras import imported
 from ig_dist.latents.ldm import ldm_name, ldm_settings, read_checkpoint
 from ig_dist.latents.tokenizer import Precision, Tokenizer
 from ig_dist.latents.weights import FOLDER_FILES, PUBLISHED
-from ig_dist.tensor_files import read_safetensors
+from ig_dist.storage.tensor_files import read_safetensors
+from ig_dist.terminal.extras import imported
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SD_SCALE = 0.18215

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ig_dist.errors import ConfigError, nearest
-from ig_dist.extras import missing
 from ig_dist.storage.hub import NotOnHubError, hub_files
+from ig_dist.terminal.extras import missing
 
 ROOT_VARIABLE = "IG_DIST_TOKENIZERS"
 FOLDER_FILES = ("config.json", "diffusion_pytorch_model.safetensors")

@@ -8,13 +8,13 @@ import torch
 
 from ig_dist.config import Config
 from ig_dist.errors import ConfigError
-from ig_dist.extras import missing
 from ig_dist.models.dit import DiT
 from ig_dist.optim.apex_adam import check_apex
 from ig_dist.parallel.apply import apply_activation_checkpointing, apply_compile, apply_precision
 from ig_dist.parallel.ddp import DDPEngine
 from ig_dist.parallel.dist import Dist, align_timeouts, gather_objects
 from ig_dist.parallel.engine import Engine, LoadedState
+from ig_dist.terminal.extras import missing
 
 
 def check_engine(config: Config) -> None:

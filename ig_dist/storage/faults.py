@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from ig_dist.background import in_background
 from ig_dist.errors import ConfigError, DataError, StorageError
+from ig_dist.storage.background import in_background
 from ig_dist.storage.urls import full_url, is_local
 from ig_dist.terminal import console
 

@@ -18,10 +18,10 @@ import fsspec
 import numpy as np
 
 from ig_dist.errors import ConfigError, DataError
-from ig_dist.extras import missing
 from ig_dist.storage import s3, web
 from ig_dist.storage.faults import PATIENCE, Patience, retried
 from ig_dist.storage.urls import WEB, full_url, is_file, is_local, once, refuse_credentials
+from ig_dist.terminal.extras import missing
 
 REQUEST_BYTES = 32 * 2**20
 """The most that one request reads: big enough to stream at full speed, small enough to ask for again."""

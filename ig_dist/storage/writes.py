@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ig_dist.background import in_background
+from ig_dist.storage.background import in_background
 from ig_dist.storage.faults import Patience, retried
 from ig_dist.storage.files import read_range, request_timeout, upload_options, write_whole
 from ig_dist.storage.s3 import md5

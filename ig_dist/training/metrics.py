@@ -18,9 +18,9 @@ from PIL import Image
 
 from ig_dist.errors import ConfigError
 from ig_dist.json_lines import LineFile, read_lines
-from ig_dist.progress import bar
 from ig_dist.run_dir import replace_text
 from ig_dist.terminal import console
+from ig_dist.terminal.progress import bar
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ig_dist.arithmetic import compiled
-from ig_dist.background import in_turn
 from ig_dist.config import Config
 from ig_dist.config.training import LossConfig
 from ig_dist.data.cache import BlockCache
@@ -29,6 +28,7 @@ from ig_dist.models.dit import DiTOutput
 from ig_dist.parallel.agreement import Awaited
 from ig_dist.parallel.dist import Dist, StopFlag, sum_over_ranks
 from ig_dist.rng import Draws, Purpose, Words, normal, to_normal, to_uniform
+from ig_dist.storage.background import in_turn
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import REQUEST_BYTES
 from ig_dist.this_process import host

@@ -15,7 +15,6 @@ from typing import NamedTuple, TypeVar, cast
 import torch
 import torch.distributed as torch_dist
 
-from ig_dist.background import in_background
 from ig_dist.config import Config
 from ig_dist.data.index import ShardIndex
 from ig_dist.data.reader import ShardReader
@@ -23,6 +22,7 @@ from ig_dist.errors import ConfigError, DataError, IgDistError, LostPeerError, N
 from ig_dist.parallel.agreement import meet
 from ig_dist.parallel.blame import blame
 from ig_dist.parallel.dist import Dist, StopFlag, gather_objects, sum_over_ranks
+from ig_dist.storage.background import in_background
 from ig_dist.storage.faults import Patience
 from ig_dist.terminal import console
 

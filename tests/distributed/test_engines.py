@@ -23,13 +23,13 @@ from safetensors.torch import load_file
 from ig_dist.checkpoints.store import CheckpointStore, checkpoint_store
 from ig_dist.config_file import load_config
 from ig_dist.data.index import read_index
-from ig_dist.dry_run import count_state, memory_per_gpu
 from ig_dist.errors import ConfigError
 from ig_dist.export import ALONE
 from ig_dist.models.layers import sincos_pos_embed
 from ig_dist.parallel.build import check_engine
 from ig_dist.parallel.deepspeed import BUCKET_ELEMENTS
 from ig_dist.training.beginning import find_checkpoint
+from ig_dist.training.dry_run import count_state, memory_per_gpu
 from tests.conftest import ROOT, TINY, run_command
 from tests.distributed.kills import carry_out, kills
 from tests.distributed.test_training import metrics

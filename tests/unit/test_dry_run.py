@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ig_dist.config_file import load_config
-from ig_dist.dry_run import activation_bytes, dry_run
 from ig_dist.models.dit import DiT, DiTConfig
+from ig_dist.training.dry_run import activation_bytes, dry_run
 from tests.conftest import run_command
 
 TINY = DiTConfig(

@@ -12,7 +12,7 @@ from ig_dist.evaluation.extractors import efficientnet as module
 from ig_dist.evaluation.extractors.efficientnet import EfficientNetLite0, preprocess
 from ig_dist.evaluation.extractors.layers import load_tensors
 from ig_dist.evaluation.extractors.weights import PUBLISHED, find_weights
-from ig_dist.tensor_files import read_torch_file
+from ig_dist.storage.tensor_files import read_torch_file
 from tests.extractors import need
 
 BELL_COTE, DAISY = 442, 985

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from ig_dist.errors import ConfigError
-from ig_dist.extras import EXTRAS, missing, requirement
 from ig_dist.storage.files import open_url
+from ig_dist.terminal.extras import EXTRAS, missing, requirement
 from tests.conftest import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -37,7 +37,7 @@ from ig_dist.errors import ConfigError, DataError, IgDistError
 from ig_dist.latents.vae import load_autoencoder
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import read_range
-from ig_dist.tensor_files import read_safetensors, read_torch_file
+from ig_dist.storage.tensor_files import read_safetensors, read_torch_file
 from tests.unit.test_stream import make_index
 
 END = bytes(2 * tarfile.BLOCKSIZE)

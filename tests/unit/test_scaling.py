@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.scaling import COLUMNS, Costs, goodput, mean_time_to_failure, plan, stored_bytes
 from ig_dist.config_file import load_config
-from ig_dist.dry_run import GIB, IMAGENET_CLASSES, IMAGENET_IMAGES, SD_LATENT, dry_run
+from ig_dist.training.dry_run import GIB, IMAGENET_CLASSES, IMAGENET_IMAGES, SD_LATENT, dry_run
 from tests.conftest import ROOT, run_command
 
 WIDE = ["train.global_batch_size=1024", "data.streams=512"]

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ig_dist.background import in_parallel
 from ig_dist.data import shard_files
 from ig_dist.data.shard_files import ShardFile
 from ig_dist.data.shards import scan_shard
 from ig_dist.data.tar import DamagedTar, read_tar
 from ig_dist.errors import ConfigError
+from ig_dist.storage.background import in_parallel
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.urls import LOCAL
 from tests.foreign_shards import write_foreign

@@ -23,10 +23,10 @@ from ig_dist.data.sources.idx import NAMED, find_idx, idx_native, idx_source
 from ig_dist.data.sources.source import DIGITS, Found, Native, Source, digits, source_name
 from ig_dist.data.sources.spool import Copy, SourceFile, copy_tar, file_version, spool, spool_folder
 from ig_dist.errors import ConfigError
-from ig_dist.progress import bar
 from ig_dist.storage.faults import PATIENCE, Patience
 from ig_dist.storage.files import open_url
 from ig_dist.storage.urls import is_file, is_local, refuse_credentials
+from ig_dist.terminal.progress import bar
 
 __all__ = ["Found", "Native", "Source", "find_source", "is_name", "native_format", "refuse_missing"]
 

@@ -13,9 +13,9 @@ from typing import Any
 from ig_dist.data.sources.spool import SourceFile, SourceReader
 from ig_dist.data.sources.tars import LABEL, PICTURES
 from ig_dist.errors import ConfigError
-from ig_dist.extras import missing
-from ig_dist.progress import Advance
 from ig_dist.storage.faults import Patience, unreadable
+from ig_dist.terminal.extras import missing
+from ig_dist.terminal.progress import Advance
 
 _ROWS = 256  # read at a time
 _MOST_TIMES, _MOST_BYTES = 16, 64 << 20  # of the file's size, and besides, that its pictures may take

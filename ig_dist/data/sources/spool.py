@@ -21,15 +21,15 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 from rich.filesize import decimal
 
-from ig_dist.background import in_parallel
 from ig_dist.data.sources.source import file_size
 from ig_dist.errors import ConfigError, DataError
-from ig_dist.progress import Advance, progress
+from ig_dist.storage.background import in_parallel
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import REQUEST_BYTES, read_range
 from ig_dist.storage.urls import is_local
 from ig_dist.storage.writable import others_may_change
 from ig_dist.terminal import console
+from ig_dist.terminal.progress import Advance, progress
 
 _THREADS = 8
 

@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.extractors.extractor import Extractor
 from ig_dist.evaluation.extractors.layers import channels_first
-from ig_dist.extras import imported
+from ig_dist.terminal.extras import imported
 
 SIDE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet

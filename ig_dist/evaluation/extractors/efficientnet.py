@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate, pad, relu6
 
 from ig_dist.evaluation.extractors.extractor import Extractor
 from ig_dist.evaluation.extractors.layers import channels_first, fold_norm, load_tensors
-from ig_dist.tensor_files import read_torch_file
+from ig_dist.storage.tensor_files import read_torch_file
 
 SIDE = 224
 DIMENSIONS = {"pool": 1280, "logits": 1000}

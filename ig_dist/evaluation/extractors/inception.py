@@ -17,7 +17,7 @@ from torch.nn.functional import avg_pool2d, max_pool2d, relu_
 
 from ig_dist.evaluation.extractors.extractor import Extractor
 from ig_dist.evaluation.extractors.layers import channels_first, fold_norm, load_tensors, tf1_bilinear
-from ig_dist.tensor_files import read_torch_file
+from ig_dist.storage.tensor_files import read_torch_file
 
 SIDE = 299
 CLASSES = 1008

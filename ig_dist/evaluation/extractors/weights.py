@@ -16,9 +16,9 @@ from pathlib import Path
 from filelock import FileLock
 
 from ig_dist.errors import ConfigError
-from ig_dist.extras import missing
 from ig_dist.storage.hub import NotOnHubError, hub_files
 from ig_dist.terminal import console
+from ig_dist.terminal.extras import missing
 
 ROOT_VARIABLE = "IG_DIST_EXTRACTORS"
 TIMEOUT_S = 5.0
