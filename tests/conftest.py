@@ -93,7 +93,7 @@ def tiny_config(tmp_path: Path, digits_index: Path) -> Callable[..., Path]:
     return functools.partial(write_tiny_config, tmp_path, digits_index)
 
 
-def write_tiny_config(folder: Path, index: Path, name: str = "tiny", **groups: dict[str, Any]) -> Path:
+def write_tiny_config(folder: Path, index: Path | str, name: str = "tiny", **groups: dict[str, Any]) -> Path:
     """A tiny config ``folder/NAME.yaml``, of the run ``folder/runs/NAME``; groups are merged into it."""
     tree: dict[str, Any] = {key: dict(value) for key, value in TINY.items()}
     tree["data"]["index"] = str(index)

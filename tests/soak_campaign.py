@@ -7,7 +7,7 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -108,13 +108,16 @@ def ask(number: int, campaign: Campaign, process: forked.Process) -> None:
     process.send_signal(number)
 
 
-ENDING: dict[str, tuple[Callable[[Campaign, forked.Process], None], set[int] | None]] = {
+Act = Callable[[Campaign, forked.Process], None]
+ENDING: dict[str, tuple[Act, set[int] | None]] = {
     "SIGKILL of all": (kill_all, None),
     "SIGKILL of one": (kill_one, None),
     "SIGTERM": (partial(ask, signal.SIGTERM), {0, PREEMPTED, -signal.SIGTERM}),
     "SIGUSR2": (partial(ask, signal.SIGUSR2), {0, PREEMPTED, -signal.SIGUSR2}),
 }
 STILL = "SIGSTOP and SIGCONT"
+PASSING: dict[str, Act] = {STILL: stand_still}
+"""Faults that a command lives through."""
 FOR_ANY = ("SIGKILL of all", "SIGKILL of one", STILL)
 
 
@@ -124,6 +127,7 @@ def under_faults(
     kinds: Sequence[str],
     longest_s: float,
     between: Callable[[], str | None] = lambda: None,
+    passing: Mapping[str, Act] = PASSING,
 ) -> list[str]:
     """Start a command until it ends well, hurt a few times on the way; the faults.
 
@@ -137,15 +141,15 @@ def under_faults(
         codes: set[int] | None = WELL
         while len(suffered) < most and moment(campaign, process, longest_s):
             kind = campaign.draw.choice(kinds)
-            if kind == STILL:
-                stand_still(campaign, process)
+            if kind in passing:
+                passing[kind](campaign, process)
             else:
                 act, codes = ENDING[kind]
                 act(campaign, process)
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(campaign.ends_s)
             suffered.append(campaign.count(kind))
-            if kind != STILL:
+            if kind not in passing:
                 break
         try:
             out, err = process.communicate(campaign.ends_s)

@@ -23,7 +23,7 @@ from tests.distributed.test_training import final_tensors
 from tests.fault_proxy import Fault, FaultProxy
 from tests.integration.test_damage import CASES
 from tests.object_store import ObjectStore
-from tests.soak_campaign import ENDING, FOR_ANY, STILL, Broken, Campaign, moment, under_faults
+from tests.soak_campaign import ENDING, FOR_ANY, PASSING, STILL, Broken, Campaign, moment, under_faults
 
 STEPS = 60
 SETTINGS: dict[str, dict[str, object]] = {"train": {"steps": STEPS}, "checkpoint": {"every_steps": 5, "keep_last": 3}}
@@ -227,25 +227,30 @@ def full_disk(campaign: Campaign, folder: Path) -> list[str]:
     return suffered
 
 
+CHECKED = r"/run/|\.tar"  # bytes with a CRC: what suffers on the way is read again; an index that does is refused
 STORAGE = [
     Fault("status503", share=0.05),
     Fault("status500", share=0.03),
     Fault("reset", share=0.04),
     Fault("lost", share=0.02),
     Fault("cut", share=0.05, after_bytes=2000),
-    Fault("flip", share=0.02, after_bytes=300),
-    Fault("short", share=0.02, after_bytes=500),
+    Fault("flip", share=0.02, after_bytes=300, path=CHECKED),
+    Fault("short", share=0.02, after_bytes=500, path=CHECKED),
+    Fault("stall", share=0.02, after_bytes=500, path="/digits/"),
 ]
 
 
 def storage(campaign: Campaign, folder: Path, start_store: Callable[[], ObjectStore]) -> list[str]:
-    """Training from and to an object store that fails: 503, resets, lost answers, cut and flipped bodies, an outage."""
+    """Training from and to an object store that fails: 503, resets, bodies that are cut, flipped or stall, outages."""
     if "ddp, 1" not in campaign.whole:
         return train(campaign, folder, "ddp, 1")
     store, bucket = start_store(), folder.name
     store.create_bucket(bucket)
     checkpoint = {**SETTINGS["checkpoint"], "url": f"s3://{bucket}/run"}
-    config = write_tiny_config(folder, campaign.index, "hurt", **{**SETTINGS, "checkpoint": checkpoint})
+    for file in campaign.index.iterdir():
+        store.client.put_object(Bucket=bucket, Key=f"digits/{file.name}", Body=file.read_bytes())
+    groups = {**SETTINGS, "checkpoint": checkpoint, "data": {"stall_s": 2.0}}
+    config = write_tiny_config(folder, f"s3://{bucket}/digits", "hurt", **groups)
     with FaultProxy(store.endpoint, seed=campaign.draw.randrange(2**32)) as proxy:
         proxy.add(*campaign.draw.sample(STORAGE, 4))
         environment = {**os.environ, **store.environment(), "AWS_ENDPOINT_URL": proxy.endpoint}
@@ -253,7 +258,13 @@ def storage(campaign: Campaign, folder: Path, start_store: Callable[[], ObjectSt
         def start() -> forked.Process:
             return forked.Process([*forked.CLI, "train", config], env=environment, new_session=True)
 
-        suffered = under_faults(campaign, start, ["SIGKILL of all", STILL], 4.0)
+        def outage(campaign: Campaign, process: forked.Process) -> None:
+            store.kill_gateway()
+            time.sleep(campaign.draw.uniform(0.1, 2.0))
+            store.restart_gateway()
+
+        passing = {**PASSING, "storage: outage": outage}
+        suffered = under_faults(campaign, start, ["SIGKILL of all", *passing], 4.0, passing=passing)
         suffered += [campaign.count(f"storage: {event.kind}") for event in proxy.log]
     client = store.client
     prefix = f"run/step_{STEPS:010d}/"
