@@ -17,8 +17,8 @@
 | ``slow`` | takes ``FAULT_S`` seconds longer |
 
 and of the trials before the first step ``miscounts``, ``drags`` (by ``FAULT_S`` a product), ``unreadable`` (the
-shards), ``unmounted`` (the index too) and ``replaced`` (the index, by another one). ``early`` kills the process as soon as the
-group of processes is there.
+shards), ``unmounted`` (the index too) and ``replaced`` (the index, by another one). ``early`` kills it once the group
+of processes is there.
 """
 
 from __future__ import annotations
