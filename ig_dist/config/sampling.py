@@ -50,6 +50,7 @@ class SampleConfig(Group):
     of them."""
     seed: Seed = 0
     """Image i depends on (this seed, i) only."""
+    # a new one also has its call in evaluation/solving.py, run_solver, and its cost in plan.py, Plan.evaluations
     solver: Literal["euler", "heun", "euler_maruyama", "dopri5"] = "heun"
     """Euler, Heun and the adaptive dopri5 solve the ODE, Euler-Maruyama the SDE."""
     steps: Positive = 32

@@ -96,8 +96,8 @@ class Plan(BaseModel):
     @property
     def evaluations(self) -> int:
         """Of the velocity, for an image; of dopri5, which chooses its steps, about so many."""
-        stages = {"euler": self.steps, "euler_maruyama": self.steps, "dopri5": 100}
-        return stages.get(self.solver, 2 * self.steps - (not self.correct_last_step))
+        heun = 2 * self.steps - (not self.correct_last_step)
+        return {"euler": self.steps, "heun": heun, "euler_maruyama": self.steps, "dopri5": 100}[self.solver]
 
     def image_labels(self, images: Tensor) -> Tensor:
         """Class of each image, (B,) int64, from image numbers (B,)."""

@@ -6,7 +6,7 @@ Nothing here waits for the device: a GPU's queue stays full over the steps of a 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -166,7 +166,9 @@ def run_solver(plan: Plan, velocity: VelocityFn, x: Tensor, path: Path, noise: N
         return heun(velocity, x, grid, correct_last_step=plan.correct_last_step)
     if plan.solver == "dopri5":
         return dopri5(velocity, x, rtol=plan.rtol, atol=plan.atol)
-    return euler_maruyama(velocity, x, sde_grid(plan.steps), path, noise)
+    if plan.solver == "euler_maruyama":
+        return euler_maruyama(velocity, x, sde_grid(plan.steps), path, noise)
+    assert_never(plan.solver)  # mypy and this line tell who adds a solver
 
 
 class _Counted:
