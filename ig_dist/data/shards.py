@@ -1,10 +1,11 @@
-"""Shards: plain WebDataset tars of latents, written by the webdataset library, and the scan that indexes them."""
+"""Shards: plain WebDataset tars of latents, and the scan that indexes them."""
 
 from __future__ import annotations
 
 import io
 import math
 import re
+import tarfile
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import IO, Any, NamedTuple
@@ -47,21 +48,39 @@ class Array(NamedTuple):
 def pack_shard(
     keys: Sequence[str], latents: NDArray[Any], labels: NDArray[np.int64], flipped: NDArray[Any] | None = None
 ) -> bytes:
-    """A tar of ``<key>.latent.npy``, ``<key>.latent_flip.npy`` if given, and ``<key>.cls``.
+    """A tar of ``<key>.cls``, ``<key>.latent.npy`` and ``<key>.latent_flip.npy`` if given.
 
-    Byte for byte a function of the arguments.
+    Byte for byte a function of the arguments, and what webdataset's own writer makes of them, which takes three
+    times as long. Keys are short.
     """
-    import webdataset
-
     packed = io.BytesIO()
-    writer = webdataset.TarWriter(packed, mtime=0, user="ig-dist", group="ig-dist")
     for i, (key, label) in enumerate(zip(keys, labels, strict=True)):
-        fields = {LATENT_SUFFIX: _npy(latents[i]), LABEL_SUFFIX: str(int(label)).encode()}
+        _pack(packed, key + LABEL_SUFFIX, str(int(label)).encode())
+        _pack(packed, key + LATENT_SUFFIX, _npy(latents[i]))
         if flipped is not None:
-            fields[FLIP_SUFFIX] = _npy(flipped[i])
-        writer.write({"__key__": key, **{suffix[1:]: value for suffix, value in fields.items()}})
-    writer.close()
+            _pack(packed, key + FLIP_SUFFIX, _npy(flipped[i]))
+    end = 2 * tarfile.BLOCKSIZE
+    packed.write(bytes(end + -(packed.tell() + end) % tarfile.RECORDSIZE))
     return packed.getvalue()
+
+
+def _pack(tar: IO[bytes], name: str, data: bytes) -> None:
+    header, encoded = bytearray(_header(len(data))), name.encode()
+    if len(encoded) > tarfile.LENGTH_NAME:
+        raise ValueError(f"{name} is too long for a tar")
+    header[: len(encoded)] = encoded
+    header[148:155] = b"%06o\0" % (sum(header) - sum(header[148:156]) + 8 * ord(" "))
+    tar.write(header)
+    tar.write(data)
+    tar.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+
+
+@lru_cache(maxsize=64)
+def _header(size: int) -> bytes:
+    """That of a file without a name."""
+    file = tarfile.TarInfo()
+    file.size, file.mode, file.uname, file.gname = size, 0o444, "ig-dist", "ig-dist"
+    return file.tobuf(tarfile.USTAR_FORMAT)
 
 
 def scan_shard(

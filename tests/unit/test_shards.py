@@ -31,6 +31,17 @@ def test_stock_webdataset_reads_the_shards_with_its_own_decoders(digits_index: P
     assert [s["cls"] for s in samples] == index.table.label.tolist()
 
 
+@pytest.mark.parametrize("count", [1, 7])
+def test_shards_are_what_the_stock_writer_makes_of_them(count: int) -> None:
+    latents = np.random.default_rng(0).standard_normal((count, 4, 5, 5)).astype(np.float16)
+    packed = io.BytesIO()
+    with webdataset.TarWriter(packed, mtime=0, user="ig-dist", group="ig-dist") as writer:
+        for i, latent in enumerate(latents):
+            writer.write({"__key__": f"{i:08d}", "cls": 100 * i, "latent.npy": latent, "latent_flip.npy": -latent})
+    keys = [f"{i:08d}" for i in range(count)]
+    assert pack_shard(keys, latents, 100 * np.arange(count), -latents) == packed.getvalue()
+
+
 def test_pixels_come_back_exactly(digits_index: Path) -> None:
     index = read_index(str(digits_index))
     images = all_pictures(index_images(index)).images

@@ -28,7 +28,7 @@ def test_a_shard_is_read_in_pieces(digits_index: Path, monkeypatch: pytest.Monke
     file = digits_index / "shard-000000.tar"
     data = file.read_bytes()[: 40_960 if piece == 1 else None]
     size, done = len(data), []
-    monkeypatch.setattr(shard_files, "REQUEST_BYTES", piece)
+    monkeypatch.setattr(shard_files, "_PIECE", piece)
     shard = ShardFile(LOCAL, str(file), size, Patience(), done.append)
     rng = random.Random(piece)
     parts = []
