@@ -140,6 +140,12 @@ class SlurmCluster:
         inside = '. "$0/mounts"; exec slurmctld -D'
         self._daemon("unshare", "--mount", "bash", "-c", inside, str(self.folder), name="slurmctld")
 
+    def configure(self, **settings: object) -> None:
+        """Write settings into slurm.conf; daemons that run read them after ``scontrol reconfigure``."""
+        file = self.folder / "slurm.conf"
+        lines = [line for line in file.read_text().splitlines() if line.partition("=")[0] not in settings]
+        file.write_text("\n".join([*(f"{name}={value}" for name, value in settings.items()), *lines]) + "\n")
+
     def kill_controller(self) -> None:
         """SIGKILL of slurmctld."""
         self._kill("slurmctld")

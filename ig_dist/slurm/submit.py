@@ -26,8 +26,8 @@ from ig_dist.slurm.script import Request, batch_script
 
 # what SLURM's refusals are about, and the option that says it
 OPTIONS = {
+    "account": "--account or --partition",  # "Invalid account or account/partition combination"
     "partition": "--partition",
-    "account": "--account",
     "qos": "--qos",
     "feature": "--constraint",
     "node name": "--exclude",

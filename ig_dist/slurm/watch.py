@@ -31,6 +31,7 @@ STUCK = {
     "JobHeldAdmin": "held by an administrator",
     "DependencyNeverSatisfied": "what it waits for has failed: cancel",
     "PartitionTimeLimit": "the partition gives less time: cancel, and submit with a smaller --time",
+    "QOSMaxWallDurationPerJobLimit": "the QOS gives less time: cancel, and submit with a smaller --time",
     "PartitionNodeLimit": "the partition gives fewer nodes: cancel, and submit with fewer --nodes",
 }
 

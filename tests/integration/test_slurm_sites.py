@@ -15,6 +15,7 @@ import pytest
 
 from ig_dist.slurm import watch
 from ig_dist.slurm.record import folders
+from tests import slurm_accounting
 from tests.conftest import ROOT, run_command
 from tests.distributed.test_training import last_step
 from tests.integration.test_slurm import (  # noqa: F401  (fixtures)
@@ -101,6 +102,38 @@ def test_the_status_of_a_job_that_is_held_and_of_one_whose_controller_is_away(
     assert away.returncode == 0 and "SLURM does not answer" in away.stdout and "node1: runs" in away.stdout, away
     assert time.monotonic() - began < 20
     wait_until(lambda: cluster.run("squeue", "-h", check=False), "the controller did not come back", run)
+
+
+@pytest.mark.full
+def test_a_user_with_an_account_and_limits(digits_index: Path) -> None:
+    """What the accounting database refuses is told with its option, what it holds back with its reason."""
+    if missing := slurm_accounting.available():
+        pytest.skip(missing)
+    with slurm_accounting.AccountedCluster(nodes=1) as cluster:  # noqa: F811
+        home = cluster.home
+        shutil.copytree(digits_index, home / "digits")
+        config = write_config(home, home / "digits", steps=4)
+        subprocess.run(["chown", "-R", str(USER_ID), home], check=True)
+        train = [*TRAIN[:2], "--nodes", 1, "--gpus-per-node", 2, "--config", config]
+        for option in ("--account", "--qos"):
+            refused = cluster.as_user(*train, option, "shrot")
+            assert refused.returncode == 2 and "SLURM refuses" in refused.stderr and option in refused.stderr, refused
+        assert not (home / "run").exists()
+        train += ["--account", "vision", "--qos", "short"]
+        assert cluster.as_user(*train, "--time", "60").returncode == 0
+        before = cluster.as_user("sbatch", "--parsable", "-o", "/dev/null", "--wrap", "sleep 100").stdout.strip()
+
+        def told() -> str:
+            return cluster.as_user(*TRAIN[:2], "status", home / "run").stdout
+
+        wait_until(lambda: "with a smaller --time" in told(), "no advice", home / "run")
+        assert cluster.as_user(*TRAIN[:2], "cancel", home / "run").returncode == 0
+        assert cluster.as_user(*train, "--time", "20").returncode == 0
+        wait_until(lambda: "PENDING (AssocMaxJobsLimit" in told(), "no reason", home / "run")
+        cluster.run("scancel", before)
+        wait_until(lambda: not cluster.run("squeue", "-h"), "the jobs did not end", home / "run")
+        states = cluster.as_user("sacct", "-nXP", "-o", "state", "--name=train-run").stdout
+        assert sorted(line.split()[0] for line in states.splitlines()) == ["CANCELLED", "COMPLETED"], states
 
 
 @pytest.mark.full
