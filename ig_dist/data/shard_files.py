@@ -46,7 +46,7 @@ class ShardFile:
         """The next ``count`` bytes; fewer at the end of the file."""
         parts = []
         while count and (self._at < len(self._piece) or self._read_piece()):
-            part = self._piece[self._at : self._at + count]
+            part = bytes(self._piece[self._at : self._at + count])  # the next piece comes into the same memory
             parts.append(part)
             self._at += len(part)
             count -= len(part)
