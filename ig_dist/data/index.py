@@ -33,6 +33,7 @@ from ig_dist.storage.writes import write_stream
 FORMAT = "ig-dist-index/1"
 TABLE_NAME = "index.samples.safetensors"
 
+READS = 3  # of a whole file, before it counts as damaged: it may have suffered on the way
 _AT_ONCE = 2**20  # rows
 _TIDYING_S = 30.0
 _KINDS: dict[str, type[np.generic]] = {
@@ -283,7 +284,7 @@ def read_index(url: str) -> ShardIndex:
     return ShardIndex(folder, info, table, sha256)
 
 
-def read_index_file(url: str, name: str = "data.index") -> tuple[str, IndexFile, str]:
+def read_index_file(url: str, name: str = "data.index", reads: int = READS) -> tuple[str, IndexFile, str]:
     """Folder, contents and sha256 of ``index.json``, by its URL or that of its folder; ``name`` is the setting's.
 
     Raises:
@@ -304,6 +305,8 @@ def read_index_file(url: str, name: str = "data.index") -> tuple[str, IndexFile,
     try:
         info = IndexFile.model_validate_json(raw)
     except ValidationError as error:
+        if reads > 1:
+            return read_index_file(url, name, reads - 1)
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise ConfigError(
@@ -331,9 +334,11 @@ def read_table(folder: str, info: IndexFile, *, whole: bool = False) -> SampleTa
             columns: Mapping[str, Column] = side_file.stored_columns(blocks)
             sha256 = blocks.sha256() if whole else info.table_sha256
         else:
-            packed = read_file(fs, path)
-            sha256 = hashlib.sha256(packed).hexdigest()
-            columns = safetensors.numpy.load(packed) if sha256 == info.table_sha256 else {}
+            for _ in range(READS):
+                packed = read_file(fs, path)
+                if (sha256 := hashlib.sha256(packed).hexdigest()) == info.table_sha256:
+                    columns = safetensors.numpy.load(packed)
+                    break
         if sha256 != info.table_sha256:
             raise ConfigError(f"{path} does not match index.json (sha256 differs): copy both anew or {info.remake}")
         table = SampleTable.from_columns(columns)

@@ -127,6 +127,18 @@ def test_flips_in_one_reading_after_another_condemn_no_sample(url: str, fault_pr
     assert samples[:, 0, 0, 0].tolist() == list(range(SIZES[0]))
 
 
+@pytest.mark.parametrize(("path", "times"), [("index.samples", 2), ("index.json", 2)])
+def test_an_index_that_suffers_on_the_way_is_read_again(
+    url: str, fault_proxy: FaultProxy, path: str, times: int
+) -> None:
+    fault_proxy.add(Fault("flip", next=times, path=path, after_bytes=0))
+    assert read_index(url).num_samples == sum(SIZES)
+    assert [event.kind for event in fault_proxy.log] == times * ["flip"]
+    fault_proxy.add(Fault("flip", path=path, after_bytes=0))
+    with pytest.raises(ConfigError, match="does not match|not an index"):
+        read_index(url)
+
+
 def test_the_index_is_read_through_faults(url: str, fault_proxy: FaultProxy) -> None:
     fault_proxy.add(Fault("status503", next=1, path="index.json"), Fault("reset", next=2), Fault("status500", next=2))
     assert read_index(url).num_samples == sum(SIZES)
