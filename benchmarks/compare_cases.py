@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from benchmarks.synthetic import synthetic_info
 from ig_dist.config import Config
-from ig_dist.config_file import load_config
+from ig_dist.config.file import load_config
 from ig_dist.data.index import IndexFile
 from ig_dist.evaluation.plan import Plan
 

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.synthetic import build_step, synthetic_info
 from ig_dist.config import Config
-from ig_dist.config_file import load_config
+from ig_dist.config.file import load_config
 from ig_dist.models.presets import forward_flops
 from ig_dist.parallel.dist import Dist
 

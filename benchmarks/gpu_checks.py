@@ -23,8 +23,8 @@ import ig_dist
 from benchmarks.gpu_cases import Case, Found, NotHereError, needs_a_gpu, small_compiler, step_config
 from benchmarks.synthetic import synthetic_info
 from ig_dist.arithmetic import Precision, arithmetic, switches
+from ig_dist.config.file import apply_overrides, config_from_tree
 from ig_dist.config.training import EngineConfig, OptimizerConfig
-from ig_dist.config_file import apply_overrides, config_from_tree
 from ig_dist.data.index import read_index
 from ig_dist.data.stream import Batch, BatchStream
 from ig_dist.diffusion.loss import ig_loss

@@ -23,7 +23,7 @@ from torch.optim import AdamW
 
 from benchmarks.side_by_side import Claim, Record, Result, Rounds, interleaved, show, show_results
 from benchmarks.synthetic import build_model, build_step, synthetic_info
-from ig_dist.config_file import config_from_tree
+from ig_dist.config.file import config_from_tree
 from ig_dist.optim.optimizer import build_optimizer
 from ig_dist.parallel.dist import init_distributed
 from ig_dist.parallel.sharded import total_norm, update

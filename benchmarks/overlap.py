@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.side_by_side import Claim, Record, Result, Rounds, interleaved, show, show_results
 from benchmarks.synthetic import build_model, synthetic_info
-from ig_dist.config_file import config_from_tree
+from ig_dist.config.file import config_from_tree
 from ig_dist.parallel.build import build_engine
 from ig_dist.parallel.dist import init_distributed, shut_down
 from ig_dist.terminal import run_app

@@ -28,7 +28,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ig_dist.config import Config
-from ig_dist.config_file import load_config
+from ig_dist.config.file import load_config
 from ig_dist.models.presets import forward_flops
 from ig_dist.terminal import console, run_app
 from ig_dist.training.dry_run import (

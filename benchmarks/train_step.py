@@ -23,8 +23,8 @@ from benchmarks.side_by_side import Claim, Record, Result, Rounds, interleaved, 
 from benchmarks.synthetic import build_draws, build_model, build_step, synthetic_info
 from ig_dist.arithmetic import arithmetic
 from ig_dist.config import Config
+from ig_dist.config.file import config_from_tree
 from ig_dist.config.model import ModelConfig
-from ig_dist.config_file import config_from_tree
 from ig_dist.models.dit import DiT
 from ig_dist.models.presets import forward_flops
 from ig_dist.parallel.dist import init_distributed

@@ -21,7 +21,7 @@ GROUPS = {  # root modules that are read together
     "api": ["api", "pipeline"],
     "export": ["export"],
     "run_dir": ["run_dir"],
-    "config": ["config", "configs", "config_file"],
+    "config": ["config", "configs"],
 }
 ROWS = [  # four columns; what is below knows nothing of what is above
     ["", "commands", "api", ""],

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 import torch
 
 from ig_dist.config import Config
-from ig_dist.config_file import apply_overrides, config_from_tree, load_config
+from ig_dist.config.file import apply_overrides, config_from_tree, load_config
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.asking import Asked, Interval, sample_config
 from ig_dist.evaluation.sampling import check_places, sample_run

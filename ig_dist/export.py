@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ig_dist.checkpoints.store import MANIFEST, Checkpoint, CheckpointStore, checkpoint_store
 from ig_dist.config import Config
-from ig_dist.config_file import apply_overrides, config_from_tree, load_run, saved_config
+from ig_dist.config.file import apply_overrides, config_from_tree, load_run, saved_config
 from ig_dist.data.index import LatentInfo, ShardIndex, TokenizerInfo, read_index
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.models.dit import DiT, DiTConfig

@@ -17,8 +17,8 @@ import yaml
 from pydantic import ValidationError
 
 from ig_dist.config import Config
+from ig_dist.config.file import read_groups
 from ig_dist.config.paths import absolute_paths, moved_paths
-from ig_dist.config_file import read_groups
 from ig_dist.errors import ConfigError
 from ig_dist.terminal import console
 from ig_dist.this_process import LOCK_WAIT_VARIABLE, host

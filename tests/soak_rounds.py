@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from ig_dist.json_lines import read_lines
+from ig_dist.storage.json_lines import read_lines
 from tests import forked
 from tests.conftest import write_tiny_config
 from tests.distributed.test_training import final_tensors

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from ig_dist.config import Config
-from ig_dist.config_file import load_config, with_guidance
+from ig_dist.config.file import load_config, with_guidance
 from ig_dist.evaluation.extractors.extractor import get_extractor
 from ig_dist.evaluation.metrics import frechet_distance
 from ig_dist.evaluation.moments import streamed_moments

@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from ig_dist.errors import ConfigError, IgDistError
-from ig_dist.json_lines import read_lines
+from ig_dist.storage.json_lines import read_lines
 from ig_dist.terminal import console
 
 CONFIG = "digits"
@@ -42,7 +42,7 @@ def run_quickstart(out: Path, *, short: bool) -> None:
         ConfigError: the folder holds a quickstart of the other length.
         IgDistError: one of the commands failed, with its exit code.
     """
-    from ig_dist.config_file import load_run
+    from ig_dist.config.file import load_run
 
     began = time.monotonic()
     data, run = out / "data", out / "run"

@@ -192,7 +192,7 @@ def submit(
     }
     request = Request(**{**given, "tasks": count, "at_once": at_once, "then": [text for text in then or [] if text]})
     if job is Job.train:
-        from ig_dist.config_file import load_config
+        from ig_dist.config.file import load_config
 
         code = start.training(request, load_config(chosen, words), follow=follow, dry_run=dry_run)
     else:
@@ -242,7 +242,7 @@ def resume(
     ],
 ) -> None:
     """Submit a training again as it was, with the code as it is now, and what is typed changed."""
-    from ig_dist.config_file import load_config
+    from ig_dist.config.file import load_config
     from ig_dist.slurm import start, watch
     from ig_dist.slurm.script import Request
     from ig_dist.terminal import console

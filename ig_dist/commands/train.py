@@ -30,7 +30,7 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON instead of a table.")] = False,
 ) -> None:
     """Train a model; run the same command again to resume."""
-    from ig_dist.config_file import load_config
+    from ig_dist.config.file import load_config
 
     loaded = load_config(config, overrides or [])
     if is_main_process():

@@ -1,6 +1,6 @@
 """The configuration: typed groups with a description per field, and what two fields say together.
 
-How files and overrides become a ``Config`` is in ``config_file.py``.
+How files and overrides become a ``Config`` is in ``file.py``.
 """
 
 from __future__ import annotations

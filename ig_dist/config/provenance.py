@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ig_dist import __version__
-from ig_dist.json_lines import append
+from ig_dist.storage.json_lines import append
 from ig_dist.this_process import host, this_process
 
 FILE_NAME = "provenance.jsonl"

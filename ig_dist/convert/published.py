@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from ig_dist.config_file import to_yaml
+from ig_dist.config.file import to_yaml
 from ig_dist.convert.checks import build, check_bits, check_names, check_numbers
 from ig_dist.convert.formats import FROM_NOISE, Format, read_config, read_format, to_ours, to_published
 from ig_dist.data.classes import imagenet_classes

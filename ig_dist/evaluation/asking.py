@@ -9,8 +9,8 @@ from typing import Any, Literal, TypedDict
 
 from ig_dist.arithmetic import Precision
 from ig_dist.config import Config
+from ig_dist.config.file import apply_overrides, config_from_tree, with_guidance
 from ig_dist.config.model import ModelConfig
-from ig_dist.config_file import apply_overrides, config_from_tree, with_guidance
 from ig_dist.errors import ConfigError, nearest
 from ig_dist.models.presets import PRESETS
 

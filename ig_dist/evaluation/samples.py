@@ -11,9 +11,9 @@ from typing import NamedTuple
 from pydantic import BaseModel
 
 from ig_dist.config import Config
+from ig_dist.config.file import load_run
 from ig_dist.config.paths import moved_path
 from ig_dist.config.sampling import EvaluateConfig
-from ig_dist.config_file import load_run
 from ig_dist.errors import ConfigError, IgDistError
 from ig_dist.evaluation.plan import Plan
 from ig_dist.evaluation.units import Samples, existing, unit_name, write_file

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from ig_dist.config import Config
-from ig_dist.config_file import with_guidance
+from ig_dist.config.file import with_guidance
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.asking import Interval
 from ig_dist.evaluation.catalogue import best_row, order

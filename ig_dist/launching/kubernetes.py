@@ -137,7 +137,7 @@ def failure_rules() -> list[dict[str, Any]]:
 
 def _training(words: Sequence[str], nodes: int, processes: int) -> tuple[str, str]:
     """A training's name, and where the volume of its runs is."""
-    from ig_dist.config_file import load_config
+    from ig_dist.config.file import load_config
 
     config = load_config(Path(words[0]), list(words[1:]))
     config.check_world_size(nodes * processes, processes)

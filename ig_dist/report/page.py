@@ -16,11 +16,10 @@ import jinja2
 
 from ig_dist import __version__
 from ig_dist.config import Config
+from ig_dist.config.file import load_run
 from ig_dist.config.provenance import FILE_NAME
-from ig_dist.config_file import load_run
 from ig_dist.convert.published import read_conversion
 from ig_dist.errors import ConfigError
-from ig_dist.json_lines import read_lines
 from ig_dist.report.evaluations import evaluation_sections, step_charts
 from ig_dist.report.facts import newest_manifest, provenance_facts, read_index, run_facts
 from ig_dist.report.pictures import embedded, nearest_pictures, plan_pictures, training_grids
@@ -29,6 +28,7 @@ from ig_dist.report.sweeps import sweep_section, tiles
 from ig_dist.report.text import compact, folded, images_text, number, protocol_parts, score
 from ig_dist.report.training import goodput_section, training_charts
 from ig_dist.run_dir import CONFIG_NAME, replace_text
+from ig_dist.storage.json_lines import read_lines
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -156,7 +156,7 @@ def _newest_checkpoint(folder: Folder) -> int | None:
     if not config.exists():
         return None
     from ig_dist.checkpoints.store import checkpoint_store  # 2 s, for torch; after a failure nobody waits for them
-    from ig_dist.config_file import load_config
+    from ig_dist.config.file import load_config
 
     try:
         return max(checkpoint_store(load_config(config)).steps(), default=0)

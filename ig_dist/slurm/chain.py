@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ig_dist.config import Config
-from ig_dist.config_file import apply_overrides, config_from_tree
+from ig_dist.config.file import apply_overrides, config_from_tree
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.catalogue import check_metrics
 from ig_dist.evaluation.samples import samples_url

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-from ig_dist.json_lines import append, read_lines
+from ig_dist.storage.json_lines import append, read_lines
 
 JOB_NAME, SCRIPT_NAME, ID_NAME, CANCELLED_NAME, BLAME_NAME = "job.json", "batch.sh", "id", "cancelled", "blame"
 ACCUMULATION = "{accumulation}"  # in a command: that of the world at hand

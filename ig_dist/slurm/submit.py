@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ig_dist.config import Config
+from ig_dist.config.file import to_yaml
 from ig_dist.config.provenance import COMMIT_NAME, SOURCE, commit
-from ig_dist.config_file import to_yaml
 from ig_dist.data.index import read_index
 from ig_dist.data.latents import check_latents
 from ig_dist.data.stream import check_window_memory

@@ -14,10 +14,10 @@ import yaml
 from pydantic import ValidationError
 
 from ig_dist.errors import ConfigError, IgDistError
-from ig_dist.json_lines import read_lines
 from ig_dist.slurm.commands import QueuedJob, my_folders, queued
 from ig_dist.slurm.record import JOB_NAME, Folder, Submission, folders, text_of
 from ig_dist.slurm.verdict import bad_nodes
+from ig_dist.storage.json_lines import read_lines
 from ig_dist.terminal import console
 
 PATIENCE_S = 10.0

@@ -15,7 +15,7 @@ from ig_dist.checkpoints.exchange import Loaded
 from ig_dist.checkpoints.manifest import Count
 from ig_dist.checkpoints.store import Checkpoint, CheckpointStore, checkpoint_store
 from ig_dist.config import Config
-from ig_dist.config_file import load_run, saved_config
+from ig_dist.config.file import load_run, saved_config
 from ig_dist.data.index import ShardIndex
 from ig_dist.errors import ConfigError, DamagedError
 from ig_dist.models.dit import DiT

@@ -16,7 +16,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
-from ig_dist.json_lines import LineFile, read_lines
+from ig_dist.storage.json_lines import LineFile, read_lines
 from ig_dist.terminal import console
 from ig_dist.training.phases import Phases
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ig_dist.errors import ConfigError
-from ig_dist.json_lines import LineFile, read_lines
 from ig_dist.run_dir import replace_text
+from ig_dist.storage.json_lines import LineFile, read_lines
 from ig_dist.terminal import console
 from ig_dist.terminal.progress import bar
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from ig_dist.checkpoints.exchange import Loaded
 from ig_dist.checkpoints.saving import Saver
 from ig_dist.checkpoints.store import CheckpointStore
-from ig_dist.config_file import load_config
+from ig_dist.config.file import load_config
 from ig_dist.data.index import read_index
 from ig_dist.errors import ConfigError, NonFiniteError
 from ig_dist.models.dit import DiT, initialize

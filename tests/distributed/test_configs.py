@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from ig_dist.config_file import load_config
+from ig_dist.config.file import load_config
 from ig_dist.data.index import SampleTable, write_index
 from ig_dist.data.shards import FLIP_SUFFIX, pack_shard, scan_shard
 from ig_dist.errors import ConfigError

@@ -21,7 +21,7 @@ import yaml
 from safetensors.torch import load_file
 
 from ig_dist.checkpoints.store import CheckpointStore, checkpoint_store
-from ig_dist.config_file import load_config
+from ig_dist.config.file import load_config
 from ig_dist.data.index import read_index
 from ig_dist.errors import ConfigError
 from ig_dist.export import ALONE

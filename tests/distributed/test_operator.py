@@ -11,7 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ig_dist.config_file import load_config
+from ig_dist.config.file import load_config
 from ig_dist.data.index import read_index
 from ig_dist.export import ALONE
 from ig_dist.training.trainer import build_order

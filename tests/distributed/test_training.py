@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from ig_dist.config_file import load_config
+from ig_dist.config.file import load_config
 from ig_dist.data.index import read_index
 from ig_dist.export import ALONE
 from ig_dist.launching import ranks

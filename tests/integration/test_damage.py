@@ -26,9 +26,9 @@ import torch
 import ig_dist
 from ig_dist import run_dir
 from ig_dist.checkpoints.manifest import sealed
-from ig_dist.config_file import config_from_tree
+from ig_dist.config.file import config_from_tree
 from ig_dist.errors import ConfigError, DataError, IgDistError
-from ig_dist.json_lines import read_lines
+from ig_dist.storage.json_lines import read_lines
 from ig_dist.terminal import console
 
 STEPS = 3

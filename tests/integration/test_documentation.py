@@ -23,7 +23,7 @@ from torch.distributed.run import get_args_parser
 
 import ig_dist
 from ig_dist.cli import app
-from ig_dist.config_file import apply_overrides, config_from_tree, find_config, load_config
+from ig_dist.config.file import apply_overrides, config_from_tree, find_config, load_config
 from tests.conftest import run_command
 from tests.documentation import LONG, NOT_RUN, PAGES, ROOT, Command, blocks, commands
 

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 CODE = """
 import sys
 from ig_dist.models.dit import DiT
-from ig_dist.config_file import load_config
+from ig_dist.config.file import load_config
 from ig_dist.training.trainer import train
 
 forward, calls = DiT.forward, []

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ig_dist.config_file import load_config
+from ig_dist.config.file import load_config
 from ig_dist.errors import ConfigError
 from ig_dist.parallel.build import check_engine
 

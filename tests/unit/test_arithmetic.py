@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ig_dist.arithmetic import Precision, arithmetic, switches
-from ig_dist.config_file import load_config
+from ig_dist.config.file import load_config
 from ig_dist.errors import HangError
 from ig_dist.evaluation.extractors.extractor import exact_fp32
 from ig_dist.training import trainer

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ig_dist.config import Config
-from ig_dist.config_file import load_config, load_run, to_yaml, with_guidance
+from ig_dist.config.file import load_config, load_run, to_yaml, with_guidance
 from ig_dist.errors import ConfigError, IgDistError
 
 MINIMAL: dict[str, Any] = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ig_dist.config_file import load_config
+from ig_dist.config.file import load_config
 from ig_dist.models.dit import DiT, DiTConfig
 from ig_dist.training.dry_run import activation_bytes, dry_run
 from tests.conftest import run_command

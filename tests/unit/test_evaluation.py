@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from ig_dist.config.describe import guidance_name
+from ig_dist.config.file import load_config
 from ig_dist.config.sampling import GuidanceConfig
-from ig_dist.config_file import load_config
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.evaluation.collecting import write_pngs, write_samples_npz
 from ig_dist.evaluation.features import FeatureFiles

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.roofline import count
-from ig_dist.config_file import load_config
+from ig_dist.config.file import load_config
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT, DiTConfig
 from ig_dist.parallel.apply import apply_precision

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ig_dist.config_file import load_config
+from ig_dist.config.file import load_config
 from ig_dist.convert.formats import read_config, to_ours
 from ig_dist.diffusion.guidance import GuidanceTerm, guided_velocity
 from ig_dist.diffusion.path import Path

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ig_dist.config import Config
-from ig_dist.config_file import load_config
+from ig_dist.config.file import load_config
 from ig_dist.data.index import IndexFile, LatentInfo, read_index
 from ig_dist.data.latents import model_latents
 from ig_dist.data.stream import Batch

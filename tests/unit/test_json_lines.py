@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ig_dist.json_lines import MOST_LINE_BYTES, append, read_lines
+from ig_dist.storage.json_lines import MOST_LINE_BYTES, append, read_lines
 
 
 def test_a_line_that_was_cut_off_is_ended_and_what_is_none_is_passed_over(tmp_path: Path) -> None:

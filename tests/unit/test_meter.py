@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ig_dist.config_file import load_config
+from ig_dist.config.file import load_config
 from ig_dist.data.index import read_index
 from ig_dist.data.stream import Batch
 from ig_dist.export import ALONE

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ig_dist.checkpoints.store import CheckpointStore
 from ig_dist.config import Config
+from ig_dist.config.file import load_config
 from ig_dist.config.training import LossConfig
-from ig_dist.config_file import load_config
 from ig_dist.data.index import LatentInfo, read_index
 from ig_dist.data.stream import Batch
 from ig_dist.diffusion.loss import accelerated_target, head_difference, ig_loss

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from ig_dist.config_file import load_config
+from ig_dist.config.file import load_config
 from ig_dist.diffusion.guidance import GuidanceTerm, guided_velocity
 from ig_dist.diffusion.path import Path, logit_normal
 from ig_dist.diffusion.samplers import heun

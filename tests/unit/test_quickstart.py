@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ig_dist.commands import quickstart
-from ig_dist.config_file import load_config, to_yaml
+from ig_dist.config.file import load_config, to_yaml
 from ig_dist.errors import ConfigError
 
 # a training that logs and then waits for the signal

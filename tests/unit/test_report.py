@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ig_dist.config_file import config_from_tree, load_run, to_yaml
+from ig_dist.config.file import config_from_tree, load_run, to_yaml
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT
 from ig_dist.report.page import write_report

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from ig_dist.config import Config
+from ig_dist.config.file import load_config, load_run
 from ig_dist.config.paths import absolute_paths
-from ig_dist.config_file import load_config, load_run
 from ig_dist.data.index import read_index
 from ig_dist.errors import ConfigError
 from ig_dist.run_dir import changed_keys, claim

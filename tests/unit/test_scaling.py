@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.scaling import COLUMNS, Costs, goodput, mean_time_to_failure, plan, stored_bytes
-from ig_dist.config_file import load_config
+from ig_dist.config.file import load_config
 from ig_dist.training.dry_run import GIB, IMAGENET_CLASSES, IMAGENET_IMAGES, SD_LATENT, dry_run
 from tests.conftest import ROOT, run_command
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from ig_dist.config import Config
-from ig_dist.config_file import to_yaml
+from ig_dist.config.file import to_yaml
 from ig_dist.errors import ConfigError
 from ig_dist.launching.endings import STOPPED
 from ig_dist.launching.jobs import Job, job_folder

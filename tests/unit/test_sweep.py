@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ig_dist.config import Config
-from ig_dist.config_file import config_from_tree, load_run
+from ig_dist.config.file import config_from_tree, load_run
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation import generate
 from ig_dist.evaluation import sweep as sweeps

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ig_dist.config import Config
-from ig_dist.config_file import load_config
+from ig_dist.config.file import load_config
 from ig_dist.data.index import SampleTable, ShardIndex, read_index, write_index
 from ig_dist.data.reader import ShardReader
 from ig_dist.data.shards import pack_shard, scan_shard
