@@ -75,7 +75,7 @@ def test_the_memory_of_an_index_does_not_grow_with_the_shards(tmp_path: Path) ->
         for number in range(shards):
             (tmp_path / f"{number:02d}.tar").write_bytes(data)
         tracemalloc.start()
-        described, _, table = read_shards(find_shards(str(tmp_path)), latent, keys, 2, Patience())
+        described, _, table = read_shards(find_shards(str(tmp_path)), latent, keys, 1, Patience())
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert [shard.samples for shard in described] == [count] * shards
