@@ -41,7 +41,7 @@ _PLACES = {
     "Pipeline": "pipeline",
     "encode": "encoding.run",
     "evaluate": "evaluation.evaluate",
-    "grid": "gallery",
+    "grid": "evaluation.gallery",
     "load": "api",
     "sample": "api",
     "sweep": "api",

@@ -153,3 +153,8 @@ def test_every_phase_of_the_loop_is_in_the_operators_document() -> None:
     assert len(set(entered)) >= 10
     table = (ROOT / "docs/running.md").read_text().split("| phase |")[1].split("\n\n")[0]
     assert all(phase in table for phase in entered)
+
+
+def test_every_name_of_the_package_is_where_it_is_looked_for() -> None:
+    package = importlib.import_module("ig_dist")
+    assert all(getattr(package, name) is not None for name in package.__all__)
