@@ -1,6 +1,7 @@
 """The whole way as a user types it, small: encode, train, resume, export, sample, evaluate, sweep."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def test_sweep_over_two_axes(run: Path) -> None:
     done = run_command(["ig-dist", "report", run])
     assert done.returncode == 0, done.stderr
     html = (run / "report.html").read_text()
-    assert "data:image/png;base64," in html and 'class="heat"' in html
+    assert "data:image/png;base64," in html and re.search(r"<svg[^>]*>(?:(?!</svg>).)*Internal Guidance scale", html, re.DOTALL)
     assert sweep["protocol"]["weights_sha256"] in html and "<dt>Processes</dt><dd>1, ddp</dd>" in html
 
 
