@@ -114,7 +114,9 @@ def test_sweep_over_two_axes(run: Path) -> None:
     done = run_command(["ig-dist", "report", run])
     assert done.returncode == 0, done.stderr
     html = (run / "report.html").read_text()
-    assert "data:image/png;base64," in html and re.search(r"<svg[^>]*>(?:(?!</svg>).)*Internal Guidance scale", html, re.DOTALL)
+    assert "data:image/png;base64," in html and re.search(
+        r"<svg[^>]*>(?:(?!</svg>).)*Internal Guidance scale", html, re.DOTALL
+    )
     assert sweep["protocol"]["weights_sha256"] in html and "<dt>Processes</dt><dd>1, ddp</dd>" in html
 
 
