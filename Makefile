@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
-TIERS := test-unit test-distributed test-integration test-gpu
+TIERS := test-unit test-reports test-distributed test-integration test-gpu
 
 # The quickstart needs the base dependencies only; the dev install has them too. CI takes no file whose hash is not in
 # the lock, but torch and what only its CUDA builds need: which build a machine has is for its own index to say.
@@ -35,10 +35,10 @@ $(TIERS): test-%: .venv/.installed
 	$(BIN)/pytest tests/$*
 
 test-lowest: .venv-lowest/.installed  ## With the oldest packages that pyproject.toml admits: unit tests, benchmarks
-	.venv-lowest/bin/python -m pytest tests/unit tests/integration/test_benchmarks.py
+	.venv-lowest/bin/python -m pytest tests/unit tests/reports
 
 test-full: .venv/.installed  ## All tests, long forms too
-	$(BIN)/pytest tests -m 'full or not full'
+	$(BIN)/python -m pytest tests -m 'full or not full' --import-mode=importlib
 
 soak: .venv/.installed  ## Faults at seeded moments, for ten minutes; python tests/soak.py --help says more
 	$(BIN)/python tests/soak.py

@@ -17,7 +17,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parent
-TIERS = ("unit", "distributed", "integration", "gpu")
+TIERS = ("unit", "reports", "distributed", "integration", "gpu")
 ENDED_WELL = (0, 5)  # 5: no tests
 
 

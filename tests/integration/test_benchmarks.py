@@ -8,8 +8,6 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from benchmarks.gpu_checks import CHECKS
-from benchmarks.gpu_speed import SPEED
 from tests import golden
 from tests.conftest import run_command
 
@@ -54,17 +52,6 @@ def test_it_runs(command: list[str], said: str, tmp_path: Path) -> None:
     done = run_command(["python", *(str(tmp_path / "disk") if word == "DISK" else word for word in command)])
     assert done.returncode == 0, done.stderr[-2000:]
     assert said in done.stdout
-
-
-def test_the_gpu_report_runs_in_its_small_form_on_a_cpu(tmp_path: Path) -> None:
-    done = run_command(["python", "benchmarks/gpu.py", "--out", tmp_path])
-    assert done.returncode == 0, done.stdout
-    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
-    assert [row["check"] for row in rows] == ["machine", *CHECKS, *SPEED]
-    unknown = {row["check"]: row["said"] for row in rows if row["result"] != "passed" and "GPU" not in row["said"]}
-    assert unknown.keys() <= {"apex"}, unknown  # all else says that it needs a GPU
-    table = (tmp_path / "gpu.md").read_text()
-    assert all(f"\n| {row['check']} | {row['result']} | " in table for row in rows)
 
 
 def test_the_gpu_report_fails_with_a_check(tmp_path: Path) -> None:
