@@ -24,9 +24,9 @@ import typer
 from benchmarks.side_by_side import Claim, Record, Rounds, interleaved, seconds, show
 from ig_dist.checkpoints.exchange import Loaded
 from ig_dist.checkpoints.saving import Saver
-from ig_dist.checkpoints.snapshot import Piece
 from ig_dist.checkpoints.store import CheckpointStore
 from ig_dist.export import ALONE
+from ig_dist.parallel.engine import Piece
 from ig_dist.terminal import run_app
 
 

@@ -33,12 +33,12 @@ from benchmarks.synthetic import build_model, build_step, export_info
 from ig_dist.arithmetic import arithmetic
 from ig_dist.convert.formats import to_published
 from ig_dist.diffusion.loss import ig_loss
-from ig_dist.evaluation.plan import Plan
-from ig_dist.evaluation.solving import Models, Sampler
 from ig_dist.models.dit import DiT
 from ig_dist.models.presets import forward_flops
 from ig_dist.parallel.dist import Dist
+from ig_dist.plans.plan import Plan
 from ig_dist.rng import Purpose, normal
+from ig_dist.sampling.solving import Models, Sampler
 from ig_dist.terminal import console, run_app
 from ig_dist.training.metrics import model_flops_utilisation
 

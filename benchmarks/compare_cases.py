@@ -8,7 +8,7 @@ from benchmarks.synthetic import synthetic_info
 from ig_dist.config import Config
 from ig_dist.config.file import load_config
 from ig_dist.data.index import IndexFile
-from ig_dist.evaluation.plan import Plan
+from ig_dist.plans.plan import Plan
 
 SMALL_LIGHTNING = ("preset=null", "depth=12", "hidden_size=384", "num_heads=6", "patch_size=1", "norm=rmsnorm")
 

@@ -30,12 +30,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.side_by_side import Record, Result, Rounds, interleaved, ratio, show, show_results
+from ig_dist.autoencoders.tokenizer import PIXEL, Tokenizer
 from ig_dist.data.sources import Source, find_source
 from ig_dist.encoding.encode import Job, encode
 from ig_dist.encoding.loader import Request, decode
 from ig_dist.encoding.records import Dest
 from ig_dist.encoding.settings import Settings
-from ig_dist.latents.tokenizer import PIXEL, Tokenizer
 from ig_dist.terminal import run_app
 from ig_dist.this_process import Process
 

@@ -27,15 +27,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.synthetic import export_info
-from ig_dist.evaluation.collecting import NPZ_NAME, write_samples_npz
-from ig_dist.evaluation.extractors.extractor import Extractor
-from ig_dist.evaluation.features import FeatureFiles
-from ig_dist.evaluation.images import ImageSet, Pictures, plan_images
-from ig_dist.evaluation.plan import Plan
 from ig_dist.evaluation.references import Reference
 from ig_dist.evaluation.scores import Scores
-from ig_dist.evaluation.units import Samples, Unit, write_unit
+from ig_dist.features.extractors.extractor import Extractor
+from ig_dist.features.features import FeatureFiles
+from ig_dist.features.images import ImageSet, Pictures, plan_images
 from ig_dist.models.dit import DiTConfig
+from ig_dist.plans.plan import Plan
+from ig_dist.plans.units import Samples, Unit, write_unit
+from ig_dist.sampling.collecting import NPZ_NAME, write_samples_npz
 from ig_dist.terminal import console, run_app
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "kid")

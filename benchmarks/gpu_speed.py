@@ -30,12 +30,12 @@ from benchmarks.gpu_cases import (
 from benchmarks.reference import Published
 from benchmarks.side_by_side import interleaved, profiled, seconds
 from benchmarks.synthetic import build_model, export_info, synthetic_info
+from ig_dist.autoencoders.tokenizer import PIXEL, Tokenizer
 from ig_dist.config import Config
-from ig_dist.evaluation.generate import generate_units
-from ig_dist.evaluation.plan import Plan
-from ig_dist.evaluation.solving import Models, Sampler
-from ig_dist.evaluation.units import Samples
-from ig_dist.latents.tokenizer import PIXEL, Tokenizer
+from ig_dist.plans.plan import Plan
+from ig_dist.plans.units import Samples
+from ig_dist.sampling.generate import generate_units
+from ig_dist.sampling.solving import Models, Sampler
 from ig_dist.terminal import console
 from ig_dist.training.dry_run import GIB, dry_run
 from ig_dist.training.metrics import model_flops_utilisation, peak_tflops_of
@@ -204,7 +204,7 @@ def random_vae(case: Case) -> Tokenizer:
     """SD-VAE's network with random weights; a narrow one on a CPU."""
     from diffusers import AutoencoderKL
 
-    from ig_dist.latents.vae import load_vae
+    from ig_dist.autoencoders.vae import load_vae
 
     widths = (32,) * 4 if case.small else (128, 256, 512, 512)
     levels = {"block_out_channels": widths, "layers_per_block": 1 if case.small else 2, "latent_channels": 4}

@@ -34,6 +34,7 @@ from benchmarks import evaluation, vote
 from benchmarks.checkpoint import Ours, state
 from benchmarks.side_by_side import Record, Result, show_results
 from benchmarks.synthetic import build_model, build_step, synthetic_info
+from ig_dist.autoencoders.tokenizer import PIXEL
 from ig_dist.config import Config
 from ig_dist.config.file import config_from_tree
 from ig_dist.data.index import SampleTable, read_index
@@ -43,13 +44,12 @@ from ig_dist.diffusion.samplers import euler
 from ig_dist.encoding.gather import gather
 from ig_dist.encoding.records import Dest, Ledger, ShardRecord, record_name
 from ig_dist.encoding.settings import Settings, shard_name
-from ig_dist.evaluation.collecting import write_samples_npz
-from ig_dist.evaluation.features import FeatureFiles, pack
-from ig_dist.evaluation.images import Pictures, plan_images
-from ig_dist.evaluation.units import Unit, existing, unit_name
-from ig_dist.latents.tokenizer import PIXEL
+from ig_dist.features.features import FeatureFiles, pack
+from ig_dist.features.images import Pictures, plan_images
 from ig_dist.models.dit import count_parameters
 from ig_dist.parallel.dist import Dist
+from ig_dist.plans.units import Unit, existing, unit_name
+from ig_dist.sampling.collecting import write_samples_npz
 from ig_dist.storage.files import open_url
 from ig_dist.terminal import console, run_app
 

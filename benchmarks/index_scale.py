@@ -141,10 +141,10 @@ def _say(what: str, **numbers: float) -> None:
 
 def gather(folder: str) -> None:
     """The end of an encoding, as a worker does it."""
+    from ig_dist.autoencoders.tokenizers import get_tokenizer
     from ig_dist.data.sources import Source
     from ig_dist.encoding import gather as gathering
     from ig_dist.encoding.records import PARTS, Dest
-    from ig_dist.latents.tokenizers import get_tokenizer
 
     labels, classes = np.zeros(0, np.int64), [str(i) for i in range(CLASSES)]
     source = Source("zeros", classes, None, labels, [], lambda number: None)  # type: ignore[arg-type, return-value]

@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ig_dist.checkpoints.manifest import make_manifest
 from ig_dist.checkpoints.reading import owners, parts_of, requests
-from ig_dist.checkpoints.snapshot import Piece, described, layout
+from ig_dist.checkpoints.snapshot import described, layout
 from ig_dist.config.file import load_config
 from ig_dist.models.dit import DiT
+from ig_dist.parallel.engine import Piece
 from ig_dist.parallel.sharded import shared_out
 from ig_dist.terminal import console, run_app
 from ig_dist.training.dry_run import IMAGENET_CLASSES, SD_LATENT

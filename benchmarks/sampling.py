@@ -25,15 +25,15 @@ import typer
 
 from benchmarks.side_by_side import Claim, Record, Rounds, interleaved, show
 from benchmarks.synthetic import export_info
+from ig_dist.autoencoders.tokenizers import get_tokenizer
 from ig_dist.config.model import ModelConfig
 from ig_dist.data.index import TokenizerInfo
-from ig_dist.evaluation.extractors.extractor import Extractor, get_extractor
-from ig_dist.evaluation.generate import generate_units
-from ig_dist.evaluation.plan import Plan, image_numbers
-from ig_dist.evaluation.solving import Models, Sampler
-from ig_dist.evaluation.units import Samples
-from ig_dist.latents.tokenizers import get_tokenizer
+from ig_dist.features.extractors.extractor import Extractor, get_extractor
 from ig_dist.models.dit import DiT, initialize
+from ig_dist.plans.plan import Plan, image_numbers
+from ig_dist.plans.units import Samples
+from ig_dist.sampling.generate import generate_units
+from ig_dist.sampling.solving import Models, Sampler
 from ig_dist.terminal import run_app
 from ig_dist.this_process import this_device
 

@@ -40,9 +40,9 @@ from benchmarks.restart import cut_by_rows, state_shapes
 from benchmarks.side_by_side import Record, Result, interleaved, show, show_results
 from ig_dist.checkpoints.exchange import Loaded
 from ig_dist.checkpoints.saving import Saver
-from ig_dist.checkpoints.snapshot import Piece
 from ig_dist.checkpoints.store import CheckpointStore
 from ig_dist.parallel.dist import Dist
+from ig_dist.parallel.engine import Piece
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import REQUEST_BYTES, open_url, read_range
 from ig_dist.terminal import console, run_app

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ig_dist.encoding.run import encode
     from ig_dist.errors import IgDistError
     from ig_dist.evaluation.evaluate import evaluate
-    from ig_dist.evaluation.gallery import grid
     from ig_dist.pipeline import Pipeline
+    from ig_dist.sampling.gallery import grid
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,7 +41,7 @@ _PLACES = {
     "Pipeline": "pipeline",
     "encode": "encoding.run",
     "evaluate": "evaluation.evaluate",
-    "grid": "evaluation.gallery",
+    "grid": "sampling.gallery",
     "load": "api",
     "sample": "api",
     "sweep": "api",

@@ -12,11 +12,11 @@ import torch
 from ig_dist.config import Config
 from ig_dist.config.file import apply_overrides, config_from_tree, load_config
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.asking import Asked, Interval, sample_config
-from ig_dist.evaluation.sampling import check_places, sample_run
 from ig_dist.evaluation.sweep import Axes, sweep_run
 from ig_dist.export import find_run, find_weights
 from ig_dist.pipeline import Pipeline
+from ig_dist.plans.asking import Asked, Interval, sample_config
+from ig_dist.sampling.run import check_places, sample_run
 from ig_dist.terminal import is_main_process, warn
 from ig_dist.this_process import this_device
 
@@ -166,9 +166,11 @@ def sweep(
     Raises:
         ConfigError: what is asked for does not fit.
     """
+    from ig_dist.report.plots import save_sweep  # slow to import
+
     config = find_run(source, overrides)[0]
     axes = Axes(ig_scale, cfg_scale, auto_scale, ig_interval, cfg_interval, ema, checkpoint)
-    return sweep_run(
+    found = sweep_run(
         config,
         axes,
         auto_interval=auto_interval,
@@ -178,6 +180,9 @@ def sweep(
         weights=lambda decay, step: find_weights(source, ema=decay, step=step, config=config).export,
         out=None if out is None else str(out),
     )
+    if found:  # empty where another process has the result
+        save_sweep(found, Path(out or config.run.dir, "sweeps", found["name"]))
+    return found
 
 
 def write_report(run: str | Path, out: str | Path | None = None) -> Path:

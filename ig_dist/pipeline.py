@@ -19,13 +19,13 @@ from ig_dist.config import Config
 from ig_dist.data.latents import normalisation
 from ig_dist.diffusion.guidance import GuidanceTerm, guided_velocity
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.asking import Asked, sample_config
-from ig_dist.evaluation.gallery import Images, pil_images
-from ig_dist.evaluation.plan import class_names, image_numbers, make_plan
-from ig_dist.evaluation.solving import Models, Sampler, autoguided, decode, decoder, load_second
 from ig_dist.export import ExportInfo, Weights, load_export
 from ig_dist.models.dit import DiT, count_parameters
+from ig_dist.plans.asking import Asked, sample_config
+from ig_dist.plans.plan import class_names, image_numbers, make_plan
 from ig_dist.rng import Purpose, normal
+from ig_dist.sampling.gallery import Images, pil_images
+from ig_dist.sampling.solving import Models, Sampler, autoguided, decode, decoder, load_second
 from ig_dist.terminal.progress import progress
 
 Labels = Sequence[int | str] | int | str | NDArray[np.integer[Any]] | Tensor

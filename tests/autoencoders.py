@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 
+from ig_dist.autoencoders.tokenizers import get_tokenizer
 from ig_dist.errors import ConfigError
-from ig_dist.latents.tokenizers import get_tokenizer
 
 SMALL = {
     "block_out_channels": (32, 64),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ig_dist.evaluation.extractors.inception import Inception
+from ig_dist.features.extractors.inception import Inception
 
 
 def random_inception(seed: int = 0) -> dict[str, Tensor]:

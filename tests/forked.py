@@ -22,8 +22,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ig_dist import cli
-from ig_dist.evaluation import collecting
 from ig_dist.launching import ranks
+from ig_dist.sampling import collecting
 
 ROOT = Path(__file__).resolve().parents[1]
 CLI = ("-m", "ig_dist.cli")

@@ -11,7 +11,7 @@ import torch.utils.tensorboard  # noqa: F401
 
 import tests.forked  # noqa: F401
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.extractors.extractor import get_extractor
+from ig_dist.features.extractors.extractor import get_extractor
 
 with contextlib.suppress(ConfigError):  # where it is not installed the tests say so
     get_extractor("efficientnet_lite0")

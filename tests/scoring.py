@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from ig_dist.autoencoders.tokenizer import PIXEL
 from ig_dist.config.sampling import GuidanceConfig
-from ig_dist.evaluation.extractors.extractor import Extractor, get_extractor
-from ig_dist.evaluation.images import ImageSet, Pictures
-from ig_dist.evaluation.plan import Plan
-from ig_dist.evaluation.solving import Models
 from ig_dist.export import ExportInfo
-from ig_dist.latents.tokenizer import PIXEL
+from ig_dist.features.extractors.extractor import Extractor, get_extractor
+from ig_dist.features.images import ImageSet, Pictures
 from ig_dist.models.dit import DiT, DiTConfig, initialize
+from ig_dist.plans.plan import Plan
+from ig_dist.sampling.solving import Models
 
 EFFICIENTNET = "efficientnet_lite0"
 

@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 import ig_dist
-from ig_dist.evaluation.gallery import Images
 from ig_dist.models.dit import DiT
+from ig_dist.sampling.gallery import Images
 
 pipe = ig_dist.load("runs/digits", ema=0.995, device="cpu")
 assert_type(pipe, ig_dist.Pipeline)

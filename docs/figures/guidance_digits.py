@@ -28,13 +28,13 @@ import torch
 
 from ig_dist.config import Config
 from ig_dist.config.file import load_config, with_guidance
-from ig_dist.evaluation.extractors.extractor import get_extractor
 from ig_dist.evaluation.metrics import frechet_distance
-from ig_dist.evaluation.moments import streamed_moments
 from ig_dist.evaluation.references import Reference, open_reference
-from ig_dist.evaluation.sampling import sample_run
 from ig_dist.evaluation.scores import Scores, score_plan
 from ig_dist.export import export_run
+from ig_dist.features.extractors.extractor import get_extractor
+from ig_dist.features.moments import streamed_moments
+from ig_dist.sampling.run import sample_run
 from ig_dist.terminal import console
 from ig_dist.training.trainer import train
 

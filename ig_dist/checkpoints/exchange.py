@@ -17,9 +17,10 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from ig_dist.checkpoints.reading import Part, owners, parts_of
-from ig_dist.checkpoints.snapshot import ALIGNMENT, DTYPE_NAMES, PART_BYTES, Piece
+from ig_dist.checkpoints.snapshot import ALIGNMENT, DTYPE_NAMES, PART_BYTES
 from ig_dist.checkpoints.store import Checkpoint
 from ig_dist.parallel.dist import Dist, gather_objects
+from ig_dist.parallel.engine import Piece
 
 # torch 2.13 renamed it
 _gather: Any = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor

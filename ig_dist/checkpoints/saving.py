@@ -20,11 +20,12 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ig_dist.checkpoints.manifest import MANIFEST, folder_name, make_manifest, sealed, unsealed
-from ig_dist.checkpoints.snapshot import Piece, Snapshot
+from ig_dist.checkpoints.snapshot import Snapshot
 from ig_dist.checkpoints.store import Checkpoint, CheckpointStore
 from ig_dist.errors import DataError, IgDistError, StorageError
 from ig_dist.parallel.agreement import meet
 from ig_dist.parallel.dist import Dist, from_main
+from ig_dist.parallel.engine import Piece
 from ig_dist.storage.background import in_background, in_parallel
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import list_sizes, read_file, write_whole

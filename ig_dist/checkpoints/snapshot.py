@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from zlib_ng import zlib_ng
+
+from ig_dist.parallel.engine import Piece
 
 CHUNK_BYTES = 32 * 2**20
 """A power of two: torch rounds pinned memory up to one."""
@@ -40,17 +42,6 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-
-
-class Piece(NamedTuple):
-    """A range of the flattened elements of a global tensor."""
-
-    shape: tuple[int, ...]
-    """Shape of the global tensor."""
-    start: int
-    """Index of the first element."""
-    data: Tensor
-    """The elements, of any shape."""
 
 
 def layout(pieces: Mapping[str, Piece]) -> tuple[bytes, dict[str, tuple[int, int]]]:

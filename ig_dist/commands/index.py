@@ -23,8 +23,8 @@ from ig_dist.errors import ConfigError
 from ig_dist.terminal import console
 
 if TYPE_CHECKING:
+    from ig_dist.autoencoders.tokenizer import Tokenizer
     from ig_dist.data.index import LatentInfo, SampleTable, Statistics
-    from ig_dist.latents.tokenizer import Tokenizer
 
 SHA256 = "--tokenizer-sha256"
 TOLD = {
@@ -51,7 +51,7 @@ def known_tokenizer(name: str, sha256: str | None, others: Mapping[str, object])
     Raises:
         ConfigError: it is not here, nor all of these, or it has another hash.
     """
-    from ig_dist.latents.tokenizers import get_tokenizer
+    from ig_dist.autoencoders.tokenizers import get_tokenizer
 
     if sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", sha256):
         raise ConfigError(f"--tokenizer-sha256 {sha256!r} is no sha256: give its 64 digits 0-9a-f")
@@ -194,12 +194,12 @@ def index(
     ] = False,
 ) -> None:
     """Index WebDataset shards of latents that were made elsewhere."""
+    from ig_dist.autoencoders.statistics import read_latent_stats
+    from ig_dist.autoencoders.tokenizers import get_tokenizer
     from ig_dist.data.foreign import choose_classes, describe, first_sample, read_shards
     from ig_dist.data.index import TABLE_NAME, KeyInfo, write_index
     from ig_dist.data.shard_files import find_shards
     from ig_dist.data.statistics import normalised
-    from ig_dist.latents.statistics import read_latent_stats
-    from ig_dist.latents.tokenizers import get_tokenizer
     from ig_dist.storage.faults import Patience
     from ig_dist.storage.files import list_sizes
     from ig_dist.storage.urls import full_url

@@ -83,7 +83,7 @@ def choice(option: str, value: str | None, known: tuple[str, ...]) -> str | None
 
 def metric_names(text: str | None) -> list[str]:
     """Names of scores separated by commas."""
-    from ig_dist.evaluation.catalogue import check_metrics
+    from ig_dist.config.catalogue import check_metrics
 
     return [] if text is None else check_metrics(text.split(","), "--metrics")
 

@@ -17,8 +17,8 @@ def plans(
     as_json: AsJson = False,
 ) -> None:
     """List the plans that a run has samples of: how they were made, how many, their scores and their folder."""
-    from ig_dist.evaluation.samples import list_plans
     from ig_dist.evaluation.tables import print_plans
+    from ig_dist.plans.samples import list_plans
 
     found = list_plans(run)
     if not as_json and not found:

@@ -106,7 +106,7 @@ def _real_features(run: Path, *, short: bool) -> str:
     Returns:
         What the user may add.
     """
-    from ig_dist.evaluation.extractors.weights import PUBLISHED, at_hand
+    from ig_dist.features.extractors.weights import PUBLISHED, at_hand
 
     metrics = {"inception": "fid,precision,recall", "efficientnet_lite0": "fd_efficientnet,precision_efficientnet"}
     known = next((name for name in metrics if at_hand(PUBLISHED[name])), None)

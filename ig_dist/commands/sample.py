@@ -69,10 +69,10 @@ def sample(
     ] = None,
 ) -> None:
     """Make the images of a plan: one npz and a picture of some of them. Any number of processes may share the work."""
-    from ig_dist.evaluation.asking import sample_config
     from ig_dist.evaluation.evaluate import refuse_unfit
-    from ig_dist.evaluation.sampling import check_places, sample_run
     from ig_dist.export import find_run, find_weights
+    from ig_dist.plans.asking import sample_config
+    from ig_dist.sampling.run import check_places, sample_run
 
     config = sample_config(
         find_run(run)[0],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -60,6 +61,7 @@ def sweep(
     from ig_dist.evaluation.sweep import Axes, sweep_run
     from ig_dist.evaluation.tables import print_sweep
     from ig_dist.export import find_run, find_weights
+    from ig_dist.report.plots import save_sweep
 
     console.stderr = as_json  # stdout is the JSON alone
     given = {"sample.weak_model": weak, "evaluate.metrics": metrics and f"[{metrics}]"}
@@ -91,8 +93,9 @@ def sweep(
     )
     if not result:  # not the first of several processes
         return
+    folder = Path(out or config.run.dir, "sweeps", result["name"])
+    save_sweep(result, folder)
     if as_json:
         return print_json(result)
     print_sweep(result)
-    folder = f"{out or config.run.dir}/sweeps/{result['name']}"
     console.print(f"written: {folder}/sweep.json, sweep.png and grid.png", markup=False)

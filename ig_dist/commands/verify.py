@@ -48,9 +48,9 @@ def draw_picture(index: ShardIndex, verdict: Verdict, number: int, seed: int, fi
     import numpy as np
     import torch
 
+    from ig_dist.autoencoders.tokenizers import get_tokenizer
     from ig_dist.data.reader import ShardReader
-    from ig_dist.evaluation.pictures import save_grid
-    from ig_dist.latents.tokenizers import get_tokenizer
+    from ig_dist.sampling.pictures import save_grid
 
     info = index.info
     try:

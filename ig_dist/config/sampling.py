@@ -6,9 +6,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
+from ig_dist.config.catalogue import check_metrics, check_weights
 from ig_dist.config.types import Finite, Fraction, Group, NonNegative, Positive, PositiveFloat, Seed, Url
 from ig_dist.diffusion.guidance import GuidanceTerm
-from ig_dist.evaluation.catalogue import check_metrics, check_weights
 
 
 class GuidanceConfig(Group):
@@ -50,7 +50,7 @@ class SampleConfig(Group):
     of them."""
     seed: Seed = 0
     """Image i depends on (this seed, i) only."""
-    # a new one also has its call in evaluation/solving.py, run_solver, and its cost in plan.py, Plan.evaluations
+    # a new one also has its call in sampling/solving.py, run_solver, and its cost in plan.py, Plan.evaluations
     solver: Literal["euler", "heun", "euler_maruyama", "dopri5"] = "heun"
     """Euler, Heun and the adaptive dopri5 solve the ODE, Euler-Maruyama the SDE."""
     steps: Positive = 32

@@ -15,6 +15,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
+from ig_dist.autoencoders.statistics import Normalisation, read_latent_stats
+from ig_dist.autoencoders.tokenizers import get_tokenizer
 from ig_dist.config.file import to_yaml
 from ig_dist.convert.checks import build, check_bits, check_names, check_numbers
 from ig_dist.convert.formats import FROM_NOISE, Format, read_config, read_format, to_ours, to_published
@@ -22,8 +24,6 @@ from ig_dist.data.classes import imagenet_classes
 from ig_dist.data.index import LatentInfo, TokenizerInfo, read_index
 from ig_dist.errors import ConfigError
 from ig_dist.export import INFO_NAME, WEIGHTS_NAME, ExportInfo, config_of, read_info
-from ig_dist.latents.statistics import Normalisation, read_latent_stats
-from ig_dist.latents.tokenizers import get_tokenizer
 from ig_dist.models.dit import DiTConfig, count_parameters
 from ig_dist.storage.files import read_file
 from ig_dist.storage.tensor_files import read_safetensors, read_torch_file

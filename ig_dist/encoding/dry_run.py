@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from rich.filesize import decimal
 
+from ig_dist.autoencoders.tokenizer import Tokenizer
 from ig_dist.data.sources import Source
 from ig_dist.encoding.encoder import stored_latents
 from ig_dist.encoding.loader import Request, decode
 from ig_dist.encoding.settings import Settings, shard_count
-from ig_dist.latents.tokenizer import Tokenizer
 from ig_dist.rng import Purpose, permutation
 
 MEASURED_IMAGES = 48

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from ig_dist.autoencoders.tokenizer import Tokenizer
 from ig_dist.data.index import ShardIndex, read_index
 from ig_dist.data.sources import Source
 from ig_dist.encoding.encoder import latent_batches
@@ -19,7 +20,6 @@ from ig_dist.encoding.records import PARTS, Dest, Ledger, Rejected, refuse_other
 from ig_dist.encoding.settings import Settings, settings_of, shard_count, shard_places
 from ig_dist.encoding.shards import OpenShard, finish_shard, rejected_of
 from ig_dist.encoding.walk import requests
-from ig_dist.latents.tokenizer import Tokenizer
 from ig_dist.rng import Purpose, permutation
 from ig_dist.storage.background import in_background
 from ig_dist.terminal.progress import progress

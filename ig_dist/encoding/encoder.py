@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ig_dist.autoencoders.tokenizer import Tokenizer
 from ig_dist.encoding.loader import ImageBatch
 from ig_dist.encoding.settings import Settings
-from ig_dist.latents.tokenizer import Tokenizer
 from ig_dist.rng import Purpose, normal
 
 _IN_FLIGHT = 2  # batches whose latents are still on the device

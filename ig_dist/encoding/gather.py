@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from zlib_ng import zlib_ng
 
+from ig_dist.autoencoders.tokenizer import Tokenizer
 from ig_dist.data.images import KINDS
 from ig_dist.data.index import LatentInfo, SampleTable, write_index
 from ig_dist.data.sources import Source
@@ -18,7 +19,6 @@ from ig_dist.data.table import Spool
 from ig_dist.encoding.records import Dest, Rejected, ShardRecord, Superseded, TooManyRejected
 from ig_dist.encoding.settings import Settings
 from ig_dist.errors import ConfigError
-from ig_dist.latents.tokenizer import Tokenizer
 from ig_dist.storage.background import in_parallel
 from ig_dist.storage.files import read_range
 from ig_dist.storage.urls import is_local

@@ -10,11 +10,11 @@ from typing import cast, get_args
 import torch
 from rich.filesize import decimal
 
+from ig_dist.autoencoders.tokenizer import Precision, Tokenizer
 from ig_dist.data.sources import Native, is_name
 from ig_dist.encoding.records import Dest
 from ig_dist.encoding.settings import Settings, Store
 from ig_dist.errors import ConfigError
-from ig_dist.latents.tokenizer import Precision, Tokenizer
 from ig_dist.storage.urls import is_local
 from ig_dist.this_process import Process
 

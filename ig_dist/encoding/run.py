@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from ig_dist.autoencoders import tokenizers
 from ig_dist.data.sources import find_source, native_format, refuse_missing
 from ig_dist.encoding import prepare
 from ig_dist.encoding.display import summary
@@ -14,7 +15,6 @@ from ig_dist.encoding.encode import encode as make_shards
 from ig_dist.encoding.records import Dest, refuse_others
 from ig_dist.encoding.settings import Settings, default_samples_per_shard, sample_tar_bytes
 from ig_dist.errors import ConfigError
-from ig_dist.latents import tokenizers
 from ig_dist.storage.faults import Patience
 from ig_dist.terminal import console, is_first_process
 from ig_dist.this_process import this_device, this_process

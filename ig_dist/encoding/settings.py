@@ -8,8 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from ig_dist.autoencoders.tokenizer import Precision
 from ig_dist.data.index import IndexFile
-from ig_dist.latents.tokenizer import Precision
 
 SHARD_BYTES = 256 * 2**20
 _MIN_SHARD = 256  # samples; small sets are cut into at least _MIN_SHARDS of these, so that some can be held out

@@ -1,1 +1,1 @@
-"""Plans, units, features, scores, pictures."""
+"""Scores, sweeps, and what images are held against."""

@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ig_dist.config import Config
+from ig_dist.config.catalogue import METRICS, check_weights, extractors_of
 from ig_dist.config.sampling import EvaluateConfig
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.catalogue import METRICS, check_weights, extractors_of
-from ig_dist.evaluation.extractors.extractor import Extractor, get_extractor
-from ig_dist.evaluation.features import FeatureFiles, make_features
-from ig_dist.evaluation.images import find_images, plan_images
 from ig_dist.evaluation.nearest import nearest_pictures, picture_of, with_pictures
 from ig_dist.evaluation.references import Reference, open_reference
-from ig_dist.evaluation.samples import find_samples, is_run, read_samples, reference_of
-from ig_dist.evaluation.sampling import config_extractor
 from ig_dist.evaluation.scores import Protocol, Scores, check_dimensions, score_plan, write_result
 from ig_dist.export import read_info
+from ig_dist.features.extractors.extractor import Extractor, get_extractor
+from ig_dist.features.features import FeatureFiles, make_features
+from ig_dist.features.images import find_images, plan_images
+from ig_dist.plans.samples import find_samples, is_run, read_samples, reference_of
+from ig_dist.sampling.run import config_extractor
 from ig_dist.storage.writable import why_unwritable
 from ig_dist.terminal import is_main_process
 from ig_dist.this_process import this_device

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.features import FeatureFiles, make_features
-from ig_dist.evaluation.images import find_images
-from ig_dist.evaluation.npz import open_npz
 from ig_dist.evaluation.references import Reference, evenly_taken
-from ig_dist.evaluation.samples import is_run
+from ig_dist.features.features import FeatureFiles, make_features
+from ig_dist.features.images import find_images
+from ig_dist.features.npz import open_npz
+from ig_dist.plans.samples import is_run
 from ig_dist.storage.writable import why_unwritable
 from ig_dist.terminal import console
 

@@ -14,15 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ig_dist import __version__
+from ig_dist.config.catalogue import METRICS, extractors_of
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.catalogue import METRICS, extractors_of
-from ig_dist.evaluation.extractors.extractor import EXTRACTORS, Extractor, get_extractor
-from ig_dist.evaluation.features import FeatureFiles, make_features
-from ig_dist.evaluation.images import find_images, npz_images
 from ig_dist.evaluation.metrics import train_classifier
-from ig_dist.evaluation.moments import Moments, streamed_moments
-from ig_dist.evaluation.npz import NpzFile, open_npz
-from ig_dist.evaluation.npz_writing import Streamed, write_npz
+from ig_dist.features.extractors.extractor import EXTRACTORS, Extractor, get_extractor
+from ig_dist.features.features import FeatureFiles, make_features
+from ig_dist.features.images import find_images, npz_images
+from ig_dist.features.moments import Moments, streamed_moments
+from ig_dist.features.npz import NpzFile, open_npz
+from ig_dist.features.npz_writing import Streamed, write_npz
 from ig_dist.run_dir import replace_text
 from ig_dist.storage.files import open_url, read_file
 from ig_dist.storage.urls import LOCAL

@@ -10,15 +10,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ig_dist.config.catalogue import METRICS, extractors_of
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation import metrics as scored
-from ig_dist.evaluation.catalogue import METRICS, extractors_of
-from ig_dist.evaluation.features import Features
-from ig_dist.evaluation.moments import streamed_moments
-from ig_dist.evaluation.plan import Plan
 from ig_dist.evaluation.references import KERNEL_IMAGES, MANIFOLD_IMAGES, Feature, Reference
-from ig_dist.evaluation.units import Samples
 from ig_dist.export import ExportInfo, ModelInfo
+from ig_dist.features.features import Features
+from ig_dist.features.moments import streamed_moments
+from ig_dist.plans.plan import Plan
+from ig_dist.plans.units import Samples
 from ig_dist.run_dir import replace_text
 from ig_dist.terminal import warn
 

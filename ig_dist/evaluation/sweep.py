@@ -16,21 +16,21 @@ import torch
 from numpy.typing import NDArray
 
 from ig_dist.config import Config
+from ig_dist.config.catalogue import best_row, order
 from ig_dist.config.file import with_guidance
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.asking import Interval
-from ig_dist.evaluation.catalogue import best_row, order
-from ig_dist.evaluation.generate import make_unit
-from ig_dist.evaluation.images import ImageSet
-from ig_dist.evaluation.pictures import pictures_in_rows
-from ig_dist.evaluation.plan import class_names, make_plan
 from ig_dist.evaluation.references import Reference, open_reference
-from ig_dist.evaluation.samples import reference_of
-from ig_dist.evaluation.sampling import check_places, config_extractor, sample_run
 from ig_dist.evaluation.scores import Scores, score_plan
-from ig_dist.evaluation.solving import Models, decoder
 from ig_dist.export import export_run, load_export, read_info
+from ig_dist.features.images import ImageSet
+from ig_dist.plans.asking import Interval
+from ig_dist.plans.plan import class_names, make_plan
+from ig_dist.plans.samples import reference_of
 from ig_dist.run_dir import replace_text
+from ig_dist.sampling.generate import make_unit
+from ig_dist.sampling.pictures import pictures_in_rows
+from ig_dist.sampling.run import check_places, config_extractor, sample_run
+from ig_dist.sampling.solving import Models, decoder
 from ig_dist.storage.writable import why_unwritable
 from ig_dist.terminal import console, is_first_process, is_main_process
 from ig_dist.this_process import this_device
@@ -81,7 +81,7 @@ def sweep_run(
     weights: Callable[[float | None, int | None], Path] | None = None,
     out: str | None = None,
 ) -> dict[str, Any]:
-    """Score points of a grid; ``sweep.json``, ``sweep.png`` and ``grid.png`` in ``RUN/sweeps/NAME``.
+    """Score points of a grid; ``sweep.json`` and ``grid.png`` in ``RUN/sweeps/NAME``.
 
     Every point starts from the same noise; with several seeds (sample.seed and the following ones) a point's scores are
     means, with standard deviations beside them. What exists of an earlier sweep is not made again. Under several
@@ -157,15 +157,8 @@ def sweep_run(
     common = {key: value for key, value in protocols[0].items() if all(p.get(key) == value for p in protocols)}
     told = {"rows": found, "flat": flat_rows(found, target), "protocol": {**common, "seeds": seeds}}
     sweep = _write({"name": name, "target": target, **told}, folder)
-    _save_charts(sweep, folder)
     _save_scale_grid(config, exports[axes.emas[0], axes.steps[0]], axes.ig_scales, reference, folder / "grid.png")
     return sweep
-
-
-def _save_charts(sweep: dict[str, Any], folder: Path) -> None:
-    from ig_dist.report.plots import save_sweep  # slow to import
-
-    save_sweep(sweep, folder)
 
 
 def _name(points: Sequence[Point], asked: Sequence[Any], config: Config) -> str:

@@ -9,10 +9,10 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from ig_dist.config.catalogue import best_row, lower_is_better
 from ig_dist.config.describe import guidance_name
-from ig_dist.evaluation.catalogue import best_row, lower_is_better
 from ig_dist.evaluation.evaluate import Verdict
-from ig_dist.evaluation.samples import Listed
+from ig_dist.plans.samples import Listed
 from ig_dist.terminal import console
 
 SHORT = {

@@ -134,8 +134,8 @@ def parsed(job: Job, arguments: Sequence[str]) -> dict[str, Any]:
 
 def _scored_run(given: dict[str, Any]) -> Path | None:
     """The run of the samples that are to be scored; None: they are no plan's, or its run is not here."""
-    from ig_dist.evaluation.catalogue import METRICS, check_metrics
-    from ig_dist.evaluation.samples import PLAN_NAME, find_samples, is_run, read_samples
+    from ig_dist.config.catalogue import METRICS, check_metrics
+    from ig_dist.plans.samples import PLAN_NAME, find_samples, is_run, read_samples
 
     src = given["samples"]
     if given["check_against_adm"] is not None:

@@ -13,12 +13,11 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ig_dist.checkpoints.snapshot import Piece
 from ig_dist.config.training import OptimizerConfig
 from ig_dist.models.dit import DiT
 from ig_dist.optim.optimizer import build_optimizer, steps_of
 from ig_dist.parallel.dist import Dist
-from ig_dist.parallel.engine import LoadedState, StepResult
+from ig_dist.parallel.engine import LoadedState, Piece, StepResult
 from ig_dist.parallel.orthogonalise import orthogonalise_replicas
 from ig_dist.parallel.sharded import decayed_buffers, load_moments, moments_by_name, shared_out, total_norm, update
 

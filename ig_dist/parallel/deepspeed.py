@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ig_dist.checkpoints.snapshot import Piece
 from ig_dist.config.training import OptimizerConfig
 from ig_dist.models.dit import DiT
 from ig_dist.optim.optimizer import MOMENTS, build_optimizer, moments_of, set_learning_rate, set_state, steps_of
 from ig_dist.parallel.dist import Dist, ensure_process_group
-from ig_dist.parallel.engine import LoadedState, StepResult
+from ig_dist.parallel.engine import LoadedState, Piece, StepResult
 from ig_dist.parallel.sharded import clip_and_gate, norm_over_ranks, to_pieces
 
 BUCKET_ELEMENTS = 50_000_000  # DeepSpeed allocates a buffer of this many fp32 numbers; its default would be 2 GB

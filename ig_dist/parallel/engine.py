@@ -8,7 +8,16 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from ig_dist.checkpoints.snapshot import Piece
+
+class Piece(NamedTuple):
+    """A range of the flattened elements of a global tensor."""
+
+    shape: tuple[int, ...]
+    """Shape of the global tensor."""
+    start: int
+    """Index of the first element."""
+    data: Tensor
+    """The elements, of any shape."""
 
 
 class StepResult(NamedTuple):

@@ -18,13 +18,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ig_dist.checkpoints.snapshot import Piece
 from ig_dist.config.training import OptimizerConfig
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT
 from ig_dist.optim.optimizer import build_optimizer, steps_of
 from ig_dist.parallel.dist import Dist, ensure_process_group
-from ig_dist.parallel.engine import LoadedState, StepResult
+from ig_dist.parallel.engine import LoadedState, Piece, StepResult
 from ig_dist.parallel.orthogonalise import orthogonalise_shards
 from ig_dist.parallel.sharded import (
     Shards,

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ig_dist.checkpoints.snapshot import Piece
 from ig_dist.config.training import OptimizerConfig
 from ig_dist.models.dit import DiT
 from ig_dist.optim.optimizer import MOMENTS, moment_names, moments_of, set_learning_rate, set_state
 from ig_dist.parallel.dist import Dist, sum_over_ranks
-from ig_dist.parallel.engine import LoadedState, StepResult
+from ig_dist.parallel.engine import LoadedState, Piece, StepResult
 
 Shards = Mapping[str, Piece]
 """This rank's part of each weight by canonical name; weights of which it holds nothing are left out."""

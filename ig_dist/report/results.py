@@ -11,10 +11,10 @@ from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from ig_dist.config.catalogue import METRICS, lower_is_better
 from ig_dist.config.describe import KINDS, guidance_name, interval_text
 from ig_dist.data.classes import class_words, imagenet_classes
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.catalogue import METRICS, lower_is_better
 from ig_dist.report.facts import read_index
 from ig_dist.report.text import images_text, number, score
 from ig_dist.storage.files import read_file

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ig_dist.config import Config
+from ig_dist.config.catalogue import check_metrics
 from ig_dist.config.file import apply_overrides, config_from_tree
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.catalogue import check_metrics
-from ig_dist.evaluation.samples import samples_url
 from ig_dist.launching.jobs import Job, parsed
+from ig_dist.plans.samples import samples_url
 from ig_dist.slurm import submit as slurm
 from ig_dist.slurm.record import Submission
 from ig_dist.slurm.script import Request

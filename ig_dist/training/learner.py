@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ig_dist.checkpoints.snapshot import Piece
 from ig_dist.config import Config
 from ig_dist.data.index import ShardIndex
 from ig_dist.data.stream import Batch
 from ig_dist.models.dit import DiT
 from ig_dist.parallel.build import build_engine
 from ig_dist.parallel.dist import Dist
-from ig_dist.parallel.engine import Engine, LoadedState, StepResult
+from ig_dist.parallel.engine import Engine, LoadedState, Piece, StepResult
 from ig_dist.training.ema import EMA
 from ig_dist.training.meter import Meter
 from ig_dist.training.objective import TaskMaker, ema_differences, training_loss

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ig_dist.autoencoders.tokenizer import Tokenizer
 from ig_dist.config import Config
 from ig_dist.data.index import ShardIndex
 from ig_dist.data.reader import ShardReader
-from ig_dist.evaluation.plan import Plan, make_plan
-from ig_dist.evaluation.solving import Models, Sampler, decoder
 from ig_dist.export import ModelInfo, model_info
-from ig_dist.latents.tokenizer import Tokenizer
 from ig_dist.models.dit import DiT
 from ig_dist.parallel.dist import Dist, StopFlag
+from ig_dist.plans.plan import Plan, make_plan
+from ig_dist.sampling.solving import Models, Sampler, decoder
 from ig_dist.training.ema import EMA
 from ig_dist.training.objective import validation_loss
 

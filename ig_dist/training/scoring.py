@@ -16,19 +16,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ig_dist.config import Config
+from ig_dist.config.catalogue import METRICS, extractors_of
 from ig_dist.data.index import ShardIndex
 from ig_dist.errors import Ending, IgDistError
-from ig_dist.evaluation.catalogue import METRICS, extractors_of
-from ig_dist.evaluation.extractors.extractor import Extractor
-from ig_dist.evaluation.features import HeldFeatures
-from ig_dist.evaluation.plan import Plan, image_numbers, make_plan
 from ig_dist.evaluation.references import open_reference
-from ig_dist.evaluation.sampling import config_extractor
 from ig_dist.evaluation.scores import Scores, plan_protocol, write_result
-from ig_dist.evaluation.solving import Models, Sampler, decoder
 from ig_dist.export import model_info
+from ig_dist.features.extractors.extractor import Extractor
+from ig_dist.features.features import HeldFeatures
 from ig_dist.models.dit import DiT
 from ig_dist.parallel.dist import Dist, StopFlag, begin_any, from_main, gather_rows
+from ig_dist.plans.plan import Plan, image_numbers, make_plan
+from ig_dist.sampling.run import config_extractor
+from ig_dist.sampling.solving import Models, Sampler, decoder
 from ig_dist.training.ema import EMA
 
 

@@ -19,9 +19,9 @@ import torch.distributed as torch_dist
 
 from ig_dist.checkpoints import exchange
 from ig_dist.checkpoints.saving import Saver
-from ig_dist.checkpoints.snapshot import Piece
 from ig_dist.checkpoints.store import CheckpointStore
 from ig_dist.parallel.dist import Dist, init_distributed, shut_down
+from ig_dist.parallel.engine import Piece
 from ig_dist.parallel.sharded import shared_out
 from ig_dist.terminal import leave
 

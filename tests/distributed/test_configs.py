@@ -15,7 +15,7 @@ from ig_dist.config.file import load_config
 from ig_dist.data.index import SampleTable, write_index
 from ig_dist.data.shards import FLIP_SUFFIX, pack_shard, scan_shard
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.asking import recipe
+from ig_dist.plans.asking import recipe
 from ig_dist.training.dry_run import dry_run, print_dry_run
 from tests.conftest import ROOT, run_command
 from tests.distributed.test_engines import ENGINES, launch

@@ -11,10 +11,10 @@ import torch
 
 from benchmarks.gpu_cases import Case, NotHereError
 from benchmarks.gpu_checks import CHECKS
-from ig_dist.evaluation.extractors.extractor import get_extractor
-from ig_dist.evaluation.generate import generate_units, make_unit
 from ig_dist.evaluation.metrics import precision_recall
-from ig_dist.evaluation.units import Samples, read_unit
+from ig_dist.features.extractors.extractor import get_extractor
+from ig_dist.plans.units import Samples, read_unit
+from ig_dist.sampling.generate import generate_units, make_unit
 from ig_dist.training import preflight
 from ig_dist.training.stragglers import OwnWork
 from tests import golden

@@ -13,12 +13,12 @@ import safetensors.numpy
 import torch
 import yaml
 
+from ig_dist.autoencoders.tokenizer import PIXEL
 from ig_dist.config.file import load_run
 from ig_dist.diffusion.samplers import heun, time_grid
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.plan import make_plan
 from ig_dist.export import export_run, find_weights, load_export
-from ig_dist.latents.tokenizer import PIXEL
+from ig_dist.plans.plan import make_plan
 from ig_dist.rng import Purpose, normal
 from tests.conftest import TINY, run_command
 

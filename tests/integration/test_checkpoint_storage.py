@@ -17,10 +17,10 @@ import torch
 
 from ig_dist.checkpoints import snapshot
 from ig_dist.checkpoints.saving import Saver
-from ig_dist.checkpoints.snapshot import Piece
 from ig_dist.checkpoints.store import Checkpoint, CheckpointStore
 from ig_dist.errors import DataError
 from ig_dist.export import ALONE
+from ig_dist.parallel.engine import Piece
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import open_url
 from tests import forked

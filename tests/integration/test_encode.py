@@ -23,7 +23,7 @@ import pytest
 import ig_dist.encoding.encode
 from ig_dist.data.images import decode_image
 from ig_dist.data.index import read_index
-from ig_dist.evaluation.images import index_images
+from ig_dist.features.images import index_images
 from tests import imagenet_like
 from tests.conftest import ROOT, run_command
 from tests.encoding import SHARDS, SIZE, Encode, arguments, contents, usually_named

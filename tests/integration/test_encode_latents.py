@@ -12,11 +12,11 @@ import torch
 import webdataset
 from torch import Tensor
 
-import ig_dist.latents.tokenizers
+import ig_dist.autoencoders.tokenizers
+from ig_dist.autoencoders.tokenizer import Tokenizer
 from ig_dist.data.images import decode_image
 from ig_dist.data.index import read_index
 from ig_dist.data.shards import FLIP_SUFFIX, scan_shard
-from ig_dist.latents.tokenizer import Tokenizer
 from ig_dist.rng import Purpose, normal
 from tests import imagenet_like
 from tests.encoding import SIZE, Encode
@@ -62,7 +62,7 @@ STOCHASTIC = Tokenizer(
 
 @pytest.fixture
 def toy_vae(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ig_dist.latents.tokenizers, "get_tokenizer", lambda name, **_: STOCHASTIC)
+    monkeypatch.setattr(ig_dist.autoencoders.tokenizers, "get_tokenizer", lambda name, **_: STOCHASTIC)
 
 
 def stored(folder: Path, flips: bool = False) -> dict[int, Any]:
@@ -114,6 +114,6 @@ def test_image_sizes_that_a_tokenizer_does_not_take(encode: Encode, tmp_path: Pa
 
 def test_latents_beyond_float16_are_an_error(encode: Encode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     big = dataclasses.replace(STOCHASTIC, encode=lambda images: _posterior(images) * 1e6)
-    monkeypatch.setattr(ig_dist.latents.tokenizers, "get_tokenizer", lambda name, **_: big)
+    monkeypatch.setattr(ig_dist.autoencoders.tokenizers, "get_tokenizer", lambda name, **_: big)
     code, _, errors = encode(tmp_path / "out", "--tokenizer toy-vae")
     assert code == 4 and errors.count("\n") == 1 and "not finite" in errors and "--precision fp32" in errors

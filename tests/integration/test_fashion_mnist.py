@@ -15,10 +15,10 @@ import pytest
 from PIL import Image, ImageFilter
 
 from ig_dist.data.sources import find_source
-from ig_dist.evaluation.extractors.extractor import Extractor, get_extractor
-from ig_dist.evaluation.features import FeatureFiles
 from ig_dist.evaluation.references import Reference
 from ig_dist.evaluation.scores import Scores
+from ig_dist.features.extractors.extractor import Extractor, get_extractor
+from ig_dist.features.features import FeatureFiles
 from tests.conftest import run_command
 from tests.scoring import in_memory, require_efficientnet
 from tests.unit.test_fashion_mnist import write_pair

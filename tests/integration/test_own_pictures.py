@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from ig_dist.data.index import read_index
-from ig_dist.evaluation.images import index_images
+from ig_dist.features.images import index_images
 from tests.conftest import ROOT, run_command
 from tests.encoding import contents, usually_named
 from tests.scoring import all_pictures

@@ -107,8 +107,8 @@ def features() -> dict[str, np.ndarray]:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_features(compared: Path, dtype: str) -> None:
-    from ig_dist.evaluation.extractors import get_extractor
-    from ig_dist.evaluation.extractors.inception import Inception, preprocess
+    from ig_dist.features.extractors import get_extractor
+    from ig_dist.features.extractors.inception import Inception, preprocess
 
     expected, weights = np.load(compared / "theirs.npz"), compared / "weights.pth"
     if dtype == "float32":
@@ -137,7 +137,7 @@ def test_features(compared: Path, dtype: str) -> None:
 @pytest.mark.timeout(1800)
 def test_fid_and_kid(compared: Path) -> None:
     from ig_dist.evaluation.metrics import frechet_distance, kernel_distance
-    from ig_dist.evaluation.moments import streamed_moments
+    from ig_dist.features.moments import streamed_moments
 
     expected, given = np.load(compared / "theirs.npz"), np.load(compared / "features.npz")
     fid = frechet_distance(*(streamed_moments([given[name]]) for name in ("samples", "reference")))

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
+from ig_dist.autoencoders.tokenizers import get_tokenizer
 from ig_dist.data.index import SampleTable, read_index, write_index
 from ig_dist.data.shards import pack_shard, scan_shard
-from ig_dist.evaluation.images import index_images
-from ig_dist.latents.tokenizers import get_tokenizer
+from ig_dist.features.images import index_images
 from tests.conftest import run_command
 from tests.scoring import all_pictures
 

@@ -11,7 +11,7 @@ import torch
 from ig_dist.arithmetic import Precision, arithmetic, switches
 from ig_dist.config.file import load_config
 from ig_dist.errors import HangError
-from ig_dist.evaluation.extractors.extractor import exact_fp32
+from ig_dist.features.extractors.extractor import exact_fp32
 from ig_dist.training import trainer
 
 CPU = torch.device("cpu")

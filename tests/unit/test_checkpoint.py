@@ -14,10 +14,10 @@ import torch
 
 from ig_dist.checkpoints.manifest import sealed
 from ig_dist.checkpoints.saving import Saver
-from ig_dist.checkpoints.snapshot import Piece
 from ig_dist.checkpoints.store import Checkpoint, CheckpointStore
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.export import ALONE
+from ig_dist.parallel.engine import Piece
 
 TENSORS = {
     "model/a": torch.arange(12.0).view(3, 4),

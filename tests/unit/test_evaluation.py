@@ -18,15 +18,15 @@ from ig_dist.config.describe import guidance_name
 from ig_dist.config.file import load_config
 from ig_dist.config.sampling import GuidanceConfig
 from ig_dist.errors import ConfigError, DataError
-from ig_dist.evaluation.collecting import write_pngs, write_samples_npz
-from ig_dist.evaluation.features import FeatureFiles
-from ig_dist.evaluation.generate import generate_units, make_unit
-from ig_dist.evaluation.images import plan_images
 from ig_dist.evaluation.metrics import inception_score
-from ig_dist.evaluation.plan import Plan
-from ig_dist.evaluation.plan import make_plan as plan_of
-from ig_dist.evaluation.solving import Sampler
-from ig_dist.evaluation.units import Samples, read_unit, unit_name, write_unit
+from ig_dist.features.features import FeatureFiles
+from ig_dist.features.images import plan_images
+from ig_dist.plans.plan import Plan
+from ig_dist.plans.plan import make_plan as plan_of
+from ig_dist.plans.units import Samples, read_unit, unit_name, write_unit
+from ig_dist.sampling.collecting import write_pngs, write_samples_npz
+from ig_dist.sampling.generate import generate_units, make_unit
+from ig_dist.sampling.solving import Sampler
 from tests.scoring import make_plan, pixel, quadrants, tiny_models
 
 MODELS, INFO = tiny_models()

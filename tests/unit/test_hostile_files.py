@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 from zlib_ng import zlib_ng
 
+from ig_dist.autoencoders.vae import load_autoencoder
 from ig_dist.convert.published import convert_published
 from ig_dist.data import table as side_file
 from ig_dist.data.cache import BlockCache
@@ -34,7 +35,6 @@ from ig_dist.data.tar import Member
 from ig_dist.encoding import gather
 from ig_dist.encoding.records import Dest
 from ig_dist.errors import ConfigError, DataError, IgDistError
-from ig_dist.latents.vae import load_autoencoder
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import read_range
 from ig_dist.storage.tensor_files import read_safetensors, read_torch_file

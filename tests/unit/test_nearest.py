@@ -12,11 +12,11 @@ from PIL import Image
 
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.evaluate import evaluate
-from ig_dist.evaluation.extractors.extractor import Extractor
-from ig_dist.evaluation.features import FeatureFiles
-from ig_dist.evaluation.moments import Moments
 from ig_dist.evaluation.nearest import NEIGHBOURS, nearest_pictures, picture_of, with_pictures
 from ig_dist.evaluation.references import Reference
+from ig_dist.features.extractors.extractor import Extractor
+from ig_dist.features.features import FeatureFiles
+from ig_dist.features.moments import Moments
 from tests.scoring import in_memory, noise, pixel, quadrants
 
 REAL = noise(90, seed=1)

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from ig_dist.errors import ConfigError, DataError
-from ig_dist.evaluation import npz as npz_reading
-from ig_dist.evaluation import npz_writing
-from ig_dist.evaluation.npz import open_npz
-from ig_dist.evaluation.npz_writing import Streamed, npz_bytes, write_npz
+from ig_dist.features import npz as npz_reading
+from ig_dist.features import npz_writing
+from ig_dist.features.npz import open_npz
+from ig_dist.features.npz_writing import Streamed, npz_bytes, write_npz
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import open_url
 from tests.fault_proxy import Fault, FaultProxy

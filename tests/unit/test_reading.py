@@ -16,10 +16,11 @@ from ig_dist.checkpoints.exchange import Loaded
 from ig_dist.checkpoints.manifest import make_manifest
 from ig_dist.checkpoints.reading import owners, parts_of, read_share, requests
 from ig_dist.checkpoints.saving import Saver
-from ig_dist.checkpoints.snapshot import PART_BYTES, Piece, described, layout
+from ig_dist.checkpoints.snapshot import PART_BYTES, described, layout
 from ig_dist.checkpoints.store import CheckpointStore
 from ig_dist.errors import DamagedError
 from ig_dist.export import ALONE
+from ig_dist.parallel.engine import Piece
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import REQUEST_BYTES
 

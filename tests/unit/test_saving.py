@@ -18,10 +18,11 @@ import torch
 from ig_dist.checkpoints import saving, snapshot
 from ig_dist.checkpoints.manifest import check_tensor
 from ig_dist.checkpoints.saving import Saver
-from ig_dist.checkpoints.snapshot import DTYPES, Piece, Snapshot
+from ig_dist.checkpoints.snapshot import DTYPES, Snapshot
 from ig_dist.checkpoints.store import Checkpoint, CheckpointStore
 from ig_dist.errors import DataError
 from ig_dist.export import ALONE
+from ig_dist.parallel.engine import Piece
 from tests.unit.test_checkpoint import data_file, folder, truncate
 from tests.unit.test_reader import file_size_limit
 

@@ -15,12 +15,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from ig_dist.config.catalogue import METRICS, best_row, check_metrics, check_weights, lower_is_better
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation import references
-from ig_dist.evaluation.catalogue import METRICS, best_row, check_metrics, check_weights, lower_is_better
-from ig_dist.evaluation.extractors.extractor import Extractor, get_extractor
-from ig_dist.evaluation.extractors.inception import Inception
-from ig_dist.evaluation.features import FeatureFiles, HeldFeatures, extract, make_features
 from ig_dist.evaluation.metrics import (
     frechet_distance,
     frechet_distance_adm,
@@ -29,10 +26,13 @@ from ig_dist.evaluation.metrics import (
     kernel_distance,
     precision_recall,
 )
-from ig_dist.evaluation.moments import Moments, streamed_moments
-from ig_dist.evaluation.npz import open_npz
 from ig_dist.evaluation.references import Reference, make_reference, open_reference, statistics_keys
 from ig_dist.evaluation.scores import Scores, write_result
+from ig_dist.features.extractors.extractor import Extractor, get_extractor
+from ig_dist.features.extractors.inception import Inception
+from ig_dist.features.features import FeatureFiles, HeldFeatures, extract, make_features
+from ig_dist.features.moments import Moments, streamed_moments
+from ig_dist.features.npz import open_npz
 from tests.scoring import EFFICIENTNET, in_memory, noise, pixel, quadrants, require_efficientnet
 
 ADM = ["fid", "sfid", "inception_score", "precision", "recall"]

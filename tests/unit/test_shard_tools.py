@@ -19,6 +19,7 @@ import pytest
 import webdataset
 from numpy.typing import NDArray
 
+from ig_dist.autoencoders.tokenizers import get_tokenizer
 from ig_dist.data.cache import BlockCache
 from ig_dist.data.foreign import read_shards
 from ig_dist.data.index import TABLE_NAME, KeyInfo, LatentInfo, ShardIndex, read_index
@@ -27,7 +28,6 @@ from ig_dist.data.reader import ShardReader
 from ig_dist.data.shard_files import find_shards
 from ig_dist.data.shards import pack_shard
 from ig_dist.data.stream import BatchStream
-from ig_dist.latents.tokenizers import get_tokenizer
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import open_url
 from tests.conftest import ROOT

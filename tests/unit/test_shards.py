@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from ig_dist.data.index import read_index
 from ig_dist.data.shards import pack_shard, scan_shard
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.images import index_images
+from ig_dist.features.images import index_images
 from tests.scoring import all_pictures
 
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ig_dist.arithmetic import arithmetic, compiled
+from ig_dist.autoencoders.tokenizer import PIXEL
 from ig_dist.diffusion.path import Path
-from ig_dist.evaluation.generate import make_unit, solve_unit
-from ig_dist.evaluation.solving import Models, Sampler, as_planned, compiles, decode, run_solver
-from ig_dist.latents.tokenizer import PIXEL
 from ig_dist.models.dit import DiT, DiTConfig
 from ig_dist.models.presets import PRESETS
+from ig_dist.sampling.generate import make_unit, solve_unit
+from ig_dist.sampling.solving import Models, Sampler, as_planned, compiles, decode, run_solver
 from ig_dist.training.meter import compiled_graphs
 from tests.counting import Operations
 from tests.scoring import make_plan, tiny_models

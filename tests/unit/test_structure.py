@@ -14,6 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
+PARTS_OF_IMAGES = ["ig_dist/plans", "ig_dist/features", "ig_dist/sampling", "ig_dist/evaluation"]
+IMAGES = [part.replace("/", ".") for part in PARTS_OF_IMAGES]
 # part -> modules that it must not import
 FORBIDDEN = {
     "ig_dist/models": [
@@ -24,7 +26,13 @@ FORBIDDEN = {
         "ig_dist.parallel",
         "fsspec",
     ],
-    "ig_dist/diffusion": ["ig_dist.parallel", "ig_dist.data", "ig_dist.latents", "torch.distributed", "ig_dist.rng"],
+    "ig_dist/diffusion": [
+        "ig_dist.parallel",
+        "ig_dist.data",
+        "ig_dist.autoencoders",
+        "torch.distributed",
+        "ig_dist.rng",
+    ],
     "ig_dist/training/trainer.py": [
         "submitit",
         "ig_dist.slurm",
@@ -33,23 +41,21 @@ FORBIDDEN = {
         "s3fs",
         "fsspec",
         "webdataset",
-        "ig_dist.evaluation",
+        *IMAGES,
         "ig_dist.diffusion.samplers",
     ],
-    "ig_dist/parallel": ["ig_dist.models.presets", "ig_dist.training.trainer", "ig_dist.evaluation"],
-    "ig_dist/evaluation": ["ig_dist.parallel", "ig_dist.training.trainer"],
-    "ig_dist/report": ["ig_dist.parallel", "ig_dist.training.trainer", "ig_dist.evaluation"],
+    "ig_dist/parallel": ["ig_dist.models.presets", "ig_dist.training.trainer", "ig_dist.checkpoints", *IMAGES],
+    **{part: ["ig_dist.parallel", "ig_dist.training.trainer"] for part in PARTS_OF_IMAGES},
+    "ig_dist/report": ["ig_dist.parallel", "ig_dist.training.trainer", *IMAGES],
     "ig_dist/data/sources": ["torch", "ig_dist.encoding"],
-    "ig_dist/encoding": ["ig_dist.parallel", "ig_dist.training.trainer", "ig_dist.evaluation", "ig_dist.models"],
+    "ig_dist/encoding": ["ig_dist.parallel", "ig_dist.training.trainer", "ig_dist.models", *IMAGES],
     "ig_dist/commands/launch.py": ["ig_dist.training", "ig_dist.models", "ig_dist.parallel", "torch"],
     "ig_dist/launching": ["ig_dist.training", "ig_dist.models", "ig_dist.parallel", "torch"],
     "ig_dist/commands/slurm.py": ["ig_dist.training", "ig_dist.models", "ig_dist.parallel", "torch"],
     "ig_dist": ["launchers", "data_prep", "deepspeed"],
 }
-CATALOGUE = "ig_dist.evaluation.catalogue"  # names of scores and which way is better: no torch, nothing is computed
 ALLOWED = {
     "ig_dist/parallel/deepspeed.py": ["deepspeed"],
-    "ig_dist/report/results.py": [CATALOGUE],
 }
 # slow to import, or not installed everywhere: never by importing a module of ours
 LAZY = ["diffusers", "huggingface_hub", "deepspeed", "submitit", "torchdiffeq"]

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 
 from ig_dist.config import Config
+from ig_dist.config.catalogue import order
 from ig_dist.config.file import config_from_tree, load_run
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation import generate
 from ig_dist.evaluation import sweep as sweeps
-from ig_dist.evaluation.catalogue import order
-from ig_dist.evaluation.samples import Listed
 from ig_dist.evaluation.sweep import Axes, Point, _real_by_class, _rounds, flat_rows, sweep_run
 from ig_dist.evaluation.tables import print_plans, print_result, print_sweep
+from ig_dist.plans.samples import Listed
+from ig_dist.report.plots import save_sweep
+from ig_dist.sampling import generate
 from ig_dist.terminal import console
 from ig_dist.training.trainer import train
 from tests.conftest import TINY
@@ -58,8 +59,7 @@ def config(run: Path, tmp_path: Path) -> Config:
 def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures take longer than all the rest: one test draws them."""
     if "drawn" not in request.fixturenames:
-        for name in ("_save_charts", "_save_scale_grid"):
-            monkeypatch.setattr(sweeps, name, lambda *arguments: None)
+        monkeypatch.setattr(sweeps, "_save_scale_grid", lambda *arguments: None)
 
 
 @pytest.fixture
@@ -214,8 +214,9 @@ def test_averages_checkpoints_and_intervals_are_axes(config: Config, run: Path, 
     assert told["guidance"] == [{"kind": "ig", "scale": 2.0, "interval": [0.3, 1.0], "branches": "both"}]
     assert (told["ema"], told["step"]) == (0.9, 10)
     assert sweep["name"].startswith("ig_scale-ig_interval-ema-step-")
+    save_sweep(sweep, folder := run / "sweeps" / sweep["name"])
     for name in ("sweep.png", "grid.png", "sweep_tradeoff.png"):
-        assert (run / "sweeps" / sweep["name"] / name).read_bytes().startswith(b"\x89PNG")
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match="averages with decay"):
         sweep_run(config, Axes((1.0,), emas=(0.7,)))
     with pytest.raises(ConfigError, match="no whole checkpoint"):

@@ -216,7 +216,8 @@ def test_a_window_takes_as_long_whatever_the_number_of_shards() -> None:
             order.window(3, number)
         return time.process_time() - began
 
-    assert min(seconds(many) for _ in range(5)) < 1.5 * min(seconds(few) for _ in range(5))
+    # a thousand times the shards: what grows with them is far beyond what a busy machine adds
+    assert min(seconds(many) for _ in range(5)) < 5 * min(seconds(few) for _ in range(5))
 
 
 def test_records_are_as_they_were_and_in_columns() -> None:

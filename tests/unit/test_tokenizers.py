@@ -11,10 +11,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
+from ig_dist.autoencoders.tokenizer import Tokenizer
+from ig_dist.autoencoders.tokenizers import get_tokenizer, index_tokenizer
 from ig_dist.data.index import LatentInfo, TokenizerInfo
 from ig_dist.errors import ConfigError
-from ig_dist.latents.tokenizer import Tokenizer
-from ig_dist.latents.tokenizers import get_tokenizer, index_tokenizer
 from tests.autoencoders import SMALL, images, save_vae
 
 pytestmark = pytest.mark.usefixtures("alone")

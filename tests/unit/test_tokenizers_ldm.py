@@ -10,9 +10,9 @@ import safetensors.torch
 import torch
 from diffusers import AutoencoderKL
 
-from ig_dist.latents import ldm
-from ig_dist.latents.tokenizers import get_tokenizer
-from ig_dist.latents.vae import load_autoencoder
+from ig_dist.autoencoders import ldm
+from ig_dist.autoencoders.tokenizers import get_tokenizer
+from ig_dist.autoencoders.vae import load_autoencoder
 from tests.autoencoders import LDM, error_of, images
 
 pytestmark = pytest.mark.usefixtures("alone")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from ig_dist.latents.tokenizers import get_tokenizer
+from ig_dist.autoencoders.tokenizers import get_tokenizer
 from tests.autoencoders import HUB_NAME, error_of, save_vae
 
 pytestmark = pytest.mark.usefixtures("alone")

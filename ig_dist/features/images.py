@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ig_dist.autoencoders.tokenizers import index_tokenizer
 from ig_dist.data.images import RejectedImage, decode_image, is_grey, is_picture, load_rgb
 from ig_dist.data.index import ShardIndex, read_index
 from ig_dist.data.reader import ShardReader
 from ig_dist.data.sources import find_source, is_name
 from ig_dist.data.sources.source import ByteRange, read_bytes
 from ig_dist.errors import ConfigError, DataError
-from ig_dist.evaluation.npz import NpzFile, open_npz
-from ig_dist.evaluation.units import Samples, Unit, read_unit
-from ig_dist.latents.tokenizers import index_tokenizer
+from ig_dist.features.npz import NpzFile, open_npz
+from ig_dist.plans.units import Samples, Unit, read_unit
 from ig_dist.storage.writable import cache_folder
 from ig_dist.this_process import this_device
 

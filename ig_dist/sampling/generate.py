@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ig_dist.evaluation.extractors.extractor import Extractor
-from ig_dist.evaluation.features import FeatureFiles
-from ig_dist.evaluation.images import Pictures, plan_images
-from ig_dist.evaluation.plan import Plan, image_numbers
-from ig_dist.evaluation.solving import Models, Sampler
-from ig_dist.evaluation.units import Samples, Unit, Work, existing, make_folder, read_unit, unit_name, write_unit
+from ig_dist.features.extractors.extractor import Extractor
+from ig_dist.features.features import FeatureFiles
+from ig_dist.features.images import Pictures, plan_images
+from ig_dist.plans.plan import Plan, image_numbers
+from ig_dist.plans.units import Samples, Unit, Work, existing, make_folder, read_unit, unit_name, write_unit
+from ig_dist.sampling.solving import Models, Sampler
 from ig_dist.storage.background import in_background
 from ig_dist.storage.files import open_url
 

@@ -15,9 +15,9 @@ from ig_dist.config.file import load_run
 from ig_dist.config.paths import moved_path
 from ig_dist.config.sampling import EvaluateConfig
 from ig_dist.errors import ConfigError, IgDistError
-from ig_dist.evaluation.plan import Plan
-from ig_dist.evaluation.units import Samples, existing, unit_name, write_file
 from ig_dist.export import INFO_NAME, UNKNOWN_DATA, ExportInfo
+from ig_dist.plans.plan import Plan
+from ig_dist.plans.units import Samples, existing, unit_name, write_file
 from ig_dist.storage.files import open_url, read_file
 from ig_dist.storage.urls import LOCAL
 from ig_dist.terminal import console

@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 
 from ig_dist.config import Config
+from ig_dist.config.catalogue import extractors_of
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.catalogue import extractors_of
-from ig_dist.evaluation.collecting import write_picture, write_pngs, write_samples_npz
-from ig_dist.evaluation.extractors.extractor import Extractor, get_extractor
-from ig_dist.evaluation.features import FeatureFiles, feature_name
-from ig_dist.evaluation.generate import generate_units
-from ig_dist.evaluation.plan import class_names, make_plan
-from ig_dist.evaluation.samples import samples_url, write_plan
-from ig_dist.evaluation.solving import Models, autoguided, decoder, load_second
-from ig_dist.evaluation.units import Samples, existing, unit_name, write_file
 from ig_dist.export import load_export
+from ig_dist.features.extractors.extractor import Extractor, get_extractor
+from ig_dist.features.features import FeatureFiles, feature_name
+from ig_dist.plans.plan import class_names, make_plan
+from ig_dist.plans.samples import samples_url, write_plan
+from ig_dist.plans.units import Samples, existing, unit_name, write_file
+from ig_dist.sampling.collecting import write_picture, write_pngs, write_samples_npz
+from ig_dist.sampling.generate import generate_units
+from ig_dist.sampling.solving import Models, autoguided, decoder, load_second
 from ig_dist.storage.files import open_url
 from ig_dist.storage.writable import why_unwritable
 from ig_dist.terminal import console, is_first_process, is_main_process

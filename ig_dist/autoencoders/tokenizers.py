@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
+from ig_dist.autoencoders.tokenizer import PIXEL, Precision, Tokenizer
+from ig_dist.autoencoders.weights import canonical_name, find_weights
 from ig_dist.data.index import LatentInfo, TokenizerInfo
 from ig_dist.errors import ConfigError
-from ig_dist.latents.tokenizer import PIXEL, Precision, Tokenizer
-from ig_dist.latents.weights import canonical_name, find_weights
 
 
 def get_tokenizer(name: str, *, device: str | torch.device = "cpu", precision: Precision = "fp32") -> Tokenizer:
@@ -35,7 +35,7 @@ def get_tokenizer(name: str, *, device: str | torch.device = "cpu", precision: P
 
 @lru_cache(maxsize=4)
 def _load(name: str, weights: Path, device: str, precision: Precision) -> Tokenizer:
-    from ig_dist.latents.vae import load_vae
+    from ig_dist.autoencoders.vae import load_vae
 
     return load_vae(name, weights, torch.device(device), precision)
 

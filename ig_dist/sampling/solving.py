@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ig_dist.arithmetic import Precision, arithmetic, compiled
+from ig_dist.autoencoders.tokenizer import Tokenizer
+from ig_dist.autoencoders.tokenizers import index_tokenizer
 from ig_dist.config import Config
 from ig_dist.data.index import IndexFile
 from ig_dist.data.latents import Affine, normalisation, tokenizer_latents
@@ -19,12 +21,10 @@ from ig_dist.diffusion.guidance import guided_velocity
 from ig_dist.diffusion.path import Path
 from ig_dist.diffusion.samplers import NoiseFn, VelocityFn, dopri5, euler, euler_maruyama, heun, sde_grid, time_grid
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.plan import Batch, Plan
 from ig_dist.export import ExportInfo, ModelInfo, find_weights, load_export
-from ig_dist.latents.tokenizer import Tokenizer
-from ig_dist.latents.tokenizers import index_tokenizer
 from ig_dist.models.dit import DiT, DiTOutput
 from ig_dist.models.presets import forward_flops
+from ig_dist.plans.plan import Batch, Plan
 from ig_dist.rng import Draws, Purpose, normal, to_normal
 
 DECODED_PIXELS = 16 * 256**2  # at once: an autoencoder's activations are far larger than the model's

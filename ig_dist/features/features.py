@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 
 from ig_dist.errors import DataError
-from ig_dist.evaluation.extractors.extractor import Extractor
-from ig_dist.evaluation.images import UNIT_SIZE, ImageSet, Pictures
-from ig_dist.evaluation.units import make_folder, write_file
+from ig_dist.features.extractors.extractor import Extractor
+from ig_dist.features.images import UNIT_SIZE, ImageSet, Pictures
+from ig_dist.plans.units import make_folder, write_file
 from ig_dist.storage.files import open_url, read_range
 from ig_dist.terminal.progress import progress
 from ig_dist.this_process import this_process

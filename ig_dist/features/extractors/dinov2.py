@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.extractors.extractor import Extractor
-from ig_dist.evaluation.extractors.layers import channels_first
+from ig_dist.features.extractors.extractor import Extractor
+from ig_dist.features.extractors.layers import channels_first
 from ig_dist.terminal.extras import imported
 
 SIDE = 224

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ig_dist.arithmetic import arithmetic
+from ig_dist.autoencoders.ldm import ldm_name, ldm_settings, read_checkpoint
+from ig_dist.autoencoders.tokenizer import Precision, Tokenizer
+from ig_dist.autoencoders.weights import FOLDER_FILES, PUBLISHED
 from ig_dist.errors import ConfigError
-from ig_dist.latents.ldm import ldm_name, ldm_settings, read_checkpoint
-from ig_dist.latents.tokenizer import Precision, Tokenizer
-from ig_dist.latents.weights import FOLDER_FILES, PUBLISHED
 from ig_dist.storage.tensor_files import read_safetensors
 from ig_dist.terminal.extras import imported
 

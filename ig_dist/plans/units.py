@@ -16,8 +16,8 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from ig_dist.errors import DataError
-from ig_dist.evaluation.plan import Plan
 from ig_dist.export import ExportInfo
+from ig_dist.plans.plan import Plan
 from ig_dist.storage.files import open_url, read_file, write_whole
 from ig_dist.storage.urls import full_url
 

@@ -11,11 +11,11 @@ from typing import Any
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from ig_dist.evaluation.gallery import pil_images
-from ig_dist.evaluation.images import plan_images
-from ig_dist.evaluation.npz_writing import Streamed, npz_bytes, remove_stale, write_npz
-from ig_dist.evaluation.pictures import gallery
-from ig_dist.evaluation.units import Samples, make_folder, read_unit, write_file
+from ig_dist.features.images import plan_images
+from ig_dist.features.npz_writing import Streamed, npz_bytes, remove_stale, write_npz
+from ig_dist.plans.units import Samples, make_folder, read_unit, write_file
+from ig_dist.sampling.gallery import pil_images
+from ig_dist.sampling.pictures import gallery
 from ig_dist.storage.files import open_url
 from ig_dist.storage.urls import is_local
 from ig_dist.storage.writable import why_unwritable

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, max_pool2d, relu_
 
-from ig_dist.evaluation.extractors.extractor import Extractor
-from ig_dist.evaluation.extractors.layers import channels_first, fold_norm, load_tensors, tf1_bilinear
+from ig_dist.features.extractors.extractor import Extractor
+from ig_dist.features.extractors.layers import channels_first, fold_norm, load_tensors, tf1_bilinear
 from ig_dist.storage.tensor_files import read_torch_file
 
 SIDE = 299

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from ig_dist.arithmetic import arithmetic
 from ig_dist.errors import ConfigError, nearest
-from ig_dist.evaluation.extractors.weights import PUBLISHED, Published, check_hash, find_weights
+from ig_dist.features.extractors.weights import PUBLISHED, Published, check_hash, find_weights
 
 PIXEL_RULE = "pixels / 127.5 - 1, flattened (H, W, C)"
 MOST_PIXELS = 4096
@@ -116,11 +116,11 @@ def _load(name: str, weights: Path, device_name: str, allow_other: bool) -> Extr
         sha256 = hashlib.sha256(PIXEL_RULE.encode()).hexdigest()
         return Extractor("pixel", sha256, PIXEL_RULE, {"pool": 0}, 256, device, _pixels)
     if name == "inception":
-        from ig_dist.evaluation.extractors.inception import load_inception as load
+        from ig_dist.features.extractors.inception import load_inception as load
     elif name == "efficientnet_lite0":
-        from ig_dist.evaluation.extractors.efficientnet import load_efficientnet as load
+        from ig_dist.features.extractors.efficientnet import load_efficientnet as load
     else:
-        from ig_dist.evaluation.extractors.dinov2 import load_dinov2 as load
+        from ig_dist.features.extractors.dinov2 import load_dinov2 as load
     sha256 = check_hash(known, weights, allow_other=allow_other)
     extractor = load(weights, sha256, device)
     if known.sha256 and sha256 != known.sha256:

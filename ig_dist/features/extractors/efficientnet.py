@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, relu6
 
-from ig_dist.evaluation.extractors.extractor import Extractor
-from ig_dist.evaluation.extractors.layers import channels_first, fold_norm, load_tensors
+from ig_dist.features.extractors.extractor import Extractor
+from ig_dist.features.extractors.layers import channels_first, fold_norm, load_tensors
 from ig_dist.storage.tensor_files import read_torch_file
 
 SIDE = 224

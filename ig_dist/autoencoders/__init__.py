@@ -1,0 +1,1 @@
+"""Autoencoders (the field also says tokenizers)."""

@@ -1,0 +1,1 @@
+"""Sets of images, and the features that scores are made of."""
