@@ -14,7 +14,7 @@ from ig_dist.data.sources.spool import spool
 from ig_dist.errors import ConfigError
 from ig_dist.storage.faults import PATIENCE
 from ig_dist.storage.writable import others_may_change
-from tests.conftest import ROOT, run_command
+from tests.conftest import run_command
 
 SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "WANDB_API_KEY", "DB_PASSWORD")
 PLANTED = "planted-3f9a1c"
@@ -84,12 +84,3 @@ def test_an_index_names_files_of_its_own_folder_only(digits_index: Path, tmp_pat
                 (tmp_path / file.name).symlink_to(file)
         done = run_command(["ig-dist", "train", "digits", f"data.index={tmp_path}", f"run.dir={tmp_path}/run"])
         assert done.returncode == 2 and "is missing" in done.stderr and "Traceback" not in done.stderr, done.stderr
-
-
-def test_each_row_of_the_page_names_a_test_that_is_there() -> None:
-    rows = [line for line in (ROOT / "docs/security.md").read_text().splitlines() if line.startswith("| ")]
-    tests = [cell.strip(" `") for row in rows[1:] for cell in row.split("|")[-2].split(", ")]
-    assert len(tests) > 10
-    for test in tests:
-        file, _, name = test.partition("::")
-        assert f"def {name}" in (ROOT / "tests" / file).read_text(), test

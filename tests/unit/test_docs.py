@@ -68,3 +68,14 @@ def test_every_decision_has_its_four_parts_and_is_in_the_map() -> None:
         assert parts == ["Question", "Choice", "Measured", "What would change our mind"], record.name
         assert f"(decisions/{record.name})" in text, record.name
     assert len(RECORDS) >= 20
+
+
+@pytest.mark.parametrize(("page", "rows"), [("architecture.md", 8), ("security.md", 20)])
+def test_every_promise_names_tests_that_are_there(page: str, rows: int) -> None:
+    _, *tables = re.split(r"^\|.*\| tests?[^|]*\|\n.*\n", (ROOT / "docs" / page).read_text(), flags=re.MULTILINE)
+    promises = [line for table in tables for line in table.partition("\n\n")[0].splitlines()]
+    assert len(promises) >= rows
+    for promise in promises:
+        for test in promise.split("|")[-2].split(","):
+            file, name = test.strip(" `").split("::")
+            assert f"def {name}(" in (ROOT / "tests" / file).read_text(), test
