@@ -35,3 +35,6 @@ def test_all_tiers_run_and_are_counted(
     assert run_tiers(["last", "last@other"], root) == 0
     assert capfd.readouterr().out.splitlines()[-1] == "4 passed, 0 failed, 0 skipped"
     assert (tmp_path / "used").exists()
+    assert run_tiers(["last+first@other"], root) == 1
+    said = capfd.readouterr().out
+    assert said.splitlines()[-1] == "3 passed, 1 failed, 1 skipped" and "def test_b(): assert 0" in said
