@@ -95,3 +95,8 @@ class Ending(Exception):  # noqa: N818  (the training loop turns it into one of 
 def nearest(name: str, known: Iterable[str], n: int = 1, least: float = 0.0) -> list[str]:
     """The known names that are most like this one, the nearest first: what was meant by a name that is not known."""
     return difflib.get_close_matches(name, list(dict.fromkeys(known)), n=n, cutoff=least)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in a line; its kind, where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

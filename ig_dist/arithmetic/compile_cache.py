@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, first_line
 from ig_dist.storage.writable import others_may_change
 from ig_dist.terminal import warn
 
@@ -83,7 +83,7 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
             except RuntimeError as again:
                 if not type(again).__module__.startswith(_OF_THE_COMPILER):
                     raise
-                why = (str(again).strip().splitlines() or [type(again).__name__])[0]
+                why = first_line(again)
                 raise ConfigError(
                     f"the model cannot be compiled here ({why}): see that there is a C++ compiler (c++ --version),"
                     " or set train.compile=false or sample.compile=false"

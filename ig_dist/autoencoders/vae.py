@@ -17,7 +17,7 @@ from ig_dist.arithmetic import arithmetic
 from ig_dist.autoencoders.ldm import ldm_name, ldm_settings, read_checkpoint
 from ig_dist.autoencoders.tokenizer import Precision, Tokenizer
 from ig_dist.autoencoders.weights import FOLDER_FILES, PUBLISHED
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, first_line
 from ig_dist.storage.tensor_files import read_safetensors
 from ig_dist.terminal.extras import imported
 
@@ -166,7 +166,7 @@ def _build(
         with torch.device("meta"):
             model = autoencoder(**settings)
     except Exception as error:  # whatever meaningless settings make diffusers raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ConfigError(f"{where} has settings that make no autoencoder: {reason}") from None
     weights: dict[str, Tensor] = {}
     wrong: dict[str, list[str]] = {"missing": [], "unexpected": [], "of another shape": []}

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ig_dist.errors import first_line
+
 TIMEOUT_S = 5.0
 
 
@@ -46,5 +48,5 @@ def hub_files(repo: str, files: Sequence[str]) -> list[Path]:
             raise OSError(f"status {answer.status_code}")
         return fetch(etag_timeout=TIMEOUT_S)
     except Exception as error:  # of the network, of the hub, or of the disk: each library has its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise NotOnHubError(f"it is not in the Hugging Face cache, and {endpoint} gave nothing: {reason}") from None

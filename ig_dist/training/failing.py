@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 
 from ig_dist.config import Config
-from ig_dist.errors import Ending, IgDistError, LostPeerError, NonFiniteError, OutOfMemoryError, RankError
+from ig_dist.errors import Ending, IgDistError, LostPeerError, NonFiniteError, OutOfMemoryError, RankError, first_line
 from ig_dist.parallel.blame import note_failure
 from ig_dist.parallel.dist import Dist
 from ig_dist.terminal import say
@@ -56,7 +56,7 @@ def _explained(error: Exception, config: Config, dist: Dist, phases: Phases) -> 
         isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
     ):
         rows = config.train.global_batch_size // dist.world_size // config.train.accumulation
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+        said = first_line(error)
         return OutOfMemoryError(
             f"out of memory at {place(now.step, now.phase)}, with {rows} rows in a forward pass ({said}): set"
             f" train.accumulation={2 * config.train.accumulation}, train.activation_checkpointing=true or"

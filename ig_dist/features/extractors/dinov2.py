@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, first_line
 from ig_dist.features.extractors.extractor import Extractor
 from ig_dist.features.extractors.layers import channels_first
 from ig_dist.terminal.extras import imported
@@ -73,7 +73,7 @@ def _read_model(weights: Path) -> Any:
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"{weights.name} is without {missing[0]}")
     except Exception as error:  # of the files, or whatever transformers says of them
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ConfigError(
             f"{folder} does not hold a DINOv2 network in config.json and {weights.name} ({reason}): download both again"
         ) from None

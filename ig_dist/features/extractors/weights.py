@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, first_line
 from ig_dist.storage.hub import NotOnHubError, hub_files
 from ig_dist.terminal import console
 from ig_dist.terminal.extras import missing
@@ -128,7 +128,8 @@ def _download(known: Published) -> Path:
         command = shlex.join(["curl", "-L", "--create-dirs", "-o", str(target), known.source])
         raise ConfigError(
             f"no weights of extractor {known.name}: {target} is not there, and downloading them failed"
-            f" ({_reason(error)}); where there is a network run `{command}`, or set {ROOT_VARIABLE} to a folder with it"
+            f" ({first_line(error)}); where there is a network run `{command}`, or set"
+            f" {ROOT_VARIABLE} to a folder with it"
         ) from None
     return target
 
@@ -157,10 +158,6 @@ def _from_hub(known: Published) -> Path:
         f"no weights of extractor {known.name}: {why}; where there is a network run `{command}`"
         f" (or put the files into folder {known.name} of another one and set {ROOT_VARIABLE} to that)"
     )
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 PUBLISHED = {
