@@ -128,7 +128,7 @@ def assert_close(name: str, ours: Tensor, theirs: Tensor, bound: float = BOUND) 
     """Within the bound, relative to the norm."""
     off = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
     assert off <= bound, f"{name}: {off:.1e} apart, more than {bound:g}: not the same work"
-    console.print(f"{name}: {off:.1e} apart", markup=False)
+    console.print(f"{name}: {off:.1e} apart")
 
 
 def their_step(case: Case, published: Published, model: nn.Module, device: torch.device) -> Callable[[], None]:
@@ -280,7 +280,7 @@ def fitting_memory(case: Case) -> Iterator[None]:
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        console.print(f"{case.name}: not measured: {error}", markup=False)
+        console.print(f"{case.name}: not measured: {error}")
     finally:
         torch.cuda.empty_cache()
 

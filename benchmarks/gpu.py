@@ -163,10 +163,10 @@ def main(
                 rows.append(Row(name, "not run", {}, f"the {limit_s:.0f} s were over", 0.0))
             if len(rows) == 1 and "CUDA" in rows[0].found:
                 case = case._replace(device=torch.device("cuda", 0))
-            console.print(rows[-1].line(), markup=False)
+            console.print(rows[-1].line())
             write(rows, out, small=case.small)
     failed = sum(row.result == "failed" for row in rows)
-    console.print(f"{out}/gpu.md: {failed} of {len(rows)} failed, {time.monotonic() - began:.0f} s", markup=False)
+    console.print(f"{out}/gpu.md: {failed} of {len(rows)} failed, {time.monotonic() - began:.0f} s")
     if failed:
         raise typer.Exit(1)
 

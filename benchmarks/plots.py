@@ -119,7 +119,7 @@ def main(
     left = kept(written.read_text(encoding="utf-8")) if written.exists() else {}
     replace_text(written, page(groups, left))
     plot(groups, out / "results.svg")
-    console.print(f"{written}: {sum(map(len, groups.values()))} claims", markup=False)
+    console.print(f"{written}: {sum(map(len, groups.values()))} claims")
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def show_results(results: Sequence[Result], *, record: bool = False) -> None:
     table = Table("claim", "ratio", "95%", "limit", "holds")
     for found in results:
         interval = "" if found.low is None or found.high is None else f"{found.low:.3g} to {found.high:.3g}"
-        said = {True: "yes", False: "[red]no[/red]", None: ""}[found.holds]
+        said = {True: "yes", False: "no", None: ""}[found.holds]
         table.add_row(found.claim, f"{found.ratio:.4g}", interval, found.limit, said)
     console.print(table)
     if record:

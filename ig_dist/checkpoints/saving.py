@@ -131,7 +131,7 @@ class Saver:
             problem = f"the checkpoint of step {save.step} was not saved: {self._explained(error)}"
             if self._dist.is_main:
                 self.failed_saves += 1
-                console.print(f"{problem}; what was saved before is untouched", markup=False)
+                console.print(f"{problem}; what was saved before is untouched")
                 if is_local(self._store.fs):  # for the space; a storage may be out of reach: the next save tidies up
                     self._attempt("what is left of it was not deleted", partial(self._undo, save))
             return StorageError(problem) if isinstance(error, StorageError) else DataError(problem)
@@ -158,7 +158,7 @@ class Saver:
             packed = json.dumps(sealed(record)).encode()
             write_whole(store.fs, self._record_path(save, self._dist.rank), packed, patience)
         except (OSError, IgDistError) as error:
-            console.print(f"rank {self._dist.rank}: {self._explained(failure or error)}", markup=False)
+            console.print(f"rank {self._dist.rank}: {self._explained(failure or error)}")
             raise
         if failure is not None:
             raise failure
@@ -258,7 +258,7 @@ class Saver:
         try:
             action()
         except (OSError, IgDistError) as error:
-            console.print(f"{failure}: {self._explained(error)}", markup=False)
+            console.print(f"{failure}: {self._explained(error)}")
 
     def _explained(self, error: Exception) -> str:
         """What is wrong, where, and how to mend it, while the run goes on."""

@@ -75,7 +75,7 @@ def convert(
                 "written": str(dest),
             }
         )
-    console.print(f"{done.published}: {done.describe()}", markup=False)
+    console.print(f"{done.published}: {done.describe()}")
     console.print(f"{done.parameters:,} parameters, sha256 {done.weights_sha256}")
     console.print(
         "self-check: converting back gives the same bits; velocities at t = 0.25 and 0.75 are finite and differ from"
@@ -84,6 +84,6 @@ def convert(
     if source.is_dir():
         console.print(f"written: {dest}")
     elif (dest / "config.yaml").is_file():
-        console.print(f"written: {dest}; sample from it with `ig-dist sample {dest}`", markup=False)
+        console.print(f"written: {dest}; sample from it with `ig-dist sample {dest}`")
     else:
-        console.print(f"written: {dest}; train on from it with train.init_from={dest}", markup=False)
+        console.print(f"written: {dest}; train on from it with train.init_from={dest}")

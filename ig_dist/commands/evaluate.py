@@ -77,4 +77,4 @@ def evaluate(
         return print_json(done.result)
     print_result(done.result)
     if done.file is not None:
-        console.print(f"written to {done.file}", markup=False)
+        console.print(f"written to {done.file}")

@@ -13,4 +13,4 @@ def export(run: Run, ema: Ema = None, raw: Raw = False, as_json: AsJson = False)
     folder = find_weights(run, ema=ema, raw=raw).export
     if as_json:
         return print_json({"export": str(folder), **read_info(folder).model_dump(mode="json", include={"ema", "step"})})
-    console.print(str(folder), markup=False)
+    console.print(str(folder))

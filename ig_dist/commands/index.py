@@ -62,7 +62,7 @@ def known_tokenizer(name: str, sha256: str | None, others: Mapping[str, object])
         if needed:
             instead = f"without its weights index needs {', '.join(needed)}"
             raise ConfigError(f"{error}; or {instead}" if sha256 is None else f"{name}: {instead}") from None
-        console.print(f"tokenizer {name} is not on this machine: its name and hash are taken as given", markup=False)
+        console.print(f"tokenizer {name} is not on this machine: its name and hash are taken as given")
         return None
     if sha256 not in (None, tokenizer.sha256):
         raise ConfigError(
@@ -262,7 +262,7 @@ def index(
     except OSError as error:
         raise ConfigError(f"the index cannot be written to {folder} ({error}): the folder must be writable") from None
     for line in summary(folder, info, table):
-        console.print(line, markup=False)
+        console.print(line)
 
 
 def change_normalisation(url: str, shifts: Coefficients, scales: Coefficients, latent_stats: Path | None) -> None:
@@ -286,11 +286,10 @@ def change_normalisation(url: str, shifts: Coefficients, scales: Coefficients, l
     except OSError as error:
         raise ConfigError(f"the index cannot be written to {folder} ({error}): the folder must be writable") from None
     mean, std = (f"{min(values):.3f} to {max(values):.3f}" for values in (seen.mean, seen.std))
-    console.print(f"as the model sees them now, per channel: mean {mean}, std {std}", markup=False)
+    console.print(f"as the model sees them now, per channel: mean {mean}, std {std}")
     console.print(
         f"written: {folder}/index.json; runs that were trained on the one before need that: it is kept as {kept},"
-        " copy it back over index.json for them",
-        markup=False,
+        " copy it back over index.json for them"
     )
 
 

@@ -22,7 +22,7 @@ def plans(
 
     found = list_plans(run)
     if not as_json and not found:
-        return console.print(f"no samples yet; make some with: ig-dist sample {shlex.quote(str(run))}", markup=False)
+        return console.print(f"no samples yet; make some with: ig-dist sample {shlex.quote(str(run))}")
     if not as_json:
         return print_plans(found)
     print_json(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from ig_dist.errors import ConfigError, IgDistError
 from ig_dist.storage.json_lines import read_lines
@@ -158,8 +159,7 @@ Try next{activate}
   ig-dist sweep {typed} --cfg-scale 1.0,1.5 --ig-scale 1.0,1.4
   ig-dist train {CONFIG} {index} run.dir=runs/deeper model.aux_depth=4
   ig-dist launch --processes 2 {CONFIG} {index} run.dir=runs/two
-{more.format(run=typed)}The README says more about each.""",
-        markup=False,
+{more.format(run=typed)}The README says more about each."""
     )
 
 
@@ -177,13 +177,13 @@ def _sampling_precision() -> str:
 
 def _say(title: str, text: str) -> None:
     console.print()
-    console.rule(f"[bold]{title}", align="left")
+    console.rule(Text(title, "bold"), align="left")
     console.print(text)
 
 
 def _command(command: list[str]) -> list[str]:
     """The command as typed, run by this interpreter."""
-    console.print(f"$ {shlex.join(command)}", style="dim", markup=False)
+    console.print(f"$ {shlex.join(command)}", style="dim")
     # -m would put the working directory first, and a file of the user's called random.py with it
     safe = [] if {"", str(Path.cwd())} & set(sys.path) else ["-P"]
     return [sys.executable, *safe, "-m", "ig_dist.cli", *command[1:]]

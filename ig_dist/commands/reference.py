@@ -37,4 +37,4 @@ def reference(
         source, out, extractors=extractors.split(","), image_size=image_size, weights=places, tokenizer=tokenizer
     )
     if made is not None:
-        console.print(made, markup=False)
+        console.print(made)

@@ -103,10 +103,10 @@ def sample(
         except ConfigError as error:
             if not score_if_fit:
                 raise
-            console.print(f"no scores: {error}", markup=False)
+            console.print(f"no scores: {error}")
             metrics = []
     samples, _ = sample_run(config, export, metrics, out=out)
     if metrics:
         evaluate(samples.url)
     elif is_main_process():
-        console.print(f"next: ig-dist evaluate {shlex.quote(samples.url)}", markup=False)
+        console.print(f"next: ig-dist evaluate {shlex.quote(samples.url)}")

@@ -270,7 +270,7 @@ def resume(
     # a submission that never began is not in the run's own, nor is a start by hand in that of the submission
     files = [folder.absolute() / "config.yaml" for folder in (Path(run), last.path)]
     newest = max((file for file in files if file.exists()), key=lambda file: file.stat().st_mtime, default=files[0])
-    console.print(f"config: {newest}", markup=False)
+    console.print(f"config: {newest}")
     config = load_config(newest, overrides)
     if watch.last_step(Path(run)) == config.train.steps and [e.get("next") for e in last.events()][-1:] == ["done"]:
         console.print(f"{run} is finished: {config.train.steps} steps; for more of them, type train.steps=N")

@@ -98,4 +98,4 @@ def sweep(
     if as_json:
         return print_json(result)
     print_sweep(result)
-    console.print(f"written: {folder}/sweep.json, sweep.png and grid.png", markup=False)
+    console.print(f"written: {folder}/sweep.json, sweep.png and grid.png")

@@ -49,4 +49,4 @@ def train(
     if is_first_process():
         run = shlex.quote(loaded.run.dir)
         for step in (f"ig-dist sample {run} --num 64", f"ig-dist sweep {run}", f"ig-dist report {run}"):
-            console.print(f"next: {step}", markup=False)
+            console.print(f"next: {step}")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,8 +25,6 @@ from ig_dist.terminal import console
 if TYPE_CHECKING:
     from ig_dist.data.index import IndexFile, SampleTable, ShardIndex
     from ig_dist.data.verify import Verdict
-
-say = partial(console.print, markup=False)
 
 _NAMED = 5  # damaged shards in the last line; all have a line of their own
 _GRID_COLUMNS = 8
@@ -124,7 +121,6 @@ def facts(info: IndexFile, table: SampleTable | None, verdict: Verdict, fast: bo
 def show(result: dict[str, Any]) -> None:
     """The result as a table."""
     from rich.table import Table
-    from rich.text import Text
 
     def some(names: list[str]) -> str:
         return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
@@ -151,7 +147,7 @@ def show(result: dict[str, Any]) -> None:
     rows["other files there"] = some(result["orphans"]) or "none"
     table = Table("what", "found", show_header=False)
     for key, value in rows.items():
-        table.add_row(key, Text(value))
+        table.add_row(key, value)
     console.print(table)
 
 
@@ -191,11 +187,11 @@ def verify(
         drawn = "no picture: without a sound index no sample is found"
         if table is not None:
             drawn = draw_picture(ShardIndex(folder, info, table, sha256), verdict, decode, seed, picture, tokenizer)
-        say(drawn)
+        console.print(drawn)
     for shard in verdict.damaged:
-        say(f"damaged: {folder}/{shard.name}: {'; '.join(shard.problems)}: {remedy(info, 1)}")
+        console.print(f"damaged: {folder}/{shard.name}: {'; '.join(shard.problems)}: {remedy(info, 1)}")
     for problem in verdict.index_problems:
-        say(f"damaged: {folder}/index.json: {problem}: {remedy(info, 0)}")
+        console.print(f"damaged: {folder}/index.json: {problem}: {remedy(info, 0)}")
     result = facts(info, table, verdict, fast, seconds)
     if as_json:
         print(

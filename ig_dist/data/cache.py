@@ -82,8 +82,7 @@ class BlockCache:
             return
         console.print(
             f"data.cache_dir {self._folder}: {error.strerror}: goes on without keeping more;"
-            " free space, or lower data.cache_bytes",
-            markup=False,
+            " free space, or lower data.cache_bytes"
         )
 
     def drop(self, shard: int, block: int) -> None:

@@ -141,4 +141,4 @@ def _say(*lines: str) -> None:
     """Print once, however many processes there are."""
     if is_first_process():
         for line in lines:
-            console.print(line, markup=False)
+            console.print(line)

@@ -66,8 +66,7 @@ def nearest_pictures(
     _draw(found, files, real, name, file)
     console.print(
         f"nearest real pictures of {len(chosen)} samples: {file} (the nearest one: {found.distances.min():.2f} of the"
-        " median between real pictures; far below 1 smells of memorisation)",
-        markup=False,
+        " median between real pictures; far below 1 smells of memorisation)"
     )
     return found
 

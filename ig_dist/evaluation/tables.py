@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from ig_dist.config.catalogue import best_row, lower_is_better
@@ -40,11 +39,11 @@ def print_result(result: dict[str, Any]) -> None:
     table = _table("what", "value", show_header=False)
     spread = result.get("spread", {})
     for name, value in result["scores"].items():
-        table.add_row(escape(name), _score(value, spread.get(name)), style="bold")
+        table.add_row(name, _score(value, spread.get(name)), style="bold")
     table.add_section()
     for key, value in result["protocol"].items():
         told = guidance_name(value) if key == "guidance" else str(value)
-        table.add_row(escape(key), escape(told))
+        table.add_row(key, told)
     console.print(table)
 
 
@@ -88,9 +87,8 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
     table = _table("images", "score", "published", "found", "")
     for verdict in verdicts:
         numbers = (f"{verdict.published:.5f}", f"{verdict.found:.5f}")
-        table.add_row(
-            verdict.case, verdict.score, *numbers, "equal" if verdict.passed else "[bold red]DIFFERS[/bold red]"
-        )
+        said, style = ("equal", None) if verdict.passed else ("DIFFERS", "bold red")
+        table.add_row(verdict.case, verdict.score, *numbers, said, style=style)
     console.print(table)
 
 
@@ -101,7 +99,7 @@ def print_plans(plans: Sequence[Listed]) -> None:
         scores = ", ".join(f"{name} {value:.4g}" for name, value in listed.scores.items())
         what = listed.plan.describe().rpartition("; ")[0] if listed.plan else "not finished: sample again to go on"
         step, images = (f"{listed.step:,}", f"{listed.images:,}") if listed.step is not None else ("", "")
-        table.add_row(escape(listed.url.rsplit("/", 1)[-1]), step, images, escape(what), escape(scores))
+        table.add_row(listed.url.rsplit("/", 1)[-1], step, images, what, scores)
     console.print(table)
 
 

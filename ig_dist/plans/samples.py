@@ -141,7 +141,7 @@ def find_samples(src: str) -> str | None:
     if len(found) > 1:
         for listed in found:
             assert listed.plan is not None
-            console.print(f"{listed.url}: {listed.images} images, {listed.plan.describe()}", markup=False)
+            console.print(f"{listed.url}: {listed.images} images, {listed.plan.describe()}")
         raise ConfigError(f"{src} holds the samples of {len(found)} plans: name the folder of one, see above")
     return found[0].url
 

@@ -122,7 +122,7 @@ def _collect(samples: Samples, config: Config) -> None:
     if config.sample.keep_images:
         write_samples_npz(samples)
         made += "/samples.npz"
-    console.print(f"{made}, some of them: {write_picture(samples, Path(config.run.dir), names)}", markup=False)
+    console.print(f"{made}, some of them: {write_picture(samples, Path(config.run.dir), names)}")
 
 
 @contextmanager
@@ -139,7 +139,7 @@ def _plan_progress(
 
     first = finished() if is_first_process() else 0
     if is_first_process():
-        console.print(f"sample {plan.describe()}: {wanted} images, {first} of them are there", markup=False)
+        console.print(f"sample {plan.describe()}: {wanted} images, {first} of them are there")
     listed, before, made = time.monotonic(), 0, 0
 
     with progress("sample", wanted, "images", first) as advance:

@@ -51,26 +51,24 @@ def cancel(run: Path) -> None:
         time.sleep(pause)
     saved = [_newest(folder).get("checkpoint") for folder, _ in saving]
     steps = [f"saved at step {step}; " for step in saved if step is not None]
-    console.print(
-        f"cancelled: job {', '.join(ids)}; {''.join(steps)}go on with: ig-dist slurm resume {run}", markup=False
-    )
+    console.print(f"cancelled: job {', '.join(ids)}; {''.join(steps)}go on with: ig-dist slurm resume {run}")
 
 
 def _let_save(folder: Folder, submission: Submission) -> None:
     """Ask a training to save and leave, as before a time limit, and wait until it has, for as long as there it may."""
     if _newest(folder).get("event") != "start":  # it begins, or waits for the run's lock
         return
-    console.print(f"job {folder.id}: asked to save; waits for up to {submission.signal_delay_s} s", markup=False)
+    console.print(f"job {folder.id}: asked to save; waits for up to {submission.signal_delay_s} s")
     try:
         slurm("scancel", "--signal=USR2", "--batch", folder.id)
     except SlurmError as error:  # it has just ended
-        console.print(str(error), markup=False)
+        console.print(str(error))
         return
     began = time.monotonic()
     while _newest(folder).get("event") == "start":
         waited = time.monotonic() - began
         if waited > submission.signal_delay_s:
-            console.print(f"job {folder.id}: has not saved in {waited:.0f} s: ended all the same", markup=False)
+            console.print(f"job {folder.id}: has not saved in {waited:.0f} s: ended all the same")
             return
         time.sleep(0.2)
 
@@ -108,9 +106,9 @@ def follow(folder: Folder, submission: Submission) -> int:
                 away = jobs is None
                 now = said if jobs is None else state(jobs)
                 if now != said:
-                    console.print(f"job {folder.id}: {now}", markup=False)
+                    console.print(f"job {folder.id}: {now}")
                     for text in advice(jobs or []):
-                        console.print(f"  {text}", markup=False)
+                        console.print(f"  {text}")
                 said, ended = now, jobs is not None and not any(job.active for job in jobs)
             for file in files:
                 places[file] += _print_from(file, places[file])
@@ -118,10 +116,7 @@ def follow(folder: Folder, submission: Submission) -> int:
                 time.sleep(min(LOOK_S, pause))
         return final_code(folder)
     except KeyboardInterrupt:
-        console.print(
-            f"\njob {folder.id} goes on; follow it with: ig-dist slurm status {submission.run} --follow",
-            markup=False,
-        )
+        console.print(f"\njob {folder.id} goes on; follow it with: ig-dist slurm status {submission.run} --follow")
         return 0
 
 

@@ -164,7 +164,7 @@ def _tell(jobs: Sequence[Planned], watch: str, follow: bool) -> int:
     if watch:
         told |= {"watch": watch, "resume": f"ig-dist slurm resume {run}"}
     for name, text in told.items():
-        console.print(f"{name + ':':8}{text}", markup=False)
+        console.print(f"{name + ':':8}{text}")
     return follow_job(folder, first) if follow else 0
 
 

@@ -75,16 +75,16 @@ def show_status(run: Path) -> None:
     """Print the state of a run's jobs, their starts and why each ended."""
     for folder, submission in found_folders(run):
         jobs, told = _ask(folder)
-        console.print(f"{submission.kind} job {folder.id or '(not submitted)'}: {told}", markup=False)
+        console.print(f"{submission.kind} job {folder.id or '(not submitted)'}: {told}")
         for text in advice(jobs or []):
-            console.print(f"  {text}", markup=False)
+            console.print(f"  {text}")
         for task in folder.tasks():
             _show_history(folder, submission, task, _may_run(jobs, task))
         if (words := failed_words(folder)) is not None:
-            console.print(f"  it said: {words}", markup=False)
-        console.print(f"  log: {folder.log}", markup=False)
+            console.print(f"  it said: {words}")
+        console.print(f"  log: {folder.log}")
     if (far := how_far(run)) is not None:
-        console.print(far, markup=False)
+        console.print(far)
 
 
 def show_all() -> None:
@@ -101,7 +101,7 @@ def show_all() -> None:
         _, told = _ask(folder)
         far = how_far(Path(submission.run)) if submission.kind == "train" else None
         tail = f"; {far}" if far else ""
-        console.print(f"{submission.run}: {submission.kind} job {folder.id}, {told}{tail}", markup=False)
+        console.print(f"{submission.run}: {submission.kind} job {folder.id}, {told}{tail}")
     if not found:
         console.print("no job of yours waits or runs that ig-dist slurm has submitted; of a run: status RUN")
 
@@ -162,9 +162,9 @@ def _show_history(folder: Folder, submission: Submission, task: str, active: boo
         return  # of an array, only tasks with something to tell
     name = f"task {task}: " if task else ""
     count = sum(entry["event"] == "start" for entry in entries)
-    console.print(f"  {name}{count} start{'s' * (count != 1)}, {max(0, count - 1)} restarts", markup=False)
+    console.print(f"  {name}{count} start{'s' * (count != 1)}, {max(0, count - 1)} restarts")
     if bad := bad_nodes(folder.events(task), submission.exclude_after):
-        console.print(f"    avoided today: {', '.join(sorted(bad))}", markup=False)
+        console.print(f"    avoided today: {', '.join(sorted(bad))}")
     for number, entry in list(enumerate(entries))[-SHOWN_STARTS:]:
         began = _clock(entry["time"])
         nodes, end = entry["nodes"], entry["end"]
@@ -172,7 +172,7 @@ def _show_history(folder: Folder, submission: Submission, task: str, active: boo
         where = ",".join(nodes) if len(nodes) < 5 else f"{len(nodes)} nodes ({nodes[0]}, ...)"
         then = f" -> {end['next']}" if end and end["next"] not in ("", "done") else ""
         now = f"waits until {_clock(entry['until'])} for a process that holds the run" if entry["until"] else "runs"
-        console.print(f"    {number}  {began}  {where}: {end['reason'] if end else now}{blame}{then}", markup=False)
+        console.print(f"    {number}  {began}  {where}: {end['reason'] if end else now}{blame}{then}")
 
 
 def failed_words(folder: Folder) -> str | None:

@@ -61,7 +61,7 @@ class Patience:
                 return
             others = f" ({self._unsaid} more since the last line)" if self._unsaid else ""
             self._said_at, self._unsaid = time.monotonic(), 0
-        console.print(f"storage: {what}: {_words(error)}; again in {wait_s:.1f} s{others}", markup=False)
+        console.print(f"storage: {what}: {_words(error)}; again in {wait_s:.1f} s{others}")
 
 
 PATIENCE = Patience()

@@ -68,9 +68,7 @@ class LineFile:
             raise DataError(f"run.dir {self._file.parent} is gone while the run goes on: start it again") from None
         except OSError as error:
             if not told:
-                console.print(
-                    f"{self._file}: {error.strerror}: the run goes on, and its lines wait for space", markup=False
-                )
+                console.print(f"{self._file}: {error.strerror}: the run goes on, and its lines wait for space")
         else:
             self._waiting = b""
 

@@ -33,13 +33,13 @@ def visible(text: str) -> str:
 
 
 class _Console(Console):
-    """Names of files and classes are text, see ``visible``."""
+    """What is printed is text, names of files and classes too: it has no markup, see also ``visible``."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(visible(text), **options)
 
 
-console = _Console(soft_wrap=True, highlight=False, **_NOTEBOOK)
+console = _Console(soft_wrap=True, highlight=False, markup=False, **_NOTEBOOK)
 
 
 MERGED_LATER = "IG_DIST_MERGED_LATER"

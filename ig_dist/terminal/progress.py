@@ -61,7 +61,7 @@ def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Advanc
                 logged = now
                 left = (total - now_done) / max((now_done - first) / (now - began), rate, 1e-9)
                 amounts = f"{now_done / divisor:,.0f} of {total / divisor:,.0f} {name}"
-                console.print(f"{what}: {amounts}, {said} here, {timedelta(seconds=round(left))} left", markup=False)
+                console.print(f"{what}: {amounts}, {said} here, {timedelta(seconds=round(left))} left")
 
     with shown:
         yield advance

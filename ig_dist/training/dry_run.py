@@ -119,7 +119,7 @@ def print_dry_run(told: dict[str, Any]) -> None:
     """Print what ``dry_run`` says as lines and a table."""
     assumed = f"{told['index']}: no index there, so ImageNet is assumed: " if told["assumed_imagenet"] else ""
     shape = "x".join(map(str, told["latent_shape"]))
-    console.print(f"{assumed}{told['samples']:,} samples of {shape}, {told['classes']} classes", markup=False)
+    console.print(f"{assumed}{told['samples']:,} samples of {shape}, {told['classes']} classes")
     console.print(
         f"{told['parameters']:,} parameters, {told['flops_per_image'] / 1e9:.1f} GFLOP a training image"
         " (2 per multiply-accumulate)"
@@ -140,7 +140,7 @@ def print_dry_run(told: dict[str, Any]) -> None:
         table.add_row(engine, *(f"{size / GIB:.2f}" for size in sizes.values()))
     console.print(table)
     if told["replicate"] > 1:
-        console.print(f"hsdp: engine.kind=fsdp2 engine.replicate={told['replicate']}", markup=False)
+        console.print(f"hsdp: engine.kind=fsdp2 engine.replicate={told['replicate']}")
 
 
 def engines_of(config: Config, gpus: int) -> tuple[str, ...]:

@@ -140,8 +140,7 @@ class Meter:
         if self._watch.sees(found) and self._dist.is_main:
             console.print(
                 f"slow: rank {found.rank} on {hosts[found.rank]} takes {found.ratio:.1f} times the median rank's time"
-                f" for its own work, which makes every step {100 * found.cost:.0f}% longer",
-                markup=False,
+                f" for its own work, which makes every step {100 * found.cost:.0f}% longer"
             )
         return {"slowest_rank": found.rank, "slowest_rank_ratio": found.ratio}
 

@@ -96,7 +96,7 @@ class RunLog:
             yield
         except OSError as error:
             self._board = None
-            console.print(f"no TensorBoard from now on ({error.strerror}): metrics.jsonl has its values", markup=False)
+            console.print(f"no TensorBoard from now on ({error.strerror}): metrics.jsonl has its values")
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
         """TensorBoard writes in a thread; what goes wrong there is raised once more at the next value."""
@@ -139,7 +139,7 @@ class RunLog:
             (folder := self._path / "samples" / "training").mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture.squeeze()).save(folder / f"step_{step:010d}.png")
         except OSError as error:
-            console.print(f"the samples of step {step} were not written ({error.strerror})", markup=False)
+            console.print(f"the samples of step {step} were not written ({error.strerror})")
         if self._board is not None:
             with self._board_may_fail():
                 self._board.add_image("samples", picture, step, dataformats="HWC")

@@ -71,9 +71,9 @@ def preflight(index: ShardIndex, config: Config, dist: Dist, stop_flag: StopFlag
     )
     slow = slow_ranks(everyone, max(SLOW, config.train.preflight_min_speed))
     if dist.is_main:
-        console.print(summary(everyone), markup=False)
+        console.print(summary(everyone))
         for rank, what in slow.items():
-            console.print(f"slow: {everyone[rank].place}: {what}", markup=False)
+            console.print(f"slow: {everyone[rank].place}: {what}")
     late: dict[int, str] = {}
     if config.train.preflight_min_speed:  # not for a link: it slows the ranks on both of its sides
         late = slow_ranks(everyone, config.train.preflight_min_speed, ("matmul", "read"))

@@ -125,7 +125,7 @@ def _find(config: Config, dist: Dist, phases: Phases, cleanup: ExitStack, *, for
     start, total = state.checkpoint.step if state else 0, config.total_steps(order.num_samples)
     if dist.is_main:
         doing = "finished at" if start >= total else "resume at" if start else "start from"
-        console.print(f"{config.run.dir}: {doing} step {start} of {total}", markup=False)
+        console.print(f"{config.run.dir}: {doing} step {start} of {total}")
     return _Found(config, index, order, store, identity, path, model, state, start, total)
 
 

@@ -278,7 +278,7 @@ def test_a_url_within_a_url_is_not_opened(tmp_path: Path) -> None:
 
 def test_what_a_terminal_would_obey_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     say(ConfigError("a\x1b[2Jb\x9b1mc\u202ed\re\nf"))
-    console.print("g\x1b]0;h\x07", markup=False)
+    console.print("g\x1b]0;h\x07")
     print_result({"scores": {"[/x]": 1.0}, "protocol": {"reference": "a[/x]\x1b[2J.npz", "[/y]": 1}})
     said = capsys.readouterr()
     assert said.err == "error: a\\x1b[2Jb\\x9b1mc\\u202ed\\re\nf\n"

@@ -114,7 +114,7 @@ def _download(known: Published) -> Path:
         with FileLock(f"{target}.lock"):  # what a killed process has left is written over
             if target.is_file():
                 return target
-            console.print(f"downloads the weights of {known.name} to {target}", markup=False)
+            console.print(f"downloads the weights of {known.name} to {target}")
             try:
                 with urllib.request.urlopen(known.source, timeout=TIMEOUT_S) as answer, partial.open("wb") as file:
                     shutil.copyfileobj(answer, file, 2**20)
