@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from ig_dist.features.extractors import get_extractor
 from ig_dist.features.extractors import inception as module
-from ig_dist.features.extractors.inception import DIMENSIONS, Inception, preprocess
-from ig_dist.features.extractors.layers import tf1_bilinear
+from ig_dist.features.extractors.inception import DIMENSIONS, Inception, preprocess, tf1_bilinear
+from ig_dist.features.extractors.layers import fold_norms
 from tests.extractors import random_inception
 
 # at PLACES of the pictures of 32 and of 350 pixels
@@ -63,7 +63,7 @@ def test_features_of_known_weights(weights: dict[str, Tensor], pictures: list[Te
     found = features(model, pictures)
     assert {name: values.shape[1] for name, values in found.items()} == DIMENSIONS
     assert wrong(found) == set()
-    model.fold()
+    fold_norms(model)
     assert not any(isinstance(part, nn.BatchNorm2d) for part in model.modules())
     for name, values in features(model, pictures).items():
         torch.testing.assert_close(values, found[name], rtol=1e-4, atol=1e-4)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, relu6
 
 from ig_dist.features.extractors.extractor import Extractor
-from ig_dist.features.extractors.layers import channels_first, fold_norm, load_tensors
-from ig_dist.storage.tensor_files import read_torch_file
+from ig_dist.features.extractors.layers import channels_first, load_network
 
 SIDE = 224
 DIMENSIONS = {"pool": 1280, "logits": 1000}
@@ -86,13 +85,6 @@ class Block(nn.Module):
         projected: Tensor = self._bn2(self._project_conv(y))
         return projected + x if self.adds else projected
 
-    def fold(self) -> None:
-        """Fold the batch norms."""
-        if self.expands:
-            fold_norm(self, "_expand_conv", "_bn0")
-        fold_norm(self, "_depthwise_conv", "_bn1")
-        fold_norm(self, "_project_conv", "_bn2")
-
 
 class EfficientNetLite0(nn.Module):
     """The network from normalised pixels to its features."""
@@ -122,14 +114,6 @@ class EfficientNetLite0(nn.Module):
         pool = relu6(self._bn1(self._conv_head(x)), inplace=True).mean(dim=(2, 3))
         return {"pool": pool, "logits": self._fc(pool)}
 
-    def fold(self) -> None:
-        """Fold the batch norms, for use without training."""
-        fold_norm(self, "_conv_stem", "_bn0")
-        fold_norm(self, "_conv_head", "_bn1")
-        for block in self._blocks:
-            assert isinstance(block, Block)
-            block.fold()
-
 
 def preprocess(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 images (B, H, W, 1 or 3) to normalised pixels (B, 3, 224, 224)."""
@@ -140,10 +124,7 @@ def preprocess(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def load_efficientnet(weights: Path, sha256: str, device: torch.device) -> Extractor:
     """The extractor with the weights of a file in the public names."""
-    model = EfficientNetLite0()
-    load_tensors(model, read_torch_file(weights), weights, "EfficientNet-lite0")
-    model.eval().requires_grad_(False).fold()
-    model.to(device)
+    model = load_network(EfficientNetLite0(), weights, "EfficientNet-lite0", device)
     name, batch_size = "efficientnet_lite0", 4 if device.type == "cpu" else 256
     return Extractor(
         name, sha256, PREPROCESSING, DIMENSIONS, batch_size, device, lambda images: model(preprocess(images))

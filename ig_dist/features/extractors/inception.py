@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, max_pool2d, relu_
 
 from ig_dist.features.extractors.extractor import Extractor
-from ig_dist.features.extractors.layers import channels_first, fold_norm, load_tensors, tf1_bilinear
-from ig_dist.storage.tensor_files import read_torch_file
+from ig_dist.features.extractors.layers import channels_first, load_network
 
 SIDE = 299
 CLASSES = 1008
@@ -219,11 +218,24 @@ class Inception(nn.Module):
             "logits": pool @ self.fc.weight.T,
         }
 
-    def fold(self) -> None:
-        """Fold the batch norms, for use without training."""
-        for module in self.modules():
-            if isinstance(module, ConvNorm):
-                fold_norm(module, "conv", "bn")
+
+def tf1_bilinear(pixels: Tensor, size: int) -> Tensor:
+    """Resize (B, C, H, W) to (B, C, size, size) by TensorFlow 1's rule.
+
+    Output i takes from position i * in / size, between the pixels floor and floor + 1, the latter clamped to the edge:
+    no half-pixel offset, corners not aligned, and no filter where pictures shrink. As in ``tf.image.resize_bilinear``,
+    in / size is rounded to float32 and columns are taken before rows.
+    """
+    for axis in (3, 2):
+        length = pixels.shape[axis]
+        scale = torch.tensor(length / size, dtype=torch.float32).item()
+        position = torch.arange(size, dtype=pixels.dtype, device=pixels.device) * scale
+        low = position.long()
+        fraction = position - low
+        before = pixels.index_select(axis, low)
+        after = pixels.index_select(axis, (low + 1).clamp(max=length - 1))
+        pixels = before + (after - before) * (fraction if axis == 3 else fraction[:, None])
+    return pixels
 
 
 def preprocess(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -234,10 +246,7 @@ def preprocess(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def load_inception(weights: Path, sha256: str, device: torch.device) -> Extractor:
     """The extractor with the weights of a file in the public names."""
-    model = Inception()
-    load_tensors(model, read_torch_file(weights), weights, "Inception v3 of 2015-12-05")
-    model.eval().requires_grad_(False).fold()
-    model.to(device)
+    model = load_network(Inception(), weights, "Inception v3 of 2015-12-05", device)
     batch_size = 8 if device.type == "cpu" else 128
     return Extractor(
         "inception", sha256, PREPROCESSING, DIMENSIONS, batch_size, device, lambda images: model(preprocess(images))
