@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,69 +145,57 @@ def batch_script(request: Request, submission: Submission, folder: Path, *, name
         folder: the submission's.
         name: of the job.
         after: what it waits for, as sbatch's --dependency takes it.
+
+    Raises:
+        ConfigError: an option of --sbatch that is ours, or that the script must have as it is.
     """
-    import submitit  # 70 ms, that `status` need not wait for
-
-    class Script(submitit.SlurmExecutor):
-        """Writes scripts also where there is no SLURM."""
-
-        @classmethod
-        def affinity(cls) -> int:
-            return 2
-
     low, high = request.node_range
     # SLURM would keep the number of tasks of a job's first start, and with it that start's number of nodes
     fixed, cpus = low == high, request.cpus_per_gpu
-    task = "_%a" if submission.array else ""
     throttle = f"%{request.at_once}" if request.at_once else ""
-    log = Folder(folder).log
-    said: dict[str, Any] = {
+    needed: dict[str, Any] = {
         "nodes": low if fixed else f"{low}-{high}",
-        **({"mincpus": request.ranks_per_node * cpus} if cpus and not fixed else {}),
+        "mincpus": request.ranks_per_node * cpus if cpus and not fixed else None,
         "time": request.time,
         # so long before the time limit, to the first process of the job, which passes it on
         "signal": f"B:USR2@{request.signal_delay}",
         "requeue": True,
         "chdir": submission.cwd,
-        "output": f"{log}/batch{task}.log",
-        **({"mem": request.mem} if request.mem is not None else {}),
-        **({"array": f"0-{submission.array - 1}{throttle}"} if submission.array else {}),
-        **({"kill_on_invalid_dep": "yes"} if "afterok" in after else {}),  # or it would wait for ever
+        "output": Folder(folder).batch_log("%a" if submission.array else ""),
+        "array": f"0-{submission.array - 1}{throttle}" if submission.array else None,
+        "kill-on-invalid-dep": "yes" if "afterok" in after else None,  # or it would wait for ever
     }
-    said |= (more := _more(request, said))
-    if {"mem_per_gpu", "mem_per_cpu"} & more.keys():  # SLURM takes one way of asking
-        said.pop("mem", None)
+    more = key_values("--sbatch", request.sbatch)
+    for key in more:
+        if key in OWN or needed.get(key) is not None:
+            here = f"--{key}" if key in OWN else "nothing: the job needs it as it is"
+            raise ConfigError(f"--sbatch {key}: use {here}")
     typed = str(more.get("gres", "")).startswith("gpu")  # gpu:h100:8, where a site asks for the type
-    if after:  # what the user has it wait for, the first job has waited for
-        said.pop("dependency", None)
-    executor = Script(folder)
-    executor.update_parameters(
-        job_name=name,
-        partition=request.partition,
-        nodes=low,
-        ntasks_per_node=request.ranks_per_node if fixed else None,
-        cpus_per_task=cpus if fixed else None,
-        gpus_per_node=None if typed or request.unknown_gpus else request.gpus_per_node or None,
-        account=request.account,
-        qos=request.qos,
-        constraint=request.constraint,
-        exclude=request.exclude,
-        exclusive=request.exclusive or None,
-        dependency=after or None,
-        wckey=None,
-        stderr_to_stdout=True,
-        use_srun=False,  # the first process calls it: how many nodes it uses is known when the job starts
-        setup=[
-            *_threads(request),
-            *checked(request.setup),
-            *_environment(request, folder),
-            *check_lines(submission.python),
-        ],
-        additional_parameters=said,
-    )
-    # submitit's own command would unpickle the call from this folder; ours reads JSON
+    asked = {
+        **needed,
+        "job-name": name,
+        "partition": request.partition,
+        "ntasks-per-node": request.ranks_per_node if fixed else None,
+        "cpus-per-task": cpus if fixed else None,
+        "gpus-per-node": None if typed or request.unknown_gpus else request.gpus_per_node or None,
+        "mem": None if {"mem-per-gpu", "mem-per-cpu"} & more.keys() else request.mem,  # SLURM takes one way of asking
+        "account": request.account,
+        "qos": request.qos,
+        "constraint": request.constraint,
+        "exclude": request.exclude,
+        "exclusive": request.exclusive or None,
+        "open-mode": "append",
+        **more,
+        # what the user has it wait for, the first job has waited for
+        "dependency": after or more.get("dependency"),
+    }
+    options = [
+        f"#SBATCH --{key}" + ("" if value is True else f"={shlex.quote(str(value))}")
+        for key, value in sorted(asked.items())
+        if value is not None
+    ]
     command = shlex.join([sys.executable, "-u", "-m", "ig_dist.slurm.batch", str(folder)])
-    return str(executor._make_submission_file_text(f"exec {command}", folder.name))
+    return "\n".join(["#!/bin/bash", *options, "", *_setup(request, submission, folder), "", f"exec {command}", ""])
 
 
 def key_values(option: str, given: Sequence[str]) -> dict[str, str | bool]:
@@ -225,27 +213,21 @@ def key_values(option: str, given: Sequence[str]) -> dict[str, str | bool]:
     return found
 
 
-def _more(request: Request, said: Mapping[str, Any]) -> dict[str, Any]:
-    """What the user adds for sbatch.
-
-    Raises:
-        ConfigError: an option that is ours, or that the script must have as it is.
-    """
-    more = key_values("--sbatch", request.sbatch)
-    ours = {*OWN, *said}
-    for key in more:
-        if key in ours:
-            here = f"--{key}" if key in OWN else "nothing: the job needs it as it is"
-            raise ConfigError(f"--sbatch {key}: use {here}")
-    return {key.replace("-", "_"): value for key, value in more.items()}
-
-
-def _threads(request: Request) -> list[str]:
-    cpus = request.cpus_per_gpu or 1
-    threads = max(1, min(8, cpus // 2)) if request.gpus_per_node else cpus
+def _setup(request: Request, submission: Submission, folder: Path) -> list[str]:
+    cpus, gpus = request.cpus_per_gpu or 1, request.gpus_per_node or 0
+    visible = f"${{CUDA_VISIBLE_DEVICES:-{','.join(map(str, range(gpus or 1)))}}}"
     return [
         "# a fixed number, not that of the shell: sums depend on it, and reader threads need CPUs too",
-        f"export OMP_NUM_THREADS={threads}",
+        f"export OMP_NUM_THREADS={max(1, min(8, cpus // 2)) if gpus else cpus}",
+        *checked(request.setup),
+        "# the code as it was when this was submitted, whatever is edited since",
+        f"export PYTHONPATH={shlex.quote(str(folder / 'source'))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "export PYTHONSAFEPATH=1  # or the working directory would come before it",
+        *(["export IG_DIST_DEVICE=cpu  # not on GPUs that a node may have"] if request.on_cpus else []),
+        *([f"export CUDA_VISIBLE_DEVICES={visible}  # not SLURM's, but there"] if request.unknown_gpus else []),
+        "# a link or a GPU that fails is named in the rank's log",
+        "export NCCL_DEBUG=${NCCL_DEBUG:-WARN}",
+        *check_lines(submission.python),
     ]
 
 
@@ -257,23 +239,6 @@ def checked(setup: Sequence[str]) -> list[str]:
         for line in setup
         for part in (line, f"[ $? = 0 ] || {{ {failed.format(shlex.quote(f'--setup {line!r} failed'))}; }}")
     ]
-
-
-def _environment(request: Request, folder: Path) -> list[str]:
-    return [
-        "# the code as it was when this was submitted, whatever is edited since",
-        f"export PYTHONPATH={shlex.quote(str(folder / 'source'))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        "export PYTHONSAFEPATH=1  # or the working directory would come before it",
-        *(["export IG_DIST_DEVICE=cpu  # not on GPUs that a node may have"] if request.on_cpus else []),
-        *([_visible(request.gpus_per_node or 1)] if request.unknown_gpus else []),
-        "# a link or a GPU that fails is named in the rank's log",
-        "export NCCL_DEBUG=${NCCL_DEBUG:-WARN}",
-    ]
-
-
-def _visible(gpus: int) -> str:
-    numbers = ",".join(map(str, range(gpus)))
-    return f"export CUDA_VISIBLE_DEVICES=${{CUDA_VISIBLE_DEVICES:-{numbers}}}  # those that are there, but not SLURM's"
 
 
 def _duration(limit: int) -> str:

@@ -34,7 +34,6 @@ FORBIDDEN = {
         "ig_dist.rng",
     ],
     "ig_dist/training/trainer.py": [
-        "submitit",
         "ig_dist.slurm",
         "ig_dist.launching.jobs",
         "tarfile",
@@ -58,7 +57,7 @@ ALLOWED = {
     "ig_dist/parallel/deepspeed.py": ["deepspeed"],
 }
 # slow to import, or not installed everywhere: never by importing a module of ours
-LAZY = ["diffusers", "huggingface_hub", "deepspeed", "submitit", "torchdiffeq"]
+LAZY = ["diffusers", "huggingface_hub", "deepspeed", "torchdiffeq"]
 
 
 def files(part: str) -> list[Path]:
