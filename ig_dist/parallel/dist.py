@@ -153,9 +153,16 @@ def lost_peers_explained(dist: Dist) -> Iterator[None]:
         raise lost from None
 
 
+_left: list[Any] = []
+"""The group that was left last. DDP's reducer must not be the last to let go of it: it ends the group's threads while
+it holds the interpreter, which one of them may wait for, to let go of a
+tensor. Python lets go of the interpreter first."""
+
+
 def shut_down() -> None:
     """Leave the job."""
     if torch_dist.is_initialized():
+        _left[:] = [torch_dist.group.WORLD]
         torch_dist.destroy_process_group()
 
 
