@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from ig_dist.checkpoints.manifest import MANIFEST
 from tests.forked import Process
+from tests.waiting import wait_until
 
 KINDS = ("one", "all", "save")
 ENDS_S = 60.0  # in which the ranks that are left end by themselves
@@ -42,17 +43,8 @@ def carry_out(kill: Kill, ranks: Sequence[Process], log: Path, run: Path) -> boo
 
     The moment is told by what rank 0 says (``log``): the metrics hold steps of earlier starts too.
     """
-    deadline = time.monotonic() + 120
-
-    def wait_for(moment: str) -> None:
-        assert all(rank.poll() is None for rank in ranks), f"{kill}: a rank ended before {moment}"
-        assert time.monotonic() < deadline, f"{kill}: {moment} never came"
-        time.sleep(0.001)
-
-    while last_step(log, run) < kill.step:
-        wait_for("its step")
-    while kill.kind == "save" and not torn_saves(run):
-        wait_for("a save")
+    wait_until(lambda: last_step(log, run) >= kill.step, *ranks, what=kill, every_s=0.002)
+    wait_until(lambda: kill.kind != "save" or torn_saves(run), *ranks, what=kill, every_s=0.001)
     time.sleep(kill.extra_s)
     for rank in [ranks[kill.victim]] if kill.kind == "one" else ranks:
         rank.kill()

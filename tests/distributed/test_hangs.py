@@ -20,6 +20,7 @@ from ig_dist.parallel.collectives import RECORDS
 from tests import forked
 from tests.conftest import write_tiny_config
 from tests.distributed.test_training import GRACE_S, hurry, last_step, local, metrics, start_faulty
+from tests.waiting import alive, children, wait_until
 
 TIMEOUT_S = 4
 HANG = (1, {"timeout_s": TIMEOUT_S})
@@ -43,10 +44,8 @@ class Stopped(NamedTuple):
 def started(config: Path, run: Path, steps: int) -> tuple[forked.Process, list[int]]:
     """Launcher and ranks of a run that has done some steps."""
     process = forked.Process(local(config, 2)[1:], before=hurry)
-    while last_step(run) < steps:
-        assert process.poll() is None
-        time.sleep(0.01)
-    return process, [*map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())]
+    wait_until(lambda: last_step(run) >= steps, process)
+    return process, children(process)
 
 
 def hang_lines(errors: str) -> dict[int, str]:
@@ -71,20 +70,9 @@ def test_ranks_without_their_launcher_save_and_stop(tiny_config: Write, tmp_path
     process, ranks = started(tiny_config("orphans", train={"steps": 100000}), run, 5)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 60
-    while any(alive(rank) for rank in ranks):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: not any(alive(rank) for rank in ranks))
     checkpoint = CheckpointStore(str(run / "checkpoints")).latest(ALONE)
     assert checkpoint is not None and checkpoint.step == last_step(run) >= 5
-
-
-def alive(process: int) -> bool:
-    """Whether a process runs; one that ended may have no parent that asks for its end."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ig_dist.launching.line import free_port
 from tests import forked
 from tests.conftest import run_command
 from tests.distributed.test_training import final_tensors, last_step, local, metrics
+from tests.waiting import children, wait_until
 
 Write = Callable[..., Path]
 
@@ -24,20 +24,13 @@ def begin(config: Path, port: int, rank: int, *options: str) -> forked.Process:
     return forked.Process([*forked.CLI, "launch", *where, *options, config])
 
 
-def ranks_of(launcher: forked.Process) -> list[int]:
-    return [*map(int, Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split())]
-
-
 def test_a_killed_rank_starts_all_nodes_again_and_leaves_no_trace(tiny_config: Write, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"train": {"steps": 30}, "checkpoint": {"every_steps": 7}}
     whole, killed = (tiny_config(name, **settings) for name in ("whole", "killed"))
     run, port = tmp_path / "runs" / "killed", free_port("127.0.0.1")
     launchers = [begin(killed, port, rank, "--restarts", "2") for rank in (0, 1)]
-    deadline = time.monotonic() + 60
-    while last_step(run) < 10:
-        assert time.monotonic() < deadline and all(launcher.poll() is None for launcher in launchers)
-        time.sleep(0.002)
-    (victim,) = ranks_of(launchers[1])
+    wait_until(lambda: last_step(run) >= 10, *launchers)
+    (victim,) = children(launchers[1])
     os.kill(victim, signal.SIGKILL)
     assert run_command(local(whole, 2)).returncode == 0
     for launcher in launchers:
@@ -54,11 +47,7 @@ def test_a_signal_to_one_node_saves_and_stops_all(tiny_config: Write, tmp_path: 
     run, port = tmp_path / "runs" / "stopped", free_port("127.0.0.1")
     config = tiny_config("stopped", train={"steps": 100000}, checkpoint={"every_steps": 100000})
     launchers = [begin(config, port, rank, "--restarts", "2") for rank in (0, 1)]
-    deadline = time.monotonic() + 60
-    while last_step(run) < 5:
-        assert time.monotonic() < deadline and all(launcher.poll() is None for launcher in launchers)
-        time.sleep(0.01)
-    assert launchers[1].pid is not None
-    os.kill(launchers[1].pid, signal.SIGTERM)
+    wait_until(lambda: last_step(run) >= 5, *launchers)
+    launchers[1].send_signal(signal.SIGTERM)
     assert [launcher.wait(60) for launcher in launchers] == [75, 75]
     assert len(list((run / "checkpoints").glob("*/manifest.json"))) == 1

@@ -15,8 +15,10 @@ import pytest
 from ig_dist.data.index import read_index
 from ig_dist.storage.files import open_url, write_whole
 from tests import forked
+from tests.distributed.test_training import last_step
 from tests.fault_proxy import Fault, FaultProxy
 from tests.object_store import ObjectStore, free_port
+from tests.waiting import wait_until
 
 Write = Callable[..., Path]
 Ranks = list[forked.Process]
@@ -52,31 +54,19 @@ def end(ranks: Ranks) -> list[tuple[int, str, str]]:
     return [(rank.wait(), out, err) for rank, (out, err) in zip(ranks, said, strict=True)]
 
 
-def steps(run: Path) -> int:
-    file = run / "metrics.jsonl"
-    return file.read_text().count("\n") if file.exists() else 0
-
-
-def wait_until(condition: Callable[[], bool], ranks: Ranks) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks), end(ranks)
-        time.sleep(0.02)
-
-
 def starve(ranks: Ranks, run: Path, proxy: FaultProxy, fault: Fault) -> None:
     """Let them train, then take the shards away and wait until what had been read ahead is used up."""
-    wait_until(lambda: steps(run) >= 10, ranks)
+    wait_until(lambda: last_step(run) >= 10, *ranks)
     proxy.add(fault)
     seen = 0
 
     def stands_still() -> bool:
         nonlocal seen
-        before, seen = seen, steps(run)
+        before, seen = seen, last_step(run)
         time.sleep(1.0)
         return before == seen and len(proxy.log) > 0
 
-    wait_until(stands_still, ranks)
+    wait_until(stands_still, *ranks)
 
 
 def saved(run: Path) -> list[int]:
@@ -116,7 +106,7 @@ def test_a_stop_while_the_storage_is_away_saves_and_exits_75(
     ranks[signalled].send_signal(signal.SIGTERM)
     ends = end(ranks)
     assert time.monotonic() - began < 15
-    done = steps(run)
+    done = last_step(run)
     assert [code for code, _, _ in ends] == [75] * len(ranks), ends
     assert f"saved at step {done} of 100000; run the same command again to go on" in ends[0][2]
     assert saved(run) == [done] and done >= 10
@@ -137,7 +127,7 @@ def test_an_outage_beyond_the_deadline_saves_before_it_ends_the_run(
     ranks = start(config, endpoints)
     starve(ranks, run, fault_proxy, Fault("reset", path=r"\.tar"))
     ends = end(ranks)
-    done = steps(run)
+    done = last_step(run)
     assert [code for code, _, _ in ends] == [8] * len(ranks), ends
     (line,) = "".join(err for _, _, err in ends).splitlines()  # once, whoever met it
     assert line.startswith(f"error: {url}/shard-") and "has failed for 3 s" in line
@@ -146,7 +136,7 @@ def test_an_outage_beyond_the_deadline_saves_before_it_ends_the_run(
 
     fault_proxy.clear()
     ranks = start(config, endpoints)
-    wait_until(lambda: steps(run) > done, ranks)
+    wait_until(lambda: last_step(run) > done, *ranks)
     ranks[0].send_signal(signal.SIGTERM)
     ends = end(ranks)
     assert [code for code, _, _ in ends] == [75] * len(ranks), ends
@@ -163,9 +153,9 @@ def test_a_stop_while_validation_waits_for_the_storage(
     config = tiny_config("outage", train={"steps": 100}, data=settings, checkpoint={"every_steps": 100}, log=log)
     ranks = start(config, [object_store.endpoint, fault_proxy.endpoint])
     fault_proxy.add(Fault("hang", path=held_out))
-    wait_until(lambda: len(fault_proxy.log) > 0, ranks)
+    wait_until(lambda: len(fault_proxy.log) > 0, *ranks)
     time.sleep(1.0)
     ranks[0].send_signal(signal.SIGTERM)
     ends = end(ranks)
     assert [code for code, _, _ in ends] == [75, 75], ends
-    assert steps(run) == 15 and saved(run) == [15]
+    assert last_step(run) == 15 and saved(run) == [15]

@@ -6,6 +6,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from ig_dist.evaluation.evaluate import evaluate
 from tests.conftest import TINY, run_command
 from tests.forked import Process, finished, start
 from tests.scoring import EFFICIENTNET, require_efficientnet
+from tests.waiting import wait_until
 
 OPTIONS = ["--num", "96", "--ig-scale", "1.5", "--steps", "6", "--evaluate", "sample.unit_size=16"]
 BATCH_16 = "sample.batch_size=16"
@@ -93,14 +95,6 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 }
 
 
-def wait_for(moment: Callable[[], bool], workers: Sequence[Process]) -> None:
-    deadline = time.monotonic() + 60
-    while not moment():
-        assert time.monotonic() < deadline and all(worker.exitcode in (None, 0) for worker in workers)
-        assert any(worker.is_alive() for worker in workers), "it never came"
-        time.sleep(0.001)
-
-
 # --- dying
 
 
@@ -115,7 +109,7 @@ def test_workers_that_are_killed_and_started_again_make_the_same_bytes(
 
     running = [begin(rank) for rank in range(workers)]
     for moment, reached in MOMENTS.items():
-        wait_for(lambda reached=reached: reached(url), [worker for worker, _ in running])  # type: ignore[misc]
+        wait_until(partial(reached, url), *(worker for worker, _ in running), every_s=0.001)
         time.sleep(draw.uniform(0, SLOW_S))
         victim = 0 if moment == "merging" else draw.randrange(workers)  # the first one merges
         process = running[victim][0]
@@ -152,7 +146,7 @@ def test_features_that_are_made_later_by_two_processes_one_of_which_dies(
         return start(["evaluate", plan, "--json"], log, rank=rank, workers=2, slow_s=SLOW_S), log
 
     running = [begin(rank) for rank in range(2)]
-    wait_for(lambda: MOMENTS["features"](url), [worker for worker, _ in running])
+    wait_until(lambda: MOMENTS["features"](url), *(worker for worker, _ in running), every_s=0.001)
     running[0][0].kill()
     running[0][0].join()
     assert running[0][0].exitcode == -9
@@ -178,7 +172,7 @@ def test_a_reference_that_two_processes_make_one_of_which_dies(trained: Trained,
             logs = [trained.log(f"{name}{rank}") for rank in range(2)]
             running = [start(command, log, rank=rank, workers=2, slow_s=0.1) for rank, log in enumerate(logs)]
             parts = Path(f"{out}.parts")
-            wait_for(lambda parts=parts: parts.exists() and len(list(parts.glob("*.tmp"))) > 0, running)  # type: ignore[misc]
+            wait_until(lambda parts=parts: list(parts.glob("*.tmp")), *running, every_s=0.001)  # type: ignore[misc]
             running[0].kill()
             running[0].join()
             assert running[0].exitcode == -9 and not out.exists()
@@ -228,7 +222,7 @@ def test_features_stand_for_the_images(trained: Trained, alone: Path, tmp_path: 
     whole, url = content(alone), tmp_path / "plan"
     dropped = {name: data for name, data in whole.items() if name.count(".") == 2 or name.startswith("unit_00000.")}
     worker, log = sample(trained, url, BATCH_16, "--drop-images", slow_s=SLOW_S)
-    wait_for(lambda: MOMENTS["features"](url) and len(content(url, ".safetensors")) >= 4, [worker])
+    wait_until(lambda: MOMENTS["features"](url) and len(content(url, ".safetensors")) >= 4, worker, every_s=0.001)
     worker.kill()
     worker.join()
     finished(*sample(trained, url, BATCH_16, "--drop-images"))

@@ -25,6 +25,7 @@ from ig_dist.training.goodput import read_goodput
 from ig_dist.training.trainer import build_order
 from tests import forked
 from tests.conftest import run_command
+from tests.waiting import children, wait_until
 
 STEPS = 50
 GRACE_S = 3.0  # instead of 10 s, of launchers in whose runs a rank does not end
@@ -132,10 +133,7 @@ def test_sigkill_at_random_moments_leaves_no_trace_in_the_weights(
 def kill_at(command: list[str], run: Path, step: int, extra_s: float) -> None:
     """Start the command and SIGKILL launcher and ranks once the run has logged ``step``."""
     process = forked.Process(command[1:], new_session=True)
-    deadline = time.monotonic() + 120
-    while process.poll() is None and last_step(run) < step:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_until(lambda: last_step(run) >= step, process, every_s=0.002)
     time.sleep(extra_s)
     assert process.poll() is None, "the run ended before it was killed"
     os.killpg(process.pid, signal.SIGKILL)
@@ -154,11 +152,9 @@ def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(
     run = tmp_path / "runs" / "term"
     config = tiny_config("term", train={"steps": 3000}, checkpoint={"every_steps": 5000})
     process = forked.Process(local(config, 2)[1:])
-    while last_step(run) < 10:
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_until(lambda: last_step(run) >= 10, process)
     # `timeout` and systemd signal the launcher and its ranks, and the launcher passes the signal on: it is still one
-    for pid in [*map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()), process.pid]:
+    for pid in [*children(process), process.pid]:
         os.kill(pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
@@ -175,11 +171,8 @@ def test_a_signal_to_one_rank_stops_all(tiny_config: Write, tmp_path: Path) -> N
     run = tmp_path / "runs" / "one"
     config = tiny_config("one", train={"steps": 3000}, checkpoint={"every_steps": 5000})
     process = forked.Process(local(config, 2)[1:])
-    while last_step(run) < 10:
-        assert process.poll() is None
-        time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[1]), signal.SIGUSR2)
+    wait_until(lambda: last_step(run) >= 10, process)
+    os.kill(children(process)[1], signal.SIGUSR2)
     assert process.wait(timeout=60) == 75
     assert len(list((run / "checkpoints").iterdir())) == 1
 
@@ -187,17 +180,14 @@ def test_a_signal_to_one_rank_stops_all(tiny_config: Write, tmp_path: Path) -> N
 def test_one_dead_rank_ends_the_others(tiny_config: Write, tmp_path: Path) -> None:
     config = tiny_config("dead", train={"steps": 100000})
     process = forked.Process(local(config, 2)[1:])
-    while last_step(tmp_path / "runs" / "dead") < 5:
-        assert process.poll() is None
-        time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[1]), signal.SIGKILL)
+    wait_until(lambda: last_step(tmp_path / "runs" / "dead") >= 5, process)
+    ranks = children(process)
+    os.kill(ranks[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGKILL
     assert "error: rank 0: another of the 2 processes ended" in errors and "Traceback" not in errors
     assert "error: rank 1 was killed by signal 9 (SIGKILL: out of memory?)\n" in errors
-    for child in children:
-        assert not Path(f"/proc/{child}").exists()
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
 def test_a_rank_that_loses_its_peer_says_so_before_it_closes_what_takes_long(tiny_config: Write) -> None:
@@ -222,9 +212,7 @@ def test_a_run_directory_in_use_is_refused(tiny_config: Write, tmp_path: Path) -
     config = tiny_config("busy", train={"steps": 100000})
     process = forked.Process([*forked.CLI, "train", config])
     try:
-        while last_step(run) < 2:
-            assert process.poll() is None
-            time.sleep(0.01)
+        wait_until(lambda: last_step(run) >= 2, process)
         done = run_command(["ig-dist", "train", config])
         assert done.returncode == 2 and f"in use by process {process.pid}" in done.stderr
     finally:

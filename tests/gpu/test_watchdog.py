@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,18 +14,12 @@ from torch._C._distributed_c10d import HashStore
 from ig_dist.parallel.collectives import Recorder, communication_error, set_defaults
 from ig_dist.training.marks import device_marks
 from ig_dist.training.phases import Phases
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
 BUSY = 3_000_000_000  # cycles: more than a second
 MOST_S = 10e-6  # of the host's time for a mark
-
-
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_device_that_is_behind_its_host_is_seen_for_some_microseconds() -> None:
@@ -35,13 +28,13 @@ def test_a_device_that_is_behind_its_host_is_seen_for_some_microseconds() -> Non
     assert marks is not None
     phases.on_change = marks.put
     phases.enter("forward", 1)
-    until(lambda: marks.behind is None)
+    wait_until(lambda: marks.behind is None)
     torch.cuda._sleep(BUSY)
     began = time.perf_counter()
     phases.enter("backward")
-    until(lambda: marks.behind is not None and marks.behind.phase == "forward")
+    wait_until(lambda: marks.behind is not None and marks.behind.phase == "forward")
     assert time.perf_counter() - began < 0.5  # nothing waited for the device
-    until(lambda: marks.behind is None)
+    wait_until(lambda: marks.behind is None)
     stop.set()
     began = time.perf_counter()
     for number in range(500):

@@ -25,6 +25,7 @@ from ig_dist.launching.endings import explaining
 from ig_dist.launching.line import Line, free_port
 from ig_dist.launching.node import Node, this_node
 from ig_dist.launching.ranks import Asked
+from tests.waiting import alive, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = """
@@ -62,17 +63,7 @@ def machines(folder: Path, body: str, ranks: range, port: int, **given: Any) -> 
 
 def until(folder: Path, *names: str) -> None:
     """Wait until ranks have made these files."""
-    deadline = time.monotonic() + 30
-    while not all((folder / name).exists() for name in names):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    wait_until(lambda: all((folder / name).exists() for name in names))
 
 
 FIRST_FAILS = """
@@ -148,10 +139,7 @@ def test_a_killed_launcher_takes_its_ranks_along(tmp_path: Path) -> None:
     launcher = launched(tmp_path, "Path('up').write_text(str(os.getpid())); Path('pid').touch(); time.sleep(60)")
     until(tmp_path, "pid")
     launcher.kill()
-    deadline = time.monotonic() + 10
-    while alive(int((tmp_path / "up").read_text())):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: not alive(int((tmp_path / "up").read_text())))
     launcher.communicate()
 
 
@@ -291,10 +279,7 @@ def test_machines_that_were_not_started_alike_or_do_not_come_are_said(tmp_path: 
     other = launched(tmp_path, "", node={**three, "rank": 2, "processes": 2})
     errors = other.communicate(timeout=30)[1]
     assert other.returncode == 2 and "node 2 was started for 3 nodes of 2 processes, node 0 for 3 of 1" in errors
-    deadline = time.monotonic() + 30
-    while [launcher.poll() for launcher in same] == [None, None]:  # one of them is refused
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: [launcher.poll() for launcher in same] != [None, None])  # one of them is refused
     first.terminate()
     told = first.communicate(timeout=30)[1]
     ended = sorted((launcher.communicate(timeout=30)[1], launcher.returncode) for launcher in same)

@@ -44,6 +44,7 @@ from ig_dist.slurm.verdict import (
 )
 from tests.conftest import ROOT
 from tests.scoring import make_plan, tiny_models
+from tests.waiting import wait_until
 
 
 def config(streams: int = 256, batch: int = 256, accumulation: int = 1) -> Config:
@@ -92,9 +93,7 @@ def test_a_rank_that_srun_ends_was_not_asked_to_stop(tmp_path: Path, number: int
         [sys.executable, "-m", "ig_dist.slurm.rank", str(tmp_path), "s"],
         env={**os.environ, **ids, "IG_DIST_ACCUMULATION": "1"},
     )
-    while not ready.exists():
-        assert rank.poll() is None
-        time.sleep(0.01)
+    wait_until(ready.exists, rank)
     rank.send_signal(number)
     rank.wait(timeout=30)
     assert exit_codes(tmp_path / "exits/s", 1) == left

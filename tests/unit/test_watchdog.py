@@ -19,6 +19,7 @@ from ig_dist.parallel.collectives import Collective, Handlers, Recorder, communi
 from ig_dist.training.marks import Marks
 from ig_dist.training.phases import Now, Phases
 from ig_dist.training.words import Word, judge
+from tests.waiting import wait_until
 
 REDUCE = Collective("nccl 0", 9, "all_reduce 9 of group 0 on nccl (Float [8]: 32 bytes)", 61.0)
 
@@ -62,13 +63,6 @@ def stop() -> Iterator[threading.Event]:
     event.set()
 
 
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def phase_of(marks: Marks) -> str | None:
     return None if marks.behind is None else marks.behind.phase
 
@@ -79,15 +73,15 @@ def test_the_device_is_where_its_queue_is_whatever_its_host_does(stop: threading
     phases.on_change = marks.put
     for phase in ("data", "forward", "backward"):
         phases.enter(phase, 1)
-    until(lambda: marks.behind is None)  # it has done all that the host asked for
+    wait_until(lambda: marks.behind is None)  # it has done all that the host asked for
     device.queue.put(go.wait)
     for phase in ("optimizer", "data", "forward", "log"):
         phases.enter(phase)
-    until(lambda: phase_of(marks) == "backward")
+    wait_until(lambda: phase_of(marks) == "backward")
     time.sleep(0.1)
     assert phase_of(marks) == "backward" and phases.now.phase == "log"
     go.set()
-    until(lambda: marks.behind is None)
+    wait_until(lambda: marks.behind is None)
 
 
 def test_a_step_leaves_four_marks_and_a_sign_of_life_none() -> None:
@@ -106,7 +100,7 @@ def test_a_device_that_fails_is_left_to_the_loop(stop: threading.Event) -> None:
     marks = Marks(device.event, 0.01, stop)
     device.failed = True
     marks.put(Now(1, "forward", 1, 0.0))
-    until(lambda: marks.behind is None and device.queue.empty())
+    wait_until(lambda: marks.behind is None and device.queue.empty())
     marks.put(Now(2, "backward", 1, 0.0))
     assert marks.behind is None
 
