@@ -24,6 +24,7 @@ from tests import forked
 from tests.conftest import run_command
 from tests.encoding import Encode, arguments, usually_named
 from tests.fault_proxy import Fault, FaultProxy
+from tests.waiting import wait_until
 
 
 def start(source: Path | str, dest: Path | str, options: str = "") -> forked.Process:
@@ -39,9 +40,7 @@ def upload(url: str, folder: Path) -> str:
 
 def stop(process: forked.Process, proxy: FaultProxy, number: int) -> str:
     """Stop a worker that meets faults; what it says on stderr. It may not take long."""
-    while not proxy.log:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
+    wait_until(lambda: proxy.log, process)
     time.sleep(0.5)
     process.send_signal(number)
     began = time.monotonic()
@@ -65,13 +64,10 @@ def test_a_tar_is_copied_by_one_worker_of_a_machine_and_by_the_next_if_that_is_s
     source, options = upload(f"s3://{bucket}/in", forms["WebDataset"]), f"--spool {tmp_path}/spool"
     fault_proxy.add(Fault("hang", method="GET", path=r"\.tar"))
     first = start(source, tmp_path / "out", options)
-    while len(fault_proxy.log) < 3:  # it has begun to copy each
-        assert first.poll() is None, first.communicate()
-        time.sleep(0.05)
+    wait_until(lambda: len(fault_proxy.log) >= 3, first)  # it has begun to copy each
     second = start(source, tmp_path / "out", options)
-    while not second.out.exists() or "waits for another process that copies train-0000" not in second.out.read_text():
-        assert second.poll() is None, second.communicate()
-        time.sleep(0.05)
+    waits = "waits for another process that copies train-0000"
+    wait_until(lambda: second.out.exists() and waits in second.out.read_text(), second)
     assert len(fault_proxy.log) == 3
     errors = stop(first, fault_proxy, signal.SIGINT)
     assert first.returncode == 130 and "stopped: Ctrl-C" in errors

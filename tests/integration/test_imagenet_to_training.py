@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from tests.autoencoders import save_vae
 from tests.conftest import run_command
 from tests.distributed.test_training import metrics
 from tests.forked import Process
+from tests.waiting import wait_until
 
 STEPS = 18
 GOOD = imagenet_like.CLASSES * imagenet_like.PER_CLASS - 2  # two files hold no picture
@@ -53,10 +53,7 @@ def test_encode_on_two_workers_to_s3_then_train_stop_and_resume(
 
     first, victim = Process(encode(tar, vae, shared, "0/2")), Process(encode(tar, vae, shared, "1/2"))
     fs, path = open_url(shared, "test")
-    deadline = time.monotonic() + 120
-    while not fs.exists(path) or len(fs.glob(f"{path}/*.tar")) < 2:  # in the middle
-        assert time.monotonic() < deadline and first.poll() is None
-        time.sleep(0.02)
+    wait_until(lambda: fs.exists(path) and len(fs.glob(f"{path}/*.tar")) >= 2, first)  # in the middle
     victim.send_signal(signal.SIGKILL)
     victim.communicate()
     for process in (first, Process(encode(tar, vae, shared, "1/2"))):
@@ -91,10 +88,7 @@ def train(url: str, tiny_config: Write, tmp_path: Path) -> None:
             command = ["launchers/local.py", "--processes", str(processes), str(config)]
             process = Process(command)
             if until < STEPS:
-                deadline = time.monotonic() + 120
-                while not (run / f"checkpoints/step_{until:010d}/manifest.json").exists():
-                    assert time.monotonic() < deadline and process.poll() is None, process.communicate()
-                    time.sleep(0.005)
+                wait_until((run / f"checkpoints/step_{until:010d}/manifest.json").exists, process)
                 process.send_signal(signal.SIGTERM)
                 _, errors = process.communicate(timeout=60)
                 assert process.returncode == 75, errors

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import http.client
-import os
 import shutil
 import signal
 import subprocess
@@ -22,6 +21,7 @@ import s3fs
 from tests.conftest import ROOT, require_object_store
 from tests.fault_proxy import Event, Fault, FaultProxy
 from tests.object_store import PROGRAMS, ObjectStore
+from tests.waiting import alive, wait_until
 
 DATA = bytes(range(256)) * 4096  # 1 MiB
 ONCE = {"config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": 1}, "read_timeout": 2}}
@@ -55,14 +55,6 @@ def plain(bucket: str, fault_proxy: FaultProxy) -> Iterator[Plain]:
     client = Plain(fault_proxy, fs.sign(f"{bucket}/data.bin"))
     yield client
     client.connection.close()
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
 
 
 def test_files(fs: Any, bucket: str) -> None:
@@ -309,10 +301,7 @@ def test_daemons_end_with_the_process(object_store: ObjectStore, tmp_path: Path,
             assert all(map(alive, pids))
             process.send_signal(signal.SIGKILL)
         process.wait(timeout=30)
-    deadline = time.monotonic() + 10
-    while any(map(alive, pids)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(map(alive, pids))
+    wait_until(lambda: not any(map(alive, pids)))
     assert len(object_store.pids) == 3
     shutil.rmtree(tmp_path)  # 40 MB
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from ig_dist.slurm.record import Folder, folders
+from tests import waiting
 from tests.conftest import ROOT, run_command
 from tests.distributed.test_training import final_tensors, last_step, metrics
 from tests.slurm_cluster import SlurmCluster
@@ -101,11 +102,10 @@ def copied_checkout(folder: Path) -> Path:
 
 
 def wait_until(true: Callable[[], object], what: str, run: Path) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not true():
-        logs = "\n".join(log.read_text()[-1500:] for log in (run / "slurm").glob("*/log/*.log"))
-        assert time.monotonic() < deadline, f"{what}: {logs}"
-        time.sleep(0.05)
+    def told() -> str:
+        return "\n".join([what, *(log.read_text()[-1500:] for log in (run / "slurm").glob("*/log/*.log"))])
+
+    waiting.wait_until(true, what=told, timeout_s=PATIENCE_S, every_s=0.05)
 
 
 def newest(run: Path) -> Folder:
@@ -424,10 +424,7 @@ def test_the_cluster_ends_with_the_process_that_started_it() -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     folder = done.stdout.strip()
     assert done.returncode == -signal.SIGKILL and folder, done.stderr
-    deadline = time.monotonic() + 10
-    while any(folder in line for line in command_lines()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    waiting.wait_until(lambda: not any(folder in line for line in command_lines()))
     shutil.rmtree(folder)
 
 

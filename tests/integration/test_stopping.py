@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import time
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tests import forked
 from tests.conftest import run_command
+from tests.waiting import wait_until
 
 
-def interrupted(process: BaseProcess, log: Path, word: str) -> tuple[int | None, str, str]:
+def interrupted(process: forked.Process, log: Path, word: str) -> tuple[int | None, str, str]:
     """Exit code, stdout and stderr of a command that gets a Ctrl-C once it has said ``word``."""
-    deadline = time.monotonic() + 120
-    while word not in (log.read_text() if log.exists() else ""):
-        assert process.is_alive() and time.monotonic() < deadline
-        time.sleep(0.05)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGINT)
+    wait_until(lambda: log.exists() and word in log.read_text(), process)
+    process.send_signal(signal.SIGINT)
     process.join(60)
     return process.exitcode, log.read_text(), log.with_name(f"{log.name}.err").read_text()
 

@@ -27,6 +27,7 @@ from tests.fault_proxy import Fault, FaultProxy
 from tests.object_store import ObjectStore
 from tests.unit.test_stream import SIZES, make_index
 from tests.unit.test_table import info, random_table
+from tests.waiting import wait_until
 
 BATCHES = 9  # of 12: a little more than the 97 samples of an epoch
 RETRIED = Patience(stall_s=0.5, deadline_s=20.0)
@@ -149,6 +150,7 @@ def test_a_large_side_file_goes_up_in_parts_and_comes_back_in_blocks(
     bucket: str, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(side_file, "HELD_BYTES", 2**20)
+    monkeypatch.setattr(writes, "PART_BYTES", 5 * 2**20)
     fs, path = open_url(f"s3://{bucket}/large", "test")
     write_whole(fs, f"{path}/000000.tar", b"x")
     fault_proxy.add(Fault("status503", next=2, path="samples"))
@@ -230,8 +232,7 @@ def test_a_stream_closes_at_once_whatever_its_requests_wait_for(url: str, fault_
     stream = stream_of(index, Patience(stall_s=30.0, deadline_s=60.0))
     fault_proxy.add(Fault(kind, path=r"\.tar", after_bytes=20 if kind == "stall" else 0))
     assert stream.get(0.0) is None  # it begins to read
-    while not fault_proxy.log:
-        time.sleep(0.01)
+    wait_until(lambda: fault_proxy.log)
     assert stream.get(0.5) is None
     began = time.monotonic()
     stream.close()
