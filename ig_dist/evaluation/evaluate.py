@@ -13,7 +13,7 @@ from ig_dist.config import Config
 from ig_dist.config.catalogue import METRICS, check_weights, extractors_of
 from ig_dist.config.sampling import EvaluateConfig
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.nearest import nearest_pictures, picture_of, with_pictures
+from ig_dist.evaluation.nearest import nearest_pictures, picture_of
 from ig_dist.evaluation.references import Reference, open_reference
 from ig_dist.evaluation.scores import Protocol, Scores, check_dimensions, score_plan, write_result
 from ig_dist.export import read_info
@@ -88,14 +88,14 @@ def evaluate(
     files = FeatureFiles(images, [extractor(name) for name in extractors_of(names)])
     real = Reference("none")
     if against:
-        real = open_reference(against, names, extractor, tokenizer=tokenizer, image_size=image_size, side=side)
-    shown = with_pictures(real, files, tokenizer=tokenizer, image_size=image_size) if nearest else None
+        read = {"tokenizer": tokenizer, "image_size": image_size, "side": side}
+        real = open_reference(against, names, extractor, **read, pictures=nearest is not None)
     make_features(files, num=num)  # last: what is wrong with the reference is said before
     if not is_main_process():
         return None
-    if nearest is not None and shown is not None:
+    if nearest is not None:
         picture = picture_of(src, samples.plan.digest if samples else None, run)
-        nearest_pictures(files, shown, nearest, picture, num)
+        nearest_pictures(files, real, nearest, picture, num)
     scores, options = Scores(files, real, num, rules, device), (reference, list(metrics), protocol, num)
     if samples is None or run is None:
         result = scores.score(names)

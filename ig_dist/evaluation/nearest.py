@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.references import Reference, evenly_taken
-from ig_dist.features.features import FeatureFiles, make_features
-from ig_dist.features.images import find_images
-from ig_dist.features.npz import open_npz
+from ig_dist.evaluation.references import Reference, evenly_taken, without_pictures
+from ig_dist.features.features import FeatureFiles
 from ig_dist.plans.samples import is_run
+from ig_dist.sampling.pictures import pictures_in_rows
 from ig_dist.storage.writable import why_unwritable
 from ig_dist.terminal import console
 
@@ -43,7 +42,7 @@ def nearest_pictures(
     first samples of each class are taken. ``num``: of the first so many samples only.
     """
     if reference.files is None:
-        raise _without_pictures(reference)
+        raise without_pictures(reference.name)
     real, num = reference.files, min(num or files.images.num, files.images.num)
     if real.images.num <= NEIGHBOURS:
         raise ConfigError(
@@ -52,7 +51,9 @@ def nearest_pictures(
     name = _shared_extractor(files, real)
     chosen = _most_sure(files, name, min(columns, num), num)
     evenly = evenly_taken(real.images.num, REAL_QUERIES)
-    ours, theirs = _rows(files, name, chosen), _rows(real, name, evenly)
+    ours, theirs = (
+        features.chosen(name, "pool", rows).astype(np.float64) for features, rows in ((files, chosen), (real, evenly))
+    )
     if ours.shape[1] != theirs.shape[1]:
         raise ConfigError(
             f"--nearest: pictures of {reference.name} have {theirs.shape[1]} {name} values, the samples"
@@ -69,35 +70,6 @@ def nearest_pictures(
         " median between real pictures; far below 1 smells of memorisation)"
     )
     return found
-
-
-def with_pictures(
-    reference: Reference,
-    files: FeatureFiles,
-    *,
-    tokenizer: str = "",
-    image_size: int | None = None,
-) -> Reference:
-    """The reference with features of its pictures, also where scores need its statistics only.
-
-    Any number of processes may make them, see ``open_reference``.
-    """
-    if reference.files is not None and reference.files.extractors.keys() & files.extractors.keys():
-        return reference
-    npz = open_npz(reference.name, "--reference", images=False) if reference.name.endswith(".npz") else None
-    if npz is not None and "arr_0" not in npz.members:
-        raise _without_pictures(reference)
-    images = find_images(reference.name, image_size=image_size, tokenizer=tokenizer)
-    real = FeatureFiles(images, list(files.extractors.values()))
-    make_features(real, what="reference features")
-    return Reference(reference.name, files=real)
-
-
-def _without_pictures(reference: Reference) -> ConfigError:
-    return ConfigError(
-        f"--nearest needs real pictures, and {reference.name} has statistics only: give --reference an index, a folder"
-        " or an npz with arr_0"
-    )
 
 
 def picture_of(src: str, plan: str | None = None, run: Path | None = None) -> Path:
@@ -119,7 +91,8 @@ def _shared_extractor(files: FeatureFiles, real: FeatureFiles) -> str:
 def _most_sure(files: FeatureFiles, name: str, columns: int, num: int) -> Numbers:
     """Numbers of the samples with the highest probability of any class; without logits of the first of each class."""
     if "logits" in files.extractors[name].dimensions:
-        sure = np.concatenate([_top_probability(rows) for rows in files.rows(name, "logits", num)])
+        parts = (logits.astype(np.float64) for logits in files.rows(name, "logits", num))
+        sure = np.concatenate([1 / np.exp(p - p.max(axis=1, keepdims=True)).sum(axis=1) for p in parts])
         return np.argsort(-sure, kind="stable")[:columns]
     if files.read(0, name, "labels") is None:
         return np.arange(columns)
@@ -129,23 +102,6 @@ def _most_sure(files: FeatureFiles, name: str, columns: int, num: int) -> Number
     turn = np.empty(num, np.int64)
     turn[by_class] = np.arange(num) - starts  # how many of its class come before it
     return np.lexsort((labels, turn))[:columns]
-
-
-def _top_probability(logits: NDArray[np.float32]) -> Floats:
-    """Of the softmax (N, classes)."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return np.asarray(1.0 / np.exp(shifted).sum(axis=1))
-
-
-def _rows(files: FeatureFiles, name: str, numbers: Numbers) -> Floats:
-    """Features of these images, in their order."""
-    found: dict[int, NDArray[Any]] = {}
-    size = files.images.unit_size
-    for unit in np.unique(numbers // size):
-        values = files.read(int(unit), name, "pool")
-        assert values is not None
-        found |= {int(number): values[number % size] for number in numbers[numbers // size == unit]}
-    return np.stack([found[int(number)] for number in numbers]).astype(np.float64)
 
 
 def _search(queries: Floats, owners: Numbers, real: FeatureFiles, name: str) -> tuple[Floats, Numbers]:
@@ -171,36 +127,13 @@ def _search(queries: Floats, owners: Numbers, real: FeatureFiles, name: str) -> 
 
 
 def _draw(found: Nearest, files: FeatureFiles, real: FeatureFiles, name: str, file: Path) -> None:
-    from matplotlib.figure import Figure  # slow to import; no pyplot: no global state, no display
-
-    columns = len(found.samples)
-    pictures = {int(i): real.images.read(range(i, i + 1)).images[0] for i in np.unique(found.neighbours)}
-    figure = Figure(figsize=(1.2 + 0.8 * columns, 0.7 + 0.95 * (1 + NEIGHBOURS)), layout="constrained")
-    figure.suptitle(
+    distances = [[f"{distance:.2f}" for distance in row] for row in found.distances.T]
+    rows = [("sample", files.images.chosen(found.samples), [str(sample) for sample in found.samples])]
+    for k, told in enumerate(distances):
+        rows.append(("" if k else "nearest", real.images.chosen(found.neighbours[:, k]), told))
+    red = {f"{distance:.2f}" for distance in found.distances.flat if distance < SUSPICIOUS}
+    title = (
         f"samples above the nearest real pictures in {name} features; 1 = as far as a real picture's nearest other one"
-        if columns > 8
-        else f"samples above the nearest real pictures ({name} features)",
-        fontsize=9,
     )
-    grid = figure.subplots(1 + NEIGHBOURS, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.spines[:].set_visible(False)
-    for row, title in enumerate(["sample", "nearest", *("" for _ in range(NEIGHBOURS - 1))]):
-        grid[row, 0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
-    for column in np.argsort(found.samples):  # in order: a compressed npz is read forwards
-        sample = int(found.samples[column])
-        _show(grid[0, column], files.images.read(range(sample, sample + 1)).images[0])
-        grid[0, column].set_title(f"{sample}", fontsize=7)
-        for k in range(NEIGHBOURS):
-            distance = float(found.distances[column, k])
-            _show(grid[1 + k, column], pictures[int(found.neighbours[column, k])])
-            colour = "red" if distance < SUSPICIOUS else "black"
-            grid[1 + k, column].set_title(f"{distance:.2f}", fontsize=7, color=colour)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
-
-
-def _show(axes: Any, image: NDArray[np.uint8]) -> None:
-    axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
+    pictures_in_rows(rows, title, red).save(file)

@@ -78,11 +78,7 @@ class Reference:
         """Features (N, D) of its images; of more than ``most`` as many, taken evenly."""
         if (feature, most) not in self._rows:
             files = self._images(feature)
-            chosen, start, found = evenly_taken(files.num, most), 0, []
-            for batch in files.rows(*feature, files.num):
-                found.append(batch[chosen[(chosen >= start) & (chosen < start + len(batch))] - start])
-                start += len(batch)
-            self._rows[feature, most] = np.concatenate(found)
+            self._rows[feature, most] = files.chosen(*feature, evenly_taken(files.num, most))
         return self._rows[feature, most]
 
     def labels(self, extractor: str) -> NDArray[np.int64]:
@@ -135,6 +131,7 @@ def open_reference(
     tokenizer: str = "",
     image_size: int | None = None,
     side: int | None = None,
+    pictures: bool = False,
 ) -> Reference:
     """Read a reference, and make what features of its images are missing, by any number of processes.
 
@@ -145,6 +142,7 @@ def open_reference(
         tokenizer: of an index, see ``index_images``.
         image_size: see ``find_images``.
         side: of the samples; a reference of pictures of another one is refused.
+        pictures: it must have pictures, also where scores need its statistics only.
 
     Raises:
         ConfigError: nothing there, or it lacks what a score needs.
@@ -157,9 +155,11 @@ def open_reference(
             _check_side(src, file.member("arr_0").shape[1:3], side)
         statistics = _statistics(file, lacking, extractor)
         lacking = [name for name in lacking if METRICS[name].kind != "frechet" or METRICS[name][1:] not in statistics]
-        if not lacking:
+        if not (lacking or pictures):
             return Reference(src, statistics)
         if "arr_0" not in file.members:
+            if not lacking:
+                raise without_pictures(src)
             metric = METRICS[lacking[0]]
             keys = f", and no {' and '.join(statistics_keys(metric[1:]))}" if metric.kind == "frechet" else ""
             raise ConfigError(
@@ -170,7 +170,7 @@ def open_reference(
         images = find_images(src, image_size=image_size, tokenizer=tokenizer)
         if side is not None:
             _check_side(src, images.read(range(1)).images.shape[1:3], side)
-    files = FeatureFiles(images, [extractor(name) for name in extractors_of(lacking)])
+    files = FeatureFiles(images, [extractor(name) for name in extractors_of(metrics if pictures else lacking)])
     if images.num > MANY_IMAGES and files.missing(0) and is_first_process():
         console.print(
             f"{src} has {images.num:,} images, whose features are made now and kept in {images.features_url}:"
@@ -178,6 +178,14 @@ def open_reference(
         )
     make_features(files, what="reference features")
     return Reference(images.name, statistics, files)
+
+
+def without_pictures(src: str) -> ConfigError:
+    """What is raised where real pictures are to be shown."""
+    return ConfigError(
+        f"--nearest needs real pictures, and {src} has statistics only: give --reference an index, a folder or an npz"
+        " with arr_0"
+    )
 
 
 def _statistics(file: NpzFile, metrics: Sequence[str], extractor: Callable[[str], Extractor]) -> dict[Feature, Moments]:

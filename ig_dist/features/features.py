@@ -180,6 +180,18 @@ class FeatureFiles:
             assert values is not None
             yield values[: num - number * self.images.unit_size]
 
+    def chosen(self, extractor: str, tensor: str, numbers: NDArray[np.int64]) -> NDArray[Any]:
+        """A tensor of these images, in their order; each unit is read once."""
+        size = self.images.unit_size
+        parts, order = list[NDArray[Any]](), np.argsort(numbers // size, kind="stable")
+        for unit in np.unique(numbers // size):
+            values = self.read(int(unit), extractor, tensor)
+            assert values is not None
+            parts.append(values[numbers[numbers // size == unit] % size])
+        found = np.concatenate(parts)
+        found[order] = found.copy()
+        return found
+
     def images_sha256(self, num: int) -> str:
         """Hash over the hashes of the units of the first ``num`` images."""
         extractor, digest = next(iter(self.extractors.values())), hashlib.sha256()

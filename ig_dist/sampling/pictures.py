@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,12 @@ def save_grid(rows: Sequence[tuple[str, NDArray[np.uint8]]], file: Path, title: 
     pictures_in_rows([(name, images, ()) for name, images in rows], title).save(file)
 
 
-def pictures_in_rows(rows: Sequence[tuple[str, NDArray[np.uint8], Sequence[str]]], title: str) -> Image.Image:
+def pictures_in_rows(
+    rows: Sequence[tuple[str, NDArray[np.uint8], Sequence[str]]], title: str, red: Collection[str] = ()
+) -> Image.Image:
     """Rows of images (N, H, W, channels), each with a name at its left and one over each image (none: no names).
+
+    The names ``red`` are drawn in that colour.
 
     No image loses a pixel: they have their own size, and small ones are enlarged by a whole number.
     """
@@ -45,7 +49,7 @@ def pictures_in_rows(rows: Sequence[tuple[str, NDArray[np.uint8], Sequence[str]]
     draw.multiline_text((GAP, GAP), "\n".join(lines), "black", font, spacing=GAP)
     for name, images, names in rows:
         for column, text in enumerate(names):
-            draw.text((left + column * step, y), _fitting(text, font, side), "black", font)
+            draw.text((left + column * step, y), _fitting(text, font, side), "red" if text in red else "black", font)
         y += line * bool(names)
         draw.text((GAP, y + side // 2), name, "black", font, anchor="lm")
         for column, image in enumerate(images):

@@ -12,8 +12,8 @@ from PIL import Image
 
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.evaluate import evaluate
-from ig_dist.evaluation.nearest import NEIGHBOURS, nearest_pictures, picture_of, with_pictures
-from ig_dist.evaluation.references import Reference
+from ig_dist.evaluation.nearest import NEIGHBOURS, nearest_pictures, picture_of
+from ig_dist.evaluation.references import Reference, open_reference
 from ig_dist.features.extractors.extractor import Extractor
 from ig_dist.features.features import FeatureFiles
 from ig_dist.features.moments import Moments
@@ -83,16 +83,18 @@ def test_pictures_are_read_also_where_scores_need_statistics_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("IG_DIST_CACHE", str(tmp_path / "cache"))
-    np.savez(tmp_path / "real.npz", arr_0=REAL)
-    files = FeatureFiles(in_memory(noise(20), tmp_path / "s"), [pixel()])
-    statistics = Reference(str(tmp_path / "real.npz"), {("pixel", "pool"): Moments(10, np.zeros(16), np.eye(16))})
-    read = with_pictures(statistics, files)
+    np.savez(tmp_path / "both.npz", arr_0=REAL, mu_pixel=np.zeros(16), sigma_pixel=np.eye(16))
+    np.savez(tmp_path / "statistics.npz", mu_pixel=np.zeros(16), sigma_pixel=np.eye(16))
+
+    def opened(name: str, *, pictures: bool) -> Reference:
+        return open_reference(str(tmp_path / name), ["fd_pixel"], lambda name: pixel(), pictures=pictures)
+
+    read = opened("both.npz", pictures=True)
     assert read.files is not None and read.files.images.num == 90
-    np.savez(tmp_path / "statistics.npz", mu_pixel=np.zeros(16))
+    assert opened("both.npz", pictures=False).files is None
+    assert read.moments(("pixel", "pool")).mean.tolist() == [0] * 16  # scores are held against what the file says
     with pytest.raises(ConfigError, match="statistics only: give --reference"):
-        with_pictures(Reference(str(tmp_path / "statistics.npz")), files)
-    whole = reference(tmp_path / "r", pixel())
-    assert with_pictures(whole, files) is whole
+        opened("statistics.npz", pictures=True)
 
 
 def test_it_is_an_option_of_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
