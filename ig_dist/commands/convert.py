@@ -5,43 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from ig_dist.commands.options import AsJson, print_json
+from ig_dist.commands.options import AsJson, argument, flag, option, print_json
 from ig_dist.terminal import console
 
 
 def convert(
-    source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="Published checkpoint; or a folder of ours, to go back.")
-    ],
-    dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder to make; or the file, to go back.")],
+    source: Annotated[Path, argument("SRC", "Published checkpoint; or a folder of ours, to go back.")],
+    dest: Annotated[Path, argument("DEST", "Folder to make; or the file, to go back.")],
     format: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KIND", help="sit, repa, ig-sit, lightningdit or ig-lightningdit, where the weights do not tell."
-        ),
+        str | None, option("KIND", "sit, repa, ig-sit, lightningdit or ig-lightningdit, where the weights do not tell.")
     ] = None,
     aux_depth: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Block whose output the auxiliary head reads; of XL models: 8."),
+        int | None, option("N", "Block whose output the auxiliary head reads; of XL models: 8.", min=1)
     ] = None,
-    num_heads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Attention heads of a size that is not published.")
-    ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Take `model` of a checkpoint instead of `ema`.")] = False,
+    num_heads: Annotated[int | None, option("N", "Attention heads of a size that is not published.", min=1)] = None,
+    raw: Annotated[bool, flag("--raw", "Take `model` of a checkpoint instead of `ema`.")] = False,
     data: Annotated[
-        str | None, typer.Option(metavar="INDEX", help="Its latents' index: DEST can then be sampled from like a run.")
+        str | None, option("INDEX", "Its latents' index: DEST can then be sampled from like a run.")
     ] = None,
     tokenizer: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Instead of --data, of latents with a fixed scale: sd-vae-ft-ema."),
+        str | None, option("NAME", "Instead of --data, of latents with a fixed scale: sd-vae-ft-ema.")
     ] = None,
     latent_stats: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="Their mean and std, where there is none: LightningDiT's published latents_stats.pt."
-        ),
+        option("FILE", "Their mean and std, where there is none: LightningDiT's published latents_stats.pt."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -1,9 +1,5 @@
 """Index WebDataset shards of latents that were made elsewhere, so that they can be trained on where they are.
 
-    ig-dist index --shards latents --tokenizer stabilityai/sd-vae-ft-ema --kind moments
-    ig-dist index --shards 's3://bucket/latents/{000000..000127}.tar' --tokenizer va-vae-f16d32 \
-        --tokenizer-sha256 HEX --kind sample --scale statistics --image-size 256 --latent-key npy --label-key cls
-
 Every shard is read once, front to back. Nothing is written but the index, beside the shards; what does not fit ends
 the command before that.
 """
@@ -11,14 +7,12 @@ the command before that.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
+from ig_dist.commands.options import WORKERS, Workers, flag, option
 from ig_dist.errors import ConfigError
 from ig_dist.terminal import console
 
@@ -131,66 +125,39 @@ def read_class_names(url: str) -> tuple[list[str], list[str] | None]:
 
 
 def index(
-    tokenizer: Annotated[
-        str, typer.Option(metavar="NAME", help="The tokenizer that made the latents: name, or path of its weights.")
-    ],
+    tokenizer: Annotated[str, option("NAME", "The tokenizer that made the latents: name, or path of its weights.")],
     shards: Annotated[
-        str | None,
-        typer.Option(metavar="URL", help="Needed: the tars' folder, or a glob or brace expression of them in one."),
+        str | None, option("URL", "Needed: the tars' folder, or a glob or brace expression of them in one.")
     ] = None,
     tokenizer_sha256: Annotated[
-        str | None,
-        typer.Option(metavar="HEX", help="Its hash, where its weights are not on this machine; see --hash."),
+        str | None, option("HEX", "Its hash, where its weights are not on this machine; see --hash.")
     ] = None,
-    print_hash: Annotated[
-        bool, typer.Option("--hash", help="Only print the tokenizer's hash, where its weights are.")
-    ] = False,
-    latent_key: Annotated[
-        str, typer.Option(metavar="NAME", help="What follows a sample's key and a dot.")
-    ] = "latent.npy",
+    print_hash: Annotated[bool, flag("--hash", "Only print the tokenizer's hash, where its weights are.")] = False,
+    latent_key: Annotated[str, option("NAME", "What follows a sample's key and a dot.")] = "latent.npy",
     flip_key: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="The same of the mirrored image. Default: latent_flip.npy if there; '': none."
-        ),
+        str | None, option("NAME", "The same of the mirrored image. Default: latent_flip.npy if there; '': none.")
     ] = None,
-    label_key: Annotated[str, typer.Option(metavar="NAME", help="The same of the class number, a text.")] = "cls",
+    label_key: Annotated[str, option("NAME", "The same of the class number, a text.")] = "cls",
     kind: Annotated[
-        str | None,
-        typer.Option(metavar="KIND", help="`sample`, or `moments`: mean and std stacked. Default: by the tokenizer."),
+        str | None, option("KIND", "`sample`, or `moments`: mean and std stacked. Default: by the tokenizer.")
     ] = None,
     shift: Annotated[
-        str | None,
-        typer.Option(metavar="X", help="The model sees (latent - shift) * scale: number(s), or `statistics`."),
+        str | None, option("X", "The model sees (latent - shift) * scale: number(s), or `statistics`.")
     ] = None,
-    scale: Annotated[
-        str | None, typer.Option(metavar="X", help="See --shift. Default of both: the tokenizer's.")
-    ] = None,
+    scale: Annotated[str | None, option("X", "See --shift. Default of both: the tokenizer's.")] = None,
     latent_stats: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Instead of both: LightningDiT's latents_stats.pt, with mean and std."),
+        Path | None, option("FILE", "Instead of both: LightningDiT's latents_stats.pt, with mean and std.")
     ] = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Side of the images. Default: by the tokenizer.")
-    ] = None,
+    image_size: Annotated[int | None, option("N", "Side of the images. Default: by the tokenizer.", min=1)] = None,
     class_names: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A name per line, or synset and words; line i is class i.")
+        str | None, option("FILE", "A name per line, or synset and words; line i is class i.")
     ] = None,
-    num_classes: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Default: the highest label and 1.")
-    ] = None,
-    source: Annotated[
-        str | None, typer.Option(metavar="NAME", help="What the data are called. Default: the folder.")
-    ] = None,
-    workers: Annotated[int, typer.Option(min=1, metavar="N", help="Threads, a shard each.")] = min(
-        16, 2 * (os.cpu_count() or 1)
-    ),
-    force: Annotated[bool, typer.Option("--force", help="Replace an index that is there.")] = False,
+    num_classes: Annotated[int | None, option("N", "Default: the highest label and 1.", min=1)] = None,
+    source: Annotated[str | None, option("NAME", "What the data are called. Default: the folder.")] = None,
+    workers: Workers = WORKERS,
+    force: Annotated[bool, flag("--force", "Replace an index that is there.")] = False,
     renormalise: Annotated[
-        bool,
-        typer.Option(
-            "--renormalise", help="Only give an index that is there other --latent-stats, or --shift and --scale."
-        ),
+        bool, flag("--renormalise", "Only give an index that is there other --latent-stats, or --shift and --scale.")
     ] = False,
 ) -> None:
     """Index WebDataset shards of latents that were made elsewhere."""
@@ -295,9 +262,9 @@ def change_normalisation(url: str, shifts: Coefficients, scales: Coefficients, l
 
 def check_channels(latent: LatentInfo, shifts: Coefficients, scales: Coefficients, latent_stats: Path | None) -> None:
     """Raise ConfigError unless there is one number for all channels, or one for each."""
-    for option, numbers in (("--shift", shifts), ("--scale", scales)):
+    for name, numbers in (("--shift", shifts), ("--scale", scales)):
         if numbers and len(numbers) not in (1, latent.shape[0]):
-            said = "--latent-stats" if latent_stats else option
+            said = "--latent-stats" if latent_stats else name
             raise ConfigError(f"{said} has {len(numbers)} numbers, the latents have {latent.shape[0]} channels")
 
 

@@ -1,12 +1,5 @@
 """Start a job on the processes of this machine, alone or as one of several machines.
 
-    ig-dist launch --processes 2 digits run.dir=runs/two
-    ig-dist launch --nodes 4 --node-rank 0 --master 10.0.0.1:29500 --restarts 8 sit_xl2_ig
-    ig-dist launch --processes 3 --job sample runs/two --ig-scale 1.4
-    ig-dist launch --processes 3 --job evaluate runs/two/samples/PLAN
-    ig-dist launch --processes 3 --job reference runs/data --out reference.npz
-    ig-dist launch --processes 2 --job encode --source pictures --dest runs/data --tokenizer pixel
-
 One process per GPU, or any number on CPUs (gloo). The first process that fails ends the others; the exit code is
 the job's own (docs/running.md, "Exit codes").
 """
@@ -18,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ig_dist.commands.options import complete_config, complete_keys
+from ig_dist.commands.options import argument, complete_config, complete_keys, flag, option
 from ig_dist.launching.jobs import JOBS, Job, own_options_first, program, refuse_verb
 
 
@@ -36,64 +29,55 @@ CONTEXT = {"ignore_unknown_options": True, "allow_interspersed_args": False}  # 
 def launch(
     target: Annotated[
         str,
-        typer.Argument(
-            metavar="CONFIG|RUN|...",
-            help="What to train (see `ig-dist train`), to sample from, or the first argument of another job.",
+        argument(
+            "CONFIG|RUN|...",
+            "What to train (see `ig-dist train`), to sample from, or the first argument of another job.",
             autocompletion=complete_config,
         ),
     ],
     rest: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="a.b=c|...", help="Arguments and options of the job.", autocompletion=complete_keys),
+        list[str] | None, argument("a.b=c|...", "Arguments and options of the job.", autocompletion=complete_keys)
     ] = None,
     processes: Annotated[
         int | None,
-        typer.Option(
-            "--processes",
-            "--nproc-per-node",
-            min=1,
-            metavar="N",
-            help="On each machine. Default: one per GPU, or 1 without GPUs.",
+        option(
+            "N", "On each machine. Default: one per GPU, or 1 without GPUs.", "--processes", "--nproc-per-node", min=1
         ),
     ] = None,
-    job: Annotated[Job, typer.Option(metavar="JOB", help=f"What to run: {', '.join(JOBS)}.")] = Job.train,
+    job: Annotated[Job, option("JOB", f"What to run: {', '.join(JOBS)}.")] = Job.train,
     nodes: Annotated[
         int | None,
-        typer.Option(
+        option(
+            "N",
+            "Machines; the same command runs on each. Default: what Kubeflow, SkyPilot or dstack say, or 1.",
             "--nodes",
             "--nnodes",
             min=1,
-            metavar="N",
-            help="Machines; the same command runs on each. Default: what Kubeflow, SkyPilot or dstack say, or 1.",
         ),
     ] = None,
     node_rank: Annotated[
-        int | None,
-        typer.Option(min=0, metavar="N", help="Its number. Default: what they or a Kubernetes Job say."),
+        int | None, option("N", "Its number. Default: what they or a Kubernetes Job say.", min=0)
     ] = None,
     master: Annotated[
-        str | None,
-        typer.Option("--master", "--rdzv-endpoint", metavar="HOST:PORT", help="The first one. Default: what they say."),
+        str | None, option("HOST:PORT", "The first one. Default: what they say.", "--master", "--rdzv-endpoint")
     ] = None,
     restarts: Annotated[
         int | None,
-        typer.Option(
+        option(
+            "N",
+            "Failures in a row after which it starts again, if the exit code says that this may help."
+            " Default: 0; on several machines 8.",
             "--restarts",
             "--max-restarts",
             min=0,
-            metavar="N",
-            help="Failures in a row after which it starts again, if the exit code says that this may help."
-            " Default: 0; on several machines 8.",
         ),
     ] = None,
     grace: Annotated[
-        float,
-        typer.Option(min=1, metavar="SECONDS", help="For a save, after a signal; what still runs then is killed."),
+        float, option("SECONDS", "For a save, after a signal; what still runs then is killed.", min=1)
     ] = 300,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run here; start nothing.")] = False,
+    dry_run: Annotated[bool, flag("--dry-run", "Print what would run here; start nothing.")] = False,
     kubernetes: Annotated[
-        str | None,
-        typer.Option(metavar="IMAGE", help="Print a manifest for Kubernetes (docs/kubernetes.md); start nothing."),
+        str | None, option("IMAGE", "Print a manifest for Kubernetes (docs/kubernetes.md); start nothing.")
     ] = None,
 ) -> None:
     """Start a job on the processes of this machine, a training if not said otherwise.

@@ -6,14 +6,12 @@ import shlex
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from ig_dist.commands.options import AsJson, print_json
+from ig_dist.commands.options import AsJson, argument, print_json
 from ig_dist.terminal import console
 
 
 def plans(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of `ig-dist train`.")],
+    run: Annotated[Path, argument("RUN", "Run directory of `ig-dist train`.")],
     as_json: AsJson = False,
 ) -> None:
     """List the plans that a run has samples of: how they were made, how many, their scores and their folder."""

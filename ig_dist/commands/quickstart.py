@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import typer
 from rich.text import Text
 
+from ig_dist.commands.options import flag, option
 from ig_dist.errors import ConfigError, IgDistError
 from ig_dist.storage.json_lines import read_lines
 from ig_dist.terminal import console
@@ -29,20 +29,10 @@ SAVING_S = 30.0
 
 
 def quickstart(
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="For all that it makes.")] = Path("quickstart"),
-    short: Annotated[bool, typer.Option("--short", help="A fifth of the training, a third of the images.")] = False,
+    out: Annotated[Path, option("FOLDER", "For all that it makes.")] = Path("quickstart"),
+    short: Annotated[bool, flag("--short", "A fifth of the training, a third of the images.")] = False,
 ) -> None:
     """The whole system on real digits, in about six minutes on two cores."""
-    run_quickstart(out, short=short)
-
-
-def run_quickstart(out: Path, *, short: bool) -> None:
-    """Encode, train, preempt, resume, export, sweep, report, and show.
-
-    Raises:
-        ConfigError: the folder holds a quickstart of the other length.
-        IgDistError: one of the commands failed, with its exit code.
-    """
     from ig_dist.config.file import load_run
 
     began = time.monotonic()
@@ -76,7 +66,7 @@ def run_quickstart(out: Path, *, short: bool) -> None:
             "2. Train with Internal Guidance, and interrupt it",
             f"{model} After a third of the steps we send SIGTERM, as a cluster does when it wants the machine back.",
         )
-        if _run_until(train, run / "metrics.jsonl", stop_at):
+        if _run(train, lambda: _last_step(run / "metrics.jsonl") >= stop_at) == PREEMPTED:
             _say(
                 "3. Resume",
                 "The same command again. It goes on from the saved step, with the same data order, and ends with"
@@ -117,7 +107,7 @@ def _real_features(run: Path, *, short: bool) -> str:
             "The unguided samples and the best ones once more, now as a network trained on ImageNet sees them. The"
             " network has never seen digits of 8 x 8 pixels, so these numbers say less than they do for photographs.",
         )
-        rows = json.loads((_newest_sweep(run) / "sweep.json").read_text(encoding="utf-8"))["rows"]
+        _, rows = _newest_sweep(run)
         best = min(rows, key=lambda row: float(row["scores"]["fd_pixel"]))
         num = ["--num", "300"] if short else []
         for row in (rows[0], best):
@@ -131,9 +121,8 @@ FID, sFID, IS, precision, recall and KID need the weights of Inception, once (95
 
 
 def _conclude(run: Path, data: Path, seconds: float, more: str) -> None:
-    folder = _newest_sweep(run)
-    sweep = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-    rows = sorted(sweep["rows"], key=lambda row: float(row["ig_scale"]))
+    folder, rows = _newest_sweep(run)
+    rows = sorted(rows, key=lambda row: float(row["ig_scale"]))
     best = min(rows, key=lambda row: float(row["scores"]["fd_pixel"]))
     ratio = float(best["scores"]["fd_pixel"]) / float(rows[0]["scores"]["fd_pixel"])
     _say("Done", f"IG scale {best['ig_scale']:g} has {ratio:.2f} of the unguided distance. {seconds / 60:.1f} minutes.")
@@ -163,9 +152,10 @@ Try next{activate}
     )
 
 
-def _newest_sweep(run: Path) -> Path:
-    """The folder of the sweep that was written last: this quickstart's."""
-    return max(run.glob("sweeps/*/sweep.json"), key=lambda file: file.stat().st_mtime).parent
+def _newest_sweep(run: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder of the sweep that was written last, this quickstart's, and its points."""
+    file = max(run.glob("sweeps/*/sweep.json"), key=lambda file: file.stat().st_mtime)
+    return file.parent, json.loads(file.read_text(encoding="utf-8"))["rows"]
 
 
 def _sampling_precision() -> str:
@@ -189,40 +179,31 @@ def _command(command: list[str]) -> list[str]:
     return [sys.executable, *safe, "-m", "ig_dist.cli", *command[1:]]
 
 
-def _run(command: list[str]) -> None:
-    _check(command, _wait(subprocess.Popen(_command(command))))
+def _run(command: list[str], enough: Callable[[], bool] | None = None) -> int:
+    """Run a command to its end; its exit code, which is 0 unless it got a SIGTERM, once there was ``enough``.
 
-
-def _wait(process: subprocess.Popen[bytes], enough: Callable[[], bool] | None = None) -> int:
-    """Wait for its end, with a SIGTERM once there is ``enough``."""
+    Raises:
+        IgDistError: it failed, with its exit code.
+    """
+    process = subprocess.Popen(_command(command))
     try:
         while enough and process.poll() is None:
             if enough():
                 process.send_signal(signal.SIGTERM)
                 break
             time.sleep(0.1)
-        return process.wait()
+        code = process.wait()
     except KeyboardInterrupt:  # a terminal sends it to the command too, which says what it has saved
         with suppress(subprocess.TimeoutExpired):
             process.wait(SAVING_S)
         raise
     finally:
         process.kill()
-
-
-def _check(command: list[str], code: int) -> None:
-    if code:
+    if code and not (enough and code == PREEMPTED):
         error = IgDistError(f"`{' '.join(command)}` ended with exit code {code}; its message is above")
         error.exit_code = code
         raise error
-
-
-def _run_until(command: list[str], metrics: Path, stop_at: int) -> bool:
-    """Run training and send SIGTERM once it has logged step ``stop_at``; whether that ended it."""
-    code = _wait(subprocess.Popen(_command(command)), lambda: _last_step(metrics) >= stop_at)
-    if code != PREEMPTED:
-        _check(command, code)
-    return code == PREEMPTED
+    return code
 
 
 def _last_step(metrics: Path) -> int:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from ig_dist.commands.options import Run
+from ig_dist.commands.options import Run, option
 from ig_dist.terminal import console
 
 
 def report(
     run: Run,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The HTML file; default: RUN/report.html.")] = None,
+    out: Annotated[Path | None, option("FILE", "The HTML file; default: RUN/report.html.")] = None,
 ) -> None:
     """Write one HTML file of a run: curves, pictures, scores with their protocol, config."""
     from ig_dist.report.page import write_report

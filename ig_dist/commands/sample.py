@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ig_dist.commands.evaluate import evaluate
-from ig_dist.commands.options import Ema, Overrides, Raw, Run, Weak, interval
+from ig_dist.commands.options import AutoInterval, Ema, Overrides, Raw, Run, Weak, flag, interval, option
 from ig_dist.errors import ConfigError
 from ig_dist.terminal import console, is_main_process
 
@@ -17,56 +17,32 @@ def sample(
     run: Run,
     overrides: Overrides = None,
     preset: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="As published: paper, paper-ig (no CFG), or fast (bf16). Other options come on top."
-        ),
+        str | None, option("NAME", "As published: paper, paper-ig (no CFG), or fast (bf16). Other options come on top.")
     ] = None,
-    num: Annotated[int | None, typer.Option(metavar="N", min=1, help="Number of images (sample.num).")] = None,
+    num: Annotated[int | None, option("N", "Number of images (sample.num).", min=1)] = None,
     classes: Annotated[
-        str | None,
-        typer.Option(
-            "--class", metavar="CLASS,...", help="Only these classes, e.g. 207,golden_retriever (sample.classes)."
-        ),
+        str | None, option("CLASS,...", "Only these classes, e.g. 207,golden_retriever (sample.classes).", "--class")
     ] = None,
-    labels: Annotated[str | None, typer.Option(metavar="KIND", help="balanced or random (sample.labels).")] = None,
-    seed: Annotated[
-        int | None, typer.Option(metavar="SEED", min=0, help="Image i depends on (seed, i) only (sample.seed).")
-    ] = None,
-    solver: Annotated[
-        str | None, typer.Option(metavar="KIND", help="euler, heun, euler_maruyama or dopri5 (sample.solver).")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Steps of the solver (sample.steps).")] = None,
-    ig_scale: Annotated[float | None, typer.Option(metavar="X", help="Internal Guidance scale; 1: off.")] = None,
-    cfg_scale: Annotated[
-        float | None, typer.Option(metavar="X", help="Classifier-free guidance scale; 1: off.")
-    ] = None,
-    ig_interval: Annotated[
-        str | None, typer.Option(metavar="LOW,HIGH", help="Times LOW,HIGH at which IG is on (t = 1 is noise).")
-    ] = None,
-    cfg_interval: Annotated[
-        str | None, typer.Option(metavar="LOW,HIGH", help="Times LOW,HIGH at which CFG is on.")
-    ] = None,
+    labels: Annotated[str | None, option("KIND", "balanced or random (sample.labels).")] = None,
+    seed: Annotated[int | None, option("SEED", "Image i depends on (seed, i) only (sample.seed).", min=0)] = None,
+    solver: Annotated[str | None, option("KIND", "euler, heun, euler_maruyama or dopri5 (sample.solver).")] = None,
+    steps: Annotated[int | None, option("N", "Steps of the solver (sample.steps).", min=1)] = None,
+    ig_scale: Annotated[float | None, option("X", "Internal Guidance scale; 1: off.")] = None,
+    cfg_scale: Annotated[float | None, option("X", "Classifier-free guidance scale; 1: off.")] = None,
+    ig_interval: Annotated[str | None, option("LOW,HIGH", "Times LOW,HIGH at which IG is on (t = 1 is noise).")] = None,
+    cfg_interval: Annotated[str | None, option("LOW,HIGH", "Times LOW,HIGH at which CFG is on.")] = None,
     weak: Weak = None,
-    auto_scale: Annotated[
-        float | None, typer.Option(metavar="X", help="Scale of autoguidance by --weak; 1: off.")
-    ] = None,
-    auto_interval: Annotated[
-        str | None, typer.Option(metavar="LOW,HIGH", help="Times LOW,HIGH at which autoguidance is on.")
-    ] = None,
+    auto_scale: Annotated[float | None, option("X", "Scale of autoguidance by --weak; 1: off.")] = None,
+    auto_interval: AutoInterval = None,
     ema: Ema = None,
     raw: Raw = False,
-    png: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Write the first so many as PNG files too (sample.png).")
-    ] = None,
+    png: Annotated[int | None, option("N", "Write the first so many as PNG files too (sample.png).", min=0)] = None,
     drop_images: Annotated[
-        bool, typer.Option("--drop-images", help="With --evaluate: keep features only (sample.keep_images=false).")
+        bool, flag("--drop-images", "With --evaluate: keep features only (sample.keep_images=false).")
     ] = False,
-    score: Annotated[bool, typer.Option("--evaluate", help="Score them too, as `ig-dist evaluate` does.")] = False,
+    score: Annotated[bool, flag("--evaluate", "Score them too, as `ig-dist evaluate` does.")] = False,
     score_if_fit: Annotated[bool, typer.Option("--evaluate-if-fit", hidden=True)] = False,
-    out: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Folder of these samples. Default: one of RUN/samples.")
-    ] = None,
+    out: Annotated[str | None, option("FOLDER", "Folder of these samples. Default: one of RUN/samples.")] = None,
 ) -> None:
     """Make the images of a plan: one npz and a picture of some of them. Any number of processes may share the work."""
     from ig_dist.evaluation.evaluate import refuse_unfit

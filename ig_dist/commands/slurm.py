@@ -1,13 +1,5 @@
 """Start a job on a SLURM cluster, and keep it going until it is finished.
 
-    ig-dist slurm --nodes 8
-    ig-dist slurm --nodes 4-8 --partition h100 --follow sit_xl2_ig run.dir=runs/a
-    ig-dist slurm --job sample --tasks 16 runs/a --ig-scale 1.4
-    ig-dist slurm --job evaluate --tasks 8 runs/a/samples/PLAN
-    ig-dist slurm --job reference --tasks 8 runs/data --out reference.npz
-    ig-dist slurm --nodes 8 sit_xl2_ig --then "sample --num 50000" --then "evaluate --metrics fid,precision"
-    ig-dist slurm status runs/a        (also: cancel, resume)
-
 Time limits, preemption, dead nodes and dead processes requeue the job. See docs/slurm.md.
 """
 
@@ -23,7 +15,7 @@ import typer
 
 from ig_dist.commands.examples import epilog
 from ig_dist.commands.launch import CONTEXT, Launch
-from ig_dist.commands.options import AsJson, complete_config, complete_keys, print_json
+from ig_dist.commands.options import AsJson, argument, complete_config, complete_keys, flag, option, print_json
 from ig_dist.errors import ConfigError, nearest
 from ig_dist.launching.jobs import JOBS, Job, refuse_verb
 from ig_dist.slurm.defaults import defaults_of, say_unused_variables
@@ -55,8 +47,8 @@ class _Submitting(typer.core.TyperGroup):
 app = typer.Typer(
     cls=_Submitting, rich_markup_mode=None, help="Start a job on a SLURM cluster, and keep it going until it is done."
 )
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or the folder of a job without a run.")]
-Follow = Annotated[bool, typer.Option("--follow", help="Print the log until the job ends.")]
+Run = Annotated[Path, argument("RUN", "Run directory, or the folder of a job without a run.")]
+Follow = Annotated[bool, flag("--follow", "Print the log until the job ends.")]
 
 
 @app.callback()
@@ -71,95 +63,66 @@ def submit(
     context: typer.Context,
     rest: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="CONFIG|a.b=c|...",
-            help="Of a training; of other jobs their arguments and options.",
+        argument(
+            "CONFIG|a.b=c|...",
+            "Of a training; of other jobs their arguments and options.",
             autocompletion=lambda incomplete: [*complete_config(incomplete), *complete_keys(incomplete)],
         ),
     ] = None,
-    nodes: Annotated[str, typer.Option(metavar="N", help="Nodes, or the fewest and the most: 4-8.")] = "1",
+    nodes: Annotated[str, option("N", "Nodes, or the fewest and the most: 4-8.")] = "1",
     job: Annotated[
-        Job, typer.Option(metavar="JOB", help=f"What to run: {', '.join(JOBS)}; all but train are arrays of --tasks.")
+        Job, option("JOB", f"What to run: {', '.join(JOBS)}; all but train are arrays of --tasks.")
     ] = Job.train,
-    config: Annotated[
-        Path | None, typer.Option(metavar="CONFIG", help="Another way to give the config. Default: sit_xl2_ig.")
-    ] = None,
+    config: Annotated[Path | None, option("CONFIG", "Another way to give the config. Default: sit_xl2_ig.")] = None,
     tasks: Annotated[
-        str | None,
-        typer.Option(metavar="N", help="Tasks of an array, a GPU each; 16%4: four at a time. Default: 8."),
+        str | None, option("N", "Tasks of an array, a GPU each; 16%4: four at a time. Default: 8.")
     ] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(min=0, metavar="N", help="Default: all that a node has.")] = None,
-    tasks_per_node: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Processes of a node without GPUs.")
-    ] = None,
-    cpus_per_gpu: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Default: a node's CPUs over its GPUs.")
-    ] = None,
-    partition: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="One, or several with commas. Default: the cluster's.")
-    ] = None,
-    account: Annotated[str | None, typer.Option(metavar="NAME", help="Account to charge.")] = None,
-    qos: Annotated[str | None, typer.Option(metavar="NAME", help="Quality of service.")] = None,
-    time: Annotated[
-        str | None,
-        typer.Option(metavar="TIME", help="Of one start, D-HH:MM:SS. Default: the limit, at most a day."),
-    ] = None,
-    constraint: Annotated[str | None, typer.Option(metavar="NAMES", help="Features that nodes must have.")] = None,
-    exclude: Annotated[str | None, typer.Option(metavar="NAMES", help="Nodes not to use.")] = None,
-    mem: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory of a node. Default: all of it on whole nodes.")
-    ] = None,
-    signal_delay: Annotated[
-        int, typer.Option(min=10, metavar="SECONDS", help="So long before the time limit to stop and save.")
-    ] = 120,
+    gpus_per_node: Annotated[int | None, option("N", "Default: all that a node has.", min=0)] = None,
+    tasks_per_node: Annotated[int | None, option("N", "Processes of a node without GPUs.", min=1)] = None,
+    cpus_per_gpu: Annotated[int | None, option("N", "Default: a node's CPUs over its GPUs.", min=1)] = None,
+    partition: Annotated[str | None, option("NAMES", "One, or several with commas. Default: the cluster's.")] = None,
+    account: Annotated[str | None, option("NAME", "Account to charge.")] = None,
+    qos: Annotated[str | None, option("NAME", "Quality of service.")] = None,
+    time: Annotated[str | None, option("TIME", "Of one start, D-HH:MM:SS. Default: the limit, at most a day.")] = None,
+    constraint: Annotated[str | None, option("NAMES", "Features that nodes must have.")] = None,
+    exclude: Annotated[str | None, option("NAMES", "Nodes not to use.")] = None,
+    mem: Annotated[str | None, option("SIZE", "Memory of a node. Default: all of it on whole nodes.")] = None,
+    signal_delay: Annotated[int, option("SECONDS", "So long before the time limit to stop and save.", min=10)] = 120,
     setup: Annotated[
-        list[str] | None,
-        typer.Option(metavar="COMMAND", help="Shell line to run first, e.g. `module load cuda`. It must succeed."),
+        list[str] | None, option("COMMAND", "Shell line to run first, e.g. `module load cuda`. It must succeed.")
     ] = None,
     sbatch: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="More for sbatch, e.g. reservation=maintenance. May be repeated."),
+        list[str] | None, option("KEY=VALUE", "More for sbatch, e.g. reservation=maintenance. May be repeated.")
     ] = None,
     srun: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="More for the srun of the processes, e.g. container-image=IMAGE."),
+        list[str] | None, option("KEY=VALUE", "More for the srun of the processes, e.g. container-image=IMAGE.")
     ] = None,
     container: Annotated[
-        str | None,
-        typer.Option(metavar="IMAGE", help="Container of the processes: FILE.sif of Apptainer, or what pyxis takes."),
+        str | None, option("IMAGE", "Container of the processes: FILE.sif of Apptainer, or what pyxis takes.")
     ] = None,
     container_mounts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FOLDER", help="What it sees, with commas; A:B for A at B. The run and this folder are among it."
-        ),
+        str | None, option("FOLDER", "What it sees, with commas; A:B for A at B. The run and this folder are among it.")
     ] = None,
     notify: Annotated[
-        str | None,
-        typer.Option(metavar="COMMAND", help="Run when the job is done or given up, with RUN, CODE and REASON set."),
+        str | None, option("COMMAND", "Run when the job is done or given up, with RUN, CODE and REASON set.")
     ] = None,
     then: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="JOB",
-            help="What follows a training that is done, as arrays: sample, sweep or evaluate, with their options in"
+        option(
+            "JOB",
+            "What follows a training that is done, as arrays: sample, sweep or evaluate, with their options in"
             " quotes. May be repeated.",
         ),
     ] = None,
     max_failures: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Tries after failures in a row, without a new checkpoint between.")
+        int, option("N", "Tries after failures in a row, without a new checkpoint between.", min=0)
     ] = 8,
     exclude_after: Annotated[
-        int,
-        typer.Option(
-            min=0, metavar="N", help="Failures within a day after which the node to blame is not used; 0: never."
-        ),
+        int, option("N", "Failures within a day after which the node to blame is not used; 0: never.", min=0)
     ] = 2,
-    folder: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Of a job without a run. Default: runs/JOB-NAME.")
-    ] = None,
+    folder: Annotated[Path | None, option("FOLDER", "Of a job without a run. Default: runs/JOB-NAME.")] = None,
     follow: Follow = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script; submit nothing.")] = False,
+    dry_run: Annotated[bool, flag("--dry-run", "Print the batch script; submit nothing.")] = False,
 ) -> None:
     """Start a job on a SLURM cluster, and keep it going until it is done.
 
@@ -202,9 +165,7 @@ def submit(
 
 @app.command(epilog=epilog("slurm status"))
 def status(
-    run: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="As of cancel. Default: all your jobs that wait or run.")
-    ] = None,
+    run: Annotated[Path | None, argument("RUN", "As of cancel. Default: all your jobs that wait or run.")] = None,
     follow: Follow = False,
     as_json: AsJson = False,
 ) -> None:
@@ -237,9 +198,7 @@ def cancel(run: Run) -> None:
 )
 def resume(
     context: typer.Context,
-    words: Annotated[
-        list[str], typer.Argument(metavar="RUN|...", help="Run directory, then options of submit and keys a.b=c.")
-    ],
+    words: Annotated[list[str], argument("RUN|...", "Run directory, then options of submit and keys a.b=c.")],
 ) -> None:
     """Submit a training again as it was, with the code as it is now, and what is typed changed."""
     from ig_dist.config.file import load_config
@@ -304,9 +263,9 @@ def _refuse_others_options(context: typer.Context, job: Job) -> None:
 
 
 def _refuse_options(context: typer.Context, arguments: Sequence[str]) -> None:
-    for argument in arguments:
-        if argument.startswith("-"):
-            raise ConfigError(unknown_option(argument.partition("=")[0], context, arguments))
+    for word in arguments:
+        if word.startswith("-"):
+            raise ConfigError(unknown_option(word.partition("=")[0], context, arguments))
 
 
 def _config_first(config: Path | None, arguments: Sequence[str]) -> tuple[Path, Sequence[str]]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Annotated
 
-import typer
-
-from ig_dist.commands.options import ConfigPath, Overrides, print_json
+from ig_dist.commands.options import ConfigPath, Overrides, flag, option, print_json
 from ig_dist.terminal import console, is_first_process, is_main_process, warn
 
 
@@ -15,19 +13,13 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     force_config: Annotated[
-        bool, typer.Option("--force-config", help="Go on under a changed config; what changed is printed.")
+        bool, flag("--force-config", "Go on under a changed config; what changed is printed.")
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what the run will take (memory, days); train nothing.")
-    ] = False,
-    gpus: Annotated[int, typer.Option(min=1, metavar="N", help="With --dry-run: GPUs.")] = 8,
-    mfu: Annotated[
-        float, typer.Option(min=0.01, max=1.0, metavar="X", help="With --dry-run: share of the peak reached.")
-    ] = 0.4,
-    peak_tflops: Annotated[
-        float, typer.Option(min=0.1, metavar="X", help="With --dry-run: peak of a GPU (H100: 989).")
-    ] = 989.0,
-    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON instead of a table.")] = False,
+    dry_run: Annotated[bool, flag("--dry-run", "Say what the run will take (memory, days); train nothing.")] = False,
+    gpus: Annotated[int, option("N", "With --dry-run: GPUs.", min=1)] = 8,
+    mfu: Annotated[float, option("X", "With --dry-run: share of the peak reached.", min=0.01, max=1.0)] = 0.4,
+    peak_tflops: Annotated[float, option("X", "With --dry-run: peak of a GPU (H100: 989).", min=0.1)] = 989.0,
+    as_json: Annotated[bool, flag("--json", "With --dry-run: print JSON instead of a table.")] = False,
 ) -> None:
     """Train a model; run the same command again to resume."""
     from ig_dist.config.file import load_config

@@ -1,25 +1,17 @@
 """Hold shards of latents against their index.
 
-    ig-dist verify runs/digits-data
-    ig-dist verify s3://bucket/imagenet-256 --picture samples.png
-    ig-dist verify s3://bucket/imagenet-256 --fast
-
 Every byte is read once: size, sha256, and each sample's place, CRC, label and finiteness, and the statistics.
 ``--fast`` checks sizes and one sample per shard. Nothing is changed. Exit code 0: all is well, 4: damage.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from ig_dist.commands.options import AsJson
-from ig_dist.errors import ConfigError, DamagedError, DataError
+from ig_dist.commands.options import WORKERS, AsJson, Workers, argument, flag, option, print_json
+from ig_dist.errors import ConfigError, DamagedError, DataError, StorageError
 from ig_dist.terminal import console
 
 if TYPE_CHECKING:
@@ -27,7 +19,6 @@ if TYPE_CHECKING:
     from ig_dist.data.verify import Verdict
 
 _NAMED = 5  # damaged shards in the last line; all have a line of their own
-_GRID_COLUMNS = 8
 
 
 def remedy(info: IndexFile, shards: int) -> str:
@@ -43,51 +34,37 @@ def remedy(info: IndexFile, shards: int) -> str:
 def draw_picture(index: ShardIndex, verdict: Verdict, number: int, seed: int, file: Path, place: str | None) -> str:
     """Decode samples of the sound shards into a picture; says what became of it."""
     import numpy as np
-    import torch
 
-    from ig_dist.autoencoders.tokenizers import get_tokenizer
-    from ig_dist.data.reader import ShardReader
-    from ig_dist.sampling.pictures import save_grid
+    from ig_dist.features.images import index_images
+    from ig_dist.sampling.pictures import pictures_in_rows
 
-    info = index.info
     try:
-        tokenizer = get_tokenizer(place or info.tokenizer.name)
+        decoded = index_images(index, place or "")
     except ConfigError as error:
-        return f"no picture: {error}"
-    if tokenizer.sha256 != info.tokenizer.sha256:
-        return f"no picture: {tokenizer.name} on this machine is not the tokenizer of the index (sha256 differs)"
-    sound = np.array([i for i, shard in enumerate(verdict.shards) if not shard.problems], np.int64)
-    ends, first = np.cumsum(index.shard_sizes[sound]), index.first_ids
-    total = int(ends[-1]) if len(ends) else 0
-    reader = ShardReader(index, "skip")
-    stored, labels = [], []
-    for place in np.random.default_rng(seed).choice(total, min(number, total), replace=False):
-        at = int(np.searchsorted(ends, place, side="right"))
-        shard = int(sound[at])
-        begin = int(place - ends[at] + index.shard_sizes[shard])
-        sample = int(first[shard]) + begin
-        latent, good = reader.read(shard, begin, begin + 1)
-        if good[0]:
-            stored.append(latent)
-            labels.append(str(index.table.label[sample]))
-        else:  # --fast has not seen it
+        return f"no picture: {str(error).replace('sample.tokenizer', '--tokenizer')}"
+    sound = np.where([not shard.problems for shard in verdict.shards], index.shard_sizes, 0)
+    ends = np.cumsum(sound)
+    images, labels = [], []
+    for place in np.random.default_rng(seed).choice(ends[-1], min(number, ends[-1]), replace=False):
+        shard = int(np.searchsorted(ends, place, side="right"))
+        sample = int(index.first_ids[shard] + place - (ends[shard] - sound[shard]))
+        try:
+            found = decoded.read(range(sample, sample + 1))
+        except StorageError:
+            raise
+        except DataError:  # --fast has not seen it
             verdict.shards[shard].problems.append(f"sample {sample} has another CRC")
-    if not stored:
+        else:
+            images.append(found.images[0])
+            labels.append(str(index.table.label[sample]))
+    if not images:
         return "no picture: no shard is sound"
-    latents = torch.from_numpy(np.concatenate(stored)).float()
-    if info.latent.kind == "moments":
-        latents = latents.chunk(2, dim=1)[0]  # the posterior's mean
-    images = torch.cat([tokenizer.decode(part) for part in torch.split(latents, 8)]).numpy()
-    if images.shape[-1] not in (1, 3):
-        return f"no picture: the images have {images.shape[-1]} channels"
-    blank = np.full((-len(images) % _GRID_COLUMNS, *images.shape[1:]), 255, np.uint8)
-    padded = np.concatenate([images, blank]) if len(images) > _GRID_COLUMNS else images
-    rows = [
-        (" ".join(labels[i : i + _GRID_COLUMNS]), padded[i : i + _GRID_COLUMNS])
-        for i in range(0, len(images), _GRID_COLUMNS)
-    ]
+    if images[0].shape[-1] not in (1, 3):
+        return f"no picture: the images have {images[0].shape[-1]} channels"
+    title = f"{len(images)} samples of {index.info.source}, decoded by {index.info.tokenizer.name}; with their labels"
+    rows = [("", np.stack(images[i : i + 8]), labels[i : i + 8]) for i in range(0, len(images), 8)]
     try:
-        save_grid(rows, file, f"{len(images)} samples of {info.source}, decoded by {tokenizer.name}; with their labels")
+        pictures_in_rows(rows, title).save(file)
     except (OSError, ValueError) as error:
         return f"no picture: {file} cannot be written ({error})"
     return f"picture: {file}"
@@ -152,19 +129,13 @@ def show(result: dict[str, Any]) -> None:
 
 
 def verify(
-    url: Annotated[str, typer.Argument(metavar="URL", help="The index's folder, or index.json: path or fsspec URL.")],
-    fast: Annotated[bool, typer.Option("--fast", help="Only sizes, and one sample per shard.")] = False,
-    picture: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Decode random samples into this picture (PNG).")
-    ] = None,
-    decode: Annotated[int, typer.Option(min=1, metavar="N", help="Samples in the picture.")] = 32,
-    tokenizer: Annotated[
-        str | None, typer.Option(metavar="PLACE", help="Weights for the picture. Default: by the index's name.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, metavar="SEED", help="Chooses the samples of --picture and --fast.")] = 0,
-    workers: Annotated[int, typer.Option(min=1, metavar="N", help="Threads, a shard each.")] = min(
-        16, 2 * (os.cpu_count() or 1)
-    ),
+    url: Annotated[str, argument("URL", "The index's folder, or index.json: path or fsspec URL.")],
+    fast: Annotated[bool, flag("--fast", "Only sizes, and one sample per shard.")] = False,
+    picture: Annotated[Path | None, option("FILE", "Decode random samples into this picture (PNG).")] = None,
+    decode: Annotated[int, option("N", "Samples in the picture.", min=1)] = 32,
+    tokenizer: Annotated[str | None, option("PLACE", "Weights for the picture. Default: by the index's name.")] = None,
+    seed: Annotated[int, option("SEED", "Chooses the samples of --picture and --fast.", min=0)] = 0,
+    workers: Workers = WORKERS,
     as_json: AsJson = False,
 ) -> None:
     """Hold shards of latents against their index."""
@@ -194,9 +165,7 @@ def verify(
         console.print(f"damaged: {folder}/index.json: {problem}: {remedy(info, 0)}")
     result = facts(info, table, verdict, fast, seconds)
     if as_json:
-        print(
-            json.dumps({"index": f"{folder}/index.json", "index_sha256": sha256, **result, "picture": drawn}, indent=1)
-        )
+        print_json({"index": f"{folder}/index.json", "index_sha256": sha256, **result, "picture": drawn})
     else:
         show(result)
     if verdict.damaged:

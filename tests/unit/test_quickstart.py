@@ -55,7 +55,7 @@ def test_it_announces_what_it_does(
     monkeypatch.setattr(quickstart, "_command", stand_in)
     for name in ("_real_features", "_conclude"):
         monkeypatch.setattr(quickstart, name, lambda *_, **__: "")
-    quickstart.run_quickstart(tmp_path, short=True)
+    quickstart.quickstart(tmp_path, short=True)
     text = " ".join(capsys.readouterr().out.split())
     assert all(words in text for words in said) and not any(words in text for words in not_said)
     trainings = 2 if step == 0 else 1
@@ -65,7 +65,7 @@ def test_it_announces_what_it_does(
 def test_one_of_another_length_is_left_alone(tmp_path: Path) -> None:
     left_at(100, tmp_path)
     with pytest.raises(ConfigError, match=r"holds a quickstart of 180 steps, this one has 900: give another --out"):
-        quickstart.run_quickstart(tmp_path, short=False)
+        quickstart.quickstart(tmp_path, short=False)
 
 
 def test_commands_where_files_have_the_names_of_modules(
