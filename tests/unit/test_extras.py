@@ -16,9 +16,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 def test_the_table_is_that_of_the_package() -> None:
     extras = PROJECT["optional-dependencies"]
     assert extras.keys() - {"dev"} == EXTRAS.keys()
-    for name, extra in EXTRAS.items():
-        assert extras[name] == [line for line in extras[name] if line.startswith(extra.package)]
-        assert f"{extra.package} (extra `{name}`)" in (ROOT / "docs/dependencies.md").read_text()
+    for name, package in EXTRAS.items():
+        assert extras[name] == [line for line in extras[name] if line.startswith(package)]
+        assert f"{package} (extra `{name}`)" in (ROOT / "docs/dependencies.md").read_text()
 
 
 def test_what_is_missing_is_named_with_the_releases_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
