@@ -46,10 +46,6 @@ def own_options_first(launcher: Any, typed: Sequence[str]) -> list[str]:
     An option that the job's verb has too belongs to the job, once its own words have begun. But --dry-run is always the
     launcher's, or what was to be looked at first would be started.
 
-    Args:
-        launcher: its command.
-        typed: the words after its name.
-
     Raises:
         ConfigError: an option without its value, or one that nobody has and that is nearest to the launcher's.
     """
@@ -88,12 +84,7 @@ def refuse_verb(word: str, job: Job) -> None:
 
 
 def job_folder(job: Job, arguments: Sequence[str], folder: Path | None = None) -> Path:
-    """Where the record of an array lies: in the run that it works for, or else in a folder of its own.
-
-    Args:
-        job: which.
-        arguments: of its command.
-        folder: what was asked for, of a job without a run.
+    """Where the record of an array lies: in the run that it works for, or else in ``folder`` or one of its own.
 
     Raises:
         ConfigError: arguments that the job would refuse.

@@ -40,16 +40,9 @@ def manifest(
     restarts: int,
     grace_s: float,
 ) -> str:
-    """The manifest, as YAML.
+    """The manifest, as YAML, of a job on ``nodes`` machines of so many ``processes``, with a GPU each.
 
-    Args:
-        image: the container's, with ``ig-dist`` on its PATH.
-        job: what to run.
-        arguments: of its command. A config that is a file here goes along.
-        nodes: machines.
-        processes: on each, with a GPU each.
-        restarts: of ``supervise``.
-        grace_s: of ``supervise``.
+    The image has ``ig-dist`` on its PATH. A config that is a file here goes along.
 
     Raises:
         ConfigError: the config is wrong, or does not fit the number of processes.

@@ -42,14 +42,7 @@ def this_node(
     processes: int | None = None,
     master: str | None = None,
 ) -> Node:
-    """This machine; what is not given is taken from the environment.
-
-    Args:
-        environment: of this process.
-        nodes: machines of the job.
-        rank: number of this one.
-        processes: on this one; else as many as it has GPUs, or 1.
-        master: HOST:PORT of the first machine.
+    """This machine; what is not given is taken from the environment; processes are else as many as GPUs, or 1.
 
     Raises:
         ConfigError: what is given and what platforms say does not fit together, or is not enough.

@@ -82,7 +82,7 @@ def signals_passed_on() -> Iterator[Asked]:
 def run_ranks(
     arguments: Sequence[str], node: Node, port: int, grace_s: float, asked: Asked, others_code: Callable[[int], int]
 ) -> int:
-    """Run ``python ARGUMENTS`` in each rank of this machine, to the end of all.
+    """Run ``python ARGUMENTS`` in each rank of this machine, to the end of all; the code that explains a failure, or 0.
 
     Args:
         arguments: of Python.
@@ -92,9 +92,6 @@ def run_ranks(
         asked: the signals.
         others_code: called again and again with the code that explains how ranks of this machine have ended, 0 until
             then; that of other machines.
-
-    Returns:
-        The exit code that explains a failure, else 0.
     """
     before = set(_children())
     ranks = asked.ranks = []
@@ -199,11 +196,7 @@ def _wait(
 
 
 def reap(ranks: Collection[int]) -> None:
-    """Let go of processes that others have left to this one, as the first process of a container must.
-
-    Args:
-        ranks: process ids whose exit codes are somebody else's to read.
-    """
+    """Let go of processes that others have left to this one, as the first of a container must; not of the ``ranks``."""
     with suppress(ChildProcessError):  # none at all
         while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in ranks:
             os.waitpid(ended.si_pid, 0)

@@ -22,7 +22,7 @@ LONG_S = 3600.0
 def supervise(
     arguments: Sequence[str], node: Node, *, restarts: int = 0, grace_s: float = GRACE_S, asked: Asked | None = None
 ) -> int:
-    """Run ``python ARGUMENTS`` in the ranks of this machine, together with those of others.
+    """Run ``python ARGUMENTS`` in the ranks of all machines; the code that explains a failure of any, or 0.
 
     Args:
         arguments: of Python.
@@ -31,9 +31,6 @@ def supervise(
             A start that ran for an hour begins the row anew.
         grace_s: for a save, after a signal or another rank's orderly end.
         asked: the signals, if they are handled already.
-
-    Returns:
-        The exit code that explains a failure of any machine, else 0.
 
     Raises:
         ConfigError: the machines were not started alike.

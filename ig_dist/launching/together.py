@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from ig_dist.errors import ConfigError, HangError
 from ig_dist.launching.endings import explaining
@@ -52,8 +52,11 @@ class StoppedError(Exception):
         self.code = code
 
 
-class Together(Protocol):
-    """A launcher among those of all machines."""
+class Together:
+    """A launcher among those of all machines; this one is of the only machine."""
+
+    def __init__(self, node: Node, asked: Asked, grace_s: float, decide: Decide) -> None:
+        self._node, self._asked, self._grace_s, self._decide = node, asked, grace_s, decide
 
     def begin(self) -> int:
         """The port of the next start's store, once all machines are there.
@@ -63,12 +66,17 @@ class Together(Protocol):
             HangError: some did not come.
             StoppedError: asked to stop meanwhile.
         """
+        if self._asked.number:
+            raise StoppedError(self._asked.code)
+        return free_port("127.0.0.1")
 
     def others(self, code: int) -> int:
         """Tell the code that explains how ranks here have ended, 0 until one has failed; that of other machines."""
+        return 0
 
     def end(self, code: int) -> Next:
         """Tell how all ranks here have ended, wait for the others, and hear what comes next."""
+        return self._decide(code)
 
     def close(self, code: int) -> None:
         """Leave, with this code."""
@@ -83,37 +91,15 @@ def join(node: Node, asked: Asked, grace_s: float, decide: Decide) -> Together:
         grace_s: for how long ranks are waited for once some have ended.
         decide: what comes next: by the first machine, or by one that has lost it.
     """
-    if node.nodes == 1:
-        return _Alone(asked, decide)
-    return _First(node, asked, grace_s, decide) if node.rank == 0 else _Other(node, asked, decide)
+    kind = Together if node.nodes == 1 else _First if node.rank == 0 else _Other
+    return kind(node, asked, grace_s, decide)
 
 
-class _Alone:
-    """The launcher of the only machine."""
-
-    def __init__(self, asked: Asked, decide: Decide) -> None:
-        self._asked, self._decide = asked, decide
-
-    def begin(self) -> int:
-        if self._asked.number:
-            raise StoppedError(self._asked.code)
-        return free_port("127.0.0.1")
-
-    def others(self, code: int) -> int:
-        return 0
-
-    def end(self, code: int) -> Next:
-        return self._decide(code)
-
-    def close(self, code: int) -> None:
-        pass
-
-
-class _First:
+class _First(Together):
     """The launcher of the first machine, which the others come to."""
 
-    def __init__(self, node: Node, asked: Asked, grace_s: float, decide: Decide) -> None:
-        self._node, self._asked, self._grace_s, self._decide = node, asked, grace_s, decide
+    def __init__(self, *about: Any) -> None:
+        super().__init__(*about)
         self._door: socket.socket | None = None
         self._others: dict[int, Line] = {}
         self._strangers: dict[Line, float] = {}
@@ -230,11 +216,11 @@ class _First:
         return ""
 
 
-class _Other:
+class _Other(Together):
     """The launcher of another machine than the first."""
 
-    def __init__(self, node: Node, asked: Asked, decide: Decide) -> None:
-        self._node, self._asked, self._decide = node, asked, decide
+    def __init__(self, *about: Any) -> None:
+        super().__init__(*about)
         self._first: Line | None = None
         self._start, self._told = 0, False
 
