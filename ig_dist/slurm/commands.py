@@ -21,11 +21,7 @@ class SlurmError(IgDistError):
 
 
 def slurm(*command: str, patience_s: float = CLIENT_SECONDS) -> str:
-    """The output of a client command.
-
-    Args:
-        command: its words.
-        patience_s: how long it may take.
+    """The output of a client command, which may take so long.
 
     Raises:
         ConfigError: it is not on PATH, or knows of no cluster.
@@ -143,12 +139,8 @@ def partition(
 ) -> Partition | None:
     """What a job can get: the most GPUs of which there are enough nodes; None: no default partition.
 
-    Args:
-        names: of partitions, with commas, as sbatch takes them; None: the default one.
-        nodes: how many it needs.
-        constraint: features that they must have.
-        exclude: nodes that it does not want.
-        one_thread: of each core: SLURM then gives so many CPUs fewer.
+    ``names`` are partitions, with commas, as sbatch takes them; None: the default one. With ``one_thread`` of each core
+    SLURM gives so many CPUs fewer.
 
     Raises:
         ConfigError: there is no such partition.

@@ -6,23 +6,15 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from ig_dist.errors import ConfigError, IgDistError
 from ig_dist.slurm.commands import slurm
 
 
-class Started(NamedTuple):
-    """How the ranks are started."""
-
-    srun: dict[str, str | bool]
-    """More options of srun."""
-    python: list[str]
-    """Python and what stands before it; empty: the one that submits."""
-
-
-def in_container(image: str, mounts: str, needed: Sequence[Path], source: Path, *, gpus: bool) -> Started:
-    """How ranks are started in an image.
+def in_container(
+    image: str, mounts: str, needed: Sequence[Path], source: Path, *, gpus: bool
+) -> tuple[dict[str, str | bool], list[str]]:
+    """How ranks are started in an image: more options of srun; Python and what stands before it, none: as here.
 
     Args:
         image: a file (.sif, .sqsh) or a name in a registry; empty: no container.
@@ -37,7 +29,7 @@ def in_container(image: str, mounts: str, needed: Sequence[Path], source: Path, 
     if not image:
         if mounts:
             raise ConfigError(f"--container-mounts {mounts}: name the image too, --container IMAGE")
-        return Started({}, [])
+        return {}, []
     file = Path(image)
     if image.endswith((".sif", ".sqsh")) and not file.exists():
         raise ConfigError(f"--container {image} does not exist: give a file, or a name in a registry")
@@ -50,14 +42,14 @@ def in_container(image: str, mounts: str, needed: Sequence[Path], source: Path, 
     bound, image = ",".join(":".join(pair) for pair in pairs), str(file.absolute()) if file.exists() else image
     pyxis = False if image.endswith(".sif") or file.is_dir() else _srun_knows_pyxis()
     if pyxis:
-        return Started({"container-image": image, "container-mounts": bound}, own)
+        return {"container-image": image, "container-mounts": bound}, own
     if not (image.endswith(".sif") or file.is_dir() or "://" in image):
         raise ConfigError(
             f"--container {image}: srun knows no --container-image here (no pyxis): give what Apptainer reads,"
             " FILE.sif, a folder or docker://NAME"
         )
     program = "singularity" if shutil.which("singularity") and not shutil.which("apptainer") else "apptainer"
-    return Started({}, [program, "exec", *(["--nv"] if gpus else []), "--bind", bound, image, *own])
+    return {}, [program, "exec", *(["--nv"] if gpus else []), "--bind", bound, image, *own]
 
 
 def check_lines(python: Sequence[str]) -> list[str]:

@@ -24,11 +24,7 @@ LISTS = ("setup", "sbatch", "srun", "then")
 
 
 def defaults_of(known: Sequence[str]) -> dict[str, Any]:
-    """The environment stands above the cluster file, and that above sbatch's variables.
-
-    Args:
-        known: all options.
-    """
+    """Of all options: the environment stands above the cluster file, and that above sbatch's variables."""
     variables = {name: f"{PREFIX}{name.upper()}" for name in known}
     said: dict[str, Any] = {name: os.environ[text] for name, text in variables.items() if text in os.environ}
     lists = {name: [said[name]] for name in LISTS if name in said}

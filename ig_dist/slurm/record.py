@@ -136,11 +136,9 @@ class Folder:
         append(self._history(task), {"event": event, "time": round(time.time(), 3), **what})
 
     def events(self, task: str = "", *, waits: bool = False) -> list[dict[str, Any]]:
-        """Starts and ends, oldest first; an end that SLURM brought about is told by SLURM's own log line.
+        """Starts and ends, oldest first, and with ``waits`` those for the run's lock.
 
-        Args:
-            task: of an array.
-            waits: those for the run's lock too.
+        An end that SLURM brought about is told by SLURM's own log line.
         """
         events: list[dict[str, Any]] = []
         lines: list[dict[str, Any]] = []

@@ -78,11 +78,7 @@ class Request(BaseModel):
 
 
 def complete(request: Request, *, assume: bool = False) -> Request:
-    """Fill in what was not said, from what the partition's nodes have.
-
-    Args:
-        request: as typed.
-        assume: nodes of eight H100s, where SLURM cannot be asked.
+    """Fill in what was not said, from what the partition's nodes have; ``assume`` H100s where SLURM cannot be asked.
 
     Raises:
         ConfigError: more time than the partition gives, or GPUs and --tasks-per-node.
@@ -136,15 +132,8 @@ def complete(request: Request, *, assume: bool = False) -> Request:
     return whole
 
 
-def batch_script(request: Request, submission: Submission, folder: Path, *, name: str, after: str = "") -> str:
-    """The text of the batch script.
-
-    Args:
-        request: completed.
-        submission: what it runs.
-        folder: the submission's.
-        name: of the job.
-        after: what it waits for, as sbatch's --dependency takes it.
+def batch_script(request: Request, submission: Submission, folder: Path, *, after: str = "") -> str:
+    """The text of the batch script of a completed request; ``after`` is as sbatch's --dependency takes it.
 
     Raises:
         ConfigError: an option of --sbatch that is ours, or that the script must have as it is.
@@ -173,7 +162,7 @@ def batch_script(request: Request, submission: Submission, folder: Path, *, name
     typed = str(more.get("gres", "")).startswith("gpu")  # gpu:h100:8, where a site asks for the type
     asked = {
         **needed,
-        "job-name": name,
+        "job-name": f"{submission.kind}-{Path(submission.run).name}",
         "partition": request.partition,
         "ntasks-per-node": request.ranks_per_node if fixed else None,
         "cpus-per-task": cpus if fixed else None,

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ig_dist.config import Config
+from ig_dist.config.catalogue import check_metrics
+from ig_dist.config.file import apply_overrides, config_from_tree
 from ig_dist.errors import ConfigError
-from ig_dist.launching.jobs import Job, job_folder, program
+from ig_dist.launching.jobs import Job, job_folder, parsed, program
+from ig_dist.plans.samples import samples_url
 from ig_dist.slurm import submit as slurm
 from ig_dist.slurm.batch import srun_command
-from ig_dist.slurm.chain import Planned, following, submit_all
 from ig_dist.slurm.commands import gpu_partitions
 from ig_dist.slurm.containers import in_container
 from ig_dist.slurm.control import follow as follow_job
 from ig_dist.slurm.record import ACCUMULATION, Folder, Submission, World
 from ig_dist.slurm.script import Request, batch_script, complete, key_values
+from ig_dist.slurm.submit import Planned
 from ig_dist.terminal import console, warn
 
 FEW_IMAGES = 16  # of XL/2 a GPU: below, more is sent than computed (docs/scaling.md)
+FOLLOWING = (Job.sample, Job.sweep, Job.evaluate)
 LOCK_WAIT_S, LEASE_S = 600.0, 120.0  # at least; until a server of files lets go of the locks of a machine that is gone
 
 
@@ -40,7 +45,7 @@ def training(request: Request, config: Config, *, follow: bool, dry_run: bool) -
     submission = _submission("train", command, run, path, request, asked, worlds=worlds, notify=request.notify)
     submission.hold, submission.hold_s = f"{run}/.lock", max(LOCK_WAIT_S, config.train.timeout_s + LEASE_S)
     jobs = [Planned(path, submission, request)]
-    links = following(asked.then, config, path.name)
+    links = _following(asked.then, config, path.name)
     each = _of_one_gpu(asked, request, assume=dry_run) if links else request
     for number, (job, arguments) in enumerate(links, 1):
         jobs += _array(each, asked, job, arguments, run, Path(f"{path}-{number}-{job.value}"), behind=len(jobs))
@@ -64,7 +69,7 @@ def training(request: Request, config: Config, *, follow: bool, dry_run: bool) -
     slurm.check_training(config, worlds)
     with slurm.submitting(run):
         slurm.refuse_active(run, "is in use by")  # one that was submitted meanwhile
-        submit_all(jobs, config)
+        slurm.submit_all(jobs, config)
     for nodes, world in worlds.items():
         if world.nodes < nodes:
             console.print(f"of {nodes} nodes {world.nodes} will be used: more do not divide data.streams")
@@ -86,8 +91,41 @@ def array(
     if dry_run:
         return _print_dry_run(jobs, lambda: None)
     with slurm.submitting(run):
-        submit_all(jobs)
+        slurm.submit_all(jobs)
     return _tell(jobs, "", follow)
+
+
+def _following(texts: Sequence[str], config: Config, folder: str) -> list[tuple[Job, list[str]]]:
+    """The arrays that follow a training, and the arguments of each; texts are such as ``sample --ig-scale 1.4``.
+
+    Raises:
+        ConfigError: one would refuse its arguments.
+    """
+    found: list[tuple[Job, list[str]]] = []
+    for text in texts:
+        name, *words = shlex.split(text) or [""]
+        job = next((job for job in FOLLOWING if job.value == name), None)
+        if job is None:
+            known = ", ".join(job.value for job in FOLLOWING)
+            raise ConfigError(f"--then {text!r}: begin with one of {known}, e.g. --then 'sample --ig-scale 1.4'")
+        subject = config.run.dir
+        if job is Job.evaluate:
+            before = next((made for made in found[::-1] if made[0] is Job.sample), None)
+            if before is None:
+                raise ConfigError(f"--then {text!r}: there are no samples yet: put --then sample before it")
+            out = parsed(*before)["out"]
+            subject = str(out or f"{samples_url(config)}/{folder}-{len(found)}")
+            before[1].extend([] if out else ["--out", subject])
+        found.append((job, [subject, *words]))
+        try:
+            given = parsed(*found[-1])
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("--job", "--then", 1)) from None
+        config_from_tree(
+            apply_overrides(config.model_dump(mode="json"), given.get("overrides") or []), f"--then {name}"
+        )
+        check_metrics((given.get("metrics") or "fid").split(","), "--metrics")
+    return found
 
 
 def _array(
@@ -103,7 +141,10 @@ def _array(
     # it waits for all tasks, whatever became of them, and makes what is missing
     after = Path(f"{path}-merge")
     merge = _submission("merge", command, run, after, alone, asked, notify=request.notify)
-    return [Planned(path, array, request, needs), Planned(after, merge, alone, (*needs, ("afterany", behind)))]
+    return [
+        Planned(path, array, request, needs),
+        Planned(after, merge, alone, (*needs, ("afterany", behind))),
+    ]
 
 
 def _submission(
@@ -112,7 +153,7 @@ def _submission(
     one = {1: World(nodes=1, accumulation=1)}
     places = (run, Path.cwd())
     gpus, source = bool(request.gpus_per_node), path / "source"
-    started = in_container(request.container, request.container_mounts, places, source, gpus=gpus)
+    srun, python = in_container(request.container, request.container_mounts, places, source, gpus=gpus)
     return Submission(
         kind=kind,
         commands=[command],
@@ -120,12 +161,12 @@ def _submission(
         cwd=str(Path.cwd()),
         tasks_per_node=request.ranks_per_node,
         cpus_per_task=request.cpus_per_gpu,
-        python=started.python,
+        python=python,
         max_failures=request.max_failures,
         exclude_after=request.exclude_after,
         signal_delay_s=request.signal_delay,
         options=asked.model_dump(),
-        srun={**started.srun, **key_values("--srun", request.srun)},
+        srun={**srun, **key_values("--srun", request.srun)},
         **{"worlds": one, **more},
     )
 
@@ -176,8 +217,7 @@ def _print_dry_run(jobs: Sequence[Planned], check: Callable[[], object]) -> int:
             print("# once all tasks have ended, whatever became of them, a job of one process:")
         elif place:
             print(f"# once {ids[place - 1]} has succeeded:")
-        name = f"{submission.kind}-{Path(submission.run).name}"
-        print(batch_script(job.request, submission, job.path, name=name, after=job.dependency(ids)))
+        print(batch_script(job.request, submission, job.path, after=job.dependency(ids)))
         for nodes, world in submission.worlds.items():
             ranks, commands = world.nodes * submission.tasks_per_node, [" ".join(one) for one in submission.commands]
             if not merges:

@@ -7,9 +7,10 @@ import json
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from ig_dist.config import Config
 from ig_dist.config.file import to_yaml
@@ -36,6 +37,20 @@ OPTIONS = {
     "node configuration": "--nodes, --gpus-per-node, --cpus-per-gpu or --mem",
     "node count": "--nodes",
 }
+
+
+class Planned(NamedTuple):
+    """One of the jobs."""
+
+    path: Path
+    submission: Submission
+    request: Request
+    after: tuple[tuple[str, int], ...] = ()
+    """What must have come before it: afterok or afterany, and the place of the other job among them."""
+
+    def dependency(self, ids: Sequence[str]) -> str:
+        """As sbatch takes it, with the ids of the others."""
+        return ",".join(f"{how}:{ids[place]}" for how, place in self.after)
 
 
 def worlds(config: Config, request: Request) -> dict[int, World]:
@@ -132,31 +147,43 @@ def new_folder(run: Path) -> Path:
     return run.absolute() / "slurm" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
 
 
-def submit(
-    path: Path, submission: Submission, request: Request, *, config: Config | None = None, after: str = ""
-) -> str:
-    """Write the submission's folder and hand it to SLURM; the job's id.
+def submit_all(jobs: Sequence[Planned], config: Config | None = None) -> None:
+    """Hand all of them to SLURM, or none; ``config`` is that of the training among them.
 
     Raises:
-        ConfigError: SLURM refuses; nothing is submitted and nothing is left.
+        ConfigError: SLURM refuses one; nothing is submitted and nothing is left.
     """
-    folder, name = Folder(path), f"{submission.kind}-{Path(submission.run).name}"
+    ids: list[str] = []
+    try:
+        for job in jobs:
+            ids.append(_submit(job, job.dependency(ids), config))
+    except ConfigError:
+        for job, number in zip(jobs, ids, strict=False):
+            slurm("scancel", number)
+            shutil.rmtree(job.path)
+        raise
+
+
+def _submit(job: Planned, after: str, config: Config | None) -> str:
+    """Write the submission's folder and hand it to SLURM; the job's id."""
+    folder, script = Folder(job.path), job.path / SCRIPT_NAME
     folder.log.mkdir(parents=True)
     try:
-        snapshot(path / "source")
-        folder.write(submission)
-        if config is not None:
-            (path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        script = path / SCRIPT_NAME
-        script.write_text(batch_script(request, submission, path, name=name, after=after), encoding="utf-8")
+        snapshot(job.path / "source")
+        folder.write(job.submission)
+        if config is not None and job.submission.kind == "train":
+            (job.path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        script.write_text(batch_script(job.request, job.submission, job.path, after=after), encoding="utf-8")
         for check in (["--test-only"], ["--parsable"]):
             answer = slurm("sbatch", *check, str(script))
         folder.id = job_id(answer)
     except SlurmError as error:
-        shutil.rmtree(path)
-        raise ConfigError(f"SLURM refuses: {error}; {_remedy(str(error))}") from None
+        shutil.rmtree(job.path)
+        options = [option for word, option in OPTIONS.items() if word in str(error).lower()]
+        remedy = f"change {options[0]}" if options else "see its options with --help"
+        raise ConfigError(f"SLURM refuses: {error}; {remedy}") from None
     except BaseException:
-        shutil.rmtree(path)
+        shutil.rmtree(job.path)
         raise
     return folder.id
 
@@ -173,18 +200,7 @@ def job_id(answer: str) -> str:
     return last
 
 
-def withdraw(path: Path) -> None:
-    """Take a submission back."""
-    slurm("scancel", Folder(path).id)
-    shutil.rmtree(path)
-
-
 def snapshot(dest: Path) -> None:
     """Copy the code that this process runs: the package alone, from a checkout or where it is installed."""
     shutil.copytree(SOURCE / "ig_dist", dest / "ig_dist", ignore=shutil.ignore_patterns("__pycache__"))
     (dest / COMMIT_NAME).write_text(json.dumps(commit()), encoding="utf-8")
-
-
-def _remedy(words: str) -> str:
-    options = [option for word, option in OPTIONS.items() if word in words.lower()]
-    return f"change {options[0]}" if options else "see its options with --help"

@@ -72,14 +72,9 @@ def what_next(
     given: Sequence[str],
     submission: Submission,
 ) -> Next:
-    """What follows a start that has just ended.
+    """What follows a start that has just ended, with its newest ``checkpoint`` and the nodes to ``blame``.
 
-    Args:
-        verdict: of the start.
-        end: how it ended: its newest ``checkpoint``, and the nodes to ``blame``.
-        events: what came before it.
-        given: the nodes that SLURM gave.
-        submission: the job.
+    ``events`` came before it, ``given`` are the nodes that SLURM gave.
     """
     failures = failures_in_a_row(events, end["checkpoint"])
     step = decide(verdict, failures, submission.max_failures)
@@ -93,13 +88,7 @@ def what_next(
 
 
 def decide(verdict: Verdict, failures: int, most: int) -> str:
-    """done, stop, again (on the same nodes) or requeue.
-
-    Args:
-        verdict: of the start that has just ended.
-        failures: that came before it, in a row, without a new checkpoint between.
-        most: failures in a row that are tried again.
-    """
+    """done, stop, again (on the same nodes) or requeue, after so many failures in a row, of ``most`` tried again."""
     if verdict.next != "failed":
         return verdict.next
     if failures >= most:
@@ -108,12 +97,7 @@ def decide(verdict: Verdict, failures: int, most: int) -> str:
 
 
 def failures_in_a_row(events: Sequence[Mapping[str, Any]], checkpoint: int | None) -> int:
-    """Failures since the last end that was none, or since a checkpoint was written.
-
-    Args:
-        events: of the job, oldest first.
-        checkpoint: the newest one now; None: the job writes none.
-    """
+    """Failures since the last end that was none, or since the newest ``checkpoint``; None: the job writes none."""
     count = 0
     for event in reversed(events):
         if event["event"] != "end":

@@ -73,18 +73,20 @@ def refuse_others(folder: Folder, submission: Submission, run: Path) -> None:
 
 def show_status(run: Path) -> None:
     """Print the state of a run's jobs, their starts and why each ended."""
-    for folder, submission in found_folders(run):
-        jobs, told = _ask(folder)
-        console.print(f"{submission.kind} job {folder.id or '(not submitted)'}: {told}")
-        for text in advice(jobs or []):
+    told = describe(run)
+    for job in told["jobs"]:
+        console.print(f"{job['kind']} job {job['id'] or '(not submitted)'}: {job['state']}")
+        for text in job["advice"]:
             console.print(f"  {text}")
-        for task in folder.tasks():
-            _show_history(folder, submission, task, _may_run(jobs, task))
-        if (words := failed_words(folder)) is not None:
-            console.print(f"  it said: {words}")
-        console.print(f"  log: {folder.log}")
-    if (far := how_far(run)) is not None:
-        console.print(far)
+        for task, starts in (job["tasks"] or {"": job["starts"]}).items():
+            _show_starts(task, starts)
+        if job["avoided"]:
+            console.print(f"  avoided today: {', '.join(job['avoided'])}")
+        if job["said"] is not None:
+            console.print(f"  it said: {job['said']}")
+        console.print(f"  log: {job['log']}")
+    if told["progress"] is not None:
+        console.print(told["progress"])
 
 
 def show_all() -> None:
@@ -112,6 +114,7 @@ def describe(run: Path) -> dict[str, Any]:
     for folder, submission in found_folders(run):
         jobs, state_now = _ask(folder)
         starts = {task: history(folder, task, _may_run(jobs, task)) for task in folder.tasks()}
+        avoided = [bad_nodes(folder.events(task), submission.exclude_after) for task in starts]
         told.append(
             {
                 "kind": submission.kind,
@@ -121,6 +124,7 @@ def describe(run: Path) -> dict[str, Any]:
                 "advice": advice(jobs or []),
                 "tasks": starts if submission.array else None,
                 "starts": None if submission.array else next(iter(starts.values()), []),
+                "avoided": sorted(set().union(*avoided)),
                 "said": failed_words(folder),
                 "log": str(folder.log),
             }
@@ -156,15 +160,12 @@ def history(folder: Folder, task: str, active: bool) -> list[dict[str, Any]]:
     return starts
 
 
-def _show_history(folder: Folder, submission: Submission, task: str, active: bool) -> None:
-    entries = history(folder, task, active)
+def _show_starts(task: str, entries: Sequence[dict[str, Any]]) -> None:
     if not entries or (task and [(entry["end"] or {}).get("next") for entry in entries] == ["done"]):
         return  # of an array, only tasks with something to tell
     name = f"task {task}: " if task else ""
     count = sum(entry["event"] == "start" for entry in entries)
     console.print(f"  {name}{count} start{'s' * (count != 1)}, {max(0, count - 1)} restarts")
-    if bad := bad_nodes(folder.events(task), submission.exclude_after):
-        console.print(f"    avoided today: {', '.join(sorted(bad))}")
     for number, entry in list(enumerate(entries))[-SHOWN_STARTS:]:
         began = _clock(entry["time"])
         nodes, end = entry["nodes"], entry["end"]

@@ -287,8 +287,8 @@ def test_what_a_partition_has(clusters: None) -> None:
 
 def test_the_job_that_merges_waits_for_its_array_whatever_else_is_typed(clusters: None, tmp_path: Path) -> None:
     request = complete(Request(sbatch=["dependency=afterok:5"]))
-    assert "--dependency=afterok:5" in batch_script(request, submission(), tmp_path, name="first")
-    after = batch_script(request, submission(), tmp_path, name="merge", after="afterany:7")
+    assert "--dependency=afterok:5" in batch_script(request, submission(), tmp_path)
+    after = batch_script(request, submission(), tmp_path, after="afterany:7")
     assert "--dependency=afterany:7" in after and "afterok" not in after
 
 
@@ -530,7 +530,7 @@ def test_what_follows_a_training_waits_until_it_has_succeeded(
 
 def test_what_sites_ask_for_in_words_of_their_own(tmp_path: Path) -> None:
     whole = Request(nodes="2", gpus_per_node=8, mem="0", sbatch=["gres=gpu:h100:8", "mem-per-gpu=60G"])
-    text = batch_script(whole, submission(), tmp_path, name="first")
+    text = batch_script(whole, submission(), tmp_path)
     assert "--gres=gpu:h100:8" in text and "--mem-per-gpu=60G" in text
     assert "--gpus-per-node" not in text and "--mem=" not in text and "--ntasks-per-node=8" in text
 
@@ -552,7 +552,7 @@ def test_gpus_of_which_slurm_knows_nothing(
     assert "the default partition has no GPUs: choose one of h100, mixed (--partition)" in capsys.readouterr().err
     (tmp_path / "scontrol").write_text(f"#!/bin/sh\ncat <<END\n{NODES.splitlines()[1]}\nEND\n")
     whole = complete(Request(gpus_per_node=3))
-    text = batch_script(whole, submission(), tmp_path, name="first")
+    text = batch_script(whole, submission(), tmp_path)
     assert whole.unknown_gpus and "--ntasks-per-node=3" in text and "gpus-per-node" not in text
     assert "CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0,1,2}" in text and "--mem" not in text
 
