@@ -35,12 +35,7 @@ Coefficients = list[float] | None
 
 
 def known_tokenizer(name: str, sha256: str | None, others: Mapping[str, object]) -> Tokenizer | None:
-    """The tokenizer; None: it is not on this machine, and all that it would tell is given.
-
-    Args:
-        name: of the tokenizer, or the path of its weights.
-        sha256: its hash, where given.
-        others: the other options that it would tell.
+    """The tokenizer; None: it is not on this machine, and its hash and all ``others`` that it would tell are given.
 
     Raises:
         ConfigError: it is not here, nor all of these, or it has another hash.
@@ -67,11 +62,7 @@ def known_tokenizer(name: str, sha256: str | None, others: Mapping[str, object])
 
 
 def coefficients(option: str, text: str | None, tokenizer: Tokenizer | None) -> Coefficients:
-    """What ``--shift`` or ``--scale`` says, or else the tokenizer.
-
-    Raises:
-        ConfigError: no numbers.
-    """
+    """What ``--shift`` or ``--scale`` says, or else the tokenizer."""
     if text == "statistics":
         return None
     if text is not None:
@@ -88,11 +79,7 @@ def coefficients(option: str, text: str | None, tokenizer: Tokenizer | None) -> 
 
 
 def choose_image_size(given: int | None, shape: tuple[int, int, int], tokenizer: Tokenizer | None) -> int:
-    """Side of the images that the latents were made of.
-
-    Raises:
-        ConfigError: not what the tokenizer makes such latents of.
-    """
+    """Side of the images that the latents were made of."""
     told = tokenizer and shape[1] * tokenizer.downsample
     if tokenizer and given is not None and given // tokenizer.downsample != shape[1]:
         raise ConfigError(
@@ -103,11 +90,7 @@ def choose_image_size(given: int | None, shape: tuple[int, int, int], tokenizer:
 
 
 def read_class_names(url: str) -> tuple[list[str], list[str] | None]:
-    """Names of the classes, one a line, and their words: from the same lines, or those of ImageNet's synsets.
-
-    Raises:
-        ConfigError: no such file, or no text.
-    """
+    """Names of the classes, one a line, and their words: from the same lines, or those of ImageNet's synsets."""
     from ig_dist.data.classes import class_words
     from ig_dist.storage.files import open_url, read_file
 
@@ -233,11 +216,7 @@ def index(
 
 
 def change_normalisation(url: str, shifts: Coefficients, scales: Coefficients, latent_stats: Path | None) -> None:
-    """Give an index that is there another shift and scale; no shard is read, and nothing else is changed.
-
-    Raises:
-        ConfigError: no index there, or numbers of another count of channels.
-    """
+    """Give an index that is there another shift and scale; no shard is read, and nothing else is changed."""
     from ig_dist.data.index import read_index_file, write_index_file
     from ig_dist.data.statistics import as_stored, normalised
 

@@ -1,8 +1,4 @@
-"""Start a job on the processes of this machine, alone or as one of several machines.
-
-One process per GPU, or any number on CPUs (gloo). The first process that fails ends the others; the exit code is
-the job's own (docs/running.md, "Exit codes").
-"""
+"""``ig-dist launch``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Start a job on a SLURM cluster, and keep it going until it is finished.
-
-Time limits, preemption, dead nodes and dead processes requeue the job. See docs/slurm.md.
-"""
+"""``ig-dist slurm``; time limits, preemption, dead nodes and dead processes requeue the job (docs/slurm.md)."""
 
 from __future__ import annotations
 
@@ -137,12 +134,21 @@ def submit(
     arguments = rest or []
     if arguments:
         refuse_verb(arguments[0], job)
-    _refuse_others_options(context, job)
+    typed = _typed(context)
     if job is Job.train:
+        if "folder" in typed:
+            raise ConfigError("--folder is for arrays: a training has its folder in run.dir")
         _refuse_options(context, arguments)
-        if not then and getattr(context.get_parameter_source("tasks"), "name", "") == "COMMANDLINE":
+        if not then and "tasks" in typed:
             raise ConfigError("--tasks is for arrays, e.g. --job sample: give --nodes, or --tasks-per-node")
-        chosen, words = _config_first(config, arguments)
+        if arguments and "=" not in arguments[0]:
+            if config is not None:
+                raise ConfigError(f"two configs, {config} and {arguments[0]}: leave one out")
+            config, arguments = Path(arguments[0]), arguments[1:]
+    elif "then" in typed:
+        raise ConfigError(f"--then follows a training: {job.value} is scored, or made, by itself")
+    elif "config" in typed:
+        raise ConfigError(f"--config is for --job train: {job.value} has arguments of its own")
     elif nodes != "1":
         raise ConfigError(f"--nodes is for --job train: give --tasks, the number of GPUs that {job.value} at once")
     from ig_dist.slurm import start
@@ -157,7 +163,7 @@ def submit(
     if job is Job.train:
         from ig_dist.config.file import load_config
 
-        code = start.training(request, load_config(chosen, words), follow=follow, dry_run=dry_run)
+        code = start.training(request, load_config(config or DEFAULT, arguments), follow=follow, dry_run=dry_run)
     else:
         code = start.array(request, job, arguments, folder, follow=follow, dry_run=dry_run)
     raise typer.Exit(code)
@@ -208,7 +214,7 @@ def resume(
 
     command: Any = typer.main.get_command(app)
     with command.commands["submit"].make_context("submit", list(words), parent=context.parent) as given:
-        typed = {k: v for k, v in given.params.items() if given.get_parameter_source(k).name == "COMMANDLINE"}
+        typed = _typed(given)
     run, *overrides = typed.pop("rest", None) or [""]
     _refuse_options(given, [run, *overrides])
     flags = {name: typed.pop(name, False) for name in ("follow", "dry_run")}
@@ -249,32 +255,16 @@ def _tasks(text: str) -> tuple[int, int | None]:
     return int(match[1]), int(match[2]) if match[2] else None
 
 
-def _refuse_others_options(context: typer.Context, job: Job) -> None:
-    """What only a training has, or only an array, must not go unheard."""
-    typed = [
-        name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    ]
-    if job is Job.train and "folder" in typed:
-        raise ConfigError("--folder is for arrays: a training has its folder in run.dir")
-    if job is not Job.train and "then" in typed:
-        raise ConfigError(f"--then follows a training: {job.value} is scored, or made, by itself")
-    if job is not Job.train and "config" in typed:
-        raise ConfigError(f"--config is for --job train: {job.value} has arguments of its own")
+def _typed(context: typer.Context) -> dict[str, Any]:
+    """What stands on the command line, and not elsewhere."""
+    found = context.params.items()
+    return {k: v for k, v in found if getattr(context.get_parameter_source(k), "name", "") == "COMMANDLINE"}
 
 
 def _refuse_options(context: typer.Context, arguments: Sequence[str]) -> None:
     for word in arguments:
         if word.startswith("-"):
             raise ConfigError(unknown_option(word.partition("=")[0], context, arguments))
-
-
-def _config_first(config: Path | None, arguments: Sequence[str]) -> tuple[Path, Sequence[str]]:
-    """The config, where it is the first argument or an option, and the other arguments."""
-    if not arguments or "=" in arguments[0]:
-        return config or DEFAULT, arguments
-    if config is not None:
-        raise ConfigError(f"two configs, {config} and {arguments[0]}: leave one out")
-    return Path(arguments[0]), arguments[1:]
 
 
 def _refuse_misspelt_verb(word: str) -> None:

@@ -18,12 +18,7 @@ NEAR = 0.75
 
 
 def explained(error: Any, typed: Sequence[str]) -> ConfigError:
-    """A usage error of click as a user reads it.
-
-    Args:
-        error: a ``UsageError``; its kinds are told apart by what they hold, since their names are private.
-        typed: the words of the command line.
-    """
+    """A ``UsageError`` of click as a user reads it: its kinds are told apart by what they hold, names are private."""
     context = error.ctx
     option: Any = getattr(error, "option_name", None)
     if hasattr(error, "possibilities"):
