@@ -34,7 +34,8 @@ def config_keys() -> tuple[str, ...]:
         for field in classes[name].body:
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                 key, kind = prefix + field.target.id, ast.unparse(field.annotation)
-                found += keys(kind, f"{key}.") if kind in classes else [key]
+                if not kind.startswith("ClassVar"):
+                    found += keys(kind, f"{key}.") if kind in classes else [key]
         return found
 
     return tuple(keys("Config", ""))
