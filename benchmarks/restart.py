@@ -27,8 +27,7 @@ from ig_dist.checkpoints.reading import owners, parts_of, requests
 from ig_dist.checkpoints.snapshot import described, layout
 from ig_dist.config.file import load_config
 from ig_dist.models.dit import DiT
-from ig_dist.parallel.engine import Piece
-from ig_dist.parallel.sharded import shared_out
+from ig_dist.parallel.engine import Piece, shared_out
 from ig_dist.terminal import console, run_app
 from ig_dist.training.dry_run import IMAGENET_CLASSES, SD_LATENT
 

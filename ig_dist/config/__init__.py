@@ -132,6 +132,10 @@ class Config(Group):
         assert self.train.epochs is not None
         return math.ceil(self.train.epochs * num_samples / self.train.global_batch_size)
 
+    def micro_batch(self, world_size: int) -> int:
+        """Rows of a micro-batch on each of so many ranks."""
+        return self.train.global_batch_size // world_size // self.train.accumulation
+
     def check_world_size(self, world_size: int, per_node: int | None = None) -> None:
         """Raise ConfigError unless ``world_size`` processes, ``per_node`` of them a machine, can share the work.
 

@@ -1,16 +1,25 @@
-"""From a built model and a config to an engine that is ready for its first step."""
+"""From a built model and a config to an engine that is ready for its first step.
+
+Blocks that are compiled or computed again get another ``forward``, below their hooks: FSDP2 and DeepSpeed gather the
+weights in hooks of the block, which must neither be compiled nor run again.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from ig_dist.arithmetic import compiled
 from ig_dist.config import Config
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT
 from ig_dist.optim.apex_adam import check_apex
-from ig_dist.parallel.apply import apply_activation_checkpointing, apply_compile, apply_precision
 from ig_dist.parallel.ddp import DDPEngine
 from ig_dist.parallel.dist import Dist, align_timeouts, gather_objects
 from ig_dist.parallel.engine import Engine, LoadedState
@@ -37,37 +46,45 @@ def check_places(config: Config, dist: Dist) -> None:
 def build_engine(model: DiT, config: Config, state: LoadedState | None, dist: Dist) -> Engine:
     """Apply precision, compilation and checkpointing, then hand the model to the configured engine. COLLECTIVE.
 
-    Args:
-        model: initialised on the CPU, the same on every rank; or without memory, to be given the weights of ``state``.
-        config: the run's config.
-        state: checkpoint to start from; it goes in here because not every engine can take it later.
-        dist: this process.
+    The model is initialised on the CPU, the same on every rank; or without memory, to be given the weights of
+    ``state``, which goes in here because not every engine can take it later.
     """
     check_places(config, dist)
     if state is not None and config.engine.kind != "fsdp2":  # which takes its part by itself
         model.load_state_dict(state.whole("model"), assign=True)
-    apply_precision(model, config.train.precision, dist.device, config.train.residual)
-    if config.train.compile:
-        apply_compile(model)
-    if config.train.activation_checkpointing:
-        apply_activation_checkpointing(model)
-    micro = config.train.global_batch_size // dist.world_size // config.train.accumulation
+    apply(model, config, dist.device)
     if config.engine.kind == "fsdp2":
         from ig_dist.parallel.fsdp2 import FSDP2Engine  # 1.3 s, for DTensor, that DDP need not wait for
 
-        reshard = config.engine.reshard_after_forward is not False
-        precision, replicate = config.train.precision, config.engine.replicate
-        engine: Engine = FSDP2Engine(model, config.optimizer, precision, reshard, replicate, state, dist)
+        engine: Engine = FSDP2Engine(model, config, state, dist)
     elif config.engine.kind == "deepspeed":
         from ig_dist.parallel.deepspeed import DeepSpeedEngine
 
-        engine = DeepSpeedEngine(model, config.optimizer, config.engine.zero_stage or 2, micro, state, dist)
+        engine = DeepSpeedEngine(model, config, state, dist)
     else:
-        engine = DDPEngine(model, config.optimizer, state, dist)
+        engine = DDPEngine(model, config, state, dist)
         passes = 2 if dist.world_size > 1 else int(config.train.compile)
-        warm_up(engine, model, micro, dist.device, passes)
+        warm_up(engine, model, config.micro_batch(dist.world_size), dist.device, passes)
     align_timeouts(dist)
     return engine
+
+
+def apply(model: DiT, config: Config, device: torch.device) -> None:
+    """What is done to the model before an engine takes it: precision, per-block compilation, checkpointing.
+
+    Forward runs under bf16 autocast, the tokens between blocks in fp32 or bf16; weights stay fp32. Each block is
+    compiled on its own: one graph for all of them, and no graph break is tolerated.
+    """
+    if config.train.precision == "bf16":
+        model.residual = torch.bfloat16 if config.train.residual == "bf16" else None
+        model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
+    wraps: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [compiled] if config.train.compile else []
+    if config.train.activation_checkpointing:  # nothing in a block is random: no state is kept
+        wraps.append(lambda forward: partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False))
+    for block in model.blocks:
+        assert isinstance(block, nn.Module)
+        for wrap in wraps:
+            block.forward = wrap(block.forward)
 
 
 def warm_up(engine: Engine, model: DiT, batch_size: int, device: torch.device, passes: int) -> None:

@@ -9,77 +9,63 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from ig_dist.config.training import OptimizerConfig
+from ig_dist.config import Config
 from ig_dist.models.dit import DiT
-from ig_dist.optim.optimizer import MOMENTS, build_optimizer, moments_of, set_learning_rate, set_state, steps_of
+from ig_dist.optim.optimizer import MOMENTS, build_optimizer, moments_of, set_learning_rate, set_state
 from ig_dist.parallel.dist import Dist, ensure_process_group
-from ig_dist.parallel.engine import LoadedState, Piece, StepResult
-from ig_dist.parallel.sharded import clip_and_gate, norm_over_ranks, to_pieces
+from ig_dist.parallel.engine import Engine, LoadedState, Piece, StepResult
+from ig_dist.parallel.sharded import clip_and_gate, norm_over_ranks
 
 BUCKET_ELEMENTS = 50_000_000  # DeepSpeed allocates a buffer of this many fp32 numbers; its default would be 2 GB
 
 
-class DeepSpeedEngine:
-    """See ``Engine``. The masters are this rank's ranges of the weights in one flat buffer, which Adam works on.
+class DeepSpeedEngine(Engine):
+    """The masters are this rank's ranges of the weights in one flat buffer, which Adam works on.
 
     Clipping and gate are not DeepSpeed's but those of the other engines, in a hook before Adam's step: DeepSpeed's
     would wait for the device, and stages 1 and 2 would take a non-finite step.
 
-    Args:
-        model: on the CPU.
-        config: the optimizer's.
-        stage: of ZeRO.
-        batch_size: rows of a micro-batch on each rank.
-        state: what to start from; its weights are in the model already.
-        dist: this process.
+    The weights of a state to start from are in the model already.
     """
 
-    def __init__(
-        self,
-        model: DiT,
-        config: OptimizerConfig,
-        stage: Literal[1, 2, 3],
-        batch_size: int,
-        state: LoadedState | None,
-        dist: Dist,
-    ) -> None:
-        self._dist, self._grad_clip, self._stage = dist, config.grad_clip, stage
-        self._optimizer = build_optimizer(list(model.to(dist.device).parameters()), config)
-        self._engine = initialize(model, self._optimizer, stage, batch_size, dist)
-        self.module: nn.Module = self._engine
-        self.forward_alone = stage < 3
-        self._optimizer.register_step_pre_hook(self._clip_and_gate)
+    def __init__(self, model: DiT, config: Config, state: LoadedState | None, dist: Dist) -> None:
+        self._dist, self._grad_clip, self._stage = dist, config.optimizer.grad_clip, config.engine.zero_stage or 2
+        self.optimizer = build_optimizer(list(model.to(dist.device).parameters()), config.optimizer)
+        self._engine = initialize(model, self.optimizer, self._stage, config.micro_batch(dist.world_size), dist)
+        self.module = self._engine
+        self.forward_alone = self._stage < 3
+        self.optimizer.register_step_pre_hook(self._clip_and_gate)
         self._result: StepResult | None = None
         zero = self._engine.optimizer
-        if stage == 3:
+        if self._stage == 3:
             self._flat: Tensor = zero.fp32_partitioned_groups_flat[0]
             self._gathered_from: Tensor = zero.fp16_partitioned_groups_flat[0]  # fp32 too, whatever it is called
-            self._shards = stage3_shards(model, self._flat, self._gathered_from, dist)
+            self.held = stage3_shards(model, self._flat, self._gathered_from, dist)
         else:
             self._flat = zero.single_partition_of_fp32_groups[0]
-            self._shards = stage12_shards(model)
-        self._optimizer.state.clear()
+            self.held = stage12_shards(model)
+        self.optimizer.state.clear()
         if state is not None and state.optimizer_steps:
-            self._load_moments(state)
+            self.load_moments(state)
 
-    def _load_moments(self, state: LoadedState) -> None:
+    def load_moments(self, state: LoadedState) -> None:
         flat = {moment: torch.zeros_like(self._flat, requires_grad=False) for moment in MOMENTS}
         for moment in MOMENTS:
-            for name, part in state.parts(moment, self._shards).items():
+            for name, part in state.parts(moment, self.held).items():
                 self._range(flat[moment], name).copy_(part)
-        set_state(self._optimizer, self._flat, state.optimizer_steps, flat)
+        set_state(self.optimizer, self._flat, state.optimizer_steps, flat)
 
     def _range(self, flat: Tensor, name: str) -> Tensor:
         """What belongs to a weight in a tensor that is laid out like the flat buffer."""
-        own = self._shards[name].data
+        own = self.held[name].data
         return flat.detach().narrow(0, own.storage_offset() - self._flat.storage_offset(), own.numel())
 
     @contextmanager
@@ -91,7 +77,7 @@ class DeepSpeedEngine:
         self._engine.backward(loss)
 
     def step(self, lr: float) -> StepResult:
-        set_learning_rate(self._optimizer, lr)
+        set_learning_rate(self.optimizer, lr)
         self._result = None
         self._engine.step()
         if self._result is None:  # stage 3 looks at its norm by itself, the same on all ranks, and made no step
@@ -105,9 +91,6 @@ class DeepSpeedEngine:
         grad_norm = norm_over_ranks(grads, self._dist)
         self._result = StepResult(grad_norm, clip_and_gate(optimizer, grad_norm, self._grad_clip))
 
-    def masters(self) -> dict[str, Tensor]:
-        return {name: shard.data for name, shard in self._shards.items()}
-
     def masters_written(self) -> None:
         if self._stage == 3:
             self._gathered_from.copy_(self._flat.detach())
@@ -116,17 +99,8 @@ class DeepSpeedEngine:
             self._engine.optimizer.update_lp_params()
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        flat = moments_of(self._optimizer, self._flat)
-        return {moment: {name: self._range(flat[moment], name) for name in self._shards} for moment in MOMENTS}
-
-    def optimizer_steps(self) -> int:
-        return steps_of(self._optimizer)
-
-    def parts(self, state: LoadedState, group: str) -> dict[str, Tensor]:
-        return state.parts(group, self._shards)
-
-    def canonical(self, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Piece]:
-        return to_pieces(groups, self._shards)
+        flat = moments_of(self.optimizer, self._flat)
+        return {moment: {name: self._range(flat[moment], name) for name in self.held} for moment in MOMENTS}
 
 
 def initialize(model: DiT, optimizer: Optimizer, stage: int, batch_size: int, dist: Dist) -> Any:
@@ -184,11 +158,7 @@ def stage12_shards(model: DiT) -> dict[str, Piece]:
 def stage3_shards(model: DiT, flat: Tensor, gathered_from: Tensor, dist: Dist) -> dict[str, Piece]:
     """This rank's range of each weight: each is cut into parts of equal, rounded up, length, the last ones padded.
 
-    Args:
-        model: its parameters know their part of ``gathered_from``.
-        flat: what Adam works on, laid out like ``gathered_from``.
-        gathered_from: what forward and backward gather.
-        dist: this process.
+    The parameters know their part of ``gathered_from``, like which ``flat``, what Adam works on, is laid out.
     """
     shards = {}
     for name, parameter in model.named_parameters():

@@ -1,12 +1,18 @@
-"""The engine protocol: all that the trainer knows of DDP and its kin."""
+"""What an engine is: all that the trainer knows of DDP, FSDP2 and DeepSpeed."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ig_dist.config.training import OptimizerConfig
+from ig_dist.models.dit import DiT
+from ig_dist.optim.optimizer import MOMENTS, moment_names, moments_of, set_state, steps_of
 
 
 class Piece(NamedTuple):
@@ -46,49 +52,98 @@ class LoadedState(Protocol):
         ...
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """A model spread over the ranks. Methods marked COLLECTIVE must be called by every rank."""
 
     module: nn.Module
     """Called for the forward pass."""
     forward_alone: bool
     """Whether the forward pass has no collective in it."""
+    held: dict[str, Piece]
+    """This rank's fp32 shards of what training changes by canonical name, in stable order; no empty ones.
 
+    The trained weights; and the table of positions, whole on every rank, where it decays.
+    """
+    copy: tuple[int, int] = (0, 1)
+    """Which of how many ranks this is that hold the same shards: they share out who writes them."""
+    optimizer: Optimizer
+    parameters: dict[str, nn.Parameter]
+    """What the optimizer works on, each of the shape of its shard."""
+
+    @abstractmethod
     def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
         """Surrounds forward and backward of a micro-batch; gradients are reduced over ranks in the last one only."""
-        ...
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of ``loss`` to those of this step."""
-        ...
+        loss.backward()  # type: ignore[no-untyped-call]
 
+    @abstractmethod
     def step(self, lr: float) -> StepResult:
         """Clip, update unless a gradient is not finite, clear the gradients. COLLECTIVE."""
-        ...
 
     def masters(self) -> dict[str, Tensor]:
-        """This rank's fp32 shards of what training changes by canonical name, in stable order; no empty ones.
+        """The tensors of ``held``."""
+        return {name: piece.data for name, piece in self.held.items()}
 
-        The trained weights; and the table of positions, whole on every rank, where it decays.
-        """
-        ...
-
-    def masters_written(self) -> None:
+    def masters_written(self) -> None:  # noqa: B027  (where forward uses the masters themselves there is nothing to do)
         """Let forward passes see what was written into ``masters()`` from outside. COLLECTIVE."""
-        ...
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         """The optimizer's moments by name (``exp_avg``), each like ``masters()`` for the weights that have it."""
-        ...
+        moments: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self.parameters.items():
+            for moment, tensor in moments_of(self.optimizer, parameter).items():
+                moments.setdefault(moment, {})[name] = tensor
+        return moments
+
+    def load_moments(self, state: LoadedState) -> None:
+        """Give the optimizer this rank's shards of the moments that a checkpoint has. COLLECTIVE."""
+        names = {name: moment_names(self.optimizer, parameter) for name, parameter in self.parameters.items()}
+        moments = {
+            moment: state.parts(moment, {name: self.held[name] for name in names if moment in names[name]})
+            for moment in MOMENTS
+        }
+        for name, parameter in self.parameters.items():
+            own = {moment: moments[moment][name] for moment in names[name]}
+            set_state(self.optimizer, parameter, state.optimizer_steps, own)
 
     def optimizer_steps(self) -> int:
         """Updates that the optimizer has made; skipped steps do not count."""
-        ...
+        return steps_of(self.optimizer)
 
     def parts(self, state: LoadedState, group: str) -> dict[str, Tensor]:
         """This rank's parts of a group whose tensors are named and shaped like the weights. COLLECTIVE."""
-        ...
+        return state.parts(group, self.held)
 
     def canonical(self, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Piece]:
-        """The pieces that this rank writes of tensors like ``masters()``, as ``group/name``. COLLECTIVE."""
-        ...
+        """The pieces that this rank writes of tensors like ``masters()``, as ``group/name``."""
+        pieces = {
+            f"{group}/{name}": Piece(self.held[name].shape, self.held[name].start, tensor.detach())
+            for group, members in groups.items()
+            for name, tensor in members.items()
+        }
+        number, count = self.copy
+        return {name: pieces[name] for name in shared_out({n: p.data for n, p in pieces.items()}, number, count)}
+
+
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
+    """Tensors that a rank holds whole."""
+    return {name: Piece(tuple(tensor.shape), 0, tensor.detach()) for name, tensor in tensors.items()}
+
+
+def decayed_buffers(model: DiT, config: OptimizerConfig) -> dict[str, Tensor]:
+    """Buffers that the optimizer changes, by name: alike on every rank, which each holds whole."""
+    return {"pos_embed": model.pos_embed} if config.decay_pos_embed else {}
+
+
+def shared_out(tensors: Mapping[str, Tensor], number: int, count: int) -> list[str]:
+    """Which of the tensors one of ``count`` writers writes: the largest first, each to whoever has the least so far."""
+    load = [0] * count
+    mine = []
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].numel(), item[0])):
+        writer = load.index(min(load))
+        load[writer] += tensor.numel()
+        if writer == number:
+            mine.append(name)
+    return mine

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,75 +17,56 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ig_dist.config.training import OptimizerConfig
+from ig_dist.config import Config
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT
-from ig_dist.optim.optimizer import build_optimizer, steps_of
+from ig_dist.optim.optimizer import build_optimizer
 from ig_dist.parallel.dist import Dist, ensure_process_group
-from ig_dist.parallel.engine import LoadedState, Piece, StepResult
+from ig_dist.parallel.engine import Engine, LoadedState, Piece, StepResult, decayed_buffers, whole
 from ig_dist.parallel.orthogonalise import orthogonalise_shards
-from ig_dist.parallel.sharded import (
-    Shards,
-    decayed_buffers,
-    load_moments,
-    moments_by_name,
-    norm_over_ranks,
-    shared_out,
-    to_pieces,
-    update,
-)
+from ig_dist.parallel.sharded import norm_over_ranks, update
 
 
-class FSDP2Engine:
-    """See ``Engine``. The masters are the local tensors of the sharded fp32 parameters.
+class FSDP2Engine(Engine):
+    """The masters are the local tensors of the sharded fp32 parameters.
 
     The optimizer works on those local tensors, not on DTensors: nothing in a step then goes through DTensor's
     dispatch, and the finite gate is the one of DDP. A weight of which this rank holds no row does not appear.
 
-    Args:
-        model: on the CPU.
-        config: the optimizer's.
-        precision: of the forward, which runs under autocast (``apply_precision``).
-        reshard_after_forward: free a block's weights after its forward and gather them again for its backward.
-        replicate: number of groups that hold everything.
-        state: what to start from; the model has no memory then, and gets this rank's part of the weights.
-        dist: this process.
+    With a state to start from the model has no memory at first, and gets this rank's part of the weights.
     """
 
-    def __init__(
-        self,
-        model: DiT,
-        config: OptimizerConfig,
-        precision: Literal["fp32", "bf16"],
-        reshard_after_forward: bool,
-        replicate: int,
-        state: LoadedState | None,
-        dist: Dist,
-    ) -> None:
-        self._dist, self._grad_clip, self._replicate = dist, config.grad_clip, replicate
-        self.module: nn.Module = model
-        self.forward_alone = False  # it gathers the weights of each block
-        mesh = build_mesh(replicate, dist)
-        _check_rows(model, mesh["shard"].size())
-        self._replica, self._place = dist.rank // mesh["shard"].size(), mesh.get_local_rank("shard")
-        self._root = shard_blocks(model, precision, reshard_after_forward, mesh)
+    forward_alone = False  # it gathers the weights of each block
+
+    def __init__(self, model: DiT, config: Config, state: LoadedState | None, dist: Dist) -> None:
+        self._dist, self._grad_clip, self._replicate = dist, config.optimizer.grad_clip, config.engine.replicate
+        self.module = model
+        mesh = build_mesh(self._replicate, dist)
+        ranks = mesh["shard"].size()
+        _check_rows(model, ranks)
+        self._first = mesh.get_local_rank("shard") == 0
+        self.copy = dist.rank // ranks, self._replicate
+        self._root = shard_blocks(model, config, mesh)
         if state is not None:
             model.to_empty(device=dist.device)
-        self._shards = local_shards(model, mesh)
-        self._sharded = {name: p for name, p in model.named_parameters() if name in self._shards}
-        self._parameters = {name: nn.Parameter(shard.data) for name, shard in self._shards.items()}
+        shards = local_shards(model, mesh)
+        self._sharded = {name: p for name, p in model.named_parameters() if name in shards}
+        self.parameters = {name: nn.Parameter(shard.data) for name, shard in shards.items()}
         matrices = [p.shape for p in model.parameters() if p.ndim >= 2]
-        shapes = [shard.shape for shard in self._shards.values()]
-        across = mesh.get_group("replicate") if replicate > 1 else None
+        shapes = [shard.shape for shard in shards.values()]
+        across = mesh.get_group("replicate") if self._replicate > 1 else None
         orthogonalise = partial(orthogonalise_shards, shapes=matrices, within=mesh.get_group("shard"), across=across)
-        self._decayed = decayed_buffers(model, config)
-        self._held = {**self._shards, **{name: Piece(tuple(t.shape), 0, t) for name, t in self._decayed.items()}}
-        self._optimizer = build_optimizer(
-            list(self._parameters.values()), config, shapes, orthogonalise, list(self._decayed.values())
+        self._decayed = decayed_buffers(model, config.optimizer)
+        self.held = shards | whole(self._decayed)
+        self.optimizer = build_optimizer(
+            list(self.parameters.values()), config.optimizer, shapes, orthogonalise, list(self._decayed.values())
         )
         if state is not None:
-            load_weights(model, self._shards, state)
-        load_moments(self._optimizer, self._parameters, self._shards, state)
+            wanted = shards | whole(dict(model.named_buffers()))
+            for name, part in state.parts("model", wanted).items():
+                wanted[name].data.copy_(part)
+            if state.optimizer_steps:
+                self.load_moments(state)
 
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
@@ -96,22 +76,16 @@ class FSDP2Engine:
             self._root.set_requires_gradient_sync(last)
         yield
 
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
-
     @torch.no_grad()  # to_local is then no operation of autograd
     def step(self, lr: float) -> StepResult:
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             grad = self._sharded[name].grad
             assert isinstance(grad, DTensor)
             parameter.grad = grad.to_local()
-        grads = [p.grad for p in self._parameters.values() if p.grad is not None]
-        result = update(self._optimizer, norm_over_ranks(grads, self._dist, self._replicate), self._grad_clip, lr)
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+        result = update(self.optimizer, norm_over_ranks(grads, self._dist, self._replicate), self._grad_clip, lr)
         self.module.zero_grad()
         return result
-
-    def masters(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self._parameters.items()} | self._decayed
 
     def masters_written(self) -> None:
         # The root and, without reshard_after_forward, the blocks stay whole after a forward that no backward follows:
@@ -120,29 +94,11 @@ class FSDP2Engine:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def moments(self) -> dict[str, dict[str, Tensor]]:
-        return moments_by_name(self._optimizer, self._parameters)
-
-    def optimizer_steps(self) -> int:
-        return steps_of(self._optimizer)
-
-    def parts(self, state: LoadedState, group: str) -> dict[str, Tensor]:
-        return state.parts(group, self._held)
-
     def canonical(self, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Piece]:
-        """What the ranks of the other groups hold too, they share the writing of; of what all hold, the first ranks."""
-        if self._place:
-            groups = {group: {name: t for name, t in m.items() if name in self._shards} for group, m in groups.items()}
-        pieces = to_pieces(groups, self._held)
-        held = {name: piece.data for name, piece in pieces.items()}
-        return {name: pieces[name] for name in shared_out(held, self._replica, self._replicate)}
-
-
-def load_weights(model: DiT, shards: Shards, state: LoadedState) -> None:
-    """Read this rank's part of the weights, and the buffers, into the sharded model. COLLECTIVE."""
-    wanted = {**shards, **{name: Piece(tuple(t.shape), 0, t) for name, t in model.named_buffers()}}
-    for name, part in state.parts("model", wanted).items():
-        wanted[name].data.copy_(part)
+        """Of what all ranks of a group hold, the first one writes."""
+        if not self._first:
+            groups = {group: {n: t for n, t in m.items() if n not in self._decayed} for group, m in groups.items()}
+        return super().canonical(groups)
 
 
 def _check_rows(model: DiT, shards: int) -> None:
@@ -162,9 +118,7 @@ def build_mesh(replicate: int, dist: Dist) -> DeviceMesh:
     return init_device_mesh(dist.device.type, sides, mesh_dim_names=("replicate", "shard"))
 
 
-def shard_blocks(
-    model: DiT, precision: Literal["fp32", "bf16"], reshard_after_forward: bool, mesh: DeviceMesh
-) -> FSDPModule:
+def shard_blocks(model: DiT, config: Config, mesh: DeviceMesh) -> FSDPModule:
     """Shard each block, and what is left with the root.
 
     Weights of blocks are gathered in bf16 where autocast would round them to bf16 anyway: forward and backward are
@@ -173,18 +127,19 @@ def shard_blocks(
     """
     # the velocities may be views of the last layer's output; nobody writes into them
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-    gathered = torch.bfloat16 if precision == "bf16" else None
+    gathered = torch.bfloat16 if config.train.precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
     *others, last = model.blocks
+    reshard = config.engine.reshard_after_forward is not False
     for block in others:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(last, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # its backward comes at once
     root_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     # the root's backward begins where its forward ends: no use in freeing it in between
     return fully_shard(model, mesh=mesh, mp_policy=root_policy, reshard_after_forward=False)
 
 
-def local_shards(model: DiT, mesh: DeviceMesh) -> Shards:
+def local_shards(model: DiT, mesh: DeviceMesh) -> dict[str, Piece]:
     """This rank's rows of each sharded weight: FSDP2 cuts dimension 0 into parts of equal, rounded up, length."""
     rank, size = mesh.get_local_rank("shard"), mesh["shard"].size()
     shards = {}

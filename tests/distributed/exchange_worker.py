@@ -21,8 +21,7 @@ from ig_dist.checkpoints import exchange
 from ig_dist.checkpoints.saving import Saver
 from ig_dist.checkpoints.store import CheckpointStore
 from ig_dist.parallel.dist import Dist, init_distributed, shut_down
-from ig_dist.parallel.engine import Piece
-from ig_dist.parallel.sharded import shared_out
+from ig_dist.parallel.engine import Piece, shared_out
 from ig_dist.terminal import leave
 
 SHAPES = {"table": (1001, 1100), "square": (700, 700), "bias": (701,), "one": (1, 9)}

@@ -7,7 +7,7 @@ from benchmarks.roofline import count
 from ig_dist.config.file import load_config
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT, DiTConfig
-from ig_dist.parallel.apply import apply_precision
+from ig_dist.parallel.build import apply
 
 
 def test_a_compiled_block_has_few_kernels_and_norms_modulates_and_gates_in_one_each() -> None:
@@ -32,8 +32,9 @@ def test_tokens_between_blocks_in_bf16() -> None:
     torch.manual_seed(0)
     wanted, found = DiT(config), DiT(config)
     found.load_state_dict(wanted.state_dict())
-    apply_precision(wanted, "bf16", torch.device("cpu"))
-    apply_precision(found, "bf16", torch.device("cpu"), "bf16")
+    for model, residual in ((wanted, "fp32"), (found, "bf16")):
+        overrides = ["train.precision=bf16", f"train.residual={residual}"]
+        apply(model, load_config("configs/digits.yaml", overrides), torch.device("cpu"))
     kinds: list[torch.dtype] = []
     for block in found.blocks:
         block.register_forward_hook(lambda _, given, out: kinds.extend([given[0].dtype, out.dtype]))

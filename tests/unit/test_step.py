@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ig_dist.config.model import ModelConfig
+from ig_dist.config.file import config_from_tree
 from ig_dist.config.training import OptimizerConfig
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT, DiTConfig, initialize
@@ -75,10 +75,11 @@ def test_fsdp2_gathers_a_block_twice_a_step_but_the_last_one_and_the_root_once(
     request.addfinalizer(shut_down)
     torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     shape = {"preset": "SiT-S/2", "hidden_size": 32, "num_heads": 2, "depth": 4, "aux_depth": 2}
-    config = ModelConfig.model_validate({**shape, "input_size": 8, "in_channels": 4, "num_classes": 10})
-    model = DiT(config.to_dit())
+    tree = {"model": shape, "data": {"index": "none"}, "train": {"steps": 1, "precision": "fp32"}}
+    config = config_from_tree(tree, "test").with_data((4, 8, 8), 10)
+    model = DiT(config.model.to_dit())
     initialize(model, 0)
-    engine = FSDP2Engine(model, OptimizerConfig(), "fp32", True, 1, None, Dist(0, 2, 0, 2, torch.device("cpu")))
+    engine = FSDP2Engine(model, config, None, Dist(0, 2, 0, 2, torch.device("cpu")))
     x, t, labels = torch.randn(2, 4, 8, 8), torch.rand(2), torch.zeros(2, dtype=torch.int64)
     for _ in range(2):
         with Operations() as operations, engine.microbatch(last=True):
