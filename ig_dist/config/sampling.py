@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from ig_dist.config.catalogue import check_metrics, check_weights
 from ig_dist.config.types import Finite, Fraction, Group, NonNegative, Positive, PositiveFloat, Seed, Url
@@ -88,19 +88,7 @@ class SampleConfig(Group):
     """false: a unit's features stand for its images, of which only the first unit keeps some to look at; no npz."""
     png: NonNegative = 0
     """Write the first so many images as single PNG files too."""
-
-    @model_validator(mode="after")
-    def _keys_of_the_solver(self) -> Self:
-        if self.time_shift != 1.0 and self.solver not in ("euler", "heun"):
-            raise ValueError(
-                f"sample.time_shift moves the steps of euler and heun, sample.solver is {self.solver}: set"
-                " sample.time_shift=1"
-            )
-        if not self.correct_last_step and self.solver != "heun":
-            raise ValueError(
-                f"sample.correct_last_step is heun's, sample.solver is {self.solver}: set sample.correct_last_step=true"
-            )
-        return self
+    keys_of: ClassVar = {"time_shift": ("solver", "heun", "euler"), "correct_last_step": ("solver", "heun")}
 
 
 class EvaluateConfig(Group):

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ig_dist.config.types import Finite, Fraction, Group, Interval, NonNegative, Positive, PositiveFloat, Seed, Url
+from ig_dist.config.types import (
+    Decay,
+    Finite,
+    Fraction,
+    Group,
+    Interval,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Seed,
+    Url,
+)
 
 
 class RunConfig(Group):
@@ -23,7 +35,7 @@ class RunConfig(Group):
 class AccelerationConfig(Group):
     """Training acceleration (arXiv 2512.24176, section 6): the final head learns v + weight sg(v_final - v_aux)."""
 
-    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    weight: NonNegativeFloat = 0.0
     """w; 0: off."""
     source: Literal["same_forward", "ema"] = "same_forward"
     """Whose difference of the heads: the forward pass that is trained, or the first EMA, which costs a forward more."""
@@ -38,9 +50,9 @@ class LossConfig(Group):
 
     path: Literal["linear", "cosine"] = "linear"
     """Interpolation between data (t = 0) and noise (t = 1)."""
-    aux_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
+    aux_weight: NonNegativeFloat = 0.5
     """Weight of the auxiliary head's loss."""
-    cosine_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    cosine_weight: NonNegativeFloat = 0.0
     """Weight of 1 - cos(v_final, v) over channels, of the final head; LightningDiT has 1."""
     time: Literal["uniform", "logit_normal"] = "uniform"
     """Distribution of the training times: uniform, or sigmoid(``time_mean`` + ``time_std`` n) for n normal."""
@@ -54,12 +66,7 @@ class LossConfig(Group):
     """Training acceleration."""
     label_drop: Fraction = 0.1
     """Share of labels replaced by the null label, for classifier-free guidance."""
-
-    @model_validator(mode="after")
-    def _keys_of_the_time(self) -> Self:
-        if self.time == "uniform" and (self.time_mean, self.time_std) != (0.0, 1.0):
-            raise ValueError("loss.time_mean and loss.time_std are for loss.time=logit_normal: set it, or remove them")
-        return self
+    keys_of: ClassVar = dict.fromkeys(("time_mean", "time_std"), ("time", "logit_normal"))
 
 
 class DataConfig(Group):
@@ -132,13 +139,12 @@ class TrainConfig(Group):
     others do not is named and ends the run (exit code 6); one that is slow is named."""
     preflight_min_speed: Fraction = 0.0
     """A rank slower in one of these than this share of the median rank ends the run too (exit code 6)."""
+    keys_of: ClassVar = {"residual": ("precision", "bf16")}
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of train.steps and train.epochs (set the other to null)")
-        if self.residual == "bf16" and self.precision != "bf16":
-            raise ValueError("train.residual=bf16 is of train.precision=bf16: set it, or train.residual=fp32")
         return self
 
 
@@ -152,11 +158,11 @@ class OptimizerConfig(Group):
     """Kernels of adamw: torch's fused ones, or FusedAdam of NVIDIA's apex (built from source; ddp and fsdp2)."""
     lr: PositiveFloat = 1e-4
     """Learning rate after warm-up."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay rates of the first and second moment."""
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay: of adamw on every parameter, of muon on matrices."""
     decay_pos_embed: bool = False
     """Of muon: ``weight_decay`` shrinks the table of positions too, which no gradient reaches, as in the published run
@@ -167,17 +173,9 @@ class OptimizerConfig(Group):
     """Linear warm-up from 0."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after warm-up."""
-    min_lr: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    min_lr: NonNegativeFloat = 0.0
     """End of the cosine schedule."""
-
-    @model_validator(mode="after")
-    def _keys_of_muon(self) -> Self:
-        if self.decay_pos_embed and self.kind != "muon":
-            raise ValueError(
-                f"optimizer.decay_pos_embed is muon's, optimizer.kind is {self.kind}: set optimizer.kind=muon or"
-                " optimizer.decay_pos_embed=false"
-            )
-        return self
+    keys_of: ClassVar = {"decay_pos_embed": ("kind", "muon")}
 
     @model_validator(mode="before")
     @classmethod
@@ -190,7 +188,7 @@ class OptimizerConfig(Group):
 class EMAConfig(Group):
     """Exponential moving averages of the weights."""
 
-    decays: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9999], min_length=1)
+    decays: list[Decay] = Field([0.9999], min_length=1)
     """One average per decay, fp32. The first one is sampled from by default."""
 
     @field_validator("decays")
@@ -215,24 +213,11 @@ class EngineConfig(Group):
     typically the number of machines. More memory than 1, and weights no longer cross the network."""
     zero_stage: Literal[1, 2, 3] | None = None
     """Of deepspeed: cut averages and moments (1), gradients too (2), weights too (3). null: 2."""
-
-    @model_validator(mode="after")
-    def _keys_of_the_kind(self) -> Self:
-        if self.zero_stage is not None and self.kind != "deepspeed":
-            raise ValueError(
-                f"engine.zero_stage is DeepSpeed's, engine.kind is {self.kind}: set engine.kind=deepspeed or"
-                " engine.zero_stage=null"
-            )
-        if self.reshard_after_forward is not None and self.kind != "fsdp2":
-            raise ValueError(
-                f"engine.reshard_after_forward is FSDP2's, engine.kind is {self.kind}: set engine.kind=fsdp2 or"
-                " engine.reshard_after_forward=null"
-            )
-        if self.replicate != 1 and self.kind != "fsdp2":
-            raise ValueError(
-                f"engine.replicate is FSDP2's, engine.kind is {self.kind}: set engine.kind=fsdp2 or engine.replicate=1"
-            )
-        return self
+    keys_of: ClassVar = {
+        "reshard_after_forward": ("kind", "fsdp2"),
+        "replicate": ("kind", "fsdp2"),
+        "zero_stage": ("kind", "deepspeed"),
+    }
 
 
 class CheckpointConfig(Group):

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from typing import Annotated, Any, ClassVar, Self
 
 import fsspec
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ig_dist.terminal.extras import missing
-
-Positive = Annotated[int, Field(gt=0)]
-
-
-NonNegative = Annotated[int, Field(ge=0)]
-
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-
-
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 def _known_protocol(url: str) -> str:
@@ -41,16 +28,37 @@ def _ascending(interval: tuple[float, float]) -> tuple[float, float]:
     return interval
 
 
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Interval = Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)]
-
-
 Url = Annotated[str, AfterValidator(_known_protocol)]
 
 
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
 class Group(BaseModel):
-    """Fields with their descriptions; unknown keys are refused."""
+    """Fields with their descriptions; unknown keys are refused, and keys of a choice that was not made."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    keys_of: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Keys that mean something for some values of another key only: that key, and its values."""
+
+    @model_validator(mode="after")
+    def _keys_of_the_choice(self) -> Self:
+        group = type(self).__name__.removesuffix("Config").lower()
+        for key, (choice, *values) in self.keys_of.items():
+            default = type(self).model_fields[key].default
+            if getattr(self, key) != default and getattr(self, choice) not in values:
+                raise ValueError(
+                    f"{group}.{key}={_plain(getattr(self, key))} is of {group}.{choice}={' or '.join(values)}, which is"
+                    f" {getattr(self, choice)}: set {group}.{choice}={values[0]} or {group}.{key}={_plain(default)}"
+                )
+        return self
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
