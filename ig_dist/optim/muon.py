@@ -19,16 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ig_dist.optim.fused_adamw import FusedAdamW
-from ig_dist.optim.gated import move, subtract
+from ig_dist.optim.fused import FusedAdamW, move, subtract
 
 MOMENTUM = 0.95
 WEIGHT_DECAY = 0.01
 SCALE = 0.2
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: the quintic that lifts small singular values fastest
 NEWTON_SCHULZ_STEPS = 5
-
-
 AT_ONCE = 2**25
 """Elements of the matrices that are iterated on together on a GPU: a workspace of about 400 MB."""
 IN_CACHE = 2**18
@@ -49,7 +46,7 @@ def orthogonalise_each(matrices: Sequence[Tensor]) -> None:
 
 
 class Muon(Optimizer):
-    """Muon on matrices and kernels, Adam (fused) on vectors.
+    """Muon on matrices and kernels, Adam (fused) on vectors, which have no weight decay.
 
     Like the fused optimizers of torch, it takes ``found_inf`` and ``grad_scale`` on the device: where the first is 1, a
     step changes nothing; by the second the gradient is divided. A step turns the gradients of matrices into the update.
@@ -57,9 +54,9 @@ class Muon(Optimizer):
     Args:
         parameters: all of the model's, or this rank's parts of them.
         lr: learning rate of both.
-        betas: of Adam.
-        eps: of Adam.
-        weight_decay: of matrices; vectors have none.
+        betas: of Adam, as ``eps``.
+        eps: see ``betas``.
+        weight_decay: of matrices.
         shapes: of the whole parameters, where these are parts; None: they are whole.
         orthogonalise: replaces the directions of all matrices by orthogonal ones; engines share its work out.
         decayed: tensors that no gradient moves and that decay as matrices do: the published run has its table of

@@ -11,7 +11,7 @@ from torch.optim import AdamW, Optimizer
 
 from ig_dist.config.training import OptimizerConfig
 from ig_dist.optim.apex_adam import apex_adam
-from ig_dist.optim.fused_adamw import FusedAdamW
+from ig_dist.optim.fused import FusedAdamW
 from ig_dist.optim.muon import Muon, orthogonalise_each
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -24,15 +24,7 @@ def build_optimizer(
     orthogonalise: Callable[[Sequence[Tensor]], None] = orthogonalise_each,
     decayed: Sequence[Tensor] = (),
 ) -> Optimizer:
-    """AdamW with the fused kernels of torch, on CPU and GPU alike, or of apex; or Muon.
-
-    Args:
-        parameters: what it updates.
-        config: its settings.
-        shapes: as for ``Muon``.
-        orthogonalise: as for ``Muon``.
-        decayed: as for ``Muon``.
-    """
+    """AdamW with the fused kernels of torch, on CPU and GPU alike, or of apex; or ``Muon``, as the last three say."""
     if config.implementation == "apex":
         return apex_adam(parameters, config)
     if config.kind == "muon":

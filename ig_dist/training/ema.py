@@ -8,16 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ig_dist.optim.gated import move
+from ig_dist.optim.fused import move
 
 
 class EMA:
-    """One average per decay: average <- average + (1 - decay) (weights - average).
+    """One average per decay: average <- average + (1 - decay) (weights - average); it starts as a copy of them.
 
-    Args:
-        masters: the weights, this rank's shards; the averages start as copies of them.
-        decays: the decays.
-        masters_written: called after an average was written into the weights, and after they were put back.
+    ``masters_written`` is called after an average was written into the weights, and after they were put back.
     """
 
     def __init__(
