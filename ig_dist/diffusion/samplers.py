@@ -2,11 +2,12 @@
 
 Each takes a velocity function (x, t) -> velocity, the initial state, and the times to visit as Python floats.
 The state keeps the dtype of `x` (float64 is the published choice); noise is given from outside.
+`SOLVERS`, at the end, is the table of those that a plan can name.
 """
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from ig_dist.diffusion.path import Path, shift_time
 
 VelocityFn = Callable[[Tensor, float], Tensor]
 NoiseFn = Callable[[int, Tensor], Tensor]
-Solver = Literal["euler", "heun", "euler_maruyama", "dopri5"]
 
 
 def time_grid(steps: int, shift: float = 1.0) -> list[float]:
@@ -44,8 +44,6 @@ def euler(
     velocity_fn: VelocityFn,
     x: Tensor,
     timesteps: Sequence[float],
-    *,
-    on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Integrate dx = v dt by Euler's method, order 1; one evaluation a step.
 
@@ -53,15 +51,12 @@ def euler(
         velocity_fn: (x, t) -> velocity.
         x: (B, C, H, W), the state at timesteps[0].
         timesteps: the times to visit.
-        on_step: called with the index of every finished step.
 
     Returns:
         The state at timesteps[-1].
     """
-    for i, (t, t_next) in enumerate(pairwise(timesteps)):
+    for t, t_next in pairwise(timesteps):
         x = (x + (t_next - t) * velocity_fn(x, t)).to(x.dtype)
-        if on_step is not None:
-            on_step(i)
     return x
 
 
@@ -72,7 +67,6 @@ def heun(
     timesteps: Sequence[float],
     *,
     correct_last_step: bool = True,
-    on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Integrate dx = v dt by Heun's method, order 2 (Karras et al., arXiv 2206.00364, algorithm 1).
 
@@ -87,8 +81,6 @@ def heun(
             velocity = 0.5 * (velocity + velocity_fn(predicted, t_next))
             predicted = (x + (t_next - t) * velocity).to(x.dtype)
         x = predicted
-        if on_step is not None:
-            on_step(i)
     return x
 
 
@@ -99,8 +91,6 @@ def euler_maruyama(
     timesteps: Sequence[float],
     path: Path,
     noise_fn: NoiseFn,
-    *,
-    on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Integrate the reverse SDE dx = (v - t s) dt + sqrt(2 t) dw (SiT, arXiv 2401.08740, section 2).
 
@@ -112,7 +102,6 @@ def euler_maruyama(
         timesteps: the times to visit, see `sde_grid`; only the last may be 0.
         path: the path that the model was trained on.
         noise_fn: (step index, x) -> standard normal noise of x's shape.
-        on_step: called with the index of every finished step.
 
     Returns:
         The state at timesteps[-1].
@@ -125,8 +114,6 @@ def euler_maruyama(
         if i < last:
             x_next = x_next + (2.0 * t * (t - t_next)) ** 0.5 * noise_fn(i, x)
         x = x_next.to(x.dtype)
-        if on_step is not None:
-            on_step(i)
     return x
 
 
@@ -165,3 +152,43 @@ def dopri5(velocity_fn: VelocityFn, x: Tensor, *, rtol: float = 1e-3, atol: floa
 def _check_steps(steps: int) -> None:
     if steps < 1:
         raise ValueError(f"steps is {steps}; a sampler needs at least 1")
+
+
+SolverName = Literal["euler", "heun", "euler_maruyama", "dopri5"]
+
+
+class Solver(NamedTuple):
+    """A solver as a plan asks for it."""
+
+    settings: tuple[str, ...]
+    """Fields of the plan that it takes, by these names; a score's protocol tells them."""
+    solve: Callable[..., Tensor]
+    """(velocity_fn, x, path, noise_fn, **settings) -> the state at t = 0."""
+    evaluations: Callable[..., int]
+    """(**settings) -> evaluations of the velocity for an image."""
+
+
+SOLVERS: dict[SolverName, Solver] = {
+    "euler": Solver(
+        ("steps", "time_shift"),
+        lambda velocity_fn, x, path, noise_fn, steps, time_shift: euler(velocity_fn, x, time_grid(steps, time_shift)),
+        lambda steps, time_shift: steps,
+    ),
+    "heun": Solver(
+        ("steps", "time_shift", "correct_last_step"),
+        lambda velocity_fn, x, path, noise_fn, steps, time_shift, correct_last_step: heun(
+            velocity_fn, x, time_grid(steps, time_shift), correct_last_step=correct_last_step
+        ),
+        lambda steps, time_shift, correct_last_step: 2 * steps - (not correct_last_step),
+    ),
+    "euler_maruyama": Solver(
+        ("steps",),
+        lambda velocity_fn, x, path, noise_fn, steps: euler_maruyama(velocity_fn, x, sde_grid(steps), path, noise_fn),
+        lambda steps: steps,
+    ),
+    "dopri5": Solver(
+        ("rtol", "atol"),
+        lambda velocity_fn, x, path, noise_fn, rtol, atol: dopri5(velocity_fn, x, rtol=rtol, atol=atol),
+        lambda rtol, atol: 100,  # about: it chooses its steps
+    ),
+}

@@ -196,7 +196,7 @@ def plan_protocol(plan: Plan, info: ModelInfo, uint8_rule: str) -> dict[str, Any
         "labels": plan.labels,
         "seed": plan.seed,
         "solver": plan.solver,
-        **_of_the_solver(plan),
+        **plan.solver_settings,
         "guidance": [term.model_dump(mode="json") for term in plan.guidance],
         "precision": plan.precision,
         "state": plan.state,
@@ -208,15 +208,6 @@ def plan_protocol(plan: Plan, info: ModelInfo, uint8_rule: str) -> dict[str, Any
         "tokenizer": info.tokenizer.name,
         "tokenizer_sha256": info.tokenizer.sha256,
     }
-
-
-def _of_the_solver(plan: Plan) -> dict[str, Any]:
-    if plan.solver == "dopri5":
-        return {"rtol": plan.rtol, "atol": plan.atol}
-    if plan.solver == "euler_maruyama":
-        return {"steps": plan.steps}
-    steps = {"steps": plan.steps, "time_shift": plan.time_shift}
-    return {**steps, "correct_last_step": plan.correct_last_step} if plan.solver == "heun" else steps
 
 
 def _work(plan: Plan, features: Features, num: int) -> dict[str, float]:

@@ -17,7 +17,7 @@ from ig_dist.data.classes import class_words, find_classes
 from ig_dist.data.index import read_index_file
 from ig_dist.diffusion.guidance import GuidanceTerm
 from ig_dist.diffusion.path import resolve_shift
-from ig_dist.diffusion.samplers import Solver
+from ig_dist.diffusion.samplers import SOLVERS, SolverName
 from ig_dist.errors import ConfigError, IgDistError
 from ig_dist.export import ExportInfo, ModelInfo
 from ig_dist.rng import Purpose, integers
@@ -41,7 +41,7 @@ class Plan(BaseModel):
     labels: Literal["balanced", "random"]
     num_classes: Annotated[int, Field(ge=1)]
     seed: int
-    solver: Solver
+    solver: SolverName
     steps: int
     time_shift: float = 1.0
     correct_last_step: bool = True
@@ -94,10 +94,14 @@ class Plan(BaseModel):
         return [Batch(range(part.start, part.start + rows) if one_size else part, part) for part in kept]
 
     @property
+    def solver_settings(self) -> dict[str, Any]:
+        """The fields that its solver takes."""
+        return {name: getattr(self, name) for name in SOLVERS[self.solver].settings}
+
+    @property
     def evaluations(self) -> int:
-        """Of the velocity, for an image; of dopri5, which chooses its steps, about so many."""
-        heun = 2 * self.steps - (not self.correct_last_step)
-        return {"euler": self.steps, "heun": heun, "euler_maruyama": self.steps, "dopri5": 100}[self.solver]
+        """Of the velocity, for an image; of a solver that chooses its steps, about so many."""
+        return SOLVERS[self.solver].evaluations(**self.solver_settings)
 
     def image_labels(self, images: Tensor) -> Tensor:
         """Class of each image, (B,) int64, from image numbers (B,)."""

@@ -6,7 +6,7 @@ Nothing here waits for the device: a GPU's queue stays full over the steps of a 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, assert_never
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from ig_dist.data.index import IndexFile
 from ig_dist.data.latents import Affine, normalisation, tokenizer_latents
 from ig_dist.diffusion.guidance import guided_velocity
 from ig_dist.diffusion.path import Path
-from ig_dist.diffusion.samplers import NoiseFn, VelocityFn, dopri5, euler, euler_maruyama, heun, sde_grid, time_grid
+from ig_dist.diffusion.samplers import SOLVERS
 from ig_dist.errors import ConfigError
 from ig_dist.export import ExportInfo, ModelInfo, find_weights, load_export
 from ig_dist.models.dit import DiT, DiTOutput
@@ -104,7 +104,7 @@ class Sampler:
 
         x = normal(plan.seed, Purpose.SAMPLE_NOISE, ids, self._info.latent.shape).to(STATES[plan.state])
         with arithmetic(plan.precision, self.device):
-            x = run_solver(plan, velocity, x, Path(self._info.path), noise)
+            x = SOLVERS[plan.solver].solve(velocity, x, Path(self._info.path), noise, **plan.solver_settings)
         forwards = [0 if model is None else model.rows // len(numbers) for model in (counted, weak)]
         return x, (evaluations, forwards[0], forwards[1])
 
@@ -155,20 +155,6 @@ def decode(tokenizer: Tokenizer, latents: Tensor, affine: Affine) -> Tensor:
     pixels = latents.shape[2] * latents.shape[3] * tokenizer.downsample**2
     parts = torch.split(tokenizer_latents(latents, affine), max(1, DECODED_PIXELS // pixels))
     return torch.cat([tokenizer.decode(part) for part in parts])
-
-
-def run_solver(plan: Plan, velocity: VelocityFn, x: Tensor, path: Path, noise: NoiseFn) -> Tensor:
-    """From noise x (B, C, H, W), the state at t = 1, to latents, by the plan's solver on its grid."""
-    if plan.solver == "euler":
-        return euler(velocity, x, time_grid(plan.steps, plan.time_shift))
-    if plan.solver == "heun":
-        grid = time_grid(plan.steps, plan.time_shift)
-        return heun(velocity, x, grid, correct_last_step=plan.correct_last_step)
-    if plan.solver == "dopri5":
-        return dopri5(velocity, x, rtol=plan.rtol, atol=plan.atol)
-    if plan.solver == "euler_maruyama":
-        return euler_maruyama(velocity, x, sde_grid(plan.steps), path, noise)
-    assert_never(plan.solver)  # mypy and this line tell who adds a solver
 
 
 class _Counted:

@@ -17,6 +17,7 @@ from PIL import Image
 from ig_dist.config.describe import guidance_name
 from ig_dist.config.file import load_config
 from ig_dist.config.sampling import GuidanceConfig
+from ig_dist.diffusion.samplers import SOLVERS
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.evaluation.metrics import inception_score
 from ig_dist.features.features import FeatureFiles
@@ -137,7 +138,7 @@ def test_consecutive_blocks_are_mixed_in_their_classes(labels: str, num_classes:
 # --- units
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "euler_maruyama", "dopri5"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_an_image_depends_on_seed_and_number_only(solver: str) -> None:
     plan = make_plan(solver=solver)
     images, labels, work = make_unit(MODELS, plan, 1)

@@ -1,6 +1,7 @@
 """Path, guidance and samplers against a Gaussian target, where everything has a closed form."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from ig_dist.diffusion.guidance import GuidanceTerm, guided_velocity
 from ig_dist.diffusion.loss import ig_loss
 from ig_dist.diffusion.path import Path, shift_time
 from ig_dist.diffusion.samplers import (
+    SOLVERS,
+    SolverName,
     dopri5,
     euler,
     euler_maruyama,
@@ -18,6 +21,7 @@ from ig_dist.diffusion.samplers import (
     time_grid,
 )
 from ig_dist.models.dit import DiTOutput
+from tests.conftest import ROOT
 
 MEAN, STD = 1.5, 0.4  # of the data
 PATHS = [Path("linear"), Path("cosine")]
@@ -173,19 +177,20 @@ def test_euler_maruyama_steps():
 @pytest.mark.parametrize("steps", [1, 2, 7])
 @pytest.mark.parametrize("correct_last_step", [True, False])
 def test_evaluations_are_counted_exactly(steps, correct_last_step):
-    x = start()
-    runs = {
-        "euler": lambda fn, on_step: euler(fn, x, time_grid(steps), on_step=on_step),
-        "heun": lambda fn, on_step: heun(fn, x, time_grid(steps), correct_last_step=correct_last_step, on_step=on_step),
-        "euler_maruyama": lambda fn, on_step: euler_maruyama(
-            fn, x, sde_grid(steps), Path(), lambda i, x: x, on_step=on_step
-        ),
-    }
-    for solver, run in runs.items():
-        flow, finished = GaussianFlow(Path()), []
-        run(flow, finished.append)
-        assert len(flow.times) == (2 * steps - (not correct_last_step) if solver == "heun" else steps), solver
-        assert finished == list(range(steps)), solver
+    settings = {"steps": steps, "time_shift": 2.0, "correct_last_step": correct_last_step, "rtol": 1e-3, "atol": 1e-6}
+    for name, solver in SOLVERS.items():
+        flow, given = GaussianFlow(Path()), {key: settings[key] for key in solver.settings}
+        out = solver.solve(flow, start(), Path(), lambda i, x: x, **given)
+        assert out.shape == start().shape and out.isfinite().all()
+        assert name == "dopri5" or len(flow.times) == solver.evaluations(**given), name
+        assert name != "heun" or len(flow.times) == 2 * steps - (not correct_last_step)
+
+
+def test_each_solver_is_named_where_users_look():
+    assert get_args(SolverName) == tuple(SOLVERS)
+    *names, last = SOLVERS
+    for file in ("commands/sample.py", "pipeline.py"):
+        assert f"{', '.join(names)} or {last}" in (ROOT / "ig_dist" / file).read_text(), file
 
 
 def forwards(guidance, sample):

@@ -14,11 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ig_dist.arithmetic import arithmetic, compiled
 from ig_dist.autoencoders.tokenizer import PIXEL
-from ig_dist.diffusion.path import Path
 from ig_dist.models.dit import DiT, DiTConfig
 from ig_dist.models.presets import PRESETS
 from ig_dist.sampling.generate import make_unit, solve_unit
-from ig_dist.sampling.solving import Models, Sampler, as_planned, compiles, decode, run_solver
+from ig_dist.sampling.solving import Models, Sampler, as_planned, compiles, decode
 from ig_dist.training.meter import compiled_graphs
 from tests.counting import Operations
 from tests.scoring import make_plan, tiny_models
@@ -149,11 +148,3 @@ def test_an_autoencoder_decodes_as_much_as_memory_is_made_for() -> None:
         seen.clear()
         assert len(decode(decoder, torch.zeros(40, 1, side, side), affine)) == 40
         assert seen == parts
-
-
-def test_a_solver_that_is_named_and_not_called_is_told() -> None:
-    plan = make_plan().model_copy(update={"solver": "new"})
-    with pytest.raises(AssertionError, match="new"):
-        run_solver(plan, lambda x, t: x, torch.zeros(1), Path("linear"), lambda step, x: x)
-    with pytest.raises(KeyError):
-        assert plan.evaluations
