@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ig_dist.data.index import KeyInfo, LatentInfo, SampleTable, ShardInfo, Statistics
-from ig_dist.data.shard_files import FoundShards, ShardContent, ShardFile, read_shard
+from ig_dist.data.shard_files import FileReader, FoundShards, ShardContent, in_pieces, read_shard
 from ig_dist.data.shards import locate_array, split_name
 from ig_dist.data.statistics import ChannelSums, raw_statistics
 from ig_dist.data.table import Spool
@@ -38,7 +38,7 @@ def first_sample(shards: FoundShards, keys: KeyInfo, patience: Patience) -> tupl
     url = full_url(shards.fs, path)
     found, sample, suffixes, kinds = None, "", set[str](), set[str]()
     try:
-        for number, member in enumerate(read_tar(cast(IO[bytes], ShardFile(shards.fs, path, size, patience)))):
+        for number, member in enumerate(read_tar(in_pieces(FileReader(shards.fs, path, size, patience)))):
             key, suffix = split_name(member.name)
             if number == _LOOKED_AT or (found and key != sample):
                 break
@@ -117,7 +117,7 @@ def read_shards(
             name = names[number]
             path = f"{shards.folder}/{name}"
             try:
-                content = read_shard(ShardFile(shards.fs, path, shards.sizes[name], patience, advance), latent, keys)
+                content = read_shard(shards.fs, path, shards.sizes[name], latent, keys, patience, advance)
             except OSError as error:
                 raise unreadable(shards.fs, path, error) from None
             _refuse(full_url(shards.fs, path), content)
@@ -131,7 +131,7 @@ def read_shards(
                     spool.add(content.rows.columns)
 
         in_parallel(read, range(len(names)), workers, patience.stop)
-    return done, raw_statistics(sums), SampleTable(**spool.columns())
+    return done, raw_statistics(sums), SampleTable(**spool.columns)
 
 
 def _refuse(url: str, content: ShardContent) -> None:
@@ -153,7 +153,7 @@ def _refuse(url: str, content: ShardContent) -> None:
 
 def _with_place(url: str, error: ConfigError | DamagedTar) -> ConfigError | DataError:
     if isinstance(error, DamagedTar):
-        return DataError(f"{url}: {error}: copy it again from where it came from")
+        return DataError(f"{url}: {error}: {error.remedy}")
     return ConfigError(f"{url}: {error}: mend the shard, or the options that describe it")
 
 

@@ -1,14 +1,17 @@
-"""Whole shards: found by folder, glob or brace expression, and read once, front to back, several at a time."""
+"""Whole shards: found by folder, glob or brace expression, and read once, front to back."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import io
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from pathlib import PurePosixPath
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
+from braceexpand import braceexpand
 
 from ig_dist.data.index import KeyInfo, LatentInfo, SampleTable
 from ig_dist.data.shards import scan_shard
@@ -16,60 +19,57 @@ from ig_dist.data.statistics import ChannelSums
 from ig_dist.data.tar import DamagedTar
 from ig_dist.errors import ConfigError
 from ig_dist.storage.faults import Patience, unreadable
-from ig_dist.storage.files import list_sizes, open_url, read_range
+from ig_dist.storage.files import REQUEST_BYTES, list_sizes, open_url, read_range
 from ig_dist.storage.urls import full_url
 
-_PIECE = 2**23  # bytes of a request; as many of each file are in memory
+_PIECE = 2**23  # bytes of a request; as many of each shard are in memory
 
 
-class ShardFile:
-    """A file that is read once, front to back, in requests that are made again after a fault; hashed on the way.
+class FileReader(io.RawIOBase):
+    """A file for who reads and seeks, in requests that are made again after a fault.
 
     Args:
         fs: the file system.
         path: the file in it.
         size: its bytes.
         patience: how long faults are borne; its ``stop`` ends the reading.
-        advance: called with the number of bytes that were read.
+        passing: each is called with every part that was read, in turn.
     """
 
     def __init__(
-        self, fs: Any, path: str, size: int, patience: Patience, advance: Callable[[int], None] = lambda _: None
+        self, fs: Any, path: str, size: int, patience: Patience, *passing: Callable[[memoryview], object]
     ) -> None:
-        self._fs, self._path, self._size, self._patience, self._advance = fs, path, size, patience, advance
-        self._hash = hashlib.sha256()
-        self._next = 0  # of the piece that is not read yet
-        self._memory = np.empty(min(size, _PIECE), np.uint8).data
-        self._piece, self._at = self._memory[:0], 0
+        super().__init__()
+        self._fs, self._path, self._size, self._patience, self._passing = fs, path, size, patience, passing
+        self._at = 0
 
-    def read(self, count: int) -> bytes:
-        """The next ``count`` bytes; fewer at the end of the file."""
-        parts = []
-        while count and (self._at < len(self._piece) or self._read_piece()):
-            part = bytes(self._piece[self._at : self._at + count])  # the next piece comes into the same memory
-            parts.append(part)
-            self._at += len(part)
-            count -= len(part)
-        return b"".join(parts)
-
-    def sha256(self) -> str:
-        """Hash of the whole file, of which the rest is read."""
-        while self._read_piece():
-            pass
-        return self._hash.hexdigest()
-
-    def _read_piece(self) -> bool:
-        if self._patience.stop.is_set():
-            raise CancelledError
-        stop = min(self._next + _PIECE, self._size)
-        if stop == self._next:
-            return False
-        into = self._memory[: stop - self._next]
-        self._piece = read_range(self._fs, self._path, self._next, stop, self._patience, into=into)
-        self._hash.update(self._piece)
-        self._advance(stop - self._next)
-        self._next, self._at = stop, 0
+    def readable(self) -> bool:  # noqa: D102
         return True
+
+    def seekable(self) -> bool:  # noqa: D102
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:  # noqa: D102
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer; less of it at the end of the file."""
+        data = memoryview(buffer)[: max(0, self._size - self._at)]
+        for start in range(0, len(data), REQUEST_BYTES):
+            if self._patience.stop.is_set():
+                raise CancelledError
+            into = data[start : start + REQUEST_BYTES]
+            part = read_range(self._fs, self._path, self._at, self._at + len(into), self._patience, into=into)
+            self._at += len(part)
+            for call in self._passing:
+                call(part)
+        return len(data)
+
+
+def in_pieces(file: FileReader) -> io.BufferedReader:
+    """For who reads a file from front to back, a little at a time."""
+    return io.BufferedReader(file, _PIECE)
 
 
 class ShardContent(NamedTuple):
@@ -82,18 +82,28 @@ class ShardContent(NamedTuple):
     """Why it could not be read to its end; there are no rows then."""
 
 
-def read_shard(file: ShardFile, latent: LatentInfo, keys: KeyInfo) -> ShardContent:
-    """Read a shard once: its samples, its hash and the sums of its latents.
+def read_shard(
+    fs: Any,
+    path: str,
+    size: int,
+    latent: LatentInfo,
+    keys: KeyInfo,
+    patience: Patience,
+    advance: Callable[[int], None] = lambda _: None,
+) -> ShardContent:
+    """Read a shard once: its samples, its hash and the sums of its latents. ``advance`` hears of the bytes read.
 
     Raises:
         DataError: the storage fails.
         OSError: the file cannot be read.
     """
+    digest = hashlib.sha256()
+    file = in_pieces(FileReader(fs, path, size, patience, digest.update, lambda part: advance(len(part))))
     sums = ChannelSums(latent.kind, latent.shape[0])
     rows, problem = SampleTable.from_rows([]), None
     try:
         found = scan_shard(
-            cast(IO[bytes], file),
+            file,
             np.dtype(latent.dtype),
             latent.stored_shape,
             latent_suffix=f".{keys.latent}",
@@ -105,7 +115,9 @@ def read_shard(file: ShardFile, latent: LatentInfo, keys: KeyInfo) -> ShardConte
     except (ConfigError, DamagedTar) as error:
         problem = error
     sums.close()
-    return ShardContent(rows, file.sha256(), sums, problem)
+    while file.read(_PIECE):  # what comes after a problem counts for the hash
+        pass
+    return ShardContent(rows, digest.hexdigest(), sums, problem)
 
 
 class FoundShards(NamedTuple):
@@ -132,53 +144,32 @@ def find_shards(expression: str) -> FoundShards:
 
 
 def _find(expression: str, fs: Any, path: str) -> FoundShards:
+    apart = "an index and its shards lie in one folder; move them there, or index each folder by itself"
     if fs.isdir(path):
-        below = [*_glob(fs, f"{_literal(path)}/*/*.tar")]
-        if below:
-            raise ConfigError(
-                f"--shards {expression} has shards in sub-folders ({full_url(fs, below[0])}): an index and its shards"
-                " lie in one folder; move them there, or index each folder by itself"
-            )
-        folder, found = path, [name for name in list_sizes(fs, path) if name.endswith(".tar")]
+        if below := fs.glob(f"{glob.escape(path)}/*/*.tar"):
+            raise ConfigError(f"--shards {expression} has shards in sub-folders ({full_url(fs, below[0])}): {apart}")
+        files = [f"{path}/{name}" for name in list_sizes(fs, path) if name.endswith(".tar")]
     else:
-        from webdataset.shardlists import expand_urls
-
         try:
-            parts = expand_urls(path)
+            parts = list(braceexpand(path))
         except ValueError as error:
             raise ConfigError(f"--shards {expression}: {error}: mend the brace expression") from None
-        files = [file for part in parts for file in (_glob(fs, part) if _has_magic(part) else [part])]
-        folders = sorted({str(PurePosixPath(file).parent) for file in files})
-        if len(folders) > 1:
-            raise ConfigError(
-                f"--shards {expression} names files in {len(folders)} folders ({folders[0]}, {folders[1]}, ...): an"
-                " index and its shards lie in one folder; move them there, or index each folder by itself"
-            )
-        folder, found = (folders or [""])[0], [PurePosixPath(file).name for file in files]
-    if not found:
+        files = [file for part in parts for file in (fs.glob(part) if glob.has_magic(part) else [part])]
+    if not files:
         raise ConfigError(
             f"--shards {expression} names no shards: use a folder of .tar files, a glob ('data/*.tar') or a brace"
             " expression ('data/{000000..000127}.tar')"
         )
-    there = list_sizes(fs, folder)
-    missing = sorted(set(found) - there.keys())
+    folders = sorted({str(PurePosixPath(file).parent) for file in files})
+    if len(folders) > 1:
+        some = f"{folders[0]}, {folders[1]}, ..."
+        raise ConfigError(f"--shards {expression} names files in {len(folders)} folders ({some}): {apart}")
+    found, there = sorted({PurePosixPath(file).name for file in files}), list_sizes(fs, folders[0])
+    missing = [name for name in found if name not in there]
     if missing:
         raise ConfigError(
-            f"--shards {expression}: {full_url(fs, f'{folder}/{missing[0]}')} is not there, or no plain file"
+            f"--shards {expression}: {full_url(fs, f'{folders[0]}/{missing[0]}')} is not there, or no plain file"
             + (f" (and {len(missing) - 1} more)" if missing[1:] else "")
             + ": mend the expression, or copy the shard there"
         )
-    return FoundShards(fs, folder, {name: there[name] for name in sorted(set(found))})
-
-
-def _has_magic(path: str) -> bool:
-    return any(letter in path for letter in "*?[")
-
-
-def _literal(path: str) -> str:
-    """A path as a glob that matches it alone."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in path)
-
-
-def _glob(fs: Any, pattern: str) -> list[str]:
-    return [str(file) for file in fs.glob(pattern)]
+    return FoundShards(fs, folders[0], {name: there[name] for name in found})

@@ -18,11 +18,17 @@ _LARGEST = 2**62  # that may be asked for
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes: whatever their size says
 _NAMING = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)  # of the member that follows
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
+_SPARSE = "pack it again, without --sparse"
 _UNNAMED = (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)  # they are of no member
 
 
-class DamagedTar(DataError):  # noqa: N818  (a verdict on one file; whoever asked says where it is, and the remedy)
+class DamagedTar(DataError):  # noqa: N818  (a verdict on one file; whoever asked says where it is)
     """Bytes that are no tar, or not the whole of one."""
+
+    def __init__(self, what: str, remedy: str = "copy it again from where it came from") -> None:
+        super().__init__(what)
+        self.remedy = remedy
 
 
 class Member(NamedTuple):
@@ -31,36 +37,43 @@ class Member(NamedTuple):
     name: str
     offset: int
     """Of its first byte in the tar."""
+    size: int
     data: bytes
 
 
-def read_tar(file: IO[bytes]) -> Iterator[Member]:
+def read_tar(file: IO[bytes], begin: int = 0, end: int = _LARGEST, *, skip: bool = False) -> Iterator[Member]:
     """The regular files of a tar (ustar, pax, GNU), in order. The file is read once, from front to back, to its end.
+
+    The tar lies at bytes ``begin`` to ``end`` of the file, which stands at its first. ``skip`` passes over the data,
+    which are not given: ``end`` is known then, and the file can seek.
 
     Raises:
         DamagedTar: at the first byte that does not fit.
     """
-    position, name, size = 0, None, None
+    position, name, size = begin, None, None
     while True:
-        header = _header(file.read(_BLOCK), position)
+        header = _header(file.read(min(_BLOCK, end - position)), position, first=position == begin)
+        position += _BLOCK
         if header is None:
-            _refuse_more(file, position + _BLOCK)
+            _refuse_more(file, position, end)
             return
-        begin = position + _BLOCK
         if header.kind == tarfile.GNUTYPE_SPARSE:
-            raise DamagedTar(f"{header.name} is stored sparse: pack the tar again, without --sparse")
+            raise DamagedTar(f"holds {header.name} as a sparse file", _SPARSE)
         length = 0 if header.kind in _WITHOUT_DATA else header.size if size is None else size
-        data = file.read(min(length, _LARGEST))
-        padding = file.read(-length % _BLOCK)
-        position = begin + len(data) + len(padding)
-        if position != begin + length + -length % _BLOCK:
+        at, after, data = position, position + length + -length % _BLOCK, b""
+        if skip and header.kind not in _NAMING:
+            position = min(file.seek(min(after, _LARGEST)), end)
+        else:
+            data = file.read(min(length, end - at))
+            position += len(data) + len(file.read(min(-length % _BLOCK, end - at - len(data))))
+        if position != after:
             raise DamagedTar(f"is cut off at byte {position}, within {name or header.name}")
         if header.kind in _NAMING:
-            new_name, new_size = _overrides(header.kind, data, begin)
+            new_name, new_size = _overrides(header.kind, data, at)
             name, size = new_name or name, size if new_size is None else new_size
         elif header.kind not in _UNNAMED:
             if header.kind in _REGULAR:
-                yield Member(name or header.name, begin, data)
+                yield Member(name or header.name, at, length, data)
             name, size = None, None
 
 
@@ -70,10 +83,12 @@ class _Header(NamedTuple):
     size: int
 
 
-def _header(block: bytes, position: int) -> _Header | None:
+def _header(block: bytes, position: int, *, first: bool) -> _Header | None:
     """The header in a block; None: the zeros that end a tar. The fields are those of POSIX ustar."""
-    if position == 0 and block.startswith(b"\x1f\x8b"):
-        raise DamagedTar("is compressed, so no sample can be read by its place: unpack it (gunzip)")
+    if first and block.startswith(_COMPRESSED):
+        raise DamagedTar(
+            "is compressed, so nothing in it can be read by its place", "unpack it (gunzip, bunzip2, unxz, unzstd)"
+        )
     if len(block) < _BLOCK:
         raise DamagedTar(f"is cut off at byte {position + len(block)}: the zeros that end a tar are missing")
     if block.count(0) == _BLOCK:
@@ -87,7 +102,7 @@ def _header(block: bytes, position: int) -> _Header | None:
         if number < 0:
             raise ValueError("negative size")
     except ValueError as error:
-        what = "the header" if position else "it is no tar, or the header"
+        what = "it is no tar, or the header" if first else "the header"
         raise DamagedTar(f"{what} at byte {position} is damaged ({error})") from None
     name, kind = block[:100].split(b"\0", 1)[0], block[156:157]
     if block[257:263] == b"ustar\0" and block[345]:  # GNU keeps other things there
@@ -112,7 +127,7 @@ def _overrides(kind: bytes, data: bytes, begin: int) -> tuple[str | None, int | 
             fields[key], rest = value[:-1], rest[length:]
         name, size = fields.get(b"path"), fields.get(b"size")
         if any(key.startswith(b"GNU.sparse") for key in fields):
-            raise DamagedTar("holds sparse files: pack the tar again, without --sparse")
+            raise DamagedTar("holds sparse files", _SPARSE)
         if size is not None and not size.isdigit():
             raise ValueError(f"size {size!r}")
         decoded = None if name is None else name.decode(errors="surrogateescape")
@@ -121,9 +136,9 @@ def _overrides(kind: bytes, data: bytes, begin: int) -> tuple[str | None, int | 
         raise DamagedTar(f"the extended header at byte {begin} is damaged ({error})") from None
 
 
-def _refuse_more(file: IO[bytes], position: int) -> None:
-    """Read to the end of the file, where only zeros may be."""
-    while data := file.read(_PIECE):
+def _refuse_more(file: IO[bytes], position: int, end: int) -> None:
+    """Read to the end of the tar, where only zeros may be."""
+    while data := file.read(min(_PIECE, end - position)):
         if data.count(0) != len(data):
             at = position + len(data) - len(data.lstrip(b"\0"))
             raise DamagedTar(f"goes on at byte {at}, after its end: zeros where a header was, or tars put together")

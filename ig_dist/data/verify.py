@@ -10,7 +10,7 @@ import numpy as np
 
 from ig_dist.data.index import TABLE_NAME, IndexFile, SampleTable, ShardIndex
 from ig_dist.data.reader import ShardReader
-from ig_dist.data.shard_files import ShardContent, ShardFile, read_shard
+from ig_dist.data.shard_files import ShardContent, read_shard
 from ig_dist.data.statistics import ChannelSums, normalised, raw_statistics
 from ig_dist.storage.background import in_parallel
 from ig_dist.storage.faults import Patience, unreadable
@@ -70,15 +70,9 @@ class Verdict:
 def verify_shards(
     folder: str, info: IndexFile, table: SampleTable | None, *, fast: bool, seed: int, workers: int
 ) -> Verdict:
-    """Hold all shards against the index.
+    """Hold all shards against the index, and against its table, unless that is damaged (None).
 
-    Args:
-        folder: of the index and its shards.
-        info: the index.
-        table: its side file; None: damaged, so that no sample can be compared with it.
-        fast: check only the size of a shard, and one sample of it.
-        seed: chooses that sample.
-        workers: shards that are read at once.
+    ``fast`` checks only the size of a shard, and one sample of it, which ``seed`` chooses.
 
     Raises:
         DataError: the storage fails.
@@ -130,7 +124,7 @@ def _full_check(
 
     def examine(number: int, size: int, advance: Callable[[int], None]) -> tuple[ShardContent, list[str]]:
         shard = info.shards[number]
-        content = read_shard(ShardFile(fs, f"{path}/{shard.name}", size, patience, advance), info.latent, info.keys)
+        content = read_shard(fs, f"{path}/{shard.name}", size, info.latent, info.keys, patience, advance)
         problems = []
         if content.sha256 != shard.sha256:
             if content.sha256 in owners:

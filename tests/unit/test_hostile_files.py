@@ -86,13 +86,14 @@ def test_tars_of_pictures(case: str, tmp_path: Path) -> None:
     if "gigabytes" in case:
         os.truncate(file, 2**30 + 2048)  # it takes no disk
     message = refusal(lambda: find_source(str(file)).open())
-    assert "a.tar" in message and ("readable tar" in message or "not a class number" in message)
+    words = {"a label of gigabytes": "not a class number", "thousands of headers of one file": "holds no pictures"}
+    assert "a.tar" in message and words.get(case, "is not a readable tar") in message
 
 
 def test_arrays_of_a_shape_that_overflows() -> None:
     text = b"{'descr': '<f2', 'fortran_order': False, 'shape': (4294967296, 4294967296, 1)}"
     array = b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text
-    assert "no plain C-ordered array" in refusal(lambda: locate_array(Member("a.npy", 0, array)))
+    assert "no plain C-ordered array" in refusal(lambda: locate_array(Member("a.npy", 0, len(array), array)))
 
 
 COLUMNS: dict[str, Any] = {

@@ -16,17 +16,19 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from braceexpand import braceexpand
 from rich.filesize import decimal
 
-from ig_dist.data.sources.folders import find_kaggle, folder_source, kaggle_source
+from ig_dist.data.sources.folders import folder_source, kaggle_source
 from ig_dist.data.sources.idx import NAMED, find_idx, idx_native, idx_source
+from ig_dist.data.sources.parquet import parquet_classes, parquet_rows, parquet_to_tar
 from ig_dist.data.sources.source import DIGITS, Found, Native, Source, digits, source_name
-from ig_dist.data.sources.spool import Copy, SourceFile, copy_tar, file_version, spool, spool_folder
+from ig_dist.data.sources.spool import SourceFile, copy_tar, file_version, spool, spool_folder
+from ig_dist.data.sources.tars import TarFile, tar_source
 from ig_dist.errors import ConfigError
 from ig_dist.storage.faults import PATIENCE, Patience
 from ig_dist.storage.files import open_url
 from ig_dist.storage.urls import is_file, is_local, refuse_credentials
-from ig_dist.terminal.progress import bar
 
 __all__ = ["Found", "Native", "Source", "find_source", "is_name", "native_format", "refuse_missing"]
 
@@ -59,11 +61,8 @@ def find_source(src: str, spool_base: str | None = None, patience: Patience = PA
     src = src.removeprefix("file://")
     path = Path(src)
     if "://" not in src and path.is_dir():
-        kaggle = find_kaggle(path)
-        if kaggle is not None:
-            return kaggle_source(kaggle)
         files = _files_in_folder(path)
-        return _file_source(src, files, spool_base, patience) if files else folder_source(path)
+        return kaggle_source(path) or (_file_source(src, files, spool_base, patience) if files else folder_source(path))
     files = _listed_files(src, patience)
     if files:
         return _file_source(src, files, spool_base, patience)
@@ -104,52 +103,17 @@ def refuse_missing(src: str) -> None:
 
 def _file_source(src: str, files: Sequence[SourceFile], spool_base: str | None, patience: Patience) -> Found:
     """Tars or parquet files; local tars are read in place, all others through copies."""
-    if files[0].name.endswith(".parquet"):
-        return _parquet_source(src, files, spool_base, patience)
-    if is_local(files[0].fs):
-        return _local_tars(src, files)
-    what = f"tars {_base_name(src)}"
-    name = source_name(what, ((f"{file.name} {file.version}", file.size, 0) for file in files), len(files))
-    return _copied("tars", name, what, files, spool_base, copy_tar, patience)
-
-
-def _parquet_source(src: str, files: Sequence[SourceFile], spool_base: str | None, patience: Patience) -> Found:
-    from ig_dist.data.sources.parquet import parquet_classes, parquet_rows, parquet_to_tar
-
-    names = parquet_classes(files[0], patience)
-    what = f"parquet {_base_name(src)}"
-    if is_local(files[0].fs):
-        rows = parquet_rows(files, patience)
-        name = source_name(what, rows, len(rows))
+    local, is_parquet = is_local(files[0].fs), files[0].name.endswith(".parquet")
+    what = f"{'parquet' if is_parquet else 'tars'} {PurePosixPath(src.rstrip('/')).name}"
+    if local and not is_parquet:
+        kind, source = tar_source([TarFile(file.path, file.name) for file in files], what)
+        return Found(kind, source.name, lambda: source)
+    names = parquet_classes(files[0], patience) if is_parquet else None
+    if local:
+        entries = parquet_rows(files, patience)
     else:  # a column of each of several hundred remote files takes minutes; the store's own version says as much
-        entries = ((f"{file.name} {file.version}", file.size, 0) for file in files)
-        name = source_name(what, entries, len(files))
-    return _copied("parquet files", name, what, files, spool_base, parquet_to_tar, patience, names)
-
-
-def _local_tars(src: str, files: Sequence[SourceFile]) -> Found:
-    from ig_dist.data.sources.tars import TarFile, tar_source
-
-    with bar("list tars", None) as shown:
-        kind, source = tar_source(
-            [TarFile(file.path, file.name) for file in files],
-            f"tars {_base_name(src)}",
-            on_progress=lambda listed: shown.update(shown.task_ids[0], completed=listed),
-        )
-    return Found(kind, source.name, lambda: source)
-
-
-def _copied(
-    kind: str,
-    name: str,
-    what: str,
-    files: Sequence[SourceFile],
-    spool_base: str | None,
-    copy: Copy,
-    patience: Patience,
-    names: list[str] | None = None,
-) -> Found:
-    from ig_dist.data.sources.tars import TarFile, tar_source
+        entries = [(f"{file.name} {file.version}", file.size, 0) for file in files]
+    name, copy = source_name(what, entries, len(entries)), parquet_to_tar if is_parquet else copy_tar
 
     def opened(chosen: Sequence[SourceFile], into: Path, *, whole: bool) -> Source:
         copies = spool(chosen, into, copy, patience)
@@ -160,8 +124,8 @@ def _copied(
         return opened(files[:1], Path(scratch), whole=False), files[0].size / total
 
     total, folder = sum(file.size for file in files), spool_folder(files, spool_base)
-    kind = f"{len(files)} {kind}, {decimal(total)}, read from copies in {folder} (delete them afterwards)"
-    return Found(kind, name, lambda: opened(files, folder, whole=True), open_part)
+    kind = f"{len(files)} {'parquet files' if is_parquet else 'tars'}, {decimal(total)}, read from copies in {folder}"
+    return Found(f"{kind} (delete them afterwards)", name, lambda: opened(files, folder, whole=True), open_part)
 
 
 def _files_in_folder(folder: Path) -> list[SourceFile]:
@@ -181,12 +145,10 @@ def _files_in_folder(folder: Path) -> list[SourceFile]:
 
 def _listed_files(src: str, patience: Patience) -> list[SourceFile]:
     """The tars or parquet files that SRC names: one, a URL's, a glob's or a brace range's, in sorted order."""
-    import braceexpand
-
     fs, _ = open_url(src, "--source", patience, web=True)
     web = "http" in fs.protocol
     try:
-        patterns = list(braceexpand.braceexpand(src, escape=False))
+        patterns = list(braceexpand(src, escape=False))
     except ValueError:  # a brace that is only a letter
         patterns = [src]
     entries: list[dict[str, Any]] = []
@@ -221,7 +183,3 @@ def _chosen(src: str, fs: Any, entries: Sequence[dict[str, Any]]) -> list[Source
     if any("train" in file.name.lower() for file in files):
         return [file for file in files if not _OTHER_SPLITS.search(file.name.lower())]
     return files
-
-
-def _base_name(src: str) -> str:
-    return PurePosixPath(src.rstrip("/")).name

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 from ig_dist.data.classes import class_words
 from ig_dist.data.images import is_picture
@@ -22,16 +21,14 @@ _NAMED = 3
 _THREADS = 16  # listing waits for the disk, or for the network behind it
 
 
-class Kaggle(NamedTuple):
-    """ImageNet as Kaggle packs it."""
+def kaggle_source(folder: Path) -> Found | None:
+    """ImageNet as Kaggle packs it, given its top folder, its train folder, or one between; None: it is something else.
 
-    train: Path
-    mapping: Path | None
-    """``LOC_synset_mapping.txt``, where it was found."""
+    Its train pictures; the classes' words are those of its mapping file.
 
-
-def find_kaggle(folder: Path) -> Kaggle | None:
-    """Kaggle's layout, given its top folder, its train folder, or one between; None: it is something else."""
+    Raises:
+        ConfigError: as ``folder_source``, or a mapping file that is none.
+    """
     folder = folder.resolve()
     inner = (folder.joinpath(*KAGGLE_TRAIN[skip:]) for skip in range(len(KAGGLE_TRAIN)))
     given = [folder] if folder.parts[-2:] == KAGGLE_TRAIN[-2:] else []
@@ -39,17 +36,8 @@ def find_kaggle(folder: Path) -> Kaggle | None:
     if train is None:
         return None
     around = (parent / MAPPING for parent in (train, *train.parents[: len(KAGGLE_TRAIN)]))
-    return Kaggle(train, next((file for file in around if file.is_file()), None))
-
-
-def kaggle_source(kaggle: Kaggle) -> Found:
-    """Its train pictures; the classes' words are those of its mapping file.
-
-    Raises:
-        ConfigError: as ``folder_source``, or a mapping file that is none.
-    """
-    words = read_mapping(kaggle.mapping) if kaggle.mapping else None
-    found = folder_source(kaggle.train, words, what="ImageNet from Kaggle")
+    words = next((read_mapping(file) for file in around if file.is_file()), None)
+    found = folder_source(train, words, what="ImageNet from Kaggle")
     share = "" if words is None else f" ({len(found.open().classes)} of the {len(words)} classes of {MAPPING})"
     return found._replace(kind=found.kind.replace(KIND, f"ImageNet as from Kaggle{share}"))
 

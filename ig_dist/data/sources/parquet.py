@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ig_dist.data.sources.spool import SourceFile, SourceReader
+from ig_dist.data.sources.spool import SourceFile, source_reader
 from ig_dist.data.sources.tars import LABEL, PICTURES
 from ig_dist.errors import ConfigError
 from ig_dist.storage.faults import Patience, unreadable
@@ -88,14 +88,14 @@ def _checked(label: Any, file: SourceFile, row: int) -> int:
 
 
 @contextmanager
-def _opened(file: SourceFile, patience: Patience, advance: Advance | None = None) -> Iterator[Any]:
+def _opened(file: SourceFile, patience: Patience, advance: Callable[[int], object] = lambda _: None) -> Iterator[Any]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise missing("parquet", "reading parquet needs") from None
     try:
-        with SourceReader(file, patience, advance) as raw:
+        with source_reader(file, patience, advance) as raw:
             opened = pyarrow.parquet.ParquetFile(raw)
             schema = opened.schema_arrow
             fields = {field.name: field.type for field in schema}

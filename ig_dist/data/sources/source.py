@@ -87,15 +87,7 @@ def source_name(what: str, entries: Iterable[tuple[str, int, int]], count: int) 
 def listed_source(
     what: str, listed: Sequence[Listed], classes: list[str], class_names: list[str] | None, *, name: str | None = None
 ) -> Source:
-    """A source of byte ranges.
-
-    Args:
-        what: begins its name, as in "folder pictures".
-        listed: the images.
-        classes: their names by label.
-        class_names: the same in words.
-        name: the whole name, where it is known from elsewhere.
-    """
+    """A source of byte ranges: ``what`` begins its name, unless the whole ``name`` is known from elsewhere."""
     # Columns instead of a million tuples of tuples; the files of a tar are one string.
     files = [image.where.file for image in listed]
     offsets = np.array([image.where.offset for image in listed], np.int64)
@@ -116,15 +108,7 @@ def listed_source(
 def array_source(
     name: str, images: NDArray[np.uint8], labels: NDArray[Any], classes: int, class_names: list[str] | None
 ) -> Source:
-    """A source of pixels.
-
-    Args:
-        name: the whole name.
-        images: (N, H, W, channels).
-        labels: (N,), below ``classes``.
-        classes: how many there are; they are named by their numbers.
-        class_names: the same in words.
-    """
+    """A source of pixels, (N, H, W, channels), with labels, (N,), below ``classes``, which their numbers name."""
     return Source(
         name=name,
         classes=[str(number) for number in range(classes)],

@@ -7,7 +7,6 @@ folder together.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import shutil
 import tempfile
@@ -21,11 +20,12 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 from rich.filesize import decimal
 
+from ig_dist.data.shard_files import FileReader
 from ig_dist.data.sources.source import file_size
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.storage.background import in_parallel
 from ig_dist.storage.faults import Patience
-from ig_dist.storage.files import REQUEST_BYTES, read_range
+from ig_dist.storage.files import REQUEST_BYTES
 from ig_dist.storage.urls import is_local
 from ig_dist.storage.writable import others_may_change
 from ig_dist.terminal import console
@@ -51,36 +51,9 @@ Copy = Callable[[SourceFile, Path, Patience, Advance], None]
 """Writes the tar of a source file to a path; tells of the bytes that it has read."""
 
 
-class SourceReader(io.RawIOBase):
-    """A file of a source for who reads and seeks; requests are made again after a fault, from where they broke off."""
-
-    def __init__(self, file: SourceFile, patience: Patience, advance: Advance | None = None) -> None:
-        super().__init__()
-        self._file, self._patience, self._advance, self._at = file, patience, advance, 0
-
-    def readable(self) -> bool:  # noqa: D102
-        return True
-
-    def seekable(self) -> bool:  # noqa: D102
-        return True
-
-    def tell(self) -> int:  # noqa: D102
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:  # noqa: D102
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:  # noqa: D102
-        stop = self._file.size if size < 0 else min(self._at + size, self._file.size)
-        parts = []
-        while self._at < stop:
-            end = min(self._at + REQUEST_BYTES, stop)
-            parts.append(read_range(self._file.fs, self._file.path, self._at, end, self._patience))
-            self._at = end
-            if self._advance:
-                self._advance(len(parts[-1]))
-        return b"".join(parts)
+def source_reader(file: SourceFile, patience: Patience, advance: Callable[[int], object]) -> FileReader:
+    """What is in a file; ``advance`` hears of the bytes read."""
+    return FileReader(file.fs, file.path, file.size, patience, lambda part: advance(len(part)))
 
 
 def file_version(entry: dict[str, Any]) -> str:
@@ -89,12 +62,7 @@ def file_version(entry: dict[str, Any]) -> str:
 
 
 def spool_folder(files: Sequence[SourceFile], chosen: str | None) -> Path:
-    """The folder for copies of these files: its name holds a hash over them.
-
-    Args:
-        files: what will be copied.
-        chosen: the user's --spool, a folder for spools; None: one in the temporary folder.
-    """
+    """The folder for copies of these files, named by a hash over them, in --spool or the temporary folder."""
     text = "".join(f"{file.path}\0{file.size}\0{file.version}\n" for file in files)
     base = Path(chosen) if chosen else Path(tempfile.gettempdir()) / f"ig-dist-spool-{os.getuid()}"
     return base / hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
@@ -183,4 +151,4 @@ def _alone(copy: Path, file: SourceFile) -> Iterator[None]:
 def copy_tar(file: SourceFile, target: Path, patience: Patience, advance: Advance) -> None:
     """A byte copy."""
     with target.open("wb") as copy:
-        shutil.copyfileobj(SourceReader(file, patience, advance), copy, REQUEST_BYTES)
+        shutil.copyfileobj(source_reader(file, patience, advance), copy, REQUEST_BYTES)

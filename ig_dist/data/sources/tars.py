@@ -6,29 +6,28 @@ The headers are listed once; a picture is then a range of bytes of its tar.
 from __future__ import annotations
 
 import io
-import os
 import re
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from ig_dist.data.classes import class_words, imagenet_classes
-from ig_dist.data.processes import end_with_parent, helpers
+from ig_dist.data.shards import split_name
 from ig_dist.data.sources.source import ByteRange, Listed, Source, listed_source
+from ig_dist.data.tar import DamagedTar, Member, read_tar
 from ig_dist.errors import ConfigError
+from ig_dist.terminal.progress import bar
 
 PICTURES = {"jpg", "jpeg", "png", "webp", "gif", "bmp"}
 LABEL = "cls"
 _CLASS_TAR = re.compile(r"(?:.*/)?(n\d{8})\.tar")
 _MAX_CLASSES = 1_000_000
-_MAX_PROCESSES = 16
 _MOST_LABEL = 100  # bytes of a number as text
-MANY_BYTES = 2 << 30  # of tars: less is listed before processes have started
+_THREADS = 16  # each header is a round trip to the disk, or to a file server
 
 _Result = TypeVar("_Result")
 
@@ -43,30 +42,17 @@ class TarFile(NamedTuple):
     size: int | None = None
 
 
-class _Member(NamedTuple):
-    name: str
-    offset: int
-    size: int
-
-
 def tar_source(
-    tars: Sequence[TarFile],
-    what: str,
-    *,
-    name: str | None = None,
-    names: list[str] | None = None,
-    whole: bool = True,
-    on_progress: Callable[[int], None] = lambda listed: None,
+    tars: Sequence[TarFile], what: str, *, name: str | None = None, names: list[str] | None = None, whole: bool = True
 ) -> tuple[str, Source]:
     """The source in tars, and its kind in words: class tars, a tar of them, or WebDataset shards.
 
     Args:
         tars: in their order.
-        what: begins the source's name.
-        name: the source's whole name, where it is known from elsewhere.
+        what: begins the source's name, unless the whole ``name`` is known from elsewhere.
+        name: see above.
         names: words for the classes of shards, by label.
         whole: these are all tars: every class must have images.
-        on_progress: called with the number of tars that are listed.
 
     Raises:
         ConfigError: none of the three, or damaged.
@@ -80,18 +66,22 @@ def tar_source(
         other = next(tar.name for tar in tars if tar not in class_tars)
         raise ConfigError(f"--source: {other} lies among class tars ({class_tars[0].name}): remove one of them")
     if class_tars:
-        listed, classes = list_class_tars(class_tars, on_progress)
-        share = (
-            f" ({len(classes)} of {len(imagenet_classes())} classes)" if set(classes) <= set(imagenet_classes()) else ""
-        )
-        return f"tar of class tars{share}", listed_source(what, listed, classes, class_words(classes), name=name)
-    listed = list_shards(tars, on_progress)
-    classes = number_classes([image.label for image in listed], names, whole=whole)
-    source = listed_source(what, listed, classes, names or class_words(classes), name=name)
-    return "WebDataset shards", source
+        listed, classes = list_class_tars(class_tars)
+        known = imagenet_classes()
+        share = f" ({len(classes)} of {len(known)} classes)" if set(classes) <= set(known) else ""
+        kind = f"tar of class tars{share}"
+    else:
+        listed, kind = [image for images in _of_each(_list_shard, tars) for image in images], "WebDataset shards"
+        if not listed:
+            raise ConfigError(
+                f"--source: {tars[0].name} holds no pictures: expected class tars (n01440764.tar), or WebDataset"
+                f" samples ({', '.join(f'.{kind}' for kind in sorted(PICTURES))} beside .{LABEL})"
+            )
+        classes = number_classes([image.label for image in listed], names, whole=whole)
+    return kind, listed_source(what, listed, classes, names or class_words(classes), name=name)
 
 
-def list_class_tars(tars: Sequence[TarFile], on_progress: Callable[[int], None]) -> tuple[list[Listed], list[str]]:
+def list_class_tars(tars: Sequence[TarFile]) -> tuple[list[Listed], list[str]]:
     """All files of class tars, in the order of the sorted synsets, and the synsets.
 
     Raises:
@@ -105,7 +95,7 @@ def list_class_tars(tars: Sequence[TarFile], on_progress: Callable[[int], None])
         by_class[synset] = tar
     listed: list[Listed] = []
     classes = sorted(by_class)
-    for label, files in enumerate(_of_each(_sorted_members, [by_class[synset] for synset in classes], on_progress)):
+    for label, files in enumerate(_of_each(_sorted_members, [by_class[synset] for synset in classes])):
         tar, synset = by_class[classes[label]], classes[label]
         if not files:
             raise ConfigError(f"--source: {tar.path}: {synset}.tar is empty: fetch it again")
@@ -116,29 +106,17 @@ def list_class_tars(tars: Sequence[TarFile], on_progress: Callable[[int], None])
     return listed, classes
 
 
-def list_shards(tars: Sequence[TarFile], on_progress: Callable[[int], None] = lambda listed: None) -> list[Listed]:
-    """The pictures of WebDataset shards, in the order of the tars. Of a sample, picture and ``.cls`` count.
+def _list_shard(tar: TarFile) -> list[Listed]:
+    """The pictures of a WebDataset shard with their ``.cls``, in the order of the tar.
 
     Raises:
-        ConfigError: a picture without a class, or with two; no pictures at all; a label that is no number.
+        ConfigError: a picture without a class, or with two; a label that is no number.
     """
-    listed = [image for images in _of_each(_list_shard, tars, on_progress) for image in images]
-    if not listed:
-        raise ConfigError(
-            f"--source: {tars[0].name} holds no pictures: expected class tars (n01440764.tar), or WebDataset samples"
-            f" ({', '.join(f'.{kind}' for kind in sorted(PICTURES))} beside .{LABEL})"
-        )
-    return listed
-
-
-def _list_shard(tar: TarFile) -> list[Listed]:
-    pictures: dict[str, _Member] = {}
-    labels: dict[str, _Member] = {}
+    pictures: dict[str, Member] = {}
+    labels: dict[str, Member] = {}
     for member in members(tar):
-        # WebDataset's rule: a sample's key ends at the first dot of the file's own name
-        folder, slash, name = member.name.rpartition("/")
-        stem, _, suffix = name.partition(".")
-        key, suffix = f"{folder}{slash}{stem}", suffix.lower()
+        key, suffix = split_name(member.name)
+        suffix = suffix.removeprefix(".")
         part = pictures if suffix in PICTURES else labels if suffix == LABEL else None
         if part is not None and part.setdefault(key, member) is not member:
             raise ConfigError(f"--source: sample {key} of {tar.name} has two of .{suffix}: keys must differ")
@@ -155,29 +133,16 @@ def _list_shard(tar: TarFile) -> list[Listed]:
     return listed
 
 
-def _of_each(
-    function: Callable[[TarFile], _Result], tars: Sequence[TarFile], on_progress: Callable[[int], None]
-) -> Iterator[_Result]:
-    """Of each tar in order. A header takes 20 microseconds, or a round trip to a file server: many go to processes."""
-    size = sum(Path(tar.path).stat().st_size if tar.size is None else tar.size for tar in tars)
-    with ExitStack() as stack:
-        results: Iterator[_Result] = map(function, tars)
-        if size > MANY_BYTES:
-            cores = min(_MAX_PROCESSES, len(os.sched_getaffinity(0)))
-            pool = ProcessPoolExecutor(cores, mp_context=helpers(), initializer=end_with_parent)
-            results = stack.enter_context(pool).map(function, tars)
-        for number, result in enumerate(results):
-            on_progress(number + 1)
+def _of_each(function: Callable[[TarFile], _Result], tars: Sequence[TarFile]) -> Iterator[_Result]:
+    """Of each tar, in order."""
+    with ThreadPoolExecutor(_THREADS) as pool, bar("list tars", len(tars)) as shown:
+        for result in pool.map(function, tars):
+            shown.advance(shown.task_ids[0])
             yield result
 
 
 def number_classes(labels: Sequence[int], names: list[str] | None, *, whole: bool = True) -> list[str]:
-    """The classes of labels that are numbers: the numbers.
-
-    Args:
-        labels: of the images.
-        names: of all classes, where known.
-        whole: these are all images: every class must have some.
+    """The classes of labels that are numbers: the numbers. ``whole``: these are all images, every class must have some.
 
     Raises:
         ConfigError: a label without images, or beyond the names.
@@ -196,39 +161,25 @@ def number_classes(labels: Sequence[int], names: list[str] | None, *, whole: boo
     return [str(number) for number in range(classes)]
 
 
-def members(tar: TarFile) -> Iterator[_Member]:
-    """The regular files in a tar; offsets are those in the file that holds it.
+def members(tar: TarFile) -> Iterator[Member]:
+    """The regular files in a tar, without their data; offsets are those in the file that holds it.
 
     Raises:
         ConfigError: no tar, a compressed one, or one that ends early.
     """
-    path = Path(tar.path)
     try:
-        with path.open("rb") as file:
-            file_end = file.seek(0, io.SEEK_END)
-            end = file_end if tar.size is None else min(tar.offset + tar.size, file_end)
+        with Path(tar.path).open("rb") as file:
+            end = file.seek(0, io.SEEK_END)
+            end = end if tar.size is None else min(tar.offset + tar.size, end)
             file.seek(tar.offset)
-            with tarfile.open(fileobj=file, mode="r:") as opened:
-                for member in opened:
-                    if member.size < 0:  # the library would go back, and read the same for ever
-                        raise tarfile.ReadError(f"{member.name!r} has a negative size")
-                    if member.offset_data + member.size > end:
-                        raise ConfigError(f"--source: {tar.name} ends in the middle of {member.name}: fetch it again")
-                    if member.isreg() and not member.issparse():
-                        yield _Member(member.name, member.offset_data, member.size)
-                file.seek(opened.offset)  # the library takes a damaged header for the end
-                if opened.offset < end and any(file.read(tarfile.BLOCKSIZE)):
-                    raise tarfile.ReadError(f"the header at byte {opened.offset} is damaged")
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError) as error:
-        kind = (
-            "is compressed: unpack it to a plain .tar" if _is_compressed(path) else f"is not a readable tar ({error})"
-        )
-        raise ConfigError(f"--source: {tar.name} {kind}") from None
+            yield from read_tar(file, tar.offset, end, skip=True)
+    except DamagedTar as error:
+        raise ConfigError(f"--source: {tar.name} is not a readable tar ({error}): {error.remedy}") from None
     except OSError as error:
         raise ConfigError(f"--source: {tar.path} cannot be read ({error.strerror}): make it readable") from None
 
 
-def _sorted_members(tar: TarFile) -> list[_Member]:
+def _sorted_members(tar: TarFile) -> list[Member]:
     return sorted(members(tar))
 
 
@@ -237,8 +188,3 @@ def _label(data: bytes, where: str) -> int:
         if len(data) < _MOST_LABEL:
             return int(data)
     raise ConfigError(f"--source: {where} holds {data[:20]!r}, not a class number: mend the label")
-
-
-def _is_compressed(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4)[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7", b"(\xb5")
