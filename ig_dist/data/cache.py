@@ -28,12 +28,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BlockCache:
-    """Blocks of an index' shards in a local folder.
-
-    Args:
-        folder: of all caches; each index has a folder of its own in it.
-        cap: bound on the bytes kept of this index.
-        index: the opened shard index.
+    """Blocks of an index' shards, ``cap`` bytes at most, in a folder of the index' own in ``folder``.
 
     Raises:
         ConfigError: the folder cannot be made or written.

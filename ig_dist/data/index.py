@@ -316,12 +316,7 @@ def read_index_file(url: str, name: str = "data.index", reads: int = READS) -> t
 
 
 def read_table(folder: str, info: IndexFile, *, whole: bool = False) -> SampleTable:
-    """The side file: a small one is read and checked, of a large one only what is asked for, when it is.
-
-    Args:
-        folder: where it is.
-        info: the index.
-        whole: read and check all of a large one too.
+    """The side file: a small one is read and checked, of a large one only what is asked for (``whole``: it too).
 
     Raises:
         ConfigError: it is missing, or not the one of the index.

@@ -135,9 +135,7 @@ class SampleOrder:
         """Where the stream's segment begins on the epoch's line."""
         whole, extra = divmod(self.num_samples, self.streams)
 
-        def extras_below(
-            count: int,
-        ) -> int:  # of the first `count` extras ever dealt, those of streams < stream
+        def extras_below(count: int) -> int:  # of the first `count` extras ever dealt, those of streams < stream
             return count // self.streams * stream + min(count % self.streams, stream)
 
         return stream * whole + extras_below((epoch + 1) * extra) - extras_below(epoch * extra)

@@ -33,15 +33,10 @@ _ROOM = 2**18  # bytes that are read, checked and copied before the next: they s
 
 
 class _File:
-    """An open file of a disk, closed when nobody uses it any more.
-
-    Args:
-        path: of it.
-        begin: byte of the shard that is its first.
-        size: that it must have; None: any.
+    """An open file of a disk, closed when nobody uses it any more; ``begin``: byte of the shard that is its first.
 
     Raises:
-        OSError: it is not there, or of another size.
+        OSError: it is not there, or of another size; None: of any.
     """
 
     def __init__(self, path: str, begin: int, size: int | None) -> None:
@@ -63,12 +58,7 @@ class _Memory(threading.local):
 
 
 class _Rows:
-    """Rows of memory that are filled from the bytes of a request, in order, as these arrive.
-
-    Args:
-        offsets: of the samples in the request, ascending.
-        rows: one for each.
-    """
+    """Rows of memory that are filled from the bytes of a request, as these arrive: one for each ascending offset."""
 
     def __init__(self, offsets: list[int], rows: list[memoryview]) -> None:
         self._todo = iter(zip(offsets, rows, strict=True))
@@ -141,11 +131,7 @@ class ShardReader:
     ) -> tuple[Samples, NDArray[np.bool_]]:
         """Samples ``start`` to ``stop`` (exclusive) of a shard, and which of them are good.
 
-        Args:
-            shard: number of the shard.
-            start: first sample.
-            stop: sample after the last.
-            flipped: (stop - start,), which samples are wanted mirrored; None: none.
+        ``flipped``: (stop - start,), which samples are wanted mirrored; None: none.
 
         Returns:
             (n, *stored shape), and (n,) bool: False for a damaged sample, whose row is undefined.

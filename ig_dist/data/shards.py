@@ -59,9 +59,14 @@ def pack_shard(
         _pack(packed, key + LATENT_SUFFIX, _npy(latents[i]))
         if flipped is not None:
             _pack(packed, key + FLIP_SUFFIX, _npy(flipped[i]))
-    end = 2 * tarfile.BLOCKSIZE
-    packed.write(bytes(end + -(packed.tell() + end) % tarfile.RECORDSIZE))
+    packed.write(tar_end(packed.tell()))
     return packed.getvalue()
+
+
+def tar_end(size: int) -> bytes:
+    """What ends a tar of that size: two blocks of zeros, to a whole record."""
+    end = 2 * tarfile.BLOCKSIZE
+    return bytes(end + -(size + end) % tarfile.RECORDSIZE)
 
 
 def _pack(tar: IO[bytes], name: str, data: bytes) -> None:

@@ -14,12 +14,7 @@ _HELD, _HELD_BYTES = 64, 2**20  # arrays that are summed at once; few enough for
 
 
 class ChannelSums:
-    """Sums over stored latents, per channel: of x and of x^2. Of moments, their expectations over the posterior.
-
-    Args:
-        kind: what the arrays hold.
-        channels: C of the latents that the model sees.
-    """
+    """Sums over stored latents, per channel of the model's: of x and of x^2. Of moments, of a posterior draw."""
 
     def __init__(self, kind: Literal["sample", "moments"], channels: int) -> None:
         self.sums: NDArray[np.float64] = np.zeros((2, channels))
@@ -60,7 +55,12 @@ class ChannelSums:
 def raw_statistics(parts: Iterable[ChannelSums]) -> Statistics:
     """Mean and standard deviation per channel of the latents as stored, over all parts."""
     whole = list(parts)
-    mean, square = np.sum([part.sums for part in whole], axis=0) / sum(part.values for part in whole)
+    return of_sums(np.sum([part.sums for part in whole], axis=0), sum(part.values for part in whole))
+
+
+def of_sums(sums: NDArray[np.float64], values: int) -> Statistics:
+    """The same from sums of x and of x^2, (2, C), over so many values of each channel."""
+    mean, square = sums / values
     return Statistics(mean=mean.tolist(), std=np.sqrt(np.maximum(square - mean**2, 0)).tolist())
 
 

@@ -84,12 +84,8 @@ class _Part(NamedTuple):
 class _Cursor:
     """A stream's place: the window in use, the one after it, and what is held of both.
 
-    Args:
-        reader: reads the samples.
-        find: finds the window that holds a sample.
-        do: does something, perhaps later.
-        number: the stream's first sample.
-        capacity: samples that may be held; their memory is not used before.
+    ``find`` finds the window that holds a sample, ``do`` does something, perhaps later; ``number`` is the first sample,
+    and ``capacity`` samples may be held, whose memory is not used before.
     """
 
     def __init__(

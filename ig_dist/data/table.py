@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +39,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "I32": np.dtype("<i
 
 
 class Column(Protocol):
-    """A number of each sample: an array, or what gives arrays for slices and arrays of row numbers."""
+    """A number of each sample: an array, or what gives arrays for slices."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, rows: Any, /) -> Any: ...
@@ -104,28 +105,26 @@ class Blocks:
 
     def _fetch(self, first: int, after: int, patience: Patience) -> dict[int, NDArray[np.uint8]]:
         """Blocks ``first`` to ``after`` (exclusive), read in one request; they are held from now on."""
-        read = self._checked(first, after, patience)
-        with self._lock:
-            self._held |= read
-            while len(self._held) * BLOCK > max(HELD_BYTES, BLOCK):
-                self._held.popitem(last=False)
-        return read
-
-    def _checked(self, first: int, after: int, patience: Patience) -> dict[int, NDArray[np.uint8]]:
         for _ in range(1 + _READ_AGAIN):  # they may have suffered on the way
             try:
                 data = read_range(self._fs, self._path, first * BLOCK, min(after * BLOCK, self.size), patience)
             except OSError as error:
                 raise unreadable(self._fs, self._path, error) from None
-            blocks = {number: data[(number - first) * BLOCK :][:BLOCK] for number in range(first, after)}
+            # copies: a block that is held must not hold the others of its request
+            blocks = {n: np.array(data[(n - first) * BLOCK :][:BLOCK], np.uint8) for n in range(first, after)}
             bad = [number for number, block in blocks.items() if zlib_ng.crc32(block) != self._crcs[number]]
             if not bad:
-                # copies: a block that is held must not hold the others of its request
-                return {number: np.array(block, np.uint8) for number, block in blocks.items()}
-        where = f"from byte {bad[0] * BLOCK} on (its CRC differs)"
-        raise DamagedError(
-            f"{full_url(self._fs, self._path)} is damaged {where}: copy it again with index.json, or {self._remedy}"
-        )
+                break
+        else:
+            where = f"from byte {bad[0] * BLOCK} on (its CRC differs)"
+            raise DamagedError(
+                f"{full_url(self._fs, self._path)} is damaged {where}: copy it again with index.json, or {self._remedy}"
+            )
+        with self._lock:
+            self._held |= blocks
+            while len(self._held) * BLOCK > max(HELD_BYTES, BLOCK):
+                self._held.popitem(last=False)
+        return blocks
 
 
 @dataclass(frozen=True)
@@ -143,26 +142,15 @@ class StoredColumn:
         return self.count
 
     def __getitem__(self, rows: Any) -> Any:
-        """The numbers of a slice without steps, of an array of rows, or of one row."""
-        size = self.dtype.itemsize
-        if isinstance(rows, slice):
-            start, stop, step = rows.indices(self.count)
-            if step != 1:
-                raise IndexError("a stored column has no slices with steps")
-            return self._read(self.begin + start * size, self.begin + max(start, stop) * size)
-        numbers = np.asarray(rows)
-        if numbers.size and not (-self.count <= numbers.min() and numbers.max() < self.count):
-            raise IndexError(f"rows {numbers.min()} to {numbers.max()} of {self.count}")
-        at = self.begin + np.where(numbers < 0, numbers + self.count, numbers) * size
-        out, blocks = np.empty(numbers.shape, self.dtype), at // BLOCK
-        for block in np.unique(blocks):
-            here = blocks == block
-            first = int(at[here].min())
-            out[here] = self._read(first, int(at[here].max()) + size)[(at[here] - first) // size]
-        return out[()]
-
-    def _read(self, start: int, stop: int) -> NDArray[Any]:
-        return self.blocks.read(start, stop, self.patience).view(self.dtype)
+        """The numbers of a slice without steps, or of one row."""
+        if not isinstance(rows, slice):
+            row = range(self.count)[rows]  # or IndexError
+            return self[row : row + 1][0]
+        start, stop, step = rows.indices(self.count)
+        if step != 1:
+            raise IndexError("a stored column has no slices with steps")
+        first, after = (self.begin + row * self.dtype.itemsize for row in (start, max(start, stop)))
+        return self.blocks.read(first, after, self.patience).view(self.dtype)
 
     def under(self, patience: Patience) -> StoredColumn:
         """The same column, read under another patience."""
@@ -206,28 +194,15 @@ def pack(columns: Mapping[str, Column]) -> Iterator[memoryview]:
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return _pieces(len(text).to_bytes(8, "little") + text, (columns[name] for name in ordered))
-
-
-def _pieces(header: bytes, columns: Iterable[Column]) -> Iterator[memoryview]:
-    def parts() -> Iterator[bytes]:
-        yield header
-        for column in columns:
-            for start in range(0, len(column), _ROWS):
-                yield column[start : start + _ROWS].tobytes()
-
-    piece, filled = bytearray(PIECE), 0
-    for part in parts():
-        taken = 0
-        while taken < len(part):
-            now = min(len(part) - taken, PIECE - filled)
-            piece[filled : filled + now] = part[taken : taken + now]
-            taken, filled = taken + now, filled + now
-            if filled == PIECE:
-                yield memoryview(piece)
-                piece, filled = bytearray(PIECE), 0
-    if filled:
-        yield memoryview(piece)[:filled]
+    piece = bytearray(len(text).to_bytes(8, "little") + text)
+    for column in (columns[name] for name in ordered):
+        for start in range(0, len(column), _ROWS):
+            piece += column[start : start + _ROWS].tobytes()
+            while len(piece) >= PIECE:
+                ready, piece = piece[:PIECE], piece[PIECE:]
+                yield memoryview(ready)
+    if piece:
+        yield memoryview(piece)
 
 
 class Sums:
@@ -254,17 +229,16 @@ class Sums:
 
 
 class Spool:
-    """Rows that are added shard by shard and read column by column, in a temporary file that nobody sees.
+    """Columns that are added shard by shard, in temporary files that nobody sees.
 
     Args:
-        folder: on whose disk the file is; None: the system's for temporary files.
+        folder: on whose disk the files are; None: the system's for temporary files.
     """
 
     def __init__(self, folder: str | None) -> None:
         self._folder = folder
-        self._file: Any = None
-        self.row = np.dtype([])
-        self._count = 0
+        self.columns: dict[str, SpooledColumn] = {}
+        """What was added so far."""
 
     def add(self, columns: Mapping[str, Column]) -> None:
         """Append rows.
@@ -272,50 +246,40 @@ class Spool:
         Raises:
             DataError: there is no room for them.
         """
-        rows = np.empty(len(columns["label"]), [(name, column.dtype) for name, column in columns.items()])
-        for name, column in columns.items():
-            rows[name] = column
-        self._count += len(rows)
+        count = len(self.columns.get("label", ())) + len(columns["label"])
         try:
-            if self._file is None:
-                self._file, self.row = tempfile.TemporaryFile(dir=self._folder), rows.dtype  # noqa: SIM115
-            self._file.seek(0, 2)
-            self._file.write(rows.tobytes())
-            self._file.flush()  # a full disk is found here
+            for name, column in columns.items():
+                if name not in self.columns:
+                    file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
+                    self.columns[name] = SpooledColumn(file, column.dtype)
+                self.columns[name].append(column)
         except OSError as error:
             remedy = "free space there" if self._folder else "free space there, or set TMPDIR"
             raise DataError(
-                f"{self._folder or tempfile.gettempdir()}: the rows of {self._count} samples cannot be kept for the"
+                f"{self._folder or tempfile.gettempdir()}: the rows of {count} samples cannot be kept for the"
                 f" index ({error.strerror}): {remedy}, and run the same command again"
             ) from None
 
-    def columns(self) -> dict[str, SpooledColumn]:
-        """What was added so far."""
-        return {name: SpooledColumn(self, name, self._count) for name in self.row.names or ()}
 
-    def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Rows ``start`` to ``stop`` (exclusive)."""
-        self._file.seek(start * self.row.itemsize)
-        return np.frombuffer(self._file.read((stop - start) * self.row.itemsize), self.row)
-
-
-@dataclass(frozen=True)
+@dataclass
 class SpooledColumn:
     """A column of a spool."""
 
-    spool: Spool
-    name: str
-    count: int
+    file: IO[bytes]
+    dtype: np.dtype[Any]
+    count: int = 0
+
+    def append(self, column: Column) -> None:
+        """Write more of it."""
+        self.file.seek(0, os.SEEK_END)
+        self.file.write(column[:].tobytes())
+        self.file.flush()  # a full disk is found here
+        self.count += len(column)
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, rows: slice) -> NDArray[Any]:
         start, stop, _ = rows.indices(self.count)
-        return np.ascontiguousarray(self.spool.read(start, stop)[self.name])
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Of its numbers."""
-        found: np.dtype[Any] = self.spool.row[self.name]
-        return found
+        self.file.seek(start * self.dtype.itemsize)
+        return np.frombuffer(self.file.read(max(0, stop - start) * self.dtype.itemsize), self.dtype)

@@ -9,11 +9,10 @@ from typing import NamedTuple
 import torch
 from rich.filesize import decimal
 
-from ig_dist.autoencoders.tokenizer import Tokenizer
-from ig_dist.data.sources import Source
-from ig_dist.encoding.encoder import stored_latents
+from ig_dist.encoding.encode import Job
 from ig_dist.encoding.loader import Request, decode
-from ig_dist.encoding.settings import Settings, shard_count
+from ig_dist.encoding.settings import shard_count
+from ig_dist.encoding.shards import stored_latents
 from ig_dist.rng import Purpose, permutation
 
 MEASURED_IMAGES = 48
@@ -41,62 +40,44 @@ class Rates(NamedTuple):
         return 1 / (1 / decoding + 1 / self.encoding)
 
 
-def measure(
-    source: Source, order: list[int], settings: Settings, tokenizer: Tokenizer, device: torch.device, batch_size: int
-) -> Rates:
+def measure(job: Job, order: list[int]) -> Rates:
     """Decode and encode the first images of the shuffle, and throw the result away."""
-    numbers = order[:MEASURED_IMAGES]
-    request = Request(0, True, numbers, [source.item(number) for number in numbers])
+    numbers, settings = order[:MEASURED_IMAGES], job.settings
+    request = Request(0, True, numbers, [job.source.item(number) for number in numbers])
     began = time.perf_counter()
     batch = decode(request, settings.image_size, settings.image_channels)
     decoding = len(numbers) / (time.perf_counter() - began)
-    images, ids = batch.images[:batch_size].to(device), batch.numbers[:batch_size].to(device)
+    images, ids = (part[: job.batch_size].to(job.device) for part in (batch.images, batch.numbers))
     repeats = 2 if len(ids) else 0  # the first one warms up
     for _ in range(repeats):
         began = time.perf_counter()
-        stored = stored_latents(tokenizer, images, ids, settings)
-        stored[-1].cpu()  # waits for the device
+        stored_latents(job.tokenizer, images, ids, settings)[-1].cpu()  # waits for the device
     encoding = len(ids) / (time.perf_counter() - began) if repeats else float("inf")
     return Rates(len(numbers), decoding, encoding)
 
 
-def estimate(
-    source: Source,
-    share: float,
-    settings: Settings,
-    tokenizer: Tokenizer,
-    device: torch.device,
-    batch_size: int,
-    sample_bytes: int,
-    decoders: int,
-    processes: int,
-) -> list[str]:
+def estimate(job: Job, share: float, sample_bytes: int, processes: int) -> list[str]:
     """Lines that say what an encoding will take.
 
     Args:
-        source: the images, or a part of them.
+        job: of the source, or of a part of it.
         share: that part.
-        settings: of the shards.
-        tokenizer: on its device.
-        device: of each process.
-        batch_size: images that are encoded at a time.
         sample_bytes: of a sample in its tar.
-        decoders: decoding processes of each process.
         processes: that will share the work.
     """
-    order = permutation(settings.seed, Purpose.ENCODE_ORDER, 0, len(source.labels)).tolist()
-    rates = measure(source, order, settings, tokenizer, device, batch_size)
-    rate, images = rates.overall(decoders, device), round(len(order) / share)
-    shards = shard_count(images, settings.samples_per_shard)
+    order = permutation(job.settings.seed, Purpose.ENCODE_ORDER, 0, len(job.source.labels)).tolist()
+    rates = measure(job, order)
+    rate, images = rates.overall(job.decoders, job.device), round(len(order) / share)
+    shards = shard_count(images, job.settings.samples_per_shard)
     lines = [
-        f"{'' if share == 1 else 'about '}{images:,} images of {len(source.classes):,} classes"
+        f"{'' if share == 1 else 'about '}{images:,} images of {len(job.source.classes):,} classes"
         f" -> {shards:,} shards, {decimal(images * sample_bytes)}",
         f"measured on {rates.images} images: a process decodes {rates.decoding:,.0f} images/s,"
-        f" {device} encodes {rates.encoding:,.0f} images/s, fed by {rates.feeding(1)} decoding processes (two by"
+        f" {job.device} encodes {rates.encoding:,.0f} images/s, fed by {rates.feeding(1)} decoding processes (two by"
         f" {rates.feeding(2)})",
     ]
     for count in sorted({1, processes}):
         who = "1 process" if count == 1 else f"{count} processes, each on a GPU or machine of its own,"
         hours = images / (rate * count) / 3600
-        lines.append(f"{who} ({decoders} decoding): {rate * count:,.0f} images/s, {hours:,.2f} hours")
+        lines.append(f"{who} ({job.decoders} decoding): {rate * count:,.0f} images/s, {hours:,.2f} hours")
     return lines

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
+from random import Random
 
 import torch
 
 from ig_dist.autoencoders.tokenizer import Tokenizer
 from ig_dist.data.index import ShardIndex, read_index
 from ig_dist.data.sources import Source
-from ig_dist.encoding.encoder import latent_batches
 from ig_dist.encoding.gather import gather, refuse, too_many
-from ig_dist.encoding.loader import ImageBatch, image_batches
+from ig_dist.encoding.loader import ImageBatch, Request, image_batches
 from ig_dist.encoding.records import PARTS, Dest, Ledger, Rejected, refuse_others
 from ig_dist.encoding.settings import Settings, settings_of, shard_count, shard_places
-from ig_dist.encoding.shards import OpenShard, finish_shard, rejected_of
-from ig_dist.encoding.walk import requests
+from ig_dist.encoding.shards import OpenShard, finish_shard, latent_batches, rejected_of
 from ig_dist.rng import Purpose, permutation
 from ig_dist.storage.background import in_background
 from ig_dist.terminal.progress import progress
 from ig_dist.this_process import Process
 
+LOOK_AGAIN_S = 10.0
 STOP_S = 5.0
 """That a stopped worker waits for the shard that is being written."""
 COUNT_S = 60.0
@@ -110,7 +111,7 @@ def encode(job: Job) -> ShardIndex:
 def _make_missing(job: Job, ledger: Ledger, order: list[int]) -> None:
     """Make the shards that no worker has finished."""
     batches = image_batches(
-        requests(job.source, order, job.settings, ledger, job.worker, job.batch_size),
+        _requests(job, ledger, order),
         job.settings.image_size,
         job.settings.image_channels,
         workers=job.decoders,
@@ -140,6 +141,45 @@ def _make_missing(job: Job, ledger: Ledger, order: list[int]) -> None:
         wait([writing] if writing else [], timeout=STOP_S)
         job.dest.patience.stop.set()
         raise
+
+
+def _requests(job: Job, ledger: Ledger, order: list[int]) -> Iterator[Request]:
+    """The batches of the shards to make. A shard that another worker has finished meanwhile is left in the middle."""
+    looked, size = time.monotonic(), job.settings.samples_per_shard
+    for shard in shards_to_make(ledger, shard_count(len(order), size), job.worker):
+        places = shard_places(shard, len(order), size)
+        for start in range(places.start, places.stop, job.batch_size):
+            if time.monotonic() - looked > LOOK_AGAIN_S:
+                ledger.look()
+                looked = time.monotonic()
+            if ledger.ended or shard in ledger.finished:
+                break
+            stop = min(start + job.batch_size, places.stop)
+            numbers = order[start:stop]
+            yield Request(shard, stop == places.stop, numbers, [job.source.item(i) for i in numbers])
+
+
+def shards_to_make(ledger: Ledger, shards: int, worker: Process) -> Iterator[int]:
+    """Shards for this worker, as it asks for them: its own part first, then any that is missing.
+
+    The others come in an order of its own, so that two workers that help a third seldom make the same shard. What
+    another worker is making now counts as missing: that worker may be dead. Within its own part, which others seldom
+    help with, it looks every ``LOOK_AGAIN_S``: each look lists all that is finished.
+    """
+    looked = -math.inf
+    begin, end = (i * shards // worker.world_size for i in (worker.rank, worker.rank + 1))
+    others = [number for number in range(shards) if not begin <= number < end]
+    Random(worker.rank).shuffle(others)
+    for number in [*range(begin, end), *others]:
+        if number in ledger.finished:
+            continue
+        if not begin <= number < end or time.monotonic() - looked > LOOK_AGAIN_S:
+            ledger.look()
+            looked = time.monotonic()
+        if ledger.ended:
+            return
+        if number not in ledger.finished:
+            yield number
 
 
 def _until_too_many(batches: Iterator[ImageBatch], job: Job, ledger: Ledger, total: int) -> Iterator[ImageBatch]:

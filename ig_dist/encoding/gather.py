@@ -15,6 +15,7 @@ from ig_dist.autoencoders.tokenizer import Tokenizer
 from ig_dist.data.images import KINDS
 from ig_dist.data.index import LatentInfo, SampleTable, write_index
 from ig_dist.data.sources import Source
+from ig_dist.data.statistics import normalised, of_sums
 from ig_dist.data.table import Spool
 from ig_dist.encoding.records import Dest, Rejected, ShardRecord, Superseded, TooManyRejected
 from ig_dist.encoding.settings import Settings
@@ -29,22 +30,9 @@ _CHECKED_SAMPLES = 4  # of each shard
 
 
 def gather(
-    dest: Dest,
-    source: Source,
-    where: str,
-    tokenizer: Tokenizer,
-    shape: tuple[int, int, int],
-    shards: int,
+    dest: Dest, source: Source, where: str, tokenizer: Tokenizer, shape: tuple[int, int, int], shards: int
 ) -> bool:
-    """Write ``rejected.csv``, the side table and the index.
-
-    Args:
-        dest: where all shards are finished.
-        source: what was encoded.
-        where: the same as the user gave it.
-        tokenizer: what encoded it.
-        shape: of a latent that the model sees, (C, h, w).
-        shards: how many, with those that turned out empty.
+    """Write ``rejected.csv``, the side table and the index, when all shards (with the empty ones) are finished.
 
     Returns:
         False if a shard is not as its record says, which is removed: the shard must be made again.
@@ -77,12 +65,7 @@ def gather(
 
 
 class _Totals:
-    """What all records say together, but for their rows, which are in a file.
-
-    Args:
-        classes: how many there are.
-        folder: on whose disk the file is; None: the system's for temporary files.
-    """
+    """What all records say together, but for their rows, which are in files on the disk of ``folder``."""
 
     def __init__(self, classes: int, folder: str | None) -> None:
         self.class_counts = np.zeros(classes, np.int64)
@@ -111,7 +94,7 @@ class _Totals:
     @property
     def table(self) -> SampleTable:
         """The rows of all records."""
-        return SampleTable(**self._spool.columns()) if self.samples else SampleTable.from_rows([])
+        return SampleTable(**self._spool.columns) if self.samples else SampleTable.from_rows([])
 
 
 def too_many(rejected: Sequence[Rejected], total: int, max_rejected: float) -> bool:
@@ -187,18 +170,12 @@ def _index(source: Source, tokenizer: Tokenizer, shape: tuple[int, int, int], to
     assert settings is not None  # there is a shard, and each has a record
     channels, height, width = shape
     arrays = totals.samples * (2 if settings.flips else 1)
-    mean, square = totals.sums / (arrays * height * width)
-    std = np.sqrt(np.maximum(square - mean**2, 0))
-    shift, scale = np.zeros(channels), np.full(channels, tokenizer.scale or 1.0)
+    raw = of_sums(totals.sums, arrays * height * width)
+    shift, scale = [0.0] * channels, [tokenizer.scale or 1.0] * channels
     if tokenizer.scale is None:
-        shift, scale = mean, 1 / np.where(std > 0, std, 1)
+        shift, scale = raw.mean, [1 / (std or 1.0) for std in raw.std]
     latent = LatentInfo(
-        kind=settings.store,
-        shape=shape,
-        dtype="float16",
-        flips=settings.flips,
-        shift=shift.tolist(),
-        scale=scale.tolist(),
+        kind=settings.store, shape=shape, dtype="float16", flips=settings.flips, shift=shift, scale=scale
     )
     return {
         "source": settings.source,
@@ -216,6 +193,6 @@ def _index(source: Source, tokenizer: Tokenizer, shape: tuple[int, int, int], to
         "class_names": source.class_names,
         "rejected": len(totals.rejected),
         "upscaled": totals.upscaled,
-        "statistics": {"mean": ((mean - shift) * scale).tolist(), "std": (std * scale).tolist()},
+        "statistics": normalised(raw, latent),
         "shards": totals.shards,
     }

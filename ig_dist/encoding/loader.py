@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections.abc import Iterable, Iterator
+from functools import partial
+from multiprocessing import parent_process
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.process import BaseProcess
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +20,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ig_dist.data.images import RejectedImage, center_crop, load_rgb
-from ig_dist.data.processes import end_with_parent, helpers
 from ig_dist.data.sources.source import Item, read_bytes
 from ig_dist.errors import DataError
 
@@ -46,12 +53,9 @@ class ImageBatch(NamedTuple):
     """What ended the reading; an exception would arrive with the traceback of another process."""
 
 
-class _Images(Dataset[ImageBatch]):
-    def __init__(self, size: int, channels: int) -> None:
-        self.size, self.channels = size, channels
-
-    def __getitem__(self, request: Request) -> ImageBatch:
-        return decode(request, self.size, self.channels)
+class _Requests(Dataset[Request]):
+    def __getitem__(self, request: Request) -> Request:
+        return request
 
 
 def image_batches(
@@ -69,11 +73,11 @@ def image_batches(
     Raises:
         DataError: an image cannot be read, or a process died.
     """
-    loader: DataLoader[ImageBatch] = DataLoader(
-        _Images(size, channels),
+    loader: DataLoader[Any] = DataLoader(  # of requests, which it gives decoded
+        _Requests(),
         sampler=requests,
         batch_size=None,  # a request is a batch already
-        collate_fn=_as_it_is,  # without it, arrays and lists would become tensors
+        collate_fn=partial(decode, size=size, channels=channels),
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         pin_memory=pin,
@@ -129,5 +133,45 @@ def decode(request: Request, size: int, channels: int) -> ImageBatch:
     )
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+class _Helper(ForkServerProcess):
+    """Does not import the script that was started, and so run it again, as multiprocessing has its processes do."""
+
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> Any:  # noqa: N802
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            return ForkServerProcess._Popen(process_obj)
+        finally:
+            sys.modules["__main__"] = main
+
+
+class _Helpers(ForkServerContext):
+    Process = _Helper
+
+
+def helpers() -> ForkServerContext:
+    """How to start helper processes.
+
+    They are not forked from this process: torch's threads, and a GPU's context, do not survive that. The server that
+    forks them has imported torch and nothing else; there is one for all.
+    """
+    context = _Helpers()
+    context.set_forkserver_preload(["ig_dist.encoding.loader"])
+    return context
+
+
+def end_with_parent(*_: object) -> None:
+    """To be called in a helper process: end when the process that it helps is killed.
+
+    Watching who forked this one, as the DataLoader does, is not enough: that is the server, which lives as long as
+    any of its children.
+    """
+    parent = parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

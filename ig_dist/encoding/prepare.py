@@ -53,13 +53,7 @@ def choose_store(store: str | None, tokenizer: Tokenizer) -> Store:
 
 
 def choose_image_size(source: str, native: Native | None, image_size: int | None, tokenizer: Tokenizer) -> int:
-    """The side of the square images.
-
-    Args:
-        source: as the user names it.
-        native: the format of a source of pixels.
-        image_size: as the user gives it.
-        tokenizer: what encodes them.
+    """The side of the square images: of a source of pixels its own, else as the user gives it.
 
     Raises:
         ConfigError: missing, or not one that the tokenizer takes.
@@ -127,10 +121,6 @@ def refuse_dest_in_source(source: str, dest: str) -> None:
 
 def refuse_full_disk(dest: Dest, needed: int) -> None:
     """Say before the first image what would come after hours.
-
-    Args:
-        dest: where to.
-        needed: bytes of all shards.
 
     Raises:
         ConfigError: they do not fit.

@@ -89,12 +89,7 @@ class ShardRecord(BaseModel):
 
 @dataclass
 class Dest:
-    """The folder of the shards.
-
-    Args:
-        url: a path or any fsspec URL.
-        patience: how long faults are borne; its ``stop`` ends what threads still try.
-    """
+    """The folder of the shards: a path or any fsspec URL."""
 
     url: str
     patience: Patience = field(default_factory=Patience)
@@ -161,20 +156,12 @@ class Dest:
             ) from None
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file whole.
-
-        Raises:
-            Superseded, DataError: see ``writing``.
-        """
+        """Write a file whole; raises as ``writing``."""
         with self.writing(name) as path:
             write_whole(self.fs, path, data, self.patience)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a file whole where there is none; whether it holds ``data`` now.
-
-        Raises:
-            Superseded, DataError: see ``writing``.
-        """
+        """Write a file whole where there is none; whether it holds ``data`` now. Raises as ``writing``."""
         with self.writing(name) as path:
             return create_file(self.fs, path, data, self.patience)
 
@@ -203,9 +190,6 @@ class Dest:
 
         A tar that is there stays: another worker's record, and the index, may speak of it. If it is not the same,
         because that worker has another kind of device, or because it is damaged, this one is named by its content.
-
-        Raises:
-            Superseded, DataError: see ``writing``.
         """
         name = shard_name(number)
         if data and not self.create(name, data):
@@ -216,21 +200,13 @@ class Dest:
         return name
 
     def create_record(self, number: int, record: ShardRecord) -> None:
-        """Write the record of a shard. Of two workers' the first stays, unless it is damaged or its tar is gone.
-
-        Raises:
-            Superseded, DataError: see ``writing``.
-        """
+        """Write the record of a shard. Of two workers' the first stays, unless it is damaged or its tar is gone."""
         name, data = record_name(number), record.model_dump_json().encode()
         if not self.create(name, data) and not self.is_complete(number):
             self.write(name, data)
 
     def sweep(self, known: set[str]) -> None:
-        """Remove the records, what killed workers left, and the tars of shards that are not the index' own.
-
-        Args:
-            known: names of the shards in the index.
-        """
+        """Remove the records, what killed workers left, and the tars of shards that are not the index' (``known``)."""
         for name in self.sizes(PARTS):
             if _RECORD.match(name):
                 self._remove(f"{PARTS}/{name}")
@@ -284,13 +260,7 @@ def refuse_others(dest: Dest, theirs: Settings, mine: Settings) -> None:
 
 
 class Ledger:
-    """What all workers have finished, as of the last look. Each record is read once.
-
-    Args:
-        dest: where the shards are.
-        settings: of this worker.
-        shards: how many there will be.
-    """
+    """What all workers have finished of so many shards, as of the last look. Each record is read once."""
 
     def __init__(self, dest: Dest, settings: Settings, shards: int) -> None:
         self.ended = False

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+from rich.filesize import decimal
 
 from ig_dist.autoencoders import tokenizers
+from ig_dist.data.index import ShardIndex
 from ig_dist.data.sources import find_source, native_format, refuse_missing
 from ig_dist.encoding import prepare
-from ig_dist.encoding.display import summary
 from ig_dist.encoding.dry_run import estimate
 from ig_dist.encoding.encode import Job, existing_settings, finished_index
 from ig_dist.encoding.encode import encode as make_shards
@@ -18,6 +21,8 @@ from ig_dist.errors import ConfigError
 from ig_dist.storage.faults import Patience
 from ig_dist.terminal import console, is_first_process
 from ig_dist.this_process import this_device, this_process
+
+_LISTED_CHANNELS = 8  # more are summed up
 
 
 def encode(
@@ -113,13 +118,7 @@ def encode(
         total = round(len(images.labels) / share)
         if samples_per_shard is None and existing is None:
             settings = settings.model_copy(update={"samples_per_shard": default_samples_per_shard(total, sample_bytes)})
-        decoders = prepare.choose_decoders(workers, me, total)
-        if dry_run:
-            _say(*estimate(images, share, settings, encoder, device, batch_size, sample_bytes, decoders, processes))
-            return dest
-    prepare.refuse_full_disk(folder, total * sample_bytes)
-    index = make_shards(
-        Job(
+        job = Job(
             source=images,
             where=source,
             dest=folder,
@@ -128,12 +127,15 @@ def encode(
             device=device,
             shape=shape,
             worker=me,
-            decoders=decoders,
+            decoders=prepare.choose_decoders(workers, me, total),
             batch_size=batch_size,
             max_rejected=max_rejected,
         )
-    )
-    _say(*summary(index))
+        if dry_run:
+            _say(*estimate(job, share, sample_bytes, processes))
+            return dest
+    prepare.refuse_full_disk(folder, total * sample_bytes)
+    _say(*_summary(make_shards(job)))
     return dest
 
 
@@ -142,3 +144,39 @@ def _say(*lines: str) -> None:
     if is_first_process():
         for line in lines:
             console.print(line)
+
+
+def _summary(index: ShardIndex) -> list[str]:
+    """Lines that say what an index holds, and what to type next."""
+    info = index.info
+    counts = index.table.class_counts(len(info.classes))
+    stored = sum(shard.bytes for shard in info.shards)
+    shape = "x".join(map(str, info.latent.shape))
+    kind = "posterior moments of " if info.latent.kind == "moments" else ""
+    flips = ", and those of the mirrored images" if info.latent.flips else ""
+    size = info.tokenizer.image_size
+    rejected = f"{info.rejected} rejected" + (f" ({index.folder}/rejected.csv)" if info.rejected else "")
+    return [
+        f"{index.num_samples} images of {len(info.classes)} classes ({counts.min()} to {counts.max()} a class) ->"
+        f" {len(info.shards)} shards of {kind}{shape} latents{flips} in {index.folder} ({decimal(stored)})",
+        f"{rejected}, {info.upscaled} upscaled from less than {size} x {size}",
+        f"latents as the model sees them, per channel: mean {_numbers(info.statistics.mean)},"
+        f" std {_numbers(info.statistics.std)}",
+        f"index: {index.folder}/index.json",
+        f"next: {_training(index)}",
+    ]
+
+
+def _training(index: ShardIndex) -> str:
+    """The command that trains on the latents, with a config that fits them."""
+    info, name = index.info, PurePosixPath(index.folder).name
+    run = name.removesuffix("-data") if name.endswith("-data") else f"{name}-run"
+    fitting = {(4, 32, 32): "sit_xl2_ig", (32, 16, 16): "lightningdit_xl1_ig"}
+    config = "digits" if info.tokenizer.name == "pixel" else fitting.get(info.latent.shape, "CONFIG")
+    return shlex.join(["ig-dist", "train", config, f"data.index={index.folder}", f"run.dir=runs/{run}"])
+
+
+def _numbers(values: list[float]) -> str:
+    if len(values) > _LISTED_CHANNELS:
+        return f"{min(values):.3f} to {max(values):.3f}"
+    return " ".join(f"{value:.3f}" for value in values)

@@ -67,24 +67,14 @@ def settings_of(index: IndexFile) -> Settings:
 
 
 def default_samples_per_shard(images: int, sample_bytes: int) -> int:
-    """Samples for shards of about 256 MB, or an eighth of a small set; a multiple of 256.
-
-    Args:
-        images: files of the source.
-        sample_bytes: bytes of one sample in the tar.
-    """
+    """Samples for shards of about 256 MB, or an eighth of a small set; a multiple of 256."""
     size_limit, eighth = SHARD_BYTES // sample_bytes, -(-images // _MIN_SHARDS)
     wanted = min(size_limit // _MIN_SHARD, -(-eighth // _MIN_SHARD))
     return max(1, wanted) * _MIN_SHARD
 
 
 def sample_tar_bytes(shape: tuple[int, int, int], settings: Settings) -> int:
-    """Bytes of a sample in its tar: a header and 512-byte blocks for each latent and for the label.
-
-    Args:
-        shape: of a latent that the model sees, (C, h, w).
-        settings: what is stored.
-    """
+    """Bytes of a sample in its tar, by the model's (C, h, w): a header and blocks of 512 for each array and label."""
     array = 2 * math.prod(shape) * (2 if settings.store == "moments" else 1)
     npy = 512 + -(-(array + 128) // 512) * 512
     return (2 if settings.flips else 1) * npy + 1024

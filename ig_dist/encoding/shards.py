@@ -1,22 +1,89 @@
-"""From latents to a finished shard: the tar, batch by batch, then its record."""
+"""From batches of images to a finished shard: latents, the tar, batch by batch, then its record."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import tarfile
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ig_dist.autoencoders.tokenizer import Tokenizer
 from ig_dist.data.index import SampleTable
-from ig_dist.data.shards import FLIP_SUFFIX, SampleRow, pack_shard, scan_shard
+from ig_dist.data.shards import FLIP_SUFFIX, SampleRow, pack_shard, scan_shard, tar_end
 from ig_dist.data.sources import Source
 from ig_dist.data.statistics import ChannelSums
-from ig_dist.encoding.encoder import LatentBatch
 from ig_dist.encoding.loader import ImageBatch
 from ig_dist.encoding.records import Dest, Rejected, ShardRecord, Superseded
 from ig_dist.encoding.settings import Settings, sample_tar_bytes
 from ig_dist.errors import DataError
+from ig_dist.rng import Purpose, normal
+
+_IN_FLIGHT = 2  # batches whose latents are still on the device
+
+
+class LatentBatch(NamedTuple):
+    """The stored latents of a batch, (B, channels or 2 channels, h, w) float16 on the host."""
+
+    batch: ImageBatch
+    latents: NDArray[np.float16]
+    flipped: NDArray[np.float16] | None
+
+
+@torch.inference_mode()
+def stored_latents(tokenizer: Tokenizer, images: Tensor, numbers: Tensor, settings: Settings) -> list[Tensor]:
+    """What a shard holds of images: their latents, with ``flips`` also those of the mirrored images, float16.
+
+    Args:
+        tokenizer: on the device of the images.
+        images: (B, H, W, channels) uint8.
+        numbers: (B,) int64, of the images in the source: the key of posterior draws.
+        settings: what is stored.
+    """
+    stored = []
+    for step, view in enumerate([images, images.flip(2)] if settings.flips else [images]):
+        latents = tokenizer.encode(view)
+        if tokenizer.stochastic and settings.store == "sample":
+            mean, std = latents.chunk(2, dim=1)
+            latents = mean + std * normal(settings.seed, Purpose.ENCODE_POSTERIOR, numbers, mean.shape[1:], step=step)
+        stored.append(latents.to(torch.float16))
+    return stored
+
+
+def latent_batches(
+    batches: Iterable[ImageBatch], tokenizer: Tokenizer, settings: Settings, device: torch.device
+) -> Iterator[LatentBatch]:
+    """Encode batches. On a GPU the copies back run beside the next batch's encoding."""
+    in_flight: deque[tuple[ImageBatch, list[Tensor], Any]] = deque()
+    for batch in batches:
+        images, numbers = (part.to(device, non_blocking=True) for part in (batch.images, batch.numbers))
+        stored = stored_latents(tokenizer, images, numbers, settings) if len(numbers) else []
+        done = None
+        if device.type == "cuda":
+            stored = [
+                torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True) for part in stored
+            ]
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+        in_flight.append((batch._replace(images=batch.images[:0]), stored, done))
+        if len(in_flight) > _IN_FLIGHT or device.type != "cuda":
+            yield _arrived(*in_flight.popleft())
+    while in_flight:
+        yield _arrived(*in_flight.popleft())
+
+
+def _arrived(batch: ImageBatch, stored: list[Tensor], done: Any) -> LatentBatch:
+    if done is not None:
+        done.synchronize()
+    # Copies: pinned memory goes back to be used again.
+    arrays = [part.numpy().copy() for part in stored]
+    return LatentBatch(batch, arrays[0] if arrays else np.empty(0, np.float16), arrays[1] if arrays[1:] else None)
 
 
 @dataclass
@@ -70,12 +137,7 @@ def rejected_of(batch: ImageBatch, source: Source) -> list[Rejected]:
 
 
 def finish_shard(shard: OpenShard, dest: Dest, settings: Settings) -> None:
-    """Write the tar and the record of a shard, unless another worker has.
-
-    Args:
-        shard: with all its batches.
-        dest: where to.
-        settings: of all shards.
+    """Write the tar and the record of a shard that has all its batches, unless another worker has.
 
     Raises:
         DataError: latents that are not finite.
@@ -89,9 +151,8 @@ def finish_shard(shard: OpenShard, dest: Dest, settings: Settings) -> None:
         )
     if dest.has_index() or dest.is_complete(shard.number):
         return
-    if shard.rows:  # two blocks of zeros, to a whole record
-        end = 2 * tarfile.BLOCKSIZE
-        shard.write(memoryview(bytes(end + -(shard.tar.tell() + end) % tarfile.RECORDSIZE)))
+    if shard.rows:
+        shard.write(memoryview(tar_end(shard.tar.tell())))
     data, sha256 = shard.tar.getvalue(), shard.sha256.hexdigest()
     try:
         record = ShardRecord(

@@ -22,7 +22,7 @@ from PIL import Image
 import ig_dist
 from ig_dist.commands.encode import encode as encode_command
 from ig_dist.commands.sweep import sweep as sweep_command
-from ig_dist.data.processes import helpers
+from ig_dist.encoding.loader import helpers
 from ig_dist.errors import ConfigError
 from ig_dist.pipeline import Pipeline
 from tests.conftest import ROOT, TINY, run_command

@@ -15,12 +15,11 @@ from ig_dist.data.index import SampleTable
 from ig_dist.data.shards import FLIP_SUFFIX, pack_shard, scan_shard
 from ig_dist.data.sources.source import array_source
 from ig_dist.data.statistics import ChannelSums
-from ig_dist.encoding.encoder import LatentBatch
+from ig_dist.encoding.encode import shards_to_make
 from ig_dist.encoding.loader import ImageBatch
 from ig_dist.encoding.records import Dest
 from ig_dist.encoding.settings import Settings, default_samples_per_shard, sample_tar_bytes
-from ig_dist.encoding.shards import OpenShard, finish_shard
-from ig_dist.encoding.walk import shards_to_make
+from ig_dist.encoding.shards import LatentBatch, OpenShard, finish_shard
 from ig_dist.this_process import Process
 
 SETTINGS: dict[str, Any] = {

@@ -103,11 +103,11 @@ def test_rows_of_a_large_table_are_those_that_were_written(
     assert sum(read) <= 12 * side_file.BLOCK  # the header
     for name, column in opened.table.columns.items():
         whole = written.columns[name]
-        for rows in (slice(0, 200), slice(3, 77), slice(-5, None), slice(9, 9), [5, 199, 0, 5, -1], 7, -200):
-            found = column[np.array(rows) if isinstance(rows, list) else rows]
+        for rows in (slice(0, 200), slice(3, 77), slice(-5, None), slice(9, 9), 7, -200):
+            found = column[rows]
             assert np.array_equal(found, whole[rows]) and found.dtype == whole.dtype
         assert len(column) == 200
-        for beyond in (200, np.array([0, -201])):
+        for beyond in (200, -201):
             with pytest.raises(IndexError):
                 column[beyond]
     assert len(opened.table.label.blocks._held) <= side_file.HELD_BYTES // side_file.BLOCK  # type: ignore[attr-defined]
@@ -195,8 +195,8 @@ def test_an_index_costs_what_is_looked_at(tmp_path: Path, read: list[int]) -> No
         window = order.window(stream, number * 1024)
         for piece in window.pieces:
             rows = index.table[index.first_ids[piece.shard] + piece.start : index.first_ids[piece.shard] + piece.stop]
-            assert rows.crc32[0] == index.first_ids[piece.shard] + piece.start
-        assert (index.table.label[order.ids(window)] == order.ids(window) % 10).all()
+            ids = index.first_ids[piece.shard] + np.arange(piece.start, piece.stop)
+            assert np.array_equal(rows.crc32, ids) and np.array_equal(rows.label, ids % 10)
     assert tracemalloc.get_traced_memory()[1] < side_file.HELD_BYTES + 2e6
     blocks = 8 * 5 * (4 + 3 + 3)  # of a shard's three columns, for the 5 shards at most that a stream has been to
     assert sum(read) < blocks * side_file.BLOCK
