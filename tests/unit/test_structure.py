@@ -116,25 +116,34 @@ def test_pickles_are_read_in_one_place_and_tensors_only() -> None:
     assert [call["weights_only"] for call in calls] == ["True"]
 
 
-PROGRAMS = {"-m ig_dist.cli": "quickstart", "data_prep/encode_latents.py": "--source", "launchers/slurm.py": "--nodes"}
+PROGRAMS = {
+    "-m ig_dist.cli": "quickstart",
+    "data_prep/encode_latents.py": "--source",
+    "data_prep/index_shards.py": "--workers",
+    "data_prep/verify_shards.py": "--workers",
+    "launchers/slurm.py": "--nodes",
+}
+HEAVY = {"torch", "numpy", "matplotlib", "webdataset"}
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_answers_in_under_a_second(program: str) -> None:
-    command = [sys.executable, *program.split(), "--help"]
-    seconds = []
-    for _ in range(3):
+    command = [sys.executable, "-X", "importtime", *program.split(), "--help"]
+    for _ in range(5):  # another program may have the core
         began = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 1.0, seconds
+        if time.perf_counter() - began < 1.0:
+            break
+    else:
+        pytest.fail("it takes longer")
     assert PROGRAMS[program] in done.stdout
+    assert not HEAVY & {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
 
 
 def test_the_command_line_alone_imports_neither_torch_nor_numpy() -> None:
-    for module in ("ig_dist.cli", "ig_dist.slurm.batch", "ig_dist.launching.supervisor"):  # ranks wait for these two
-        heavy = f"import sys, {module}; assert not {{'torch', 'numpy'}} & set(sys.modules)"
-        subprocess.run([sys.executable, "-c", heavy], check=True)
+    modules = "ig_dist.cli, ig_dist.slurm.batch, ig_dist.launching.supervisor"  # ranks wait for these two
+    heavy = f"import sys, {modules}; assert not {{'torch', 'numpy'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", heavy], check=True)
 
 
 def test_every_exit_code_is_in_the_operators_document() -> None:
