@@ -89,22 +89,23 @@ def job_folder(job: Job, arguments: Sequence[str], folder: Path | None = None) -
     Raises:
         ConfigError: arguments that the job would refuse.
     """
+    given, run = parsed(job, arguments), None
     if job is Job.encode:
-        name, run = _last_part(parsed(job, arguments)["dest"]), None
+        name = _last_part(given["dest"])
     elif job in (Job.sample, Job.sweep):
         from ig_dist.export import find_run
 
-        source = parsed(job, arguments)["run"]
-        name, (_, run, _) = Path(source).name, find_run(source)
+        name, run = Path(given["run"]).name, find_run(given["run"])[1]
         if run is not None and folder is not None:
             raise ConfigError(f"--folder {folder}: a job of a run has its folder in the run; leave --folder out")
     elif job is Job.evaluate:
-        given = parsed(job, arguments)
         name, run = _last_part(given["samples"] or ""), _scored_run(given)
     else:
-        given = parsed(job, arguments)
-        name, run = given["out"].stem, None
-        _refuse_reference(given)
+        from ig_dist.evaluation.references import check_arguments
+
+        name = given["out"].stem
+        check_arguments(given["out"], given["extractors"].split(","))
+        refuse_missing(given["source"])
     return folder or run or Path("runs") / f"{job.value}-{name}"
 
 
@@ -143,13 +144,6 @@ def _scored_run(given: dict[str, Any]) -> Path | None:
     if given["reference"] is None and not alone:
         raise ConfigError(f"{src} holds no plan's samples (no {PLAN_NAME}): give --reference, what to hold it against")
     return None
-
-
-def _refuse_reference(given: dict[str, Any]) -> None:
-    from ig_dist.evaluation.references import check_arguments
-
-    check_arguments(given["out"], given["extractors"].split(","))
-    refuse_missing(given["source"])
 
 
 def refuse_missing(src: str) -> None:

@@ -34,11 +34,14 @@ def in_container(
     if image.endswith((".sif", ".sqsh")) and not file.exists():
         raise ConfigError(f"--container {image} does not exist: give a file, or a name in a registry")
     pairs = [(part.split(":") * 2)[:2] if ":" not in part else part.split(":") for part in mounts.split(",") if part]
-    places = [Path(pair[1]) for pair in pairs]
+
+    def inside(path: Path) -> bool:
+        return any(path.is_relative_to(pair[1]) for pair in pairs)
+
     # without the code that is installed there: what was submitted is run, and an image may set variables of its own
-    python = sys.executable if _is_below(Path(sys.prefix), places) else "python3"
+    python = sys.executable if inside(Path(sys.prefix)) else "python3"
     own = ["env", f"PYTHONPATH={source}", "PYTHONSAFEPATH=1", python]
-    pairs += [[str(path)] * 2 for path in dict.fromkeys(needed) if not _is_below(path, places)]
+    pairs += [[str(path)] * 2 for path in dict.fromkeys(needed) if not inside(path)]
     bound, image = ",".join(":".join(pair) for pair in pairs), str(file.absolute()) if file.exists() else image
     pyxis = False if image.endswith(".sif") or file.is_dir() else _srun_knows_pyxis()
     if pyxis:
@@ -58,10 +61,6 @@ def check_lines(python: Sequence[str]) -> list[str]:
         return []
     said = f"error: $SLURMD_NODENAME: no {python[0]} on PATH (--container): load its module, see --setup"
     return [f'command -v {python[0]} > /dev/null || {{ echo "{said}" >&2; exit 2; }}']
-
-
-def _is_below(path: Path, places: Sequence[Path]) -> bool:
-    return any(place in (path, *path.parents) for place in places)
 
 
 def _srun_knows_pyxis() -> bool:

@@ -126,11 +126,8 @@ def _is_over(events: Sequence[dict[str, object]]) -> bool:
 
 def final_code(folder: Folder) -> int:
     """The exit code of a job that has ended: the worst of its tasks."""
-    codes = []
-    for task in folder.tasks():
-        ends = [event for event in folder.events(task) if event["event"] == "end"]
-        last = ends[-1] if ends and folder.events(task)[-1]["event"] == "end" else None
-        codes.append(1 if last is None or last["code"] is None else int(last["code"]))
+    ends = [(folder.events(task) or [{}])[-1].get("code") for task in folder.tasks()]  # a start has none
+    codes = [1 if code is None else int(code) for code in ends]
     return next((code for code in (*endings.codes(After.NEVER), 1, STOPPED) if code in codes), max(codes))
 
 

@@ -99,20 +99,18 @@ def complete(request: Request, *, assume: bool = False) -> Request:
         if not assume or "--partition" in str(error):
             raise
         found = ASSUMED
-    on_cpus = request.gpus_per_node == 0 or bool(request.tasks_per_node and not request.gpus_per_node)
-    filled: dict[str, Any] = {"on_cpus": on_cpus}
-    if found and request.gpus_per_node and not found.gpus:
-        filled[
-            "unknown_gpus"
-        ] = not gpu_partitions()  # of any partition: the nodes are given whole, with what they have
-    if request.gpus_per_node is None:
-        own = found.gpus if found else 0
-        # a task of an array is one GPU's work
-        filled["gpus_per_node"] = 0 if request.tasks_per_node else min(own, 1) if request.tasks else own
-    gpus = filled.get("gpus_per_node", request.gpus_per_node)
-    filled["exclusive"] = bool(found and gpus and gpus == found.gpus and not request.tasks)
+    own, gpus = found.gpus if found else 0, request.gpus_per_node
+    if gpus is None:
+        gpus = 0 if request.tasks_per_node else min(own, 1) if request.tasks else own  # a task of an array has one
+    filled: dict[str, Any] = {
+        "gpus_per_node": gpus,
+        "on_cpus": request.gpus_per_node == 0 or bool(request.tasks_per_node and not request.gpus_per_node),
+        # of any partition: the nodes are given whole, with what they have
+        "unknown_gpus": bool(found and request.gpus_per_node and not own) and not gpu_partitions(),
+        "exclusive": bool(own and gpus == own and not request.tasks),
+    }
     if request.cpus_per_gpu is None and found:
-        filled["cpus_per_gpu"] = max(1, found.cpus // max(gpus or request.tasks_per_node or 1, found.gpus))
+        filled["cpus_per_gpu"] = max(1, found.cpus // max(gpus or request.tasks_per_node or 1, own))
     if request.mem is None and filled["exclusive"]:
         filled["mem"] = "0"  # of an exclusive node, SLURM gives all CPUs and GPUs, but not all memory
     limit, longest = (found.minutes, found.longest) if found else (None, None)
