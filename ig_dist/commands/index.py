@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from ig_dist.commands.options import WORKERS, Workers, flag, option
 from ig_dist.errors import ConfigError
@@ -30,8 +30,29 @@ TOLD = {
 }
 """What a tokenizer tells of the shards, and is needed where its weights are not."""
 
-Coefficients = list[float] | None
-"""One for all channels, or one per channel; None: from the statistics of the latents."""
+
+class Normalisation(NamedTuple):
+    """The model sees (latent - shift) * scale: a number for all channels or one for each; None: by the statistics."""
+
+    shift: list[float] | None
+    scale: list[float] | None
+    said: tuple[str, str] = ("--shift", "--scale")
+    """The options that say them."""
+
+    def check(self, channels: int) -> None:
+        """Raise ConfigError unless there is one number for all channels, or one for each."""
+        for name, numbers in zip(self.said, self[:2], strict=True):
+            if numbers and len(numbers) not in (1, channels):
+                raise ConfigError(f"{name} has {len(numbers)} numbers, the latents have {channels} channels")
+
+    def of(self, latent: LatentInfo, raw: Statistics) -> LatentInfo:
+        """The latents with their shift and scale; ``raw`` are the statistics of what is stored."""
+        inverse = [1 / std if std > 0 else 1.0 for std in raw.std]
+        chosen = {
+            name: by_statistics if numbers is None else numbers * (latent.shape[0] // len(numbers))
+            for name, numbers, by_statistics in (("shift", self.shift, raw.mean), ("scale", self.scale, inverse))
+        }
+        return latent.model_copy(update=chosen)
 
 
 def known_tokenizer(name: str, sha256: str | None, others: Mapping[str, object]) -> Tokenizer | None:
@@ -61,7 +82,7 @@ def known_tokenizer(name: str, sha256: str | None, others: Mapping[str, object])
     return tokenizer
 
 
-def coefficients(option: str, text: str | None, tokenizer: Tokenizer | None) -> Coefficients:
+def coefficients(option: str, text: str | None, tokenizer: Tokenizer | None) -> list[float] | None:
     """What ``--shift`` or ``--scale`` says, or else the tokenizer."""
     if text == "statistics":
         return None
@@ -168,11 +189,11 @@ def index(
         others |= {"--shift": latent_stats, "--scale": latent_stats}
     encoder = None if renormalise else known_tokenizer(tokenizer, tokenizer_sha256, others)
     if latent_stats is None:
-        shifts, scales = coefficients("--shift", shift, encoder), coefficients("--scale", scale, encoder)
+        wanted = Normalisation(coefficients("--shift", shift, encoder), coefficients("--scale", scale, encoder))
     else:
-        shifts, scales = read_latent_stats(latent_stats)
+        wanted = Normalisation(*read_latent_stats(latent_stats), said=("--latent-stats", "--latent-stats"))
     if renormalise:
-        return change_normalisation(shards, shifts, scales, latent_stats)
+        return change_normalisation(shards, wanted)
     names, words = (None, None) if class_names is None else read_class_names(class_names)
     keys = KeyInfo(latent=latent_key, flip=flip_key or "latent_flip.npy", label=label_key)
     if len({keys.latent, keys.flip, keys.label}) < 3:
@@ -185,11 +206,11 @@ def index(
     patience = Patience()
     dtype, shape, has_flip = first_sample(found, keys, patience)
     latent = describe(dtype, shape, bool(flip_key) or (has_flip and flip_key is None), kind, encoder)
-    check_channels(latent, shifts, scales, latent_stats)
+    wanted.check(latent.shape[0])
     side = choose_image_size(image_size, latent.shape, encoder)
     described, raw, table = read_shards(found, latent, keys, workers, patience)
     classes = choose_classes(described, table, names, num_classes)
-    latent = normalise(latent, raw, shifts, scales)
+    latent = wanted.of(latent, raw)
     info = {
         "source": source or PurePosixPath(found.folder).name,
         "seed": 0,
@@ -215,60 +236,45 @@ def index(
         console.print(line)
 
 
-def change_normalisation(url: str, shifts: Coefficients, scales: Coefficients, latent_stats: Path | None) -> None:
+def change_normalisation(url: str, wanted: Normalisation) -> None:
     """Give an index that is there another shift and scale; no shard is read, and nothing else is changed."""
     from ig_dist.data.index import read_index_file, write_index_file
     from ig_dist.data.statistics import as_stored, normalised
 
     folder, info, sha256 = read_index_file(url, "--shards")
-    check_channels(info.latent, shifts, scales, latent_stats)
+    wanted.check(info.latent.shape[0])
     kept = f"index.{sha256[:12]}.json"
     raw = as_stored(info.statistics, info.latent)
-    latent = normalise(info.latent, raw, shifts, scales)
+    latent = wanted.of(info.latent, raw)
     seen = normalised(raw, latent)
     try:
         write_index_file(folder, info, name=kept)  # to the byte: runs know it by its hash
         write_index_file(folder, info.model_copy(update={"latent": latent, "statistics": seen}))
     except OSError as error:
         raise ConfigError(f"the index cannot be written to {folder} ({error}): the folder must be writable") from None
-    mean, std = (f"{min(values):.3f} to {max(values):.3f}" for values in (seen.mean, seen.std))
-    console.print(f"as the model sees them now, per channel: mean {mean}, std {std}")
+    console.print(f"as the model sees them now, {seen_by_the_model(seen)}")
     console.print(
         f"written: {folder}/index.json; runs that were trained on the one before need that: it is kept as {kept},"
         " copy it back over index.json for them"
     )
 
 
-def check_channels(latent: LatentInfo, shifts: Coefficients, scales: Coefficients, latent_stats: Path | None) -> None:
-    """Raise ConfigError unless there is one number for all channels, or one for each."""
-    for name, numbers in (("--shift", shifts), ("--scale", scales)):
-        if numbers and len(numbers) not in (1, latent.shape[0]):
-            said = "--latent-stats" if latent_stats else name
-            raise ConfigError(f"{said} has {len(numbers)} numbers, the latents have {latent.shape[0]} channels")
-
-
-def normalise(latent: LatentInfo, raw: Statistics, shifts: Coefficients, scales: Coefficients) -> LatentInfo:
-    """The latents with their shift and scale."""
-    channels = latent.shape[0]
-    inverse = [1 / std if std > 0 else 1.0 for std in raw.std]
-    chosen = {
-        "shift": raw.mean if shifts is None else shifts * (channels // len(shifts)),
-        "scale": inverse if scales is None else scales * (channels // len(scales)),
-    }
-    return latent.model_copy(update=chosen)
+def seen_by_the_model(seen: Statistics) -> str:
+    """A line about normalised latents."""
+    mean, std = (f"{min(values):.3f} to {max(values):.3f}" for values in (seen.mean, seen.std))
+    return f"per channel: mean {mean}, std {std}"
 
 
 def summary(folder: str, info: dict[str, Any], table: SampleTable) -> list[str]:
     """Lines that say what was indexed, and what to type next."""
-    latent, seen = info["latent"], info["statistics"]
+    latent = info["latent"]
     counts = table.class_counts(len(info["classes"]))
     empty = f", {(counts == 0).sum()} of them without a sample" if not counts.all() else ""
     what = "moments" if latent.kind == "moments" else "latents"
     flips = ", and those of the mirrored images" if latent.flips else ""
-    mean, std = (f"{min(values):.3f} to {max(values):.3f}" for values in (seen.mean, seen.std))
     return [
         f"{len(table)} samples of {len(counts)} classes ({counts.min()} to {counts.max()} a class{empty}) in"
         f" {len(info['shards'])} shards of {latent.dtype} {'x'.join(map(str, latent.shape))} {what}{flips}",
-        f"as the model sees them, per channel: mean {mean}, std {std}",
+        f"as the model sees them, {seen_by_the_model(info['statistics'])}",
         f"written: {folder}/index.json; check it with: ig-dist verify {folder}",
     ]
