@@ -9,6 +9,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 from ig_dist.config.catalogue import check_metrics, check_weights
 from ig_dist.config.types import Finite, Fraction, Group, NonNegative, Positive, PositiveFloat, Seed, Url
 from ig_dist.diffusion.guidance import GuidanceTerm
+from ig_dist.diffusion.samplers import SOLVERS, SolverName
 
 
 class GuidanceConfig(Group):
@@ -50,9 +51,8 @@ class SampleConfig(Group):
     of them."""
     seed: Seed = 0
     """Image i depends on (this seed, i) only."""
-    # a new one also has its call in sampling/solving.py, run_solver, and its cost in plan.py, Plan.evaluations
-    solver: Literal["euler", "heun", "euler_maruyama", "dopri5"] = "heun"
-    """Euler, Heun and the adaptive dopri5 solve the ODE, Euler-Maruyama the SDE."""
+    solver: SolverName = "heun"
+    """euler_maruyama solves the SDE, the others the ODE; dopri5 is adaptive."""
     steps: Positive = 32
     """Steps of the solver (n + 1 points in time); dopri5 chooses its own."""
     time_shift: PositiveFloat | Literal["latent_dimension"] = 1.0
@@ -88,7 +88,10 @@ class SampleConfig(Group):
     """false: a unit's features stand for its images, of which only the first unit keeps some to look at; no npz."""
     png: NonNegative = 0
     """Write the first so many images as single PNG files too."""
-    keys_of: ClassVar = {"time_shift": ("solver", "heun", "euler"), "correct_last_step": ("solver", "heun")}
+    keys_of: ClassVar = {
+        key: ("solver", *(name for name, solver in SOLVERS.items() if key in solver.settings))
+        for key in ("time_shift", "correct_last_step")
+    }
 
 
 class EvaluateConfig(Group):
