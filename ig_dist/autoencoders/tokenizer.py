@@ -10,8 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
-"""tf32 is of GPUs, see ``ig_dist.arithmetic``, and fp32 elsewhere."""
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]  # tf32 is of GPUs, see `ig_dist.arithmetic`, and fp32 elsewhere
 
 
 @dataclass(frozen=True)
@@ -19,24 +18,22 @@ class Tokenizer:
     """Images (B, H, W, channels) uint8 <-> latents (B, C, h, w). Results lie on the device of what was given."""
 
     name: str
-    sha256: str
-    """Hash of weights and settings, whatever file they came in and whatever they are run on."""
-    downsample: int
-    """Side of the image over the side of its latent."""
-    image_channels: int | None
-    """None: any."""
-    stochastic: bool
-    """Whether ``encode`` gives mean and std of a posterior."""
+    sha256: str  # hash of weights and settings, whatever file they came in and whatever they are run on
+    downsample: int  # side of the image over the side of its latent
+    image_channels: int | None  # None: any
+    stochastic: bool  # whether `encode` gives mean and std of a posterior
     scale: float | None
     """The model sees latent * scale; None: (latent - mean) / std by the data set's statistics per channel."""
-    uint8_rule: str
-    """How decoded values become uint8; part of every score's protocol."""
-    encode: Callable[[Tensor], Tensor]
-    """To fp32 latents, or to mean and std stacked, (B, 2C, h, w), if stochastic."""
+    uint8_rule: str  # how decoded values become uint8; part of every score's protocol
+    encode: Callable[[Tensor], Tensor]  # to fp32 latents, or to mean and std stacked, (B, 2C, h, w), if stochastic
     decode: Callable[[Tensor], Tensor]
     """Latents of any float type, without the model's normalisation, to uint8 images (B, H, W, channels)."""
-    latent_channels: int | None = None
-    """None: those of the image."""
+    latent_channels: int | None = None  # None: those of the image
+
+    def latent_shape(self, image_size: int, image_channels: int) -> tuple[int, int, int]:
+        """Shape of the latent that a model sees of such images, (C, h, w)."""
+        side = image_size // self.downsample
+        return self.latent_channels or image_channels, side, side
 
 
 _PIXEL_RULE = "clip(round(127.5 (x + 1)), 0, 255) of [-1, 1]"

@@ -67,11 +67,10 @@ def index_tokenizer(
             f"the data were encoded by tokenizer {info.name} (sha256 {info.sha256[:16]}), but {place} is another one"
             f" (sha256 {tokenizer.sha256[:16]}): point sample.tokenizer to the one that encoded them"
         )
-    channels = tokenizer.latent_channels or info.image_channels
-    side = info.image_size // tokenizer.downsample
-    if latent.shape != (channels, side, side):
+    shape = tokenizer.latent_shape(info.image_size, info.image_channels)
+    if latent.shape != shape:
         raise ConfigError(
-            f"tokenizer {tokenizer.name} makes latents of shape {channels}x{side}x{side} from images of side"
+            f"tokenizer {tokenizer.name} makes latents of shape {'x'.join(map(str, shape))} from images of side"
             f" {info.image_size}, the index says {'x'.join(map(str, latent.shape))}: encode or index again"
         )
     return tokenizer

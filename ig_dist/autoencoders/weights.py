@@ -20,15 +20,11 @@ FOLDER_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 class Published:
     """A published autoencoder."""
 
-    name: str
-    """As it stands in an index."""
-    short: str
-    """Another name for it, and its folder among the tokenizers."""
-    repo: str
-    """On the Hugging Face hub."""
+    name: str  # as it stands in an index
+    short: str  # another name for it, and its folder among the tokenizers
+    repo: str  # on the Hugging Face hub
     files: tuple[str, ...]
-    automatic: bool
-    """Whether the hub is asked for it."""
+    automatic: bool  # whether the hub is asked for it
 
 
 PUBLISHED = [

@@ -36,8 +36,7 @@ class BlockCache:
 
     def __init__(self, folder: str, cap: int, index: ShardIndex) -> None:
         self._folder = Path(folder).expanduser() / index.sha256[:16]
-        self.full = False
-        """Nothing more is kept."""
+        self.full = False  # nothing more is kept
         self._lock = threading.Lock()
         if self._folder.is_symlink():  # what is left over would be removed where it leads
             raise ConfigError(f"data.cache_dir {self._folder} is a link: remove it, or choose another folder")

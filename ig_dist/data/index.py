@@ -54,26 +54,20 @@ class TokenizerInfo(_Record):
     """Which tokenizer made the latents, and how."""
 
     name: str
-    sha256: str
-    """Hash of the tokenizer's weights and settings."""
+    sha256: str  # hash of the tokenizer's weights and settings
     image_size: int
     image_channels: int
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the encoder."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # arithmetic of the encoder
 
 
 class LatentInfo(_Record):
     """Shape and meaning of a stored latent."""
 
-    kind: Literal["sample", "moments"]
-    """sample: (C, H, W); moments: mean and std stacked, (2C, H, W)."""
-    shape: tuple[PositiveInt, PositiveInt, PositiveInt]
-    """Shape of the latent that the model sees, (C, H, W)."""
+    kind: Literal["sample", "moments"]  # sample: (C, H, W); moments: mean and std stacked, (2C, H, W)
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt]  # shape of the latent that the model sees, (C, H, W)
     dtype: Literal["float16", "float32"]
-    flips: bool = False
-    """Each sample also holds the latent of the mirrored image, in the same shape and type."""
-    shift: list[float]
-    """Per channel: the model sees (latent - shift) * scale."""
+    flips: bool = False  # each sample also holds the latent of the mirrored image, in the same shape and type
+    shift: list[float]  # per channel: the model sees (latent - shift) * scale
     scale: list[float]
 
     @property
@@ -117,23 +111,17 @@ class IndexFile(_Record):
 
     format: Literal["ig-dist-index/1"]
     source: str
-    seed: int
-    """Seed of the shuffle at write time."""
+    seed: int  # seed of the shuffle at write time
     samples_per_shard: int | None = None
     """Places of each shard in that shuffle; a shard holds fewer samples where files were rejected."""
     tokenizer: TokenizerInfo
     latent: LatentInfo
     keys: KeyInfo = KeyInfo()
-    foreign: bool = False
-    """The shards were made elsewhere, and only indexed."""
-    classes: list[str]
-    """Class i is the i-th name; for ImageNet the sorted synsets (n01440764, ...)."""
-    class_names: list[str] | None = None
-    """The same in words, where known."""
-    rejected: int = 0
-    """Files of the source that hold no picture; ``rejected.csv`` beside the index lists them."""
-    upscaled: int = 0
-    """Images that were smaller than ``tokenizer.image_size`` before they were cut."""
+    foreign: bool = False  # the shards were made elsewhere, and only indexed
+    classes: list[str]  # class i is the i-th name; for ImageNet the sorted synsets (n01440764, ...)
+    class_names: list[str] | None = None  # the same in words, where known
+    rejected: int = 0  # files of the source that hold no picture; `rejected.csv` beside the index lists them
+    upscaled: int = 0  # images that were smaller than `tokenizer.image_size` before they were cut
     statistics: Statistics
     table_sha256: str
     table_crc32: str | None = Field(default=None, pattern="^([0-9a-f]{8})+$")
@@ -150,14 +138,10 @@ class IndexFile(_Record):
 class SampleTable:
     """One row per sample, in index order: shard by shard, as in the tars."""
 
-    offset: Column
-    """int64: byte offset of the latent's array data in its shard."""
-    label: Column
-    """int32."""
-    crc32: Column
-    """uint32: CRC-32 of the array data."""
-    flip_offset: Column | None = None
-    """The same for the latent of the mirrored image, where shards have it."""
+    offset: Column  # int64: byte offset of the latent's array data in its shard
+    label: Column  # int32
+    crc32: Column  # uint32: CRC-32 of the array data
+    flip_offset: Column | None = None  # the same for the latent of the mirrored image, where shards have it
     flip_crc32: Column | None = None
 
     @classmethod
@@ -216,12 +200,10 @@ class SampleTable:
 class ShardIndex:
     """An opened index."""
 
-    folder: str
-    """URL or path of the folder that holds the shards."""
+    folder: str  # URL or path of the folder that holds the shards
     info: IndexFile
     table: SampleTable
-    sha256: str
-    """Hash of ``index.json``, which holds the hashes of everything else."""
+    sha256: str  # hash of `index.json`, which holds the hashes of everything else
 
     @property
     def num_samples(self) -> int:

@@ -12,8 +12,7 @@ from ig_dist.errors import ConfigError
 from ig_dist.rng import Purpose, normal
 
 Posterior = Literal["draw", "stored_sample", "mean"]
-Affine = tuple[Tensor, Tensor]
-"""Shift and scale, (1, C, 1, 1) each."""
+Affine = tuple[Tensor, Tensor]  # shift and scale, (1, C, 1, 1) each
 
 
 def check_latents(info: LatentInfo, posterior: Posterior | None, flip: bool) -> Posterior:

@@ -111,15 +111,13 @@ class ShardReader:
         self._index, self._on_corrupt, self._cache = index, on_corrupt, cache
         self._fs, self._path = open_url(index.folder, "data.index", self.patience)
         self._shape, self._dtype = index.info.latent.stored_shape, np.dtype(index.info.latent.dtype)
-        self.sample_bytes = index.info.latent.stored_bytes
-        """Of its array."""
+        self.sample_bytes = index.info.latent.stored_bytes  # of its array
         if self.sample_bytes > max(shard.bytes for shard in index.info.shards):
             raise ConfigError(
                 f"{index.folder}: latents of shape {index.info.latent.shape} are larger than its shards:"
                 f" {index.info.remake}"
             )
-        self.table = index.table.under(self.patience)
-        """That of the index, read under the same patience."""
+        self.table = index.table.under(self.patience)  # that of the index, read under the same patience
         self._first_id = index.first_ids
         self._request_bytes = request_bytes
         self._kept = cache.shards if cache else 0  # the first shards, whose blocks the cache keeps

@@ -78,8 +78,7 @@ class ShardContent(NamedTuple):
     rows: SampleTable
     sha256: str
     sums: ChannelSums
-    problem: ConfigError | DamagedTar | None
-    """Why it could not be read to its end; there are no rows then."""
+    problem: ConfigError | DamagedTar | None  # why it could not be read to its end; there are no rows then
 
 
 def read_shard(
@@ -124,10 +123,8 @@ class FoundShards(NamedTuple):
     """Shards of one folder."""
 
     fs: Any
-    folder: str
-    """In the file system."""
-    sizes: dict[str, int]
-    """Names, sorted, and bytes."""
+    folder: str  # in the file system
+    sizes: dict[str, int]  # names, sorted, and bytes
 
 
 def find_shards(expression: str) -> FoundShards:

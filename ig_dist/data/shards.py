@@ -30,16 +30,14 @@ class SampleRow(NamedTuple):
     offset: int
     label: int
     crc32: int
-    flip_offset: int = -1
-    """Of the latent of the mirrored image; -1: there is none."""
+    flip_offset: int = -1  # of the latent of the mirrored image; -1: there is none
     flip_crc32: int = 0
 
 
 class Array(NamedTuple):
     """An array in a tar."""
 
-    offset: int
-    """Of its data in the tar."""
+    offset: int  # of its data in the tar
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     data: memoryview

@@ -19,12 +19,9 @@ class ChannelSums:
     def __init__(self, kind: Literal["sample", "moments"], channels: int) -> None:
         self.sums: NDArray[np.float64] = np.zeros((2, channels))
         """Of x and of x^2, (2, C); not finite if a latent is not."""
-        self.values = 0
-        """Summed up in each channel."""
-        self.not_finite: list[str] = []
-        """Keys of samples with NaN or infinity."""
-        self.negative_std: list[str] = []
-        """Keys of samples with moments that cannot be."""
+        self.values = 0  # summed up in each channel
+        self.not_finite: list[str] = []  # keys of samples with NaN or infinity
+        self.negative_std: list[str] = []  # keys of samples with moments that cannot be
         self._kind = kind
         self._held: list[tuple[str, NDArray[Any]]] = []
 

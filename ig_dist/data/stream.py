@@ -39,16 +39,11 @@ _LEAST = 2**23  # bytes of a part: in requests for 5 MB the requests are half of
 class Batch:
     """This rank's rows of one global batch."""
 
-    latents: Tensor
-    """(R, *stored shape), as stored."""
-    labels: Tensor
-    """(R,) int64."""
-    ids: Tensor
-    """(R,) int64, ids of the samples."""
-    positions: Tensor
-    """(R,) int64, position of each row in the run: the key of all its randomness."""
-    epochs: Tensor
-    """(R,) int64."""
+    latents: Tensor  # (R, *stored shape), as stored
+    labels: Tensor  # (R,) int64
+    ids: Tensor  # (R,) int64, ids of the samples
+    positions: Tensor  # (R,) int64, position of each row in the run: the key of all its randomness
+    epochs: Tensor  # (R,) int64
 
     def split(self, count: int) -> list[Batch]:
         """``count`` micro-batches: consecutive slices of equal length."""
@@ -64,10 +59,8 @@ class _Window:
     spots: Spots  # (n,)
     places: NDArray[np.int64]  # (n,)
     """Where in the cursor's memory each is held; -1: it is not, and must be picked."""
-    todo: deque[NDArray[np.int64]]
-    """Parts that nobody reads yet: samples that lie together in a shard."""
-    unread: int
-    """Samples of these parts, and of those that are being read."""
+    todo: deque[NDArray[np.int64]]  # parts that nobody reads yet: samples that lie together in a shard
+    unread: int  # samples of these parts, and of those that are being read
 
 
 class _Part(NamedTuple):
@@ -75,10 +68,8 @@ class _Part(NamedTuple):
 
     of: _Window
     samples: NDArray[np.int64]
-    places: list[int]
-    """That are kept for them."""
-    good: Future[NDArray[np.bool_] | None]
-    """Which of them are; None: they are not held, for the kernel does."""
+    places: list[int]  # that are kept for them
+    good: Future[NDArray[np.bool_] | None]  # which of them are; None: they are not held, for the kernel does
 
 
 class _Cursor:

@@ -26,12 +26,9 @@ from ig_dist.storage.faults import PATIENCE, Patience, unreadable
 from ig_dist.storage.files import REQUEST_BYTES, read_range
 from ig_dist.storage.urls import full_url
 
-BLOCK = 2**17
-"""Bytes under one CRC: some shards' worth of a column; no row straddles two."""
-HELD_BYTES = REQUEST_BYTES
-"""Of blocks that a process holds; a file of no more is read whole."""
-PIECE = 2**23
-"""Bytes that are written, or looked through, at once."""
+BLOCK = 2**17  # bytes under one CRC: some shards' worth of a column; no row straddles two
+HELD_BYTES = REQUEST_BYTES  # of blocks that a process holds; a file of no more is read whole
+PIECE = 2**23  # bytes that are written, or looked through, at once
 
 _READ_AGAIN = 3
 _ROWS = 2**16  # that are written at once
@@ -132,8 +129,7 @@ class StoredColumn:
     """A column in the side file, of which only what is asked for is read."""
 
     blocks: Blocks
-    begin: int
-    """Of its first byte in the file."""
+    begin: int  # of its first byte in the file
     count: int
     dtype: np.dtype[Any]
     patience: Patience
@@ -237,8 +233,7 @@ class Spool:
 
     def __init__(self, folder: str | None) -> None:
         self._folder = folder
-        self.columns: dict[str, SpooledColumn] = {}
-        """What was added so far."""
+        self.columns: dict[str, SpooledColumn] = {}  # what was added so far
 
     def add(self, columns: Mapping[str, Column]) -> None:
         """Append rows.

@@ -35,8 +35,7 @@ class Member(NamedTuple):
     """A regular file in a tar."""
 
     name: str
-    offset: int
-    """Of its first byte in the tar."""
+    offset: int  # of its first byte in the tar
     size: int
     data: bytes
 

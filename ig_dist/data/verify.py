@@ -36,18 +36,15 @@ class ShardCheck:
 
     name: str
     problems: list[str] = field(default_factory=list)
-    sums: ChannelSums | None = None
-    """Of its latents, if it was read to its end."""
+    sums: ChannelSums | None = None  # of its latents, if it was read to its end
     bytes_read: int = 0
 
 
 class Drift(NamedTuple):
     """The largest differences of the latents' statistics from those of the index, over the channels."""
 
-    mean: float
-    """In standard deviations."""
-    std: float
-    """Relative."""
+    mean: float  # in standard deviations
+    std: float  # relative
 
 
 @dataclass
@@ -55,10 +52,8 @@ class Verdict:
     """What was found of all shards."""
 
     shards: list[ShardCheck]
-    orphans: list[str]
-    """Files beside the index that it does not know."""
-    drift: Drift | None
-    """None: not every shard was read."""
+    orphans: list[str]  # files beside the index that it does not know
+    drift: Drift | None  # None: not every shard was read
     index_problems: list[str]
 
     @property

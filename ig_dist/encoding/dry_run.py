@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import NamedTuple
 
-import torch
 from rich.filesize import decimal
 
 from ig_dist.encoding.encode import Job
@@ -18,30 +16,8 @@ from ig_dist.rng import Purpose, permutation
 MEASURED_IMAGES = 48
 
 
-class Rates(NamedTuple):
-    """Images/s of one process."""
-
-    images: int
-    """That were measured."""
-    decoding: float
-    """Of one decoding process."""
-    encoding: float
-    """Of the device."""
-
-    def feeding(self, devices: int) -> int:
-        """Decoding processes that so many devices never wait for."""
-        return math.ceil(devices * self.encoding / self.decoding) if math.isfinite(self.encoding) else 0
-
-    def overall(self, decoders: int, device: torch.device) -> float:
-        """Images/s with so many decoding processes. A GPU works beside them; a CPU is shared with them."""
-        decoding = self.decoding * max(decoders, 1)
-        if decoders and device.type == "cuda":
-            return min(decoding, self.encoding)
-        return 1 / (1 / decoding + 1 / self.encoding)
-
-
-def measure(job: Job, order: list[int]) -> Rates:
-    """Decode and encode the first images of the shuffle, and throw the result away."""
+def measure(job: Job, order: list[int]) -> tuple[int, float, float]:
+    """Images measured, the first of the shuffle, and images/s of one decoding process and of the device."""
     numbers, settings = order[:MEASURED_IMAGES], job.settings
     request = Request(0, True, numbers, [job.source.item(number) for number in numbers])
     began = time.perf_counter()
@@ -53,7 +29,7 @@ def measure(job: Job, order: list[int]) -> Rates:
         began = time.perf_counter()
         stored_latents(job.tokenizer, images, ids, settings)[-1].cpu()  # waits for the device
     encoding = len(ids) / (time.perf_counter() - began) if repeats else float("inf")
-    return Rates(len(numbers), decoding, encoding)
+    return len(numbers), decoding, encoding
 
 
 def estimate(job: Job, share: float, sample_bytes: int, processes: int) -> list[str]:
@@ -66,15 +42,20 @@ def estimate(job: Job, share: float, sample_bytes: int, processes: int) -> list[
         processes: that will share the work.
     """
     order = permutation(job.settings.seed, Purpose.ENCODE_ORDER, 0, len(job.source.labels)).tolist()
-    rates = measure(job, order)
-    rate, images = rates.overall(job.decoders, job.device), round(len(order) / share)
+    measured, decoding, encoding = measure(job, order)
+    # processes that one device, and two, never wait for
+    feeding = [math.ceil(devices * encoding / decoding) if math.isfinite(encoding) else 0 for devices in (1, 2)]
+    all_decoding = decoding * max(job.decoders, 1)
+    rate = 1 / (1 / all_decoding + 1 / encoding)  # a CPU is shared with the decoding processes
+    if job.decoders and job.device.type == "cuda":  # a GPU works beside them
+        rate = min(all_decoding, encoding)
+    images = round(len(order) / share)
     shards = shard_count(images, job.settings.samples_per_shard)
     lines = [
         f"{'' if share == 1 else 'about '}{images:,} images of {len(job.source.classes):,} classes"
         f" -> {shards:,} shards, {decimal(images * sample_bytes)}",
-        f"measured on {rates.images} images: a process decodes {rates.decoding:,.0f} images/s,"
-        f" {job.device} encodes {rates.encoding:,.0f} images/s, fed by {rates.feeding(1)} decoding processes (two by"
-        f" {rates.feeding(2)})",
+        f"measured on {measured} images: a process decodes {decoding:,.0f} images/s, {job.device} encodes"
+        f" {encoding:,.0f} images/s, fed by {feeding[0]} decoding processes (two by {feeding[1]})",
     ]
     for count in sorted({1, processes}):
         who = "1 process" if count == 1 else f"{count} processes, each on a GPU or machine of its own,"

@@ -26,10 +26,8 @@ from ig_dist.terminal.progress import progress
 from ig_dist.this_process import Process
 
 LOOK_AGAIN_S = 10.0
-STOP_S = 5.0
-"""That a stopped worker waits for the shard that is being written."""
-COUNT_S = 60.0
-"""In which rejected files are counted on, when they are too many already."""
+STOP_S = 5.0  # that a stopped worker waits for the shard that is being written
+COUNT_S = 60.0  # in which rejected files are counted on, when they are too many already
 
 
 @dataclass(frozen=True)
@@ -37,17 +35,14 @@ class Job:
     """All that the workers' loop needs."""
 
     source: Source
-    where: str
-    """The source as the user gave it."""
+    where: str  # the source as the user gave it
     dest: Dest
     settings: Settings
     tokenizer: Tokenizer
     device: torch.device
-    shape: tuple[int, int, int]
-    """Of a latent that the model sees, (C, h, w)."""
+    shape: tuple[int, int, int]  # of a latent that the model sees, (C, h, w)
     worker: Process
-    decoders: int
-    """Processes that decode images; 0: this one does."""
+    decoders: int  # processes that decode images; 0: this one does
     batch_size: int
     max_rejected: float
 

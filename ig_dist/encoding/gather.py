@@ -74,8 +74,7 @@ class _Totals:
         self.shards: list[dict[str, Any]] = []
         self.rejected: list[Rejected] = []
         self.samples = self.upscaled = 0
-        self.sums: Any = 0.0
-        """Per channel, of the latents and of their squares."""
+        self.sums: Any = 0.0  # per channel, of the latents and of their squares
         self._spool = Spool(folder)
 
     def add(self, record: ShardRecord) -> None:

@@ -30,10 +30,8 @@ class Request(NamedTuple):
     """A batch to be: consecutive places of one shard."""
 
     shard: int
-    last: bool
-    """Whether the shard ends with it."""
-    numbers: list[int]
-    """Of the images in the source."""
+    last: bool  # whether the shard ends with it
+    numbers: list[int]  # of the images in the source
     items: list[Item]
 
 
@@ -42,15 +40,12 @@ class ImageBatch(NamedTuple):
 
     shard: int
     last: bool
-    places: int
-    """Images asked for."""
+    places: int  # images asked for
     numbers: Tensor  # (B,) int64: those that are pictures
     images: Tensor  # (B, H, W, channels) uint8
-    rejected: list[tuple[int, str]]
-    """(number, reason) of the others."""
+    rejected: list[tuple[int, str]]  # (number, reason) of the others
     upscaled: int
-    error: str | None
-    """What ended the reading; an exception would arrive with the traceback of another process."""
+    error: str | None  # what ended the reading; an exception would arrive with the traceback of another process
 
 
 class _Requests(Dataset[Request]):

@@ -11,7 +11,6 @@ import csv
 import io
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Annotated, Any, NamedTuple
 
@@ -46,8 +45,7 @@ class Superseded(Exception):  # noqa: N818  (no failure: what was to be written 
 class Rejected(NamedTuple):
     """A file of the source that holds no picture."""
 
-    number: int
-    """Of the image in the source."""
+    number: int  # of the image in the source
     path: str
     reason: str
 
@@ -79,25 +77,16 @@ class ShardRecord(BaseModel):
     rows: Annotated[SampleTable, PlainValidator(_table), PlainSerializer(_rows)]
     """As columns, for they may be many; a list of ``SampleRow`` in the file."""
     rejected: list[Rejected]
-    upscaled: int
-    """Images that were smaller than they are now."""
-    sums: list[float]
-    """Per channel: sum of the stored latents (of moments: of the means), as float64."""
-    square_sums: list[float]
-    """Per channel: sum of their squares (of moments: of mean^2 + std^2)."""
+    upscaled: int  # images that were smaller than they are now
+    sums: list[float]  # per channel: sum of the stored latents (of moments: of the means), as float64
+    square_sums: list[float]  # per channel: sum of their squares (of moments: of mean^2 + std^2)
 
 
-@dataclass
 class Dest:
     """The folder of the shards: a path or any fsspec URL."""
 
-    url: str
-    patience: Patience = field(default_factory=Patience)
-    fs: Any = field(init=False)
-    path: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.url = self.url.rstrip("/")
+    def __init__(self, url: str, patience: Patience | None = None) -> None:
+        self.url, self.patience = url.rstrip("/"), patience or Patience()
         self.fs, self.path = open_url(self.url, "--dest", self.patience)
 
     def sizes(self, folder: str = "") -> dict[str, int]:
@@ -263,8 +252,7 @@ class Ledger:
     """What all workers have finished of so many shards, as of the last look. Each record is read once."""
 
     def __init__(self, dest: Dest, settings: Settings, shards: int) -> None:
-        self.ended = False
-        """The index is there."""
+        self.ended = False  # the index is there
         self.finished: set[int] = set()
         self._known: dict[int, tuple[str | None, list[Rejected]]] = {}  # the tar, if any, and what was rejected
         self._dest, self._settings, self._shards = dest, settings, shards

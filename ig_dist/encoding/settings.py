@@ -23,8 +23,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    source: str
-    """Name of the source with the images' size."""
+    source: str  # name of the source with the images' size
     tokenizer: str
     tokenizer_sha256: str
     precision: Precision
@@ -33,8 +32,7 @@ class Settings(BaseModel):
     store: Store
     flips: bool
     seed: int
-    samples_per_shard: int
-    """Places of a shard in the shuffle."""
+    samples_per_shard: int  # places of a shard in the shuffle
 
     def differences(self, other: Settings) -> list[str]:
         """What differs, as "seed: 0 there, 5 here"; ``other`` is here.

@@ -91,10 +91,8 @@ class OpenShard:
     """A shard that is being made: each batch is packed while the processor's cache still has it."""
 
     number: int
-    tar: io.BytesIO = field(default_factory=io.BytesIO)
-    """Its samples so far."""
-    sha256: Any = field(default_factory=hashlib.sha256)
-    """Of these bytes."""
+    tar: io.BytesIO = field(default_factory=io.BytesIO)  # its samples so far
+    sha256: Any = field(default_factory=hashlib.sha256)  # of these bytes
     rows: list[SampleRow] = field(default_factory=list)
     sums: ChannelSums | None = None
     rejected: list[Rejected] = field(default_factory=list)

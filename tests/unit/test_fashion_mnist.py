@@ -18,7 +18,7 @@ from ig_dist.autoencoders.tokenizers import get_tokenizer
 from ig_dist.config.file import load_config
 from ig_dist.data.index import read_index
 from ig_dist.data.sources import Native, find_source, idx, native_format, refuse_missing
-from ig_dist.encoding.prepare import choose_image_size, refuse_dest_in_source
+from ig_dist.encoding.run import choose_image_size, refuse_dest_in_source
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT
 from tests.conftest import ROOT, run_command

@@ -40,10 +40,8 @@ class IdxPair(NamedTuple):
 
     images: Path
     labels: Path
-    what: str
-    """Begins the source's name."""
-    class_names: tuple[str, ...] | None
-    """In words, where known."""
+    what: str  # begins the source's name
+    class_names: tuple[str, ...] | None  # in words, where known
 
 
 def find_idx(src: str) -> IdxPair | None:

@@ -35,8 +35,7 @@ Item = ByteRange | NDArray[np.uint8]
 class Listed(NamedTuple):
     """An image as a listing finds it."""
 
-    path: str
-    """What the user knows it by."""
+    path: str  # what the user knows it by
     label: int
     where: ByteRange
 
@@ -45,32 +44,26 @@ class Listed(NamedTuple):
 class Source:
     """Labelled images with random access."""
 
-    name: str
-    """Says all that the images depend on but their size: equal names are equal images."""
+    name: str  # says all that the images depend on but their size: equal names are equal images
     classes: list[str]
-    class_names: list[str] | None
-    """In words, where known."""
+    class_names: list[str] | None  # in words, where known
     labels: NDArray[np.int64]  # (N,)
-    paths: Sequence[str]
-    """What the user knows each image by."""
+    paths: Sequence[str]  # what the user knows each image by
     item: Callable[[int], Item]
 
 
 class Native(NamedTuple):
     """The format of images that are pixels already, which no option changes."""
 
-    size: int
-    """Their side."""
+    size: int  # their side
     channels: int
 
 
 class Found(NamedTuple):
     """What SRC was recognised as. Opening it may take a copy of it (``spool``)."""
 
-    kind: str
-    """In words: said to the user."""
-    name: str
-    """The name that the opened source will have."""
+    kind: str  # in words: said to the user
+    name: str  # the name that the opened source will have
     open: Callable[[], Source]
     open_part: Callable[[str], tuple[Source, float]] | None = None
     """Of a source that must be copied: copies a part of it into a folder; gives that and its share of the whole."""

@@ -37,14 +37,11 @@ _THREADS = 8
 class SourceFile(NamedTuple):
     """A file of a source, local or remote."""
 
-    fs: Any
-    """Its fsspec file system."""
-    path: str
-    """Within that."""
+    fs: Any  # its fsspec file system
+    path: str  # within that
     name: str
     size: int
-    version: str
-    """What the store tells of its content (an ETag); may be empty."""
+    version: str  # what the store tells of its content (an ETag); may be empty
 
 
 Copy = Callable[[SourceFile, Path, Patience, Advance], None]

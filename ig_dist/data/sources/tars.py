@@ -36,8 +36,7 @@ class TarFile(NamedTuple):
     """A local tar, or a part of one that is a tar itself."""
 
     path: str
-    name: str
-    """What the user knows it by."""
+    name: str  # what the user knows it by
     offset: int = 0
     size: int | None = None
 
