@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ig_dist.errors import IgDistError
     from ig_dist.evaluation.evaluate import evaluate
     from ig_dist.pipeline import Pipeline
-    from ig_dist.sampling.gallery import grid
+    from ig_dist.sampling.pictures import grid
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,7 +41,7 @@ _PLACES = {
     "Pipeline": "pipeline",
     "encode": "encoding.run",
     "evaluate": "evaluation.evaluate",
-    "grid": "sampling.gallery",
+    "grid": "sampling.pictures",
     "load": "api",
     "sample": "api",
     "sweep": "api",

@@ -24,7 +24,7 @@ from ig_dist.models.dit import DiT, count_parameters
 from ig_dist.plans.asking import Asked, sample_config
 from ig_dist.plans.plan import class_names, image_numbers, make_plan
 from ig_dist.rng import Purpose, normal
-from ig_dist.sampling.gallery import Images, pil_images
+from ig_dist.sampling.pictures import Images, pil_images
 from ig_dist.sampling.solving import Models, Sampler, autoguided, decode, decoder, load_second
 from ig_dist.terminal.progress import progress
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import ig_dist
 from ig_dist.models.dit import DiT
-from ig_dist.sampling.gallery import Images
+from ig_dist.sampling.pictures import Images
 
 pipe = ig_dist.load("runs/digits", ema=0.995, device="cpu")
 assert_type(pipe, ig_dist.Pipeline)

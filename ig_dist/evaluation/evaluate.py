@@ -84,12 +84,18 @@ def evaluate(
     def extractor(name: str) -> Extractor:
         return get_extractor(name, weights=places.get(name, ""), device=device)
 
-    tokenizer = samples.tokenizer if samples else ""
     files = FeatureFiles(images, [extractor(name) for name in extractors_of(names)])
     real = Reference("none")
     if against:
-        read = {"tokenizer": tokenizer, "image_size": image_size, "side": side}
-        real = open_reference(against, names, extractor, **read, pictures=nearest is not None)
+        real = open_reference(
+            against,
+            names,
+            extractor,
+            tokenizer=samples.tokenizer if samples else "",
+            image_size=image_size,
+            side=side,
+            pictures=nearest is not None,
+        )
     make_features(files, num=num)  # last: what is wrong with the reference is said before
     if not is_main_process():
         return None

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
-from PIL.Image import Image
 
 from ig_dist.features.images import plan_images
 from ig_dist.features.npz_writing import Streamed, npz_bytes, remove_stale, write_npz
 from ig_dist.plans.units import Samples, make_folder, read_unit, write_file
-from ig_dist.sampling.gallery import pil_images
-from ig_dist.sampling.pictures import gallery
+from ig_dist.sampling.pictures import pictures_in_rows, pil_images, png
 from ig_dist.storage.files import open_url
 from ig_dist.storage.urls import is_local
 from ig_dist.storage.writable import why_unwritable
 
 NPZ_NAME = "samples.npz"
-SHOWN = 64
-"""Images in the picture of a plan."""
+SHOWN, IN_A_ROW = 64, 8  # images in the picture of a plan
 
 
 def write_samples_npz(samples: Samples) -> None:
@@ -58,7 +54,8 @@ def write_picture(samples: Samples, run: Path, classes: Sequence[str]) -> str:
         Where it is.
     """
     plan, unit = samples.plan, read_unit(samples.plan, samples.url, 0)
-    picture = gallery(unit.images[:SHOWN], [classes[label] for label in unit.labels[:SHOWN]], plan.describe())
+    names, starts = [classes[label] for label in unit.labels], range(0, min(SHOWN, len(unit.images)), IN_A_ROW)
+    rows = [("", unit.images[i : i + IN_A_ROW], names[i : i + IN_A_ROW]) for i in starts]
     inside, place = run / "samples", samples.url.rsplit("/", 1)[0]
     if samples.url.rsplit("/", 1)[-1] != plan.digest:  # a folder that was asked for
         file = f"{samples.url}/samples.png"
@@ -68,7 +65,7 @@ def write_picture(samples: Samples, run: Path, classes: Sequence[str]) -> str:
         file = f"{samples.url}.png"
     fs, path = open_url(file, "sample.url")
     make_folder(fs, path.rsplit("/", 1)[0])
-    write_file(fs, path, _png(picture))
+    write_file(fs, path, png(pictures_in_rows(rows, plan.describe())))
     return file
 
 
@@ -81,10 +78,4 @@ def write_pngs(samples: Samples, num: int, classes: list[str]) -> None:
         pixels, labels, _ = images.read(range(number, number + 1))
         assert labels is not None
         name = re.sub(r"[^\w-]+", "_", classes[int(labels[0])])
-        write_file(fs, f"{path}/png/{number:06d}_{name}.png", _png(pil_images(pixels)[0]))
-
-
-def _png(picture: Image) -> bytes:
-    data = io.BytesIO()
-    picture.save(data, "PNG")
-    return data.getvalue()
+        write_file(fs, f"{path}/png/{number:06d}_{name}.png", png(pil_images(pixels)[0]))

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +26,8 @@ from ig_dist.storage.background import in_background
 from ig_dist.storage.files import open_url
 
 R = TypeVar("R")
+Made = tuple[Tensor, NDArray[np.int64], Work]
+"""Of a unit: images (N, H, W, channels) uint8 on the device, labels and work."""
 
 
 def generate_units(
@@ -50,37 +51,33 @@ def generate_units(
     make_folder(fs, path)
     sampler, files = Sampler(models, plan), FeatureFiles(plan_images(samples), extractors)
     beside = _Beside(sampler.device)
-    units = -(-min(num or plan.num, plan.num) // plan.unit_size)
-    writing: Future[None] | None = None
+
+    def write(unit: Made, number: int, made: Sequence[tuple[Extractor, dict[str, Tensor]]], write_images: bool) -> None:
+        with beside.alone():
+            pictures = Pictures(unit[0].cpu().numpy(), *unit[1:])
+            features = [(e, {name: values.cpu().numpy() for name, values in found.items()}) for e, found in made]
+        if write_images:
+            write_unit(samples.url, number, Unit(pictures.images, *unit[1:]))
+        for extractor, arrays in features:
+            files.write(number, extractor, pictures, arrays)
+
+    units, writing = -(-min(num or plan.num, plan.num) // plan.unit_size), in_background(lambda: None)
     for k in range(units):
         number = (worker * units // workers + k) % units
         missing, has_images = files.missing(number), unit_name(number) in existing(fs, path)
         write_images = not has_images and (keep_images or number == 0 or not extractors)
         if missing or write_images:
             if has_images:
-                unit = read_unit(plan, samples.url, number)
-                images, labels, work = torch.from_numpy(unit.images), unit.labels, unit.work
+                images, labels, work = read_unit(plan, samples.url, number)
+                unit: Made = torch.from_numpy(images), labels, work
             else:
-                images, labels, work = solve_unit(sampler, number, beside, on_progress)
-            made = _Made(number, images, labels, work, [(e, beside(e, images)) for e in missing], write_images)
-            if writing is not None:
-                writing.result()  # one unit at most waits for the storage
-            writing = in_background(partial(_write, made, samples.url, files, beside))
+                unit = solve_unit(sampler, number, beside, on_progress)
+            features = [(extractor, beside(extractor, unit[0])) for extractor in missing]
+            writing.result()  # one unit at most waits for the storage
+            writing = in_background(partial(write, unit, number, features, write_images))
         on_progress(0)
-    if writing is not None:
-        writing.result()
+    writing.result()
     return files
-
-
-class _Made(NamedTuple):
-    """A unit on its device."""
-
-    number: int
-    images: Tensor
-    labels: NDArray[np.int64]
-    work: Work
-    features: list[tuple[Extractor, dict[str, Tensor]]]
-    write_images: bool
 
 
 class _Beside:
@@ -104,27 +101,13 @@ class _Beside:
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
 
-def _write(made: _Made, url: str, files: FeatureFiles, beside: _Beside) -> None:
-    with beside.alone():
-        pictures = Pictures(made.images.cpu().numpy(), made.labels, made.work)
-        features = [(e, {name: values.cpu().numpy() for name, values in found.items()}) for e, found in made.features]
-    if made.write_images:
-        write_unit(url, made.number, Unit(pictures.images, made.labels, made.work))
-    for extractor, arrays in features:
-        files.write(made.number, extractor, pictures, arrays)
-
-
-def _directly(function: Callable[..., R], *arguments: Tensor) -> R:
-    return function(*arguments)
-
-
 def solve_unit(
     sampler: Sampler,
     number: int,
-    beside: Callable[..., Tensor] = _directly,
+    beside: Callable[..., Tensor] = lambda function, *arguments: function(*arguments),
     on_progress: Callable[[int], None] = lambda images: None,
-) -> tuple[Tensor, NDArray[np.int64], Work]:
-    """Images (uint8, on the device), labels and work of one unit, batch by batch."""
+) -> Made:
+    """One unit, batch by batch."""
     plan, images, work = sampler.plan, [], []
     for batch in sampler.batches(number):
         latents, took = sampler.solve(image_numbers(batch.solved))
