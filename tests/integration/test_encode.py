@@ -10,9 +10,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +22,12 @@ from ig_dist.data.images import decode_image
 from ig_dist.data.index import read_index
 from ig_dist.features.images import index_images
 from tests import imagenet_like
-from tests.conftest import ROOT, run_command
-from tests.encoding import SHARDS, SIZE, Encode, arguments, contents, usually_named
+from tests.conftest import run_command
+from tests.encoding import SHARDS, SIZE, Encode, arguments, contents, slow_links, usually_named
+from tests.forked import Process
 from tests.imagenet_like import CORRUPT, SYNSETS, TRUNCATED
 from tests.scoring import all_pictures
+from tests.waiting import wait_until
 
 
 def stop_before_the_index(encode: Encode, monkeypatch: pytest.MonkeyPatch, dest: Path, options: str = "") -> None:
@@ -108,35 +107,22 @@ def test_odd_names_and_the_command_that_comes_next(encode: Encode, forms: dict[s
     assert (tmp_path / command[4].removeprefix("run.dir=") / "metrics.jsonl").exists()
 
 
-SLOW = """
-import os, runpy, sys, time
-link = os.link
-def slow(temporary, target):  # a kill finds it with a temporary file, more often than not
-    time.sleep(0.15)
-    link(temporary, target)
-os.link = slow
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 def test_a_killed_worker_and_its_replacement_change_no_byte(
     forms: dict[str, Path], undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     dest, source = tmp_path / "out", forms["ImageFolder"]
 
-    def start(options: str) -> subprocess.Popen[str]:
-        slow = f"import sys; sys.argv = {arguments(source, dest, options)!r}\n{SLOW}"
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([sys.executable, "-c", slow], cwd=ROOT, **pipes)
+    def start(options: str) -> Process:
+        return Process(arguments(source, dest, options), before=slow_links)
 
-    def wait_for(count: int, numbers: range, process: subprocess.Popen[str]) -> set[Path]:
+    def wait_for(count: int, numbers: range, process: Process) -> set[Path]:
         """The tars among these shards that are complete, once there are so many."""
-        while True:
-            found = {number for number in numbers if (dest / f"parts/shard-{number:06d}.json").exists()}
-            if len(found) >= count:
-                return {dest / f"shard-{number:06d}.tar" for number in found}
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.01)
+
+        def found() -> set[Path]:
+            return {dest / f"shard-{n:06d}.tar" for n in numbers if (dest / f"parts/shard-{n:06d}.json").exists()}
+
+        wait_until(lambda: len(found()) >= count, process)
+        return found()
 
     first = start("--worker 0/2 --workers 1 --batch-size 7")
     wait_for(2, range(SHARDS), first)
@@ -144,7 +130,7 @@ def test_a_killed_worker_and_its_replacement_change_no_byte(
     victim = start("--worker 1/2 --workers 1 --batch-size 5")
     wait_for(2, range(7, SHARDS), victim)
     victim.send_signal(signal.SIGKILL)
-    victim.communicate(timeout=30)  # its pipes close when the processes that decode for it have ended too
+    victim.communicate(timeout=30)
     # a worker that died in the middle of writing
     (dest / f"shard-000014.tar.{'0' * 32}.tmp").write_bytes(b"half")
     finished = wait_for(4, range(SHARDS), first)

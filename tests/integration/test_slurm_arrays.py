@@ -17,6 +17,7 @@ from ig_dist.slurm.record import folders
 from tests.conftest import run_command
 from tests.distributed.test_training import last_step
 from tests.integration.test_slurm import (  # noqa: F401  (fixtures)
+    TWO,
     cluster,
     launch,
     rank_on,
@@ -149,7 +150,7 @@ def test_a_training_is_sampled_and_scored_when_it_is_done(
     """Not when it is requeued."""
     whole, run = uninterrupted(TRAINED), tmp_path / "run"
     then = ["--then", "sample --num 100", "--then", "evaluate --metrics fd_pixel,label_agreement", "--tasks", 2]
-    job = submit("--nodes", 2, "--config", write_config(tmp_path, digits_index), *then)
+    job = submit(*TWO, "--config", write_config(tmp_path, digits_index), *then)
     wait_until(lambda: last_step(run) >= 30, "no steps", run)
     assert "sample job" in (shown := launch("status", run).stdout) and "PENDING (Dependency)" in shown, shown
     cluster.run("scancel", "--signal=USR2", job)

@@ -19,6 +19,7 @@ from tests import slurm_accounting
 from tests.conftest import ROOT, run_command
 from tests.distributed.test_training import last_step
 from tests.integration.test_slurm import (  # noqa: F401  (fixtures)
+    TWO,
     cluster,
     newest,
     rank_on,
@@ -100,7 +101,7 @@ def test_the_status_of_a_job_that_is_held_and_of_one_whose_controller_is_away(
     away = run_command(["ig-dist", "slurm", "status", run])
     cluster.start_controller()
     assert away.returncode == 0 and "SLURM does not answer" in away.stdout and "node1: runs" in away.stdout, away
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 50
     wait_until(lambda: cluster.run("squeue", "-h", check=False), "the controller did not come back", run)
 
 
@@ -171,7 +172,7 @@ def test_all_of_it_in_one_run(
     """A rank is killed, a node loses its power without a word, the controller is away, the job is held."""
     steps, run = 1500, tmp_path / "run"
     whole = uninterrupted(steps)
-    job = submit("--nodes", 2, "--config", write_config(tmp_path, digits_index, steps))
+    job = submit(*TWO, "--config", write_config(tmp_path, digits_index, steps))
 
     def wait_for_steps(more: int) -> None:
         wait_until(lambda: last_step(run) >= before + more, "no steps", run)

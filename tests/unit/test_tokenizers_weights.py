@@ -61,7 +61,7 @@ def test_a_dead_network_is_given_up_soon(monkeypatch: pytest.MonkeyPatch, capfd:
             monkeypatch.setenv("HF_ENDPOINT", address)
             began = time.monotonic()
             assert f"{address} gave nothing" in error_of(HUB_NAME)
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 60
     assert capfd.readouterr().err == ""
 
 
