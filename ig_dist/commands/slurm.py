@@ -30,7 +30,9 @@ class _Submitting(typer.core.TyperGroup):
         if args == ["--help"] or not (args or ctx.resilient_parsing):  # a shell that completes is resilient
             args = ["submit", "--help"]
         elif args and args[0] not in self.commands:
-            _refuse_misspelt_verb(args[0])
+            near = nearest(args[0], VERBS, least=0.75)
+            if near and not Path(args[0]).exists():
+                raise ConfigError(f"unknown verb {args[0]!r} of ig-dist slurm; did you mean {near[0]!r}?")
             args = ["submit", *args]
         return super().parse_args(ctx, args)
 
@@ -52,7 +54,9 @@ Follow = Annotated[bool, flag("--follow", "Print the log until the job ends.")]
 def defaults(context: typer.Context) -> None:
     """The command line stands above the environment, that above the cluster file, and that above sbatch's variables."""
     if context.invoked_subcommand in ("submit", "resume"):  # whatever is wrong there, the others work
-        context.default_map = {"submit": defaults_of(_option_names())}
+        command: Any = typer.main.get_command(app)
+        names = [parameter.name for parameter in command.commands["submit"].params if parameter.name != "rest"]
+        context.default_map = {"submit": defaults_of(names)}
 
 
 @app.command(cls=Launch, context_settings=CONTEXT, epilog=epilog("slurm submit"))
@@ -265,14 +269,3 @@ def _refuse_options(context: typer.Context, arguments: Sequence[str]) -> None:
     for word in arguments:
         if word.startswith("-"):
             raise ConfigError(unknown_option(word.partition("=")[0], context, arguments))
-
-
-def _refuse_misspelt_verb(word: str) -> None:
-    near = nearest(word, VERBS, least=0.75)
-    if near and not Path(word).exists():
-        raise ConfigError(f"unknown verb {word!r} of ig-dist slurm; did you mean {near[0]!r}?")
-
-
-def _option_names() -> list[str]:
-    command = typer.main.get_command(app).commands["submit"]  # type: ignore[attr-defined]
-    return [parameter.name for parameter in command.params if parameter.name != "rest"]

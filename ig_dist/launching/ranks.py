@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -104,7 +104,7 @@ def run_ranks(
 
     try:
         for local_rank in range(node.processes):
-            environment = rank_environment(node, local_rank, port, os.environ)
+            environment = rank_environment(node, local_rank, port)
             command = [sys.executable, *arguments]
             ranks.append(subprocess.Popen(command, env=environment, preexec_fn=end_with_launcher))
         if asked.number:  # while some had not been started
@@ -120,7 +120,7 @@ def run_ranks(
         _end_helpers(before, port)
 
 
-def rank_environment(node: Node, local_rank: int, port: int, inherited: Mapping[str, str]) -> dict[str, str]:
+def rank_environment(node: Node, local_rank: int, port: int) -> dict[str, str]:
     """The environment of a rank, in torchrun's words."""
     # or every rank would start a thread per core
     threads = max(1, len(os.sched_getaffinity(0)) // node.processes)
@@ -132,7 +132,7 @@ def rank_environment(node: Node, local_rank: int, port: int, inherited: Mapping[
         "OMP_NUM_THREADS": str(threads),
         **alone,
         **safe_path,
-        **inherited,
+        **os.environ,
         "RANK": str(node.rank * node.processes + local_rank),
         "LOCAL_RANK": str(local_rank),
         "WORLD_SIZE": str(node.nodes * node.processes),
@@ -179,7 +179,7 @@ def _wait(
     passed_on = {-TOLD: STOPPED} if asked.told else {}
     passed_on[-asked.number] = asked.code
     said = [
-        f"rank {first + place} was killed by signal {-code}{_hint(-code)}"
+        f"rank {first + place} was killed by signal {-code}{' (SIGKILL: out of memory?)' * (-code == signal.SIGKILL)}"
         for place, code in enumerate(codes)
         if code and code < 0 and code not in passed_on
     ]
@@ -236,7 +236,3 @@ def _is_of_ranks(process: int, port: int) -> bool:
         environment = Path(f"/proc/{process}/environ").read_bytes()
         return not environment or f"MASTER_PORT={port}".encode() in environment.split(b"\0")
     return False
-
-
-def _hint(number: int) -> str:
-    return " (SIGKILL: out of memory?)" if number == signal.SIGKILL else ""

@@ -78,7 +78,7 @@ def describe(arguments: Sequence[str], node: Node) -> str:
     lines = [f"node {node.rank} of {node.nodes}"]
     lines[0] += f"; its launcher meets the others at {node.host}:{node.port}" if node.nodes > 1 else ""
     for local_rank in range(node.processes):
-        environment = rank_environment(node, local_rank, 0, os.environ)
+        environment = rank_environment(node, local_rank, 0)
         lines.append(shlex.join([*(f"{name}={environment[name]}" for name in names), sys.executable, *arguments]))
     return "\n".join(lines)
 

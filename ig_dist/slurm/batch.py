@@ -20,7 +20,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -46,102 +45,6 @@ from ig_dist.slurm.verdict import (
 CANCEL_S, NOTIFY_S = 60.0, 60.0
 
 
-class Signals:
-    """What SLURM has told this process."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        """To stop: the time limit is near, or a user wants it."""
-        self.ended = False
-        """SLURM is ending the job, and knows what to do with it."""
-        self.srun: subprocess.Popen[str] | None = None
-        signal.signal(signal.SIGUSR2, self._stop)
-        signal.signal(signal.SIGTERM, self._end)
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        os.write(sys.stdout.fileno(), b"asked to stop\n")  # print is not for signal handlers
-        if self.srun is not None:
-            self.srun.send_signal(signal.SIGUSR2)  # srun passes it on to all ranks
-
-    def wait_for_srun(self) -> None:
-        """Until the ranks have ended, or SLURM kills this process."""
-        if self.srun is not None:
-            self.srun.wait()
-
-    def _end(self, number: int, frame: FrameType | None) -> None:
-        self.ended = True
-
-
-def main(path: str) -> int:
-    """Run the job in its folder until it is done, requeued or given up; the exit code."""
-    folder, task = Folder(Path(path)), os.environ.get("SLURM_ARRAY_TASK_ID", "")
-    submission, signals = folder.read(), Signals()
-    given = host_names(os.environ["SLURM_JOB_NODELIST"])
-    while not signals.ended:
-        if folder.cancelled:
-            print("cancelled: nothing is started", flush=True)
-            return 0
-        if not lock_is_free(folder, task, submission, given, lambda: signals.ended or signals.asked):
-            if submission.notify:
-                _notify(submission, 1, f"{submission.hold} is held by a process of another start")
-            return 1
-        if signals.ended:
-            break
-        if signals.asked:  # while nothing ran
-            folder.add_event("end", task, code=STOPPED, reason="asked to stop", next="requeue")
-            return _requeue(0.0, signals, _exclusion(folder, task, submission))
-        hosts = usable(given, bad_nodes(folder.events(task), submission.exclude_after), submission)
-        world = submission.worlds[len(hosts)]
-        _say_idle(hosts, world, submission)
-        start = f"{os.environ['SLURM_JOB_ID']}-{time.time_ns()}"
-        folder.add_event("start", task, nodes=hosts[: world.nodes], log=size(folder.batch_log(task)))
-        srun_code, first_error = _run_ranks(folder, submission, hosts[: world.nodes], world, start, signals)
-        if first_error == CutOff.REASON:
-            print(f"{first_error}: its ranks are ended", flush=True)  # another start may have its history by now
-            return 1
-        if signals.ended:
-            if folder.cancelled or not _time_is_up():  # SLURM's own log line says why, see Folder.why
-                signals.wait_for_srun()  # the ranks may be saving: a job whose first process ends is at its end
-                return 128 + signal.SIGTERM
-            reason = "time limit, before the ranks had saved"
-            folder.add_event("end", task, code=None, reason=reason, next="requeue")
-            return _requeue(0.0, signals, _exclusion(folder, task, submission))
-        exits = folder.path / "exits" / start
-        codes = exit_codes(exits, world.nodes * submission.tasks_per_node)
-        verdict = judge(codes, srun_code, first_error, noted_failure(exits / BLAME_NAME))
-        blame = []
-        if verdict.next == "failed":
-            blame = nodes_to_blame(blamed(exits / BLAME_NAME), first_error, hosts, submission.tasks_per_node)
-        shutil.rmtree(exits, ignore_errors=True)
-        cancelled = folder.cancelled and verdict.next != "done"
-        newest = _newest_checkpoint(folder) if cancelled or verdict.next == "failed" else None
-        reason = verdict.reason
-        if verdict.next == "requeue":
-            reason = f"{'cancelled' if cancelled else _why_asked(submission)}: {reason}"
-        elif silent := silent_nodes(codes, hosts[: world.nodes], submission.tasks_per_node, verdict.reason):
-            reason = f"no word from {', '.join(silent)}: its processes or the network died ({reason})"
-        end = {"code": verdict.code, "reason": reason, "checkpoint": newest, "blame": blame}
-        what = Next("stop", 0.0, []) if cancelled else what_next(verdict, end, folder.events(task), given, submission)
-        folder.add_event("end", task, **end, next=what.step)
-        if what.new:
-            print(
-                f"avoided from now on: {', '.join(what.new)} (--exclude-after {submission.exclude_after})", flush=True
-            )
-        pause = f" in {what.pause_s:.0f} s" if what.pause_s else ""
-        print(f"{reason}: {_SAID[what.step]}{pause}", flush=True)
-        if what.step in ("done", "stop") and submission.notify:
-            _notify(submission, verdict.code, reason)
-        if cancelled:
-            _sleep(CANCEL_S, signals)  # `cancel` ends the job, so that SLURM calls it cancelled
-        if what.step in ("done", "stop"):
-            return verdict.code
-        if what.step == "requeue":
-            return _requeue(what.pause_s, signals, _exclusion(folder, task, submission))
-        _sleep(what.pause_s, signals)
-    return 128 + signal.SIGTERM
-
-
 _SAID = {
     "done": "finished",
     "stop": "not started again",
@@ -150,63 +53,203 @@ _SAID = {
 }
 
 
-def _newest_checkpoint(folder: Folder) -> int | None:
-    """The newest checkpoint of a training; None: none, or not a training."""
-    config = folder.path / "config.yaml"
-    if not config.exists():
+class Job:
+    """A job as its first process has it, and what SLURM has told that process."""
+
+    def __init__(self, path: Path) -> None:
+        self.folder, self.task = Folder(path), os.environ.get("SLURM_ARRAY_TASK_ID", "")
+        self.submission = self.folder.read()
+        self.asked = False
+        """To stop: the time limit is near, or a user wants it."""
+        self.ended = False
+        """SLURM is ending the job, and knows what to do with it."""
+        self.srun: subprocess.Popen[str] | None = None
+        signal.signal(signal.SIGUSR2, self._stop)
+        signal.signal(signal.SIGTERM, self._end)
+        self.given = host_names(os.environ["SLURM_JOB_NODELIST"])
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        os.write(sys.stdout.fileno(), b"asked to stop\n")  # print is not for signal handlers
+        if self.srun is not None:
+            self.srun.send_signal(signal.SIGUSR2)  # srun passes it on to all ranks
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        self.ended = True
+
+    def run(self) -> int:
+        """Start the ranks until the job is done, requeued or given up; the exit code."""
+        while not self.ended:
+            if (code := self._start()) is not None:
+                return code
+        return 128 + signal.SIGTERM
+
+    def _start(self) -> int | None:
+        """Start the ranks once, and act on how they end; None: they are started again here."""
+        folder, task, submission = self.folder, self.task, self.submission
+        if folder.cancelled:
+            print("cancelled: nothing is started")
+            return 0
+        if not lock_is_free(folder, task, submission, self.given, lambda: self.ended or self.asked):
+            self._notify(1, f"{submission.hold} is held by a process of another start")
+            return 1
+        if self.ended:
+            return None
+        if self.asked:  # while nothing ran
+            folder.add_event("end", task, code=STOPPED, reason="asked to stop", next="requeue")
+            return self._requeue()
+        hosts = usable(self.given, bad_nodes(folder.events(task), submission.exclude_after), submission)
+        world = submission.worlds[len(hosts)]
+        if idle := hosts[world.nodes :]:
+            used = f"{world.nodes} are used ({world.nodes * submission.tasks_per_node} processes)"
+            print(f"{len(hosts)} nodes, {used}: more do not divide data.streams. Idle: {', '.join(idle)}")
+        start = f"{os.environ['SLURM_JOB_ID']}-{time.time_ns()}"
+        folder.add_event("start", task, nodes=hosts[: world.nodes], log=size(folder.batch_log(task)))
+        srun_code, first_error = self._run_ranks(hosts[: world.nodes], world, start)
+        if first_error == CutOff.REASON:
+            print(f"{first_error}: its ranks are ended")  # another start may have its history by now
+            return 1
+        if self.ended:
+            if folder.cancelled or not _time_is_up():  # SLURM's own log line says why, see Folder.why
+                if self.srun is not None:  # its ranks may be saving: a job whose first process ends is at its end
+                    self.srun.wait()
+                return 128 + signal.SIGTERM
+            reason = "time limit, before the ranks had saved"
+            folder.add_event("end", task, code=None, reason=reason, next="requeue")
+            return self._requeue()
+        exits = folder.path / "exits" / start
+        codes = exit_codes(exits, world.nodes * submission.tasks_per_node)
+        verdict = judge(codes, srun_code, first_error, noted_failure(exits / BLAME_NAME))
+        blame = []
+        if verdict.next == "failed":
+            blame = nodes_to_blame(blamed(exits / BLAME_NAME), first_error, hosts, submission.tasks_per_node)
+        shutil.rmtree(exits, ignore_errors=True)
+        cancelled = folder.cancelled and verdict.next != "done"
+        newest = self._newest_checkpoint() if cancelled or verdict.next == "failed" else None
+        reason = verdict.reason
+        if verdict.next == "requeue":
+            reason = f"{'cancelled' if cancelled else _why_asked(submission)}: {reason}"
+        elif silent := silent_nodes(codes, hosts[: world.nodes], submission.tasks_per_node, verdict.reason):
+            reason = f"no word from {', '.join(silent)}: its processes or the network died ({reason})"
+        end = {"code": verdict.code, "reason": reason, "checkpoint": newest, "blame": blame}
+        events = folder.events(task)
+        what = Next("stop", 0.0, []) if cancelled else what_next(verdict, end, events, self.given, submission)
+        folder.add_event("end", task, **end, next=what.step)
+        if what.new:
+            print(f"avoided from now on: {', '.join(what.new)} (--exclude-after {submission.exclude_after})")
+        print(f"{reason}: {_SAID[what.step]}" + (f" in {what.pause_s:.0f} s" if what.pause_s else ""))
+        if what.step in ("done", "stop"):
+            self._notify(verdict.code, reason)
+            if cancelled:
+                self._sleep(CANCEL_S)  # `cancel` ends the job, so that SLURM calls it cancelled
+            return verdict.code
+        if what.step == "requeue":
+            return self._requeue(what.pause_s)
+        self._sleep(what.pause_s)
         return None
-    from ig_dist.checkpoints.store import checkpoint_store  # 2 s, for torch; after a failure nobody waits for them
-    from ig_dist.config.file import load_config
 
-    try:
-        return max(checkpoint_store(load_config(config)).steps(), default=0)
-    except (IgDistError, OSError) as error:
-        print(f"the checkpoints cannot be listed: {error}", flush=True)
-        return None
+    def _run_ranks(self, hosts: list[str], world: World, start: str) -> tuple[int, str]:
+        """Run srun to its end; its exit code, and the first rank's end that it reported."""
+        submission = self.submission
+        environment = {
+            **os.environ,
+            "MASTER_ADDR": hosts[0],
+            "MASTER_PORT": str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 10_000),  # jobs may share a node
+            "WORLD_SIZE": str(world.nodes * submission.tasks_per_node * max(1, submission.array)),
+            "LOCAL_WORLD_SIZE": str(submission.tasks_per_node),
+            "IG_DIST_ACCUMULATION": str(world.accumulation),
+        }
+        command = srun_command(self.folder.path, submission, hosts, start, self.task)
+        srun = self.srun = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+        )
+        assert srun.stderr is not None
+        first: list[str] = []
+        reader = threading.Thread(target=_pass_on, args=(srun.stderr, first), daemon=True)
+        reader.start()
+        if self.asked:  # before there was a srun to pass it on to
+            srun.send_signal(signal.SIGUSR2)
+        code, watch = None, CutOff(hosts)
+        while code is None and not self.ended:  # then SLURM ends this process too, before a srun whose ranks hang
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = srun.wait(timeout=0.2)
+            if watch.is_cut_off():  # SLURM has started, or will start, the job elsewhere
+                end_ranks_here(self.folder.path)
+                srun.kill()
+                return 1, watch.REASON
+        if code is None:
+            return 128 + signal.SIGTERM, ""
+        reader.join(timeout=5)
+        self.srun = None
+        return (128 - code if code < 0 else code), (first[0] if first else "")
+
+    def _newest_checkpoint(self) -> int | None:
+        """The newest checkpoint of a training; None: none, or not a training."""
+        config = self.folder.path / "config.yaml"
+        if not config.exists():
+            return None
+        from ig_dist.checkpoints.store import checkpoint_store  # 2 s, for torch; after a failure nobody waits for them
+        from ig_dist.config.file import load_config
+
+        try:
+            return max(checkpoint_store(load_config(config)).steps(), default=0)
+        except (IgDistError, OSError) as error:
+            print(f"the checkpoints cannot be listed: {error}")
+            return None
+
+    def _requeue(self, pause_s: float = 0.0) -> int:
+        """Requeue this job, to start no sooner than that, elsewhere. SLURM then ends this process."""
+        changes = [f"starttime=now+{pause_s:.0f}"] if pause_s > 0 else []
+        if (nodes := self._exclusion()) is not None:
+            changes.append(f"excnodelist={nodes}")
+        job = os.environ["SLURM_JOB_ID"]
+        if "SLURM_ARRAY_JOB_ID" in os.environ:
+            job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{self.task}"
+        for wait in (1, 5, 20, *[60] * 60, 0):  # the controller may be away for a while
+            try:
+                _scontrol("requeue", job)
+                break
+            except SlurmError as error:
+                print(f"scontrol requeue: {error}")
+                if self.ended or not wait:  # SLURM was faster, and requeues by itself
+                    return 128 + signal.SIGTERM
+                self._sleep(wait)
+        for change in changes:
+            try:
+                _scontrol("update", f"jobid={job}", change)
+            except SlurmError as error:
+                print(f"requeued without {change}: {error}")
+        self._sleep(30)
+        return STOPPED
+
+    def _exclusion(self) -> str | None:
+        """The nodes that the job must not get from now on; None: as it was, for SLURM has too few others."""
+        nodes = excluded(self.folder.events(self.task), self.submission)
+        if nodes:
+            try:
+                slurm("sbatch", "--test-only", f"--exclude={nodes}", str(self.folder.path / SCRIPT_NAME))
+            except SlurmError as error:
+                print(f"{nodes} may be used again, there are too few others: {error}")
+                return None
+        return nodes
+
+    def _notify(self, code: int, reason: str) -> None:
+        """Run the user's line, if there is one; what it does changes nothing here."""
+        line, told = self.submission.notify, {"RUN": self.submission.run, "CODE": str(code), "REASON": reason}
+        try:
+            if line:
+                place = self.submission.cwd
+                subprocess.run(line, shell=True, env=os.environ | told, timeout=NOTIFY_S, cwd=place, check=True)
+        except (OSError, subprocess.SubprocessError) as error:
+            print(f"--notify: {error}")
+
+    def _sleep(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self.ended:
+            time.sleep(0.1)
 
 
-def _run_ranks(
-    folder: Folder, submission: Submission, hosts: list[str], world: World, start: str, signals: Signals
-) -> tuple[int, str]:
-    """Run srun to its end; its exit code, and the first rank's end that it reported."""
-    task = os.environ.get("SLURM_ARRAY_TASK_ID")
-    count = world.nodes * submission.tasks_per_node
-    environment = {
-        **os.environ,
-        "MASTER_ADDR": hosts[0],
-        "MASTER_PORT": str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 10_000),  # jobs may share a node
-        "WORLD_SIZE": str(count * max(1, submission.array)),
-        "LOCAL_WORLD_SIZE": str(submission.tasks_per_node),
-        "IG_DIST_ACCUMULATION": str(world.accumulation),
-    }
-    command = srun_command(folder.path, submission, hosts, start, task)
-    signals.srun = subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
-    )
-    assert signals.srun.stderr is not None
-    first: list[str] = []
-    reader = threading.Thread(target=_pass_on, args=(signals.srun.stderr, first), daemon=True)
-    reader.start()
-    if signals.asked:  # before there was a srun to pass it on to
-        signals.srun.send_signal(signal.SIGUSR2)
-    code, watch = None, CutOff(hosts)
-    while code is None and not signals.ended:  # then SLURM ends this process too, before a srun whose ranks hang
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            code = signals.srun.wait(timeout=0.2)
-        if watch.is_cut_off():  # SLURM has started, or will start, the job elsewhere
-            end_ranks_here(folder.path)
-            signals.srun.kill()
-            return 1, watch.REASON
-    if code is None:
-        return 128 + signal.SIGTERM, ""
-    reader.join(timeout=5)
-    signals.srun = None
-    return (128 - code if code < 0 else code), (first[0] if first else "")
-
-
-def srun_command(
-    folder: Path, submission: Submission, hosts: list[str], start: str, task: str | None = None
-) -> list[str]:
+def srun_command(folder: Path, submission: Submission, hosts: list[str], start: str, task: str = "") -> list[str]:
     """How the ranks are started."""
     count = len(hosts) * submission.tasks_per_node
     return [
@@ -237,62 +280,16 @@ def srun_command(
 def _pass_on(stream: IO[str], first: list[str]) -> None:
     """Print what srun says, and keep the first rank's bad end."""
     for line in stream:
-        print(line, end="", flush=True)
+        print(line, end="")
         if match := re.match(r"srun: error: (\S+: tasks? .+)", line):
             first.append(match[1].strip())
 
 
-def _requeue(pause: float, signals: Signals, exclude: str | None) -> int:
-    """Requeue this job, to start no sooner than after ``pause`` seconds, elsewhere. SLURM then ends this process."""
-    job = os.environ["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    for wait in (1, 5, 20, *[60] * 60, 0):  # the controller may be away for a while
-        try:
-            with _undisturbed():
-                slurm("scontrol", "requeue", job)
-            break
-        except SlurmError as error:
-            print(f"scontrol requeue: {error}", flush=True)
-            if signals.ended or not wait:  # SLURM was faster, and requeues by itself
-                return 128 + signal.SIGTERM
-            _sleep(wait, signals)
-    _change(job, pause, exclude)
-    _sleep(30, signals)
-    return STOPPED
-
-
-def _exclusion(folder: Folder, task: str, submission: Submission) -> str | None:
-    """The nodes that the job must not get from now on; None: as it was, for SLURM has too few others."""
-    nodes = excluded(folder.events(task), submission)
-    if nodes:
-        try:
-            slurm("sbatch", "--test-only", f"--exclude={nodes}", str(folder.path / SCRIPT_NAME))
-        except SlurmError as error:
-            print(f"{nodes} may be used again, there are too few others: {error}", flush=True)
-            return None
-    return nodes
-
-
-def _change(job: str, pause: float, exclude: str | None) -> None:
-    """Hold a job that waits back for ``pause`` seconds, and keep it from some nodes (None: as it was)."""
-    changes = [f"starttime=now+{pause:.0f}"] if pause > 0 else []
-    if exclude is not None:
-        changes.append(f"excnodelist={exclude}")
-    for change in changes:
-        try:
-            with _undisturbed():
-                slurm("scontrol", "update", f"jobid={job}", change)
-        except SlurmError as error:
-            print(f"requeued without {change}: {error}", flush=True)
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+def _scontrol(*words: str) -> None:
     """SLURM's SIGTERM comes later: at a requeue it goes to all processes of the job, a scontrol that asks too."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
-        yield
+        slurm("scontrol", *words)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
@@ -303,17 +300,6 @@ def _time_is_up() -> bool:
         return any(job.reason == "TimeLimit" for job in queued([os.environ["SLURM_JOB_ID"]]))
     except SlurmError:
         return False
-
-
-def _notify(submission: Submission, code: int, reason: str) -> None:
-    """Run the user's line; what it does changes nothing here."""
-    told = {"RUN": submission.run, "CODE": str(code), "REASON": reason}
-    try:
-        subprocess.run(
-            submission.notify, shell=True, env={**os.environ, **told}, timeout=NOTIFY_S, cwd=submission.cwd, check=True
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        print(f"--notify: {error}", flush=True)
 
 
 def _why_asked(submission: Submission) -> str:
@@ -327,20 +313,5 @@ def _why_asked(submission: Submission) -> str:
     return "the time limit was near" if near else "a signal came"
 
 
-def _sleep(seconds: float, signals: Signals) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and not signals.ended:
-        time.sleep(0.1)
-
-
-def _say_idle(hosts: list[str], world: World, submission: Submission) -> None:
-    if len(hosts) > world.nodes:
-        print(
-            f"{len(hosts)} nodes, {world.nodes} are used ({world.nodes * submission.tasks_per_node} processes): more"
-            f" do not divide data.streams. Idle: {', '.join(hosts[world.nodes :])}",
-            flush=True,
-        )
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(Job(Path(sys.argv[1])).run())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from ig_dist.launching import endings
@@ -96,7 +96,8 @@ def follow(folder: Folder, submission: Submission) -> int:
     try:
         while not ended:
             events = folder.events(task)
-            if len(events) != known or (_is_over(events) and pause > 1):  # ask at once, and often again
+            over = bool(events) and events[-1].get("next") in ("done", "stop")
+            if len(events) != known or (over and pause > 1):  # ask at once, and often again
                 known, pauses, asked = len(events), _pauses(), 0.0
             if time.monotonic() - asked > pause:
                 asked, pause = time.monotonic(), next(pauses)
@@ -118,10 +119,6 @@ def follow(folder: Folder, submission: Submission) -> int:
     except KeyboardInterrupt:
         console.print(f"\njob {folder.id} goes on; follow it with: ig-dist slurm status {submission.run} --follow")
         return 0
-
-
-def _is_over(events: Sequence[dict[str, object]]) -> bool:
-    return bool(events) and events[-1].get("next") in ("done", "stop")
 
 
 def final_code(folder: Folder) -> int:

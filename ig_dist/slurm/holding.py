@@ -34,11 +34,11 @@ def lock_is_free(
                     held += f" ({holder})"
                 if time.time() - began > submission.hold_s:
                     reason = f"{held} for {submission.hold_s:.0f} s: not started; end it, then resume"
-                    print(reason, flush=True)
+                    print(reason)
                     folder.add_event("waited", task, code=1, reason=reason, next="stop")
                     return False
                 if not said:
-                    print(f"{held}: waiting for up to {submission.hold_s:.0f} s", flush=True)
+                    print(f"{held}: waiting for up to {submission.hold_s:.0f} s")
                     until, log = began + submission.hold_s, size(folder.batch_log(task))
                     folder.add_event("wait", task, nodes=given, log=log, until=until)
                 said = True
