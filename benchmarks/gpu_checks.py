@@ -34,7 +34,7 @@ from ig_dist.optim.apex_adam import check_apex
 from ig_dist.optim.optimizer import build_optimizer, moments_of, set_state, steps_of
 from ig_dist.parallel.build import build_engine
 from ig_dist.parallel.dist import ensure_process_group, shut_down, sum_over_ranks
-from ig_dist.parallel.sharded import update
+from ig_dist.parallel.engine import update
 from ig_dist.rng import Purpose, integers, normal, uniform
 from ig_dist.training import trainer
 from ig_dist.training.ema import EMA

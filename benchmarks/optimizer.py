@@ -26,7 +26,7 @@ from benchmarks.synthetic import build_model, build_step, synthetic_info
 from ig_dist.config.file import config_from_tree
 from ig_dist.optim.optimizer import build_optimizer
 from ig_dist.parallel.dist import init_distributed
-from ig_dist.parallel.sharded import total_norm, update
+from ig_dist.parallel.engine import total_norm, update
 from ig_dist.terminal import run_app
 from ig_dist.training.ema import EMA
 from tests.counting import Operations

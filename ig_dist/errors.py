@@ -5,7 +5,7 @@ bug: it keeps its traceback and exits 1.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class IgDistError(Exception):
@@ -100,3 +100,9 @@ def nearest(name: str, known: Iterable[str], n: int = 1, least: float = 0.0) -> 
 def first_line(error: BaseException) -> str:
     """What an error of a library says, in a line; its kind, where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def listed(items: Sequence[str], most: int = 8) -> str:
+    """The first of several names, and how many more there are."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more

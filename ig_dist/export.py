@@ -49,8 +49,7 @@ class ExportInfo(ModelInfo):
     """What stands beside exported weights."""
 
     format: Literal["ig-dist-export/1"] = "ig-dist-export/1"
-    ema: float | None
-    """Decay of the exported average; None for the raw weights."""
+    ema: float | None  # decay of the exported average; None for the raw weights
     step: int
     images_seen: int
     checkpoint_sha256: str
@@ -75,8 +74,8 @@ def export_run(config: Config, *, ema: float | None = None, raw: bool = False, s
     A folder that ``ig-dist convert`` made holds weights instead of checkpoints: it is an export itself.
 
     Args:
-        config: the run's config.
-        ema: decay of the average to export; None: the first of ``ema.decays``.
+        config: the run's.
+        ema: decay of the average; None: the first of ``ema.decays``.
         raw: export the weights themselves instead.
         step: of the checkpoint; None: the newest whole one.
 
@@ -215,12 +214,9 @@ def load_export(folder: Path, device: torch.device) -> tuple[DiT, ExportInfo]:
 class Weights(NamedTuple):
     """Weights that sampling can read, and how they were asked for."""
 
-    config: Config
-    """Of their run; of an export without one the defaults, with what the export says of its model."""
-    export: Path
-    """Folder of ``model.safetensors`` and ``export.json``."""
-    run: Path | None
-    """The run, where it is known."""
+    config: Config  # of their run; of an export without one the defaults, with what the export says of its model
+    export: Path  # folder of ``model.safetensors`` and ``export.json``
+    run: Path | None  # the run, where it is known
 
 
 def find_weights(
@@ -237,9 +233,9 @@ def find_weights(
     Args:
         source: a run (its newest checkpoint), RUN@STEP, a checkpoint's folder, an export's, or one that ``ig-dist
             convert`` made.
-        ema: decay of the average; None: the first of ``ema.decays``.
-        raw: the weights themselves instead.
-        step: of another checkpoint of the same run.
+        ema: as for ``export_run``, which ``raw`` and ``step`` go to as well.
+        raw: see ``ema``.
+        step: see ``ema``.
         overrides: ``a.b=c`` for the config.
         config: one that ``find_run`` gave, with more changes.
 

@@ -47,12 +47,8 @@ class Purpose(IntEnum):
 def philox(counter: Words, key: tuple[int, int]) -> Words:
     """Return the four 32-bit output words of Philox 4x32-10 for each counter.
 
-    Args:
-        counter: four int64 tensors of one broadcastable shape, values in [0, 2^32).
-        key: two integers in [0, 2^32).
-
-    Returns:
-        Four int64 tensors of the broadcast shape, values in [0, 2^32).
+    The counter is four int64 tensors of one broadcastable shape, values in [0, 2^32), as are the words; the key two
+    integers in [0, 2^32).
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -66,7 +62,9 @@ def philox(counter: Words, key: tuple[int, int]) -> Words:
 
 
 def integers(seed: int, purpose: Purpose, ids: Tensor, n: int, *, step: int = 0) -> Tensor:
-    """Draw `n` uniform 32-bit words for each id; row i depends on `ids[i]`, not on the other rows.
+    """Draw `n` uniform 32-bit words for each id: (B, n) int64 in [0, 2^32), on the device of `ids`.
+
+    Row i depends on `ids[i]`, not on the other rows.
 
     Args:
         seed: in [0, 2^64).
@@ -74,9 +72,6 @@ def integers(seed: int, purpose: Purpose, ids: Tensor, n: int, *, step: int = 0)
         ids: (B,) int64 on any device; all 64 bits count (negative: the high bit is set).
         n: words per id.
         step: in [0, 2^24), for draws that repeat for one id, such as the steps of a sampler.
-
-    Returns:
-        (B, n) int64 in [0, 2^32), on the device of `ids`.
     """
     return _flat(Draws(seed, {purpose: n}, ids.device, step=step)(ids)[purpose], n)
 
@@ -99,11 +94,7 @@ def normal(seed: int, purpose: Purpose, ids: Tensor, shape: Sequence[int], *, st
 class Draws:
     """Draws for several purposes in one pass of Philox: a launch costs the same for all of them as for one.
 
-    Args:
-        seed: in [0, 2^64).
-        wanted: words per id of each purpose.
-        device: of the ids.
-        step: in [0, 2^24).
+    `wanted` are words per id of each purpose, of ids on `device`; seed and step as for `integers`.
     """
 
     def __init__(self, seed: int, wanted: Mapping[Purpose, int], device: torch.device, *, step: int = 0) -> None:
@@ -158,12 +149,7 @@ def to_normal(words: Words, shape: Sequence[int] = ()) -> Tensor:
 def permutation(seed: int, purpose: Purpose, ids: int, n: int, *, step: int = 0) -> Tensor:
     """Return a permutation of 0..n-1 as (n,) int64 on the CPU, a function of the arguments only.
 
-    Args:
-        seed: in [0, 2^64).
-        purpose: what the order is for.
-        ids: one id, any 64-bit integer, signed or unsigned.
-        n: the length.
-        step: in [0, 2^24).
+    `ids` is one id, any 64-bit integer, signed or unsigned; the rest as for `integers`.
     """
     words = integers(seed, purpose, torch.tensor([_signed64(ids)]), 2 * n, step=step).reshape(n, 2)
     # 31 bits of each word: a 62-bit sort key stays positive in int64. The stable sort settles ties.

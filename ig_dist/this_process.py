@@ -47,12 +47,9 @@ class Process(NamedTuple):
 
     rank: int
     world_size: int
-    local_rank: int
-    """Among those of its machine."""
-    local_world_size: int
-    """How many its machine has; 1 where nobody says it."""
-    slot: int
-    """What chooses its GPU: the local rank, or the rank where nobody says the former."""
+    local_rank: int  # among those of its machine
+    local_world_size: int  # how many its machine has; 1 where nobody says it
+    slot: int  # what chooses its GPU: the local rank, or the rank where nobody says the former
 
 
 class _Told(NamedTuple):
@@ -65,12 +62,9 @@ class _Told(NamedTuple):
 def this_process(
     worker: str | None = None, *, arrays: bool = False, environment: Mapping[str, str] | None = None
 ) -> Process:
-    """Told by ``worker``, else by what started this process; else it is alone.
+    """Told by ``worker`` ("i/W", as the user types it), else by what started this process; else it is alone.
 
-    Args:
-        worker: "i/W", as the user types it.
-        arrays: the tasks of a SLURM array share the work; otherwise each is for itself.
-        environment: None: this process's.
+    With ``arrays`` the tasks of a SLURM array share the work; otherwise each is for itself.
 
     Raises:
         ConfigError: what is said is no number, or contradicts itself.
@@ -177,11 +171,7 @@ def meeting_place(process: Process, environment: Mapping[str, str] | None = None
 def choose_gpu(process: Process, gpus: int, environment: Mapping[str, str], *, shared: bool) -> int:
     """This process's GPU, by its number among the ``gpus`` (1 or more) that it sees.
 
-    Args:
-        process: this one.
-        gpus: how many it sees.
-        environment: its own.
-        shared: several processes may use one, as workers that do not wait for each other do.
+    Several processes may use a ``shared`` one, as workers that do not wait for each other do.
 
     Raises:
         ConfigError: there are fewer GPUs than processes.
@@ -209,10 +199,6 @@ def missing_gpus(gpus: int, environment: Mapping[str, str]) -> str:
 
 def this_device(process: Process | None = None, *, shared: bool = True) -> torch.device:
     """This process's GPU, tried and made the current one; the CPU where there is none, or IG_DIST_DEVICE says so.
-
-    Args:
-        process: this one; None: asks.
-        shared: see ``choose_gpu``.
 
     Raises:
         ConfigError: there is no GPU for this process, or another one holds it; a job of SLURM that has GPUs, or whose

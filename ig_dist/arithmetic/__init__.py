@@ -33,12 +33,10 @@ def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def switches(precision: Precision, *, deterministic: bool | None = None) -> Iterator[None]:
-    """PyTorch's switches alone, for who has an autocast of his own.
+    """PyTorch's switches alone, for who has an autocast of his own; ``precision`` is of what that leaves in fp32.
 
-    Args:
-        precision: of what autocast leaves in fp32.
-        deterministic: the same bits each time, also of attention, of weight gradients and of sums over GPUs, and an
-            error where a kernel cannot; None: as it is. To be set before NCCL begins.
+    Where ``deterministic`` is not None, to be set before NCCL begins: the same bits each time, also of attention, of
+    weight gradients and of sums over GPUs, and an error where a kernel cannot.
     """
     cudnn = torch.backends.cudnn
     products, convolutions = torch.get_float32_matmul_precision(), cudnn.allow_tf32

@@ -141,11 +141,7 @@ class Config(Group):
 
         That is the streams, the batch, and the model where the engine cuts it.
         """
-        streams, batch, accumulation = (
-            self.data.streams,
-            self.train.global_batch_size,
-            self.train.accumulation,
-        )
+        streams, batch, accumulation = (self.data.streams, self.train.global_batch_size, self.train.accumulation)
         if streams % world_size:
             allowed = [n for n in range(1, streams + 1) if streams % n == 0]
             raise ConfigError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ig_dist.errors import listed
+
 KINDS = {"ig": "IG", "cfg": "CFG", "auto": "autoguidance"}
 
 
@@ -34,14 +36,13 @@ def plan_name(digest: str, plan: Mapping[str, Any], step: int | None = None) -> 
         step: of the weights.
     """
     classes, compiled = plan.get("classes") or (), plan.get("compile", "auto")
-    labels = f"classes {', '.join(map(str, classes[:6]))}" if classes else ""
     usual = {"precision": ("", "fp32"), "state": ("state in ", "fp64"), "decode_precision": ("decoded in ", "fp32")}
     parts = [
         guidance_name(plan["guidance"]),
         str(plan["solver"]) if plan["solver"] == "dopri5" else f"{plan['solver']} {plan['steps']}",
         f"time shift {plan['time_shift']:.3g}" if plan.get("time_shift", 1) != 1 else "",
         "" if plan.get("correct_last_step", True) else "last step not corrected",
-        labels + (f" and {len(classes) - 6} more" if len(classes) > 6 else ""),
+        f"classes {listed(list(map(str, classes)), 6)}" if classes else "",
         "random labels" if plan["labels"] == "random" else "",
         f"seed {plan['seed']}",
         *(f"{word}{plan[key]}" for key, (word, value) in usual.items() if plan.get(key, value) != value),

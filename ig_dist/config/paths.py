@@ -12,14 +12,7 @@ from pathlib import Path
 from typing import Any
 
 MADE = {"run.dir", "checkpoint.url", "sample.url", "data.cache_dir"}
-READ = {
-    "run.fork_from",
-    "train.init_from",
-    "data.index",
-    "sample.weak_model",
-    "sample.tokenizer",
-    "evaluate.reference",
-}
+READ = {"run.fork_from", "train.init_from", "data.index", "sample.weak_model", "sample.tokenizer", "evaluate.reference"}
 
 
 def absolute_paths(tree: dict[str, Any]) -> dict[str, Any]:

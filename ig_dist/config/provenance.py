@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -38,10 +39,13 @@ def note_start(run: Path, **more: Any) -> None:
 
 def provenance() -> dict[str, Any]:
     """What is known of this process, as JSON holds it."""
+    cwd = None
+    with suppress(OSError):  # it was removed
+        cwd = str(Path.cwd())
     facts = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command(),
-        "cwd": _cwd(),
+        "cwd": cwd,
         "host": host(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "processes": this_process().world_size,
@@ -87,25 +91,15 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _cwd() -> str | None:
-    with suppress(OSError):  # it was removed
-        return str(Path.cwd())
-    return None
-
-
 def _hardware() -> dict[str, Any]:
     import torch
 
     versions = {"ig_dist": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    if not torch.cuda.is_available():
-        return {"device": _cpu(), "cpus": len(os.sched_getaffinity(0)), "versions": versions}
-    versions["cuda"] = str(torch.version.cuda or torch.version.hip)
-    return {"device": torch.cuda.get_device_name(), "versions": versions}
-
-
-def _cpu() -> str:
+    if torch.cuda.is_available():
+        versions["cuda"] = str(torch.version.cuda or torch.version.hip)
+        return {"device": torch.cuda.get_device_name(), "versions": versions}
+    cpu = platform.machine()
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
+        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        cpu = found[1].strip() if found else cpu
+    return {"device": cpu, "cpus": len(os.sched_getaffinity(0)), "versions": versions}

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from ig_dist.convert.formats import FORMATS, FROM_NOISE, Format, to_ours, to_published
-from ig_dist.errors import ConfigError, nearest
+from ig_dist.errors import ConfigError, listed, nearest
 from ig_dist.models.dit import DiT, DiTConfig
 from ig_dist.rng import Purpose, normal
-
-LISTED = 6  # names in a message
 
 
 def known_format(text: str) -> Format:
@@ -37,17 +35,12 @@ def check_names(theirs: Mapping[str, Tensor], config: DiTConfig, published: Form
     missing = [name for name in expected if name not in theirs]
     unexpected = [name for name in theirs if name not in expected]
     if missing or unexpected:
-        lists = [f"{kind} {_listed(names)}" for kind, names in (("lacks", missing), ("has", unexpected)) if names]
+        lists = [f"{kind} {listed(names, 6)}" for kind, names in (("lacks", missing), ("has", unexpected)) if names]
         raise ConfigError(f"{source} does not fit a model of {published}: it {' and '.join(lists)}")
     for name, tensor in theirs.items():
         if tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)}, such a model has {tuple(expected[name].shape)}"
             raise ConfigError(f"{source} does not fit a model of {published}: {name} is {shapes}")
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
 
 
 def check_bits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: Path) -> None:

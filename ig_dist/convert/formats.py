@@ -23,14 +23,10 @@ _PROJECTORS = "projectors."  # REPA's, of training only
 
 
 def read_format(weights: Mapping[str, Tensor], given: Format | None) -> Format:
-    """The format of published weights.
+    """The format of published weights: the one given, or read from their names.
 
     LightningDiT shows by RMSNorm, SwiGLU or RoPE, IG by its head, REPA by its projectors, the original SiT by its
     learned sigma. Without any of them only who trained the model knows which way its time runs.
-
-    Args:
-        weights: under their published names.
-        given: what the user says; None: it is read.
 
     Raises:
         ValueError: the weights are not of that format, or can be of several.
@@ -63,11 +59,8 @@ def read_config(
 ) -> DiTConfig:
     """What a published model is built from, read from its weights.
 
-    Args:
-        weights: under their published names.
-        published: their format, which says which way time runs.
-        aux_depth: the block whose output the auxiliary head reads. No weight tells; None: of the released XL models 8.
-        num_heads: attention heads; None: read from weights of heads, or that of the published size.
+    No weight tells which block the auxiliary head reads; without ``aux_depth`` it is 8, of the released XL models.
+    Without ``num_heads`` it is read from weights of heads, or that of the published size.
 
     Raises:
         ValueError: a weight that says it is missing or has an impossible shape, or what no weight tells is not given.

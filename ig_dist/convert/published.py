@@ -23,7 +23,7 @@ from ig_dist.convert.formats import FROM_NOISE, Format, read_config, read_format
 from ig_dist.data.classes import imagenet_classes
 from ig_dist.data.index import LatentInfo, TokenizerInfo, read_index
 from ig_dist.errors import ConfigError
-from ig_dist.export import INFO_NAME, WEIGHTS_NAME, ExportInfo, config_of, read_info
+from ig_dist.export import INFO_NAME, WEIGHTS_NAME, ExportInfo, ModelInfo, config_of, read_info
 from ig_dist.models.dit import DiTConfig, count_parameters
 from ig_dist.storage.files import read_file
 from ig_dist.storage.tensor_files import read_safetensors, read_torch_file
@@ -75,19 +75,8 @@ def convert_published(
 ) -> Conversion:
     """Convert a published checkpoint into a folder that ``train.init_from`` takes.
 
-    With an index or a tokenizer, which say what the latents are, the folder can be sampled from like a run.
-
-    Args:
-        source: ``.pt``, ``.pth``, ``.ckpt`` or ``.safetensors``.
-        dest: the folder to make.
-        published: format of the weights; None: read from them where that is possible.
-        aux_depth: see ``read_config``.
-        num_heads: see ``read_config``.
-        raw: take ``model`` of a checkpoint instead of ``ema``.
-        index: index of the data whose latents the model was trained on.
-        tokenizer: of the latents, where it has a fixed scale (``sd-vae-ft-ema``) or ``latent_stats`` has one.
-        latent_stats: file with the mean and standard deviation of the latents that the model was trained on
-            (``latents_stats.pt``); None: the index or the tokenizer says how they are scaled.
+    With an index or a tokenizer, which say what the latents are, the folder can be sampled from like a run. The other
+    options are those of ``ig-dist convert``.
 
     Raises:
         ConfigError: no such weights, or weights that do not fit.
@@ -105,7 +94,7 @@ def convert_published(
     scaled = None if latent_stats is None else read_latent_stats(latent_stats)
     if scaled and index is None and tokenizer is None:
         raise ConfigError("--latent-stats says how latents are scaled, not what makes them: give --tokenizer too")
-    latents = None if index is None and tokenizer is None else _latents(config, index, tokenizer, scaled)
+    info = None if index is None and tokenizer is None else _model_info(config, index, tokenizer, scaled)
 
     dest.parent.mkdir(parents=True, exist_ok=True)
     building = dest.with_name(f".{dest.name}.{uuid.uuid4().hex}")
@@ -126,8 +115,12 @@ def convert_published(
             difference=check_numbers(theirs, written, config, published, source),
         )
         (building / RECORD_NAME).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        if latents is not None:
-            _make_a_run(building, dest, record, index or "data", *latents)
+        if info is not None:  # an export and a config, so that the folder can be sampled from like a run
+            of = {"checkpoint_sha256": record.source_sha256, "weights_sha256": weights_sha256}
+            told = ExportInfo(**dict(info), ema=None, step=0, images_seen=0, **of)
+            (building / INFO_NAME).write_text(told.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            run_config = to_yaml(config_of(told, str(dest), index or "data"))
+            (building / "config.yaml").write_text(run_config, encoding="utf-8")
         building.rename(dest)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
@@ -136,12 +129,9 @@ def convert_published(
 
 
 def convert_back(source: Path, dest: Path, *, published: Format | None = None) -> Conversion:
-    """Write our weights in a published format: ``{"ema": weights}`` as ``.pt``, or ``.safetensors``.
+    """Write our weights (a folder of ``convert_published`` or ``ig-dist export``) in a published format.
 
-    Args:
-        source: a folder of ``convert_published`` or of ``ig-dist export``.
-        dest: the file to write.
-        published: the format; None: the one that the weights came in.
+    They become ``{"ema": weights}`` in a ``.pt``, or ``.safetensors``; without a format the one that they came in.
 
     Raises:
         ConfigError: no such weights, or the format does not have what this model is made of.
@@ -241,10 +231,8 @@ def _unfit(config: DiTConfig, published: Format) -> str:
     return ""
 
 
-def _latents(
-    config: DiTConfig, index: str | None, tokenizer: str | None, scaled: Normalisation | None
-) -> tuple[LatentInfo, TokenizerInfo, list[str]]:
-    """Latents, tokenizer and classes that the model goes with: of an index, or of a tokenizer with a known scale."""
+def _model_info(config: DiTConfig, index: str | None, tokenizer: str | None, scaled: Normalisation | None) -> ModelInfo:
+    """What the model goes with: latents and classes of an index, or of a tokenizer with a known scale."""
     side, channels, classes = config.input_size, config.in_channels, config.num_classes
     shape = (channels, side, side)
     if index is not None:
@@ -282,35 +270,9 @@ def _latents(
             f"the model takes latents {'x'.join(map(str, shape))} of {classes} classes, but {index or tokenizer} has"
             f" {found}: give what it was trained on"
         )
-    return latent, made_by, names
-
-
-def _make_a_run(
-    folder: Path,
-    dest: Path,
-    record: Conversion,
-    index: str,
-    latent: LatentInfo,
-    tokenizer: TokenizerInfo,
-    classes: list[str],
-) -> None:
-    """An export and a config beside the weights, so that the folder can be sampled from like a run."""
-    info = ExportInfo(
-        model=record.model,
-        path="linear",
-        latent=latent,
-        tokenizer=tokenizer,
-        classes=classes,
-        trained_with_null_label=True,
-        ema=None,
-        step=0,
-        images_seen=0,
-        checkpoint_sha256=record.source_sha256,
-        weights_sha256=record.weights_sha256,
+    return ModelInfo(
+        model=config, path="linear", latent=latent, tokenizer=made_by, classes=names, trained_with_null_label=True
     )
-    (folder / INFO_NAME).write_text(info.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    config = config_of(info, str(dest), index)
-    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
 
 
 def _write(weights: Mapping[str, Tensor], path: Path) -> str:

@@ -5,7 +5,7 @@ Parameter names are the published ones, except that the published `final_layer_x
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,56 +30,28 @@ MOST_BLOCKS = 1000  # the published ones have up to 40; a file may ask for any n
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """What a model is built from.
+    """What a model is built from. SiT's and LightningDiT's are in `presets.py`."""
 
-    Attributes:
-        depth: number of blocks.
-        hidden_size: width D of the tokens.
-        num_heads: attention heads per block.
-        patch_size: side of a patch, in latent pixels.
-        input_size: side of the latents, in latent pixels.
-        in_channels: channels of the latents.
-        num_classes: number of classes; the label `num_classes` itself is the null label.
-        aux_depth: the auxiliary head reads the output of this many blocks; None builds no such head.
-        mlp_ratio: width of the MLP over D.
-        time_input: what enters the time embedding.
-        norm: LayerNorm without weights (SiT) or RMSNorm with weight (LightningDiT).
-        mlp: two matrices with GELU (SiT), or SwiGLU (LightningDiT).
-        rope: turn queries and keys by their position, beside the sine-cosine table.
-        qk_norm: norm queries and keys, with weights: `norm` says which.
-        modulation_shift: blocks shift besides scaling.
-        learn_sigma: heads predict 2 C channels, of which the first C are the velocity and the rest is left alone.
-        aux_init: initial weights of the auxiliary head: zero as of the final head (SiT), or drawn (LightningDiT).
-    """
-
-    depth: int
-    hidden_size: int
+    depth: int  # number of blocks
+    hidden_size: int  # width D of the tokens
     num_heads: int
-    patch_size: int
+    patch_size: int  # in latent pixels, as is the next
     input_size: int
     in_channels: int
-    num_classes: int
-    aux_depth: int | None
-    mlp_ratio: float = 4.0
+    num_classes: int  # the label `num_classes` itself is the null label
+    aux_depth: int | None  # the auxiliary head reads the output of this many blocks; None builds no such head
+    mlp_ratio: float = 4.0  # width of the MLP over D
     time_input: Literal["t", "one_minus_t"] = "t"
-    norm: NormKind = "layernorm"
+    norm: NormKind = "layernorm"  # without weights; or RMSNorm with weight
     mlp: MlpKind = "gelu"
-    rope: bool = False
-    qk_norm: bool = False
-    modulation_shift: bool = True
-    learn_sigma: bool = False
-    aux_init: Literal["zero", "xavier"] = "zero"
+    rope: bool = False  # turn queries and keys by their position, beside the sine-cosine table
+    qk_norm: bool = False  # norm queries and keys, with weights: `norm` says which
+    modulation_shift: bool = True  # blocks shift besides scaling
+    learn_sigma: bool = False  # heads predict 2 C channels: the first C are the velocity, the rest is left alone
+    aux_init: Literal["zero", "xavier"] = "zero"  # of the auxiliary head: as of the final head, or drawn
 
     def __post_init__(self) -> None:
-        for name in (
-            "depth",
-            "hidden_size",
-            "num_heads",
-            "patch_size",
-            "input_size",
-            "in_channels",
-            "num_classes",
-        ):
+        for name in [field.name for field in fields(self) if field.type is int]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.depth > MOST_BLOCKS:

@@ -31,12 +31,7 @@ def build_optimizer(
         adam = (config.lr, config.betas, config.eps)
         return Muon(parameters, *adam, config.weight_decay, shapes, orthogonalise, decayed)
     return FusedAdamW(
-        parameters,
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
+        parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ig_dist.errors import Ending, IgDistError
 from ig_dist.parallel.dist import Dist, StopFlag, begin_any, gather_objects
@@ -32,26 +32,11 @@ def meet(work: Future[Any] | None, dist: Dist, beat: Callable[[], None] = lambda
         beat()
 
 
-class _Votes(NamedTuple):
-    """What some rank says, whichever it is."""
-
-    stop: bool
-    """It was asked to stop."""
-    lacks: bool
-    """It does not have what comes next."""
-    failed: bool
-    """It will not have it."""
-
-
 class Awaited(Generic[T]):
     """What comes to each rank in its own time, handed out on all ranks or on none: nobody waits in a collective.
 
-    Args:
-        get: this rank's next item; None when it has not come in so many seconds.
-        stop_flag: asks the run to stop.
-        dist: this process; every rank has one of these.
-        finish: a stop does not end it while items come without delay.
-        beat: called while some rank has to wait.
+    ``get`` gives this rank's next item, None when it has not come in so many seconds. With ``finish`` a stop does not
+    end it while items come without delay. ``beat`` is called while some rank has to wait.
     """
 
     def __init__(
@@ -69,24 +54,21 @@ class Awaited(Generic[T]):
         self._answer: Callable[[], list[bool]] | None = None
 
     def next(self, *, final: bool) -> T:
-        """The next item, once every rank has its own. COLLECTIVE.
+        """The next item, once every rank has its own; ``final``: nothing is wanted after it. COLLECTIVE.
 
         As a rule it is there before it is wanted: then the ranks have asked each other, and about a stop, while they
         were busy with the one before, and this waits for nothing. Otherwise they ask again until all have it.
 
-        Args:
-            final: nothing is wanted after it.
-
         Raises:
             Ending: a rank was asked to stop, or will never have its item. Nobody gets one.
         """
-        votes = _Votes(*(self._answer or self._vote(MEET_S))())
-        while votes.lacks and not (votes.stop or votes.failed):
+        stop, lacks, failed = (self._answer or self._vote(MEET_S))()
+        while lacks and not (stop or failed):
             self._beat()
-            votes = _Votes(*self._vote(MEET_S)())
-        if votes.stop and (votes.lacks or not self._finish):
+            stop, lacks, failed = self._vote(MEET_S)()
+        if stop and (lacks or not self._finish):
             raise Ending
-        if votes.failed:
+        if failed:
             raise Ending(next(error for error in gather_objects(self._error, self._dist) if error is not None))
         item, self._item = self._item, None
         self._answer = None if final else self._vote(0.0)
@@ -94,6 +76,7 @@ class Awaited(Generic[T]):
         return item
 
     def _vote(self, timeout_s: float) -> Callable[[], list[bool]]:
+        """Whether some rank was asked to stop, does not have its next item, will not have it."""
         if self._item is None and self._error is None:
             try:
                 self._item = self._get(timeout_s)

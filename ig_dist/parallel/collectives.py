@@ -31,9 +31,6 @@ def set_defaults(collective_s: float) -> None:
     """Have collectives recorded, and NCCL leave the last word to the watchdog. To be called before the first group.
 
     What the user has set stays.
-
-    Args:
-        collective_s: when collectives give up.
     """
     if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # the older name
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDS))
@@ -66,10 +63,8 @@ def communication_error(device: torch.device) -> str:
 class Collective(NamedTuple):
     """One that has not ended."""
 
-    group: str
-    """Backend and process group; the same name on all of its ranks."""
-    number: int
-    """Among the group's."""
+    group: str  # backend and process group; the same name on all of its ranks
+    number: int  # among the group's
     text: str
     waited_s: float
 
@@ -79,8 +74,7 @@ class Standing(NamedTuple):
 
     came: dict[str, int]
     """Number of the newest one of each group that this rank came to; where a device does the work: that it began."""
-    waits: Collective | None
-    """The oldest one that this rank came to and that has not ended."""
+    waits: Collective | None  # the oldest one that this rank came to and that has not ended
 
 
 def standing(records: Mapping[str, Any]) -> Standing:

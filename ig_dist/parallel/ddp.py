@@ -16,9 +16,8 @@ from ig_dist.config import Config
 from ig_dist.models.dit import DiT
 from ig_dist.optim.optimizer import build_optimizer
 from ig_dist.parallel.dist import Dist
-from ig_dist.parallel.engine import Engine, LoadedState, StepResult, decayed_buffers, whole
+from ig_dist.parallel.engine import Engine, LoadedState, StepResult, decayed_buffers, total_norm, update, whole
 from ig_dist.parallel.orthogonalise import orthogonalise_replicas
-from ig_dist.parallel.sharded import total_norm, update
 
 
 class DDPEngine(Engine):

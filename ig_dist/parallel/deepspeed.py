@@ -21,8 +21,7 @@ from ig_dist.config import Config
 from ig_dist.models.dit import DiT
 from ig_dist.optim.optimizer import MOMENTS, build_optimizer, moments_of, set_learning_rate, set_state
 from ig_dist.parallel.dist import Dist, ensure_process_group
-from ig_dist.parallel.engine import Engine, LoadedState, Piece, StepResult
-from ig_dist.parallel.sharded import clip_and_gate, norm_over_ranks
+from ig_dist.parallel.engine import Engine, LoadedState, Piece, StepResult, clip_and_gate, norm_over_ranks
 
 BUCKET_ELEMENTS = 50_000_000  # DeepSpeed allocates a buffer of this many fp32 numbers; its default would be 2 GB
 

@@ -6,33 +6,25 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore  # torch.distributed does not name it as its own
 
-from ig_dist.errors import HangError, LostPeerError
-from ig_dist.parallel.blame import blame
+from ig_dist.errors import HangError, IgDistError, first_line
 from ig_dist.parallel.collectives import set_defaults
 from ig_dist.parallel.joining import allow_open_files, meet_all
-from ig_dist.terminal import is_first_process, say, without_teardown
-from ig_dist.this_process import BROKEN, host, meeting_place, this_device, this_process
+from ig_dist.terminal import is_first_process, without_teardown
+from ig_dist.this_process import host, meeting_place, this_device, this_process
 
 SAME_SIGNAL_S = 1.0
-_PEER_IS_GONE = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Connection refused",
-    "Broken pipe",
-    "remote process exited or there was a network error",  # NCCL
-)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,19 +48,15 @@ class Dist:
         return -(-self.world_size // self.local_world_size)
 
     @property
-    def host(self) -> str:
-        """This machine, as the launcher calls it."""
-        return host()
+    def place(self) -> str:
+        """This rank and its machine, as the launcher calls it."""
+        return f"rank {self.rank} on {host()}"
 
 
 def init_distributed(join_s: float, collective_s: float) -> Dist:
-    """Join the job that this process is part of, or stand alone.
+    """Join the job that this process is part of, within ``join_s``, or stand alone.
 
-    Collectives go over gloo for CPU tensors and NCCL for GPU tensors.
-
-    Args:
-        join_s: how long the other processes may take to start.
-        collective_s: when collectives give up.
+    Collectives go over gloo for CPU tensors and NCCL for GPU tensors, and give up after ``collective_s``.
 
     Raises:
         ConfigError: who this process is contradicts itself, it has no GPU of its own, or the ranks do not fit together.
@@ -99,7 +87,7 @@ def init_distributed(join_s: float, collective_s: float) -> Dist:
                 raise
             raise HangError(
                 f"{host()} met the others, but they do not reach each other: set GLOO_SOCKET_IFNAME to the network"
-                f" interface between the machines ({str(error).splitlines()[0]})"
+                f" interface between the machines ({first_line(error)})"
             ) from None
     return Dist(process.rank, process.world_size, process.local_rank, local_world_size, device)
 
@@ -129,28 +117,6 @@ def patience_of(group: Any, device: torch.device) -> timedelta:
     """When collectives of a group give up."""
     timeout: timedelta = group._get_backend(device).options._timeout
     return timeout
-
-
-@contextmanager
-def lost_peers_explained(dist: Dist) -> Iterator[None]:
-    """A collective that fails because another rank is gone is that rank's story: one line, no traceback.
-
-    An error of this rank's device is for the launcher to know.
-
-    The line is said at once: what is closed after it may take longer than a launcher gives the others.
-    """
-    try:
-        yield
-    except RuntimeError as error:  # gloo has no class of its own for it
-        if isinstance(error, torch.AcceleratorError) and any(sign in str(error) for sign in BROKEN):
-            blame([dist.rank])
-        if "Timed out waiting" in str(error):
-            raise HangError("a collective timed out: a rank hangs; run the same command again to go on") from None
-        if not isinstance(error, torch_dist.DistNetworkError) and not any(sign in str(error) for sign in _PEER_IS_GONE):
-            raise
-        lost = LostPeerError(f"another of the {dist.world_size} processes ended; its message says why")
-        say(lost)
-        raise lost from None
 
 
 _left: list[Any] = []
@@ -196,17 +162,24 @@ def from_main(value: Any, dist: Dist) -> Any:
     return box[0]
 
 
+def on_main(work: Callable[[], T], dist: Dist) -> T:
+    """What rank 0's work gives, on every rank; its error ends all of them. COLLECTIVE: every rank must call."""
+    found: T | IgDistError | None = None
+    if dist.is_main:
+        try:
+            found = work()
+        except IgDistError as error:
+            found = error
+    found = from_main(found, dist)
+    if isinstance(found, IgDistError):
+        raise found
+    return cast("T", found)
+
+
 def sum_over_ranks(values: Tensor, dist: Dist) -> Tensor:
     """Elementwise sum, in place, of a tensor of any device. COLLECTIVE: every rank must call."""
     if dist.world_size > 1:
         torch_dist.all_reduce(values)
-    return values
-
-
-def max_over_ranks(values: Tensor, dist: Dist) -> Tensor:
-    """Elementwise maximum, in place, of a tensor of any device. COLLECTIVE: every rank must call."""
-    if dist.world_size > 1:
-        torch_dist.all_reduce(values, op=torch_dist.ReduceOp.MAX)
     return values
 
 

@@ -1,38 +1,35 @@
-"""What an engine is: all that the trainer knows of DDP, FSDP2 and DeepSpeed."""
+"""What an engine is: all that the trainer knows of DDP, FSDP2 and DeepSpeed, and what their steps share."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ig_dist.config.training import OptimizerConfig
 from ig_dist.models.dit import DiT
-from ig_dist.optim.optimizer import MOMENTS, moment_names, moments_of, set_state, steps_of
+from ig_dist.optim.optimizer import MOMENTS, moment_names, moments_of, set_learning_rate, set_state, steps_of
+from ig_dist.parallel.dist import Dist, sum_over_ranks
 
 
 class Piece(NamedTuple):
     """A range of the flattened elements of a global tensor."""
 
-    shape: tuple[int, ...]
-    """Shape of the global tensor."""
-    start: int
-    """Index of the first element."""
-    data: Tensor
-    """The elements, of any shape."""
+    shape: tuple[int, ...]  # shape of the global tensor
+    start: int  # index of the first element
+    data: Tensor  # the elements, of any shape
 
 
 class StepResult(NamedTuple):
     """Outcome of a step; the tensors stay on the device."""
 
-    grad_norm: Tensor
-    """() fp32, before clipping."""
-    finite: Tensor
-    """() fp32: 1 when the step was taken, 0 when it was skipped because the gradient was not finite."""
+    grad_norm: Tensor  # () fp32, before clipping
+    finite: Tensor  # () fp32: 1 when the step was taken, 0 when it was skipped because the gradient was not finite
 
 
 class LoadedState(Protocol):
@@ -147,3 +144,45 @@ def shared_out(tensors: Mapping[str, Tensor], number: int, count: int) -> list[s
         if writer == number:
             mine.append(name)
     return mine
+
+
+def update(optimizer: Optimizer, grad_norm: Tensor, grad_clip: float | None, lr: float) -> StepResult:
+    """Clip, step unless the gradient is not finite, and clear the gradients; arguments as for ``clip_and_gate``."""
+    finite = clip_and_gate(optimizer, grad_norm, grad_clip)
+    set_learning_rate(optimizer, lr)
+    optimizer.step()
+    optimizer.zero_grad()
+    return StepResult(grad_norm, finite)
+
+
+def clip_and_gate(optimizer: Optimizer, grad_norm: Tensor, grad_clip: float | None) -> Tensor:
+    """Have the optimizer clip in its next step, and make that step void if the norm, () fp32, is not finite.
+
+    The fused kernels read both on the device, as they do for a ``GradScaler``: they divide the gradient by
+    ``grad_scale`` as they go, and where ``found_inf`` is 1 change nothing, Adam's step count included. So neither costs
+    a pass over the gradient or a synchronisation. The norm is the same on all ranks, so all ranks decide alike.
+
+    Returns:
+        () fp32: 1 when the norm is finite, else 0.
+    """
+    finite = grad_norm.isfinite().float()
+    scale = None if grad_clip is None else ((grad_norm + 1e-6) / grad_clip).clamp(min=1.0)
+    optimizer.grad_scale, optimizer.found_inf = scale, 1.0 - finite  # type: ignore[attr-defined]
+    return finite
+
+
+def total_norm(grads: Sequence[Tensor]) -> Tensor:
+    """Norm, () fp32, of tensors as one vector: a pass over them, and one over their norms."""
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads))))
+    return norm
+
+
+def norm_over_ranks(grads: Sequence[Tensor], dist: Dist, replicate: int = 1) -> Tensor:
+    """Norm, () fp32, of a gradient of which every rank holds a part, and ``replicate`` ranks the same. COLLECTIVE.
+
+    Summed over all ranks also where some hold the same: groups that sum by themselves might round otherwise, clip
+    otherwise, and drift apart.
+    """
+    local = total_norm(grads)
+    # squares of fp32 norms overflow from 1e19 on: such a step would be skipped that is taken on one rank
+    return (sum_over_ranks(local.double().square(), dist) / replicate).sqrt().float()

@@ -22,9 +22,17 @@ from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT
 from ig_dist.optim.optimizer import build_optimizer
 from ig_dist.parallel.dist import Dist, ensure_process_group
-from ig_dist.parallel.engine import Engine, LoadedState, Piece, StepResult, decayed_buffers, whole
+from ig_dist.parallel.engine import (
+    Engine,
+    LoadedState,
+    Piece,
+    StepResult,
+    decayed_buffers,
+    norm_over_ranks,
+    update,
+    whole,
+)
 from ig_dist.parallel.orthogonalise import orthogonalise_shards
-from ig_dist.parallel.sharded import norm_over_ranks, update
 
 
 class FSDP2Engine(Engine):

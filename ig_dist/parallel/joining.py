@@ -27,7 +27,7 @@ from torch._C._distributed_c10d import Store, TCPStore  # torch.distributed does
 from torch.distributed.rendezvous import rendezvous
 
 from ig_dist import __version__
-from ig_dist.errors import ConfigError, HangError, NodeError
+from ig_dist.errors import ConfigError, HangError, NodeError, first_line, listed
 from ig_dist.parallel.blame import blame
 from ig_dist.terminal import warn
 from ig_dist.this_process import Process, host
@@ -36,7 +36,6 @@ GROUPS = 2
 """Groups of all ranks at most: ours, and DeepSpeed's own; FSDP2 makes none, and with replicas two smaller ones."""
 _OTHER_FILES = 512  # shards, their storage, the cache, libraries
 _ENOUGH_FILES = 1 << 16
-_MOST_NAMED = 8
 _LISTEN_S = 5.0
 _VERDICT, _HEARD = "ig_dist/verdict", "ig_dist/heard"
 _INTERFACE = "GLOO_SOCKET_IFNAME"
@@ -49,8 +48,7 @@ class _Card(NamedTuple):
     versions: dict[str, str]
     device: str
     gpu: str
-    address: str
-    """By which it reaches the store; empty: nobody asks."""
+    address: str  # by which it reaches the store; empty: nobody asks
     local_world_size: int
 
 
@@ -58,12 +56,9 @@ class _Verdict(NamedTuple):
     """What rank 0 found."""
 
     error: str
-    guilty: list[int]
-    """Ranks whose machine is at fault; none: it is the user's mistake."""
-    address: str
-    """One that other machines can reach; empty: all are on one."""
-    local_world_size: int
-    """The most that a machine has."""
+    guilty: list[int]  # ranks whose machine is at fault; none: it is the user's mistake
+    address: str  # one that other machines can reach; empty: all are on one
+    local_world_size: int  # the most that a machine has
 
 
 def open_files(world_size: int, rank: int) -> int:
@@ -122,7 +117,7 @@ def meet_all(process: Process, device: torch.device, join_s: float) -> tuple[Sto
     except torch_dist.DistError as error:
         raise HangError(
             f"not all of the {process.world_size} processes came to {place} within {join_s:.0f} s (train.timeout_s)"
-            f"{missing}: see what the others say, then start the job again ({str(error).splitlines()[0]})"
+            f"{missing}: see what the others say, then start the job again ({first_line(error)})"
         ) from None
     if verdict.error:
         store.add(_HEARD, 1)
@@ -171,11 +166,7 @@ def _card(process: Process, device: torch.device) -> _Card:
 
 
 def compare(cards: Sequence[_Card]) -> _Verdict:
-    """Whether the processes fit together. Pure.
-
-    Args:
-        cards: of all ranks, in their order.
-    """
+    """Whether the processes, in the order of their ranks, fit together. Pure."""
     error, guilty = "", []
     for name in ("ig_dist", "PyTorch", "CUDA", "NCCL"):
         found = _ranks_by([card.versions.get(name, "") for card in cards if card.device == "cuda" or name != "NCCL"])
@@ -215,23 +206,16 @@ def _named(ranks: Sequence[int], cards: Sequence[_Card] = ()) -> str:
             spans.append([rank, rank])
     said = [f"{first}-{last}" if last > first else f"{first}" for first, last in spans]
     hosts = list(dict.fromkeys(cards[rank].host for rank in ranks)) if cards else []
-    where = f" ({_first(hosts)})" if hosts else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {_first(said)}{where}"
-
-
-def _first(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
+    where = f" ({listed(hosts)})" if hosts else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed(said)}{where}"
 
 
 def choose_interface(peer: str) -> None:
     """Tell gloo by which interface the others can reach this machine.
 
     It would take the one of this machine's own name, which Debian and Ubuntu give to 127.0.1.1. NCCL does not look at
-    names, and spreads its sockets over all networks that it finds: it is left alone.
-
-    Args:
-        peer: address of another machine. For the machine of MASTER_ADDR, which may reach that by the loopback.
+    names, and spreads its sockets over all networks that it finds: it is left alone. ``peer`` is the address of another
+    machine, for the machine of MASTER_ADDR, which may reach that by the loopback.
     """
     address = address_towards(os.environ["MASTER_ADDR"])
     if not address or ipaddress.ip_address(address).is_loopback:

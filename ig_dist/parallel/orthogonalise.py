@@ -47,10 +47,7 @@ def orthogonalise_replicas(matrices: Sequence[Tensor], dist: Dist) -> None:
 
 
 def orthogonalise_shards(
-    shards: Sequence[Tensor],
-    shapes: Sequence[Sequence[int]],
-    within: ProcessGroup,
-    across: ProcessGroup | None = None,
+    shards: Sequence[Tensor], shapes: Sequence[Sequence[int]], within: ProcessGroup, across: ProcessGroup | None = None
 ) -> None:
     """Replace the rows that this rank holds by those of the orthogonal whole. COLLECTIVE.
 

@@ -31,10 +31,8 @@ ENGINES = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 class Memory(NamedTuple):
     """Bytes on each GPU."""
 
-    state: int
-    """Weights, gradients, moments and averages, between a backward pass and its step."""
-    working: int
-    """Copies of weights that a pass makes, and buffers."""
+    state: int  # weights, gradients, moments and averages, between a backward pass and its step
+    working: int  # copies of weights that a pass makes, and buffers
     activations: int
 
     @property
@@ -44,16 +42,10 @@ class Memory(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """Bytes that each GPU sends in a step."""
+    """Bytes that each GPU sends in a step: all of them, and of these from node to node."""
 
     total: int
-    """All of them."""
     between: int
-    """Of these, from node to node."""
-
-    def plus(self, other: Sent) -> Sent:
-        """Both."""
-        return Sent(self.total + other.total, self.between + other.between)
 
 
 def dry_run(config: Config, *, gpus: int, mfu: float, peak_tflops: float) -> dict[str, Any]:
@@ -79,7 +71,7 @@ def dry_run(config: Config, *, gpus: int, mfu: float, peak_tflops: float) -> dic
     passes = 3  # backward costs twice the forward
     passes += bool(acceleration.weight and acceleration.source == "ema") + config.train.activation_checkpointing
     flops, steps = passes * forward_flops(model), config.total_steps(images)
-    micro = batch // gpus // config.train.accumulation
+    micro = config.micro_batch(gpus)
     engines = {}
     for engine in engines_of(config, gpus):
         memory = memory_per_gpu(engine, model, parameters, moments, config, gpus, micro)
@@ -165,19 +157,10 @@ def count_state(model: DiTConfig, config: Config) -> tuple[int, int]:
 def memory_per_gpu(
     engine: str, model: DiTConfig, parameters: int, moments: int, config: Config, gpus: int, micro: int
 ) -> Memory:
-    """Bytes on each GPU under an engine.
+    """Bytes on each GPU under one of ``ENGINES``, of ``micro`` images in a pass.
 
     Weights, gradients, moments and averages are fp32 under every engine, ours of ZeRO too. What they share is held
     against memory measured under each engine by a test.
-
-    Args:
-        engine: one of ``ENGINES``.
-        model: the model.
-        parameters: number of its parameters.
-        moments: numbers that the optimizer keeps.
-        config: the run's config.
-        gpus: number of GPUs.
-        micro: images of a micro-batch on each GPU.
     """
     bf16 = config.train.precision == "bf16"
     cast = 2 * parameters if bf16 else 0  # autocast's copies, for the backward pass
@@ -216,13 +199,6 @@ def sent_per_gpu(engine: str, parameters: int, moments: int, config: Config, gpu
     Gradients are reduced in fp32: by DDP, FSDP2 and ZeRO-1 once a step, by ZeRO-2 and 3 after each micro-batch, by HSDP
     within a group after each micro-batch and between groups once. FSDP2 gathers weights in the precision of the forward
     pass, ZeRO in fp32: for each micro-batch twice, or once where FSDP2 keeps them. Of Muon ranks exchange the matrices.
-
-    Args:
-        engine: one of ``ENGINES``.
-        parameters: number of the model's parameters.
-        moments: numbers that the optimizer keeps.
-        config: the run's config.
-        gpus: number of GPUs.
     """
     low, micro = 2 if config.train.precision == "bf16" else 4, config.train.accumulation
     gathers = 1 if config.engine.reshard_after_forward is False else 2
@@ -232,7 +208,8 @@ def sent_per_gpu(engine: str, parameters: int, moments: int, config: Config, gpu
         size = gpus // groups
         inside = parameters * (4 + low * gathers) * micro + 8 * matrices // gpus
         between = (8 * parameters + 4 * matrices) // size
-        return _ring(inside, size, PER_NODE).plus(_ring(between, groups, max(1, PER_NODE // size)))
+        both = _ring(inside, size, PER_NODE), _ring(between, groups, max(1, PER_NODE // size))
+        return Sent(*map(sum, zip(*both, strict=True)))
     payload = {
         "ddp": (4 + 4) * parameters + 4 * matrices,
         "fsdp2": (4 + low * gathers * micro) * parameters + 8 * matrices // gpus,

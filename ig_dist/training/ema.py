@@ -18,10 +18,7 @@ class EMA:
     """
 
     def __init__(
-        self,
-        masters: Mapping[str, Tensor],
-        decays: Sequence[float],
-        masters_written: Callable[[], None] = lambda: None,
+        self, masters: Mapping[str, Tensor], decays: Sequence[float], masters_written: Callable[[], None] = lambda: None
     ) -> None:
         self._masters = dict(masters)
         self._masters_written = masters_written

@@ -55,10 +55,8 @@ class Goodput:
     """Where the time of a run went."""
 
     starts: int
-    seconds: dict[str, float]
-    """Of each of ``KINDS``."""
-    lost_steps: int
-    """Steps that were done again."""
+    seconds: dict[str, float]  # of each of ``KINDS``
+    lost_steps: int  # steps that were done again
     between_s: float
     """From the last line of a start to the beginning of the next: the job did not run, or was killed between lines."""
 
@@ -79,13 +77,7 @@ class Goodput:
 
 
 class Ledger:
-    """Writes the ledger of one start; on ranks but the first (``path`` is None) it does nothing.
-
-    Args:
-        path: run directory.
-        phases: the clock.
-        start: step that this start goes on from.
-    """
+    """Writes the ledger of one start; on ranks but the first (``path`` is None) it does nothing."""
 
     def __init__(self, path: Path | None, phases: Phases, start: int) -> None:
         self._lines = None if path is None else LineFile(path / NAME)

@@ -26,8 +26,7 @@ class Learner(NamedTuple):
 
     config: Config
     model: DiT
-    engine: Engine
-    """Holds the model, its optimizer, and how both are spread over the ranks."""
+    engine: Engine  # holds the model, its optimizer, and how both are spread over the ranks
     ema: EMA
     to_task: TaskMaker
     meter: Meter
@@ -76,7 +75,10 @@ def train_step(learner: Learner, batch: Batch, step: int, lr: float) -> tuple[Te
 
 
 def snapshot(learner: Learner, index: ShardIndex, step: int, dist: Dist) -> tuple[dict[str, Piece], dict[str, Any]]:
-    """The pieces that this rank writes, and what stands beside them in the manifest. COLLECTIVE."""
+    """The pieces that this rank writes, and what stands beside them in the manifest. COLLECTIVE.
+
+    Weights, averages, moments and constant buffers; images, the optimizer's steps, the config and the index's hash.
+    """
     engine = learner.engine
     averages = {f"ema/{decay}": shards for decay, shards in learner.ema.averages.items()}
     masters = engine.masters()

@@ -1,13 +1,18 @@
-"""What is measured while training, between two lines of metrics: without waiting for the device until one is due."""
+"""What is measured while training, between two lines of metrics: without waiting for the device until one is due.
+
+The steps of all ranks take the same time, since they wait for each other in the collectives: a slow rank shows by the
+time of what it does alone.
+"""
 
 from __future__ import annotations
 
 import resource
+import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,16 +20,16 @@ from torch import Tensor
 from ig_dist.config import Config
 from ig_dist.data.reader import ShardReader
 from ig_dist.data.stream import Batch
-from ig_dist.errors import NonFiniteError
+from ig_dist.errors import NonFiniteError, listed
 from ig_dist.models.dit import DiT
 from ig_dist.models.presets import forward_flops
-from ig_dist.parallel.dist import Dist, gather_objects, max_over_ranks, sum_over_ranks
+from ig_dist.parallel.dist import Dist, gather_objects, sum_over_ranks
 from ig_dist.parallel.engine import StepResult
 from ig_dist.terminal import console
 from ig_dist.training.metrics import model_flops_utilisation, peak_tflops_of
 from ig_dist.training.phases import Phases
-from ig_dist.training.stragglers import OwnWork, Watch, slowest
 
+SLOW, COSTLY, IN_A_ROW = 1.5, 0.1, 2  # what of a rank is told
 MOST_SAMPLES = 64  # whose losses were not finite, in one line
 
 Metrics = dict[str, float | int | list[int] | None]
@@ -65,14 +70,7 @@ class Meter:
         self.pause()
 
     def count(self, result: StepResult, batch: Batch, losses: Tensor, step: int) -> None:
-        """Count a step, on the device.
-
-        Args:
-            result: of the step.
-            batch: this rank's part of it.
-            losses: (losses, rows) of that part; the first one is what was differentiated.
-            step: its number.
-        """
+        """Count a step, on the device; ``losses`` are (losses, rows) of this rank, the first the one in backward."""
         self._steps += 1
         void = 1 - result.finite
         self._skipped += void
@@ -87,19 +85,19 @@ class Meter:
     def read(self, losses: Tensor, result: StepResult, batch: Batch, step: int, reader: ShardReader) -> Metrics:
         """The line of metrics. Waits for the device. COLLECTIVE."""
         means = sum_over_ranks(losses.mean(dim=1).double() / self._dist.world_size, self._dist).tolist()
-        counts = [batch_fingerprint(batch), len(reader.quarantined), reader.patience.faults, self._recompiles]
-        fingerprint, quarantined, faults, recompiles = sum_over_ranks(torch.tensor(counts), self._dist).tolist()
+        counts = batch_fingerprint(batch), len(reader.quarantined), reader.patience.faults, self._recompiles
         waited = (self.phases.seconds["data"] - self._waited) / self._steps
-        most = torch.tensor([waited, float(peak_memory(self._dist.device))], dtype=torch.float64)
-        waited, memory = max_over_ranks(most, self._dist).tolist()
+        mine = *counts, waited, peak_memory(self._dist.device), self.own.take(), self._dist.place
+        *counted, waits, memories, own, places = zip(*gather_objects(mine, self._dist), strict=True)
+        fingerprint, quarantined, faults, recompiles = map(sum, counted)
         skipped, streak, guilty = int(self._skipped), int(self._streak), self._nonfinite_samples()
         if streak >= self._config.train.max_nonfinite_steps:
             raise NonFiniteError(
                 f"the last {streak} steps up to step {step} had a non-finite gradient ({_suspicion(guilty)}): lower"
                 " optimizer.lr or use train.precision=fp32; the last checkpoint is from before or equal to it"
             )
-        own = self._slowest()
         batch_size = self._config.train.global_batch_size
+        world_size, device, peak_tflops = self._dist.world_size, self._dist.device, self._config.train.peak_tflops
         images_per_s = self._steps * batch_size / (time.perf_counter() - self._began)
         line: Metrics = {
             "images_seen": step * batch_size,
@@ -109,37 +107,30 @@ class Meter:
             **({"loss_cosine": means[3]} if self._config.loss.cosine_weight else {}),
             "grad_norm": float(result.grad_norm),
             "images_per_s": images_per_s,
-            "mfu": model_flops_utilisation(
-                self._train_flops,
-                images_per_s,
-                self._dist.world_size,
-                self._dist.device,
-                self._config.train.peak_tflops,
-            ),
-            "data_wait_s": waited,
+            "mfu": model_flops_utilisation(self._train_flops, images_per_s, world_size, device, peak_tflops),
+            "data_wait_s": max(waits),
             "nonfinite_steps": skipped,
             "quarantined": quarantined,
             "storage_faults": faults,
             "checkpoint_stall_s": self._stall,
-            "peak_memory_bytes": int(memory),
+            "peak_memory_bytes": max(memories),
             "recompiles": recompiles,
             "batch_fingerprint": fingerprint,
-            **own,
+            **self._slowest(own, places),
         }
         if guilty is not None:
             line["nonfinite_samples"] = sorted({sample for _, sample in guilty})[:MOST_SAMPLES]
         self.pause()
         return line
 
-    def _slowest(self) -> Metrics:
-        """Which rank takes longest for what it does alone, said where it matters. COLLECTIVE."""
-        if self._dist.world_size == 1:
+    def _slowest(self, own: Sequence[float], places: Sequence[str]) -> Metrics:
+        """Which rank takes longest for what it does alone, said where it matters."""
+        if len(own) == 1:
             return {}
-        hosts, own = zip(*gather_objects((self._dist.host, self.own.take()), self._dist), strict=True)
         found = slowest(own, time.perf_counter() - self._began)
         if self._watch.sees(found) and self._dist.is_main:
             console.print(
-                f"slow: rank {found.rank} on {hosts[found.rank]} takes {found.ratio:.1f} times the median rank's time"
+                f"slow: {places[found.rank]} takes {found.ratio:.1f} times the median rank's time"
                 f" for its own work, which makes every step {100 * found.cost:.0f}% longer"
             )
         return {"slowest_rank": found.rank, "slowest_rank_ratio": found.ratio}
@@ -162,8 +153,7 @@ class Meter:
 def _suspicion(guilty: list[tuple[int, int]] | None) -> str:
     if not guilty:
         return "no sample's loss was non-finite: it arose in the backward pass"
-    named = ", ".join(f"{sample} (step {step})" for step, sample in guilty[:8])
-    return f"samples with a non-finite loss: {named}{f' and {len(guilty) - 8} more' if len(guilty) > 8 else ''}"
+    return f"samples with a non-finite loss: {listed([f'{sample} (step {step})' for step, sample in guilty])}"
 
 
 def compiled_graphs() -> int:
@@ -190,3 +180,65 @@ def batch_fingerprint(batch: Batch) -> int:
     mixed = (batch.ids * 0x9E3779B1 + batch.positions * 0x85EBCA77) & 0xFFFFFFFF
     mixed = (mixed ^ (mixed >> 15)) * 0x2C1B3C6D & 0xFFFFFFFF
     return int((mixed ^ (mixed >> 12)).sum())
+
+
+class OwnWork:
+    """The time of this rank's own work: on a GPU between events, which nothing waits for until it is asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Counts what is done inside; no collective may be among it."""
+        if not self._on_gpu:
+            began = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - began
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        yield
+        end.record()
+        self._events.append((begin, end))
+
+    def take(self) -> float:
+        """Seconds since the last call. Waits for the device."""
+        if self._events:
+            self._events[-1][1].synchronize()
+        seconds = self._seconds + sum(float(begin.elapsed_time(end)) for begin, end in self._events) / 1e3
+        self._seconds, self._events = 0.0, []
+        return seconds
+
+
+class Slowest(NamedTuple):
+    """The slowest rank of some steps."""
+
+    rank: int
+    ratio: float  # its own work's time over the median rank's
+    cost: float  # by how much it makes all steps longer, as a share of them
+
+
+def slowest(own: Sequence[float], elapsed: float) -> Slowest:
+    """The slowest of all ranks, by the seconds of each one's own work and of all the steps."""
+    rank = max(range(len(own)), key=own.__getitem__)
+    middle = statistics.median_low(own)
+    return Slowest(rank, own[rank] / middle if middle else 1.0, (own[rank] - middle) / elapsed)
+
+
+class Watch:
+    """Says once of a rank that it is slow: when it was in two lines of metrics in a row, and matters."""
+
+    def __init__(self) -> None:
+        self._rank, self._times = -1, 0
+
+    def sees(self, found: Slowest) -> bool:
+        """Whether to say it now."""
+        if found.ratio < SLOW or found.cost < COSTLY:
+            self._times = 0
+        else:
+            self._times = self._times + 1 if found.rank == self._rank else 1
+        self._rank = found.rank
+        return self._times == IN_A_ROW

@@ -36,11 +36,7 @@ def peak_tflops_of(device: torch.device) -> float | None:
 
 
 def model_flops_utilisation(
-    flops_per_image: float,
-    images_per_s: float,
-    world_size: int,
-    device: torch.device,
-    peak_tflops: float | None,
+    flops_per_image: float, images_per_s: float, world_size: int, device: torch.device, peak_tflops: float | None
 ) -> float | None:
     """Achieved FLOP/s over the peak of all devices (2 FLOP per MAC); None where the peak is not known."""
     peak_tflops = peak_tflops or peak_tflops_of(device)
@@ -52,11 +48,7 @@ def model_flops_utilisation(
 class RunLog:
     """Writes the metrics of rank 0. Used as a context; on other ranks build it with ``path=None``: it does nothing.
 
-    Args:
-        path: run directory.
-        start: step that the run goes on from; later lines of an earlier start are cut off.
-        total: steps of the whole run.
-        name: shown beside the bar.
+    Lines of an earlier start after ``start``, the step that the run goes on from, are cut off.
     """
 
     def __init__(self, path: Path | None, *, start: int, total: int, name: str) -> None:
@@ -119,17 +111,8 @@ class RunLog:
             return
         self._lines.append({"step": step, **values})
         self._show(step, group, values)
-        console.print(
-            "  ".join(
-                [
-                    f"step {step}",
-                    *(
-                        f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}"
-                        for key, value in values.items()
-                    ),
-                ]
-            )
-        )
+        shown = (f"{key} {one:.4f}" if isinstance(one, float) else f"{key} {one}" for key, one in values.items())
+        console.print("  ".join([f"step {step}", *shown]))
 
     def add_picture(self, step: int, picture: NDArray[np.uint8]) -> None:
         """A picture (H, W, channels), in ``samples/training`` for the report and in TensorBoard."""

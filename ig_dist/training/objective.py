@@ -47,8 +47,7 @@ class Task(NamedTuple):
     t: Tensor
     labels: Tensor
     velocity: Tensor
-    acceleration: Tensor
-    """Weight of training acceleration of each sample, (rows,)."""
+    acceleration: Tensor  # weight of training acceleration of each sample, (rows,)
 
 
 class TaskMaker:
@@ -56,11 +55,6 @@ class TaskMaker:
 
     What is the same in every step is on the device once: to make it of Python's numbers would wait for a GPU. With
     ``train.compile`` the draws are compiled, which changes no bit of them.
-
-    Args:
-        config: the run's.
-        info: what the shards say of themselves.
-        device: where the tasks are wanted.
     """
 
     def __init__(self, config: Config, info: IndexFile, device: torch.device) -> None:
@@ -106,14 +100,9 @@ def training_times(loss: LossConfig, words: Words, latent_shape: Sequence[int]) 
 
 
 def training_loss(model: Model, task: Task, config: Config, *, step: int, difference: Tensor | None = None) -> Tensor:
-    """Losses (total, final, aux, cosine) of a micro-batch, (4, rows).
+    """Losses (total, final, aux, cosine) of a micro-batch, (4, rows); ``step`` batches were consumed before.
 
-    Args:
-        model: in training.
-        task: of the micro-batch.
-        config: the run's.
-        step: batches that were consumed before this one.
-        difference: of the EMA's heads, where training acceleration takes it from there, see ``ema_differences``.
+    Where training acceleration takes the difference of the heads from the EMA, it is ``difference``.
     """
     output = model(task.x_t, task.t, task.labels)
     target = None

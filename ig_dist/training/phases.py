@@ -1,13 +1,20 @@
-"""What the training loop is doing now and for how long: what the watchdog watches and the goodput ledger adds up."""
+"""What the training loop is doing now and for how long: what the watchdog watches and the goodput ledger adds up.
+
+The host of a GPU runs ahead of it, and a device that hangs stops all hosts alike: marks in its queue say how far it is.
+"""
 
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 STEP = ("forward", "backward", "optimizer", "log")
 """Phases that are the training itself; the others stand beside it."""
@@ -16,20 +23,16 @@ STEP = ("forward", "backward", "optimizer", "log")
 class Now(NamedTuple):
     """A moment of a run."""
 
-    entered: int
-    """Phases entered and beats since the start; every rank goes through the same ones in the same order."""
+    entered: int  # phases entered and beats since the start; every rank goes through the same ones in the same order
     phase: str
-    step: int
-    """Global batches consumed once the step in progress is done; 0 before the first one."""
-    began: float
-    """On the monotonic clock."""
+    step: int  # global batches consumed once the step in progress is done; 0 before the first one
+    began: float  # on the monotonic clock
 
 
 class Phases:
     """The clock of a start. The loop enters phases one after the other; each lasts until the next one is entered.
 
-    Args:
-        age_s: seconds since the start began; None: it began with the process.
+    It began ``age_s`` ago; None: with the process.
     """
 
     def __init__(self, age_s: float | None = None) -> None:
@@ -80,3 +83,56 @@ def process_age_s() -> float:
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
     except (OSError, AttributeError):  # not Linux
         return time.process_time()
+
+
+class Marks:
+    """Events that the host leaves in the device's queue as it enters phases, and a thread that waits for them in order.
+
+    The thread waits, and nobody for it: asking an event of a device that hangs may not return either, and keeps the
+    interpreter's lock meanwhile (``torch.cuda.Event.query`` does; ``synchronize`` does not). It looks once in
+    ``every_s``, since each look costs the loop's thread a moment of that lock. First of all it calls ``begin``.
+    """
+
+    def __init__(
+        self, event: Callable[[], Any], every_s: float, stop: threading.Event, begin: Callable[[], None] = lambda: None
+    ) -> None:
+        self._event, self._every_s, self._stop, self._begin = event, every_s, stop, begin
+        self._free: deque[Any] = deque()
+        self._ahead: deque[tuple[Now, Any]] = deque()
+        self._reached: Now | None = None
+        self._failed = False
+        threading.Thread(target=self._follow, name="device's marks", daemon=True).start()
+
+    def put(self, now: Now) -> None:
+        """Leave a mark: the host begins this. Costs some microseconds; waits for nothing."""
+        if not self._failed:  # the loop meets the error at its next call
+            event = self._free.popleft() if self._free else self._event()
+            event.record()
+            self._ahead.append((now, event))
+
+    @property
+    def behind(self) -> Now | None:
+        """What the device is in; None: all that the host has entered, or not known."""
+        return self._reached if self._ahead else None
+
+    def _follow(self) -> None:
+        try:
+            self._begin()
+            while not self._stop.wait(self._every_s):
+                for _ in range(len(self._ahead)):  # no more: a host that stays ahead would be followed mark by mark
+                    now, event = self._ahead[0]
+                    event.synchronize()
+                    self._reached = now
+                    self._free.append(self._ahead.popleft()[1])
+        except RuntimeError:  # the device has failed
+            self._failed = True
+            self._ahead.clear()
+
+
+def device_marks(device: torch.device, every_s: float, stop: threading.Event) -> Marks | None:
+    """Marks in the queue of a GPU; None: the host does the work itself."""
+    if device.type != "cuda":
+        return None
+    # a thread begins with device 0, and would make a context there: half a gigabyte of it for each rank of a machine
+    begin = partial(torch.cuda.set_device, device)
+    return Marks(partial(torch.cuda.Event, blocking=True), every_s, stop, begin)  # blocking: the thread does not spin

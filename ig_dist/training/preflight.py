@@ -42,12 +42,9 @@ class Findings(NamedTuple):
     matmul: float
     link: float
     read: float
-    wrong: str
-    """What it does wrong; empty: nothing."""
-    damaged: str
-    """What comes to it damaged, by whose fault that does not say; empty: nothing."""
-    unread: str
-    """Why it cannot read; empty: it can."""
+    wrong: str  # what it does wrong; empty: nothing
+    damaged: str  # what comes to it damaged, by whose fault that does not say; empty: nothing
+    unread: str  # why it cannot read; empty: it can
 
 
 def preflight(index: ShardIndex, config: Config, dist: Dist, stop_flag: StopFlag, beat: Callable[[], None]) -> None:
@@ -66,9 +63,7 @@ def preflight(index: ShardIndex, config: Config, dist: Dist, stop_flag: StopFlag
     read, unread = _storage(index, config, dist, stop_flag, beat)
     if any(gather_objects(stop_flag.asked, dist)):
         return
-    everyone: list[Findings] = gather_objects(
-        Findings(f"rank {dist.rank} on {dist.host}", matmul, link, read, wrong, damaged, unread), dist
-    )
+    everyone: list[Findings] = gather_objects(Findings(dist.place, matmul, link, read, wrong, damaged, unread), dist)
     slow = slow_ranks(everyone, max(SLOW, config.train.preflight_min_speed))
     if dist.is_main:
         console.print(summary(everyone))
@@ -95,7 +90,7 @@ def read_everywhere(read: Callable[[], T], sha256: Callable[[T], str], dist: Dis
         result, error = read(), None
     except IgDistError as problem:
         result, error = None, problem
-    mine = f"rank {dist.rank} on {dist.host}", str(error or ""), "" if result is None else sha256(result)
+    mine = dist.place, str(error or ""), "" if result is None else sha256(result)
     places, errors, hashes = zip(*gather_objects(mine, dist), strict=True)
     bad = minority([error and f"cannot read the data ({error})" for error in errors])
     _end_where_bad(places, bad, bad, dist)

@@ -6,20 +6,19 @@ randomness depend on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from ig_dist.arithmetic import switches
-from ig_dist.checkpoints.exchange import Loaded
 from ig_dist.checkpoints.saving import Saver
-from ig_dist.checkpoints.store import Checkpoint, CheckpointStore, checkpoint_store
+from ig_dist.checkpoints.store import Checkpoint, checkpoint_store
 from ig_dist.config import Config
 from ig_dist.config.provenance import note_start
 from ig_dist.data.index import ShardIndex, read_index
@@ -32,7 +31,7 @@ from ig_dist.models.dit import DiT, count_parameters, initialize
 from ig_dist.optim.optimizer import learning_rate
 from ig_dist.parallel.agreement import Awaited
 from ig_dist.parallel.build import check_engine
-from ig_dist.parallel.dist import Dist, StopFlag, from_main, init_distributed, lost_peers_explained, shut_down
+from ig_dist.parallel.dist import Dist, StopFlag, from_main, init_distributed, on_main, shut_down
 from ig_dist.parallel.engine import StepResult
 from ig_dist.run_dir import Identity, claim, read_identity
 from ig_dist.terminal import console
@@ -41,11 +40,10 @@ from ig_dist.training.failing import failures_told
 from ig_dist.training.goodput import Ledger
 from ig_dist.training.learner import Learner, build_learner, snapshot, train_step
 from ig_dist.training.metrics import RunLog
-from ig_dist.training.monitor import grid_tokenizer, sample_grid, validate
+from ig_dist.training.monitor import TrainingScores, grid_tokenizer, sample_grid, validate
 from ig_dist.training.objective import open_reader
 from ig_dist.training.phases import Phases
 from ig_dist.training.preflight import preflight, read_everywhere
-from ig_dist.training.scoring import TrainingScores
 from ig_dist.training.watchdog import longest_wait_s, watched
 
 
@@ -71,69 +69,29 @@ def train(config: Config, *, force: bool = False, lives_on: bool = False) -> Non
     with ExitStack() as cleanup:
         cleanup.enter_context(switches(config.train.precision, deterministic=config.train.deterministic))
         dist = init_distributed(config.train.timeout_s, longest_wait_s(config))
-        cleanup.enter_context(lost_peers_explained(dist))
+        cleanup.enter_context(failures_told(config, dist, phases))
         watchdog = cleanup.enter_context(watched(phases, config, dist, lives_on=lives_on))
         # After an error the groups stay as they are: NCCL's end of one waits for peers that may never come.
         cleanup.push(lambda kind, *_: shut_down() if kind is None or dist.world_size == 1 else None)
         cleanup.enter_context(failures_told(config, dist, phases, watchdog))
-        cleanup.enter_context(lost_peers_explained(dist))
-        found = _find(config, dist, phases, cleanup, force=force)
-        if found.start >= found.total:
+        run = _begin(config, dist, phases, cleanup, force=force, lives_on=lives_on)
+        if run is None:
             return
-        run = _open(found, dist, phases, cleanup, lives_on=lives_on)
-        cleanup.enter_context(failures_told(config, dist, phases, watchdog))  # again: to say so before all this
-        cleanup.enter_context(lost_peers_explained(dist))  # is closed
+        cleanup.enter_context(failures_told(config, dist, phases, watchdog))  # said before what is open now is closed
         cleanup.enter_context(watchdog.has_the_last_word())
         _go_on(run)
-
-
-@dataclass
-class _Found:
-    """What a run goes on from."""
-
-    config: Config
-    index: ShardIndex
-    order: SampleOrder
-    store: CheckpointStore
-    identity: Identity
-    path: Any
-    """The run directory that rank 0 holds; None on the others."""
-    model: DiT
-    state: Loaded | None
-    """What this rank holds of the checkpoint, until the engine has it."""
-    start: int
-    total: int
-
-
-def _find(config: Config, dist: Dist, phases: Phases, cleanup: ExitStack, *, force: bool) -> _Found:
-    """The data, the run directory and its newest checkpoint. COLLECTIVE."""
-    check_engine(config)
-    index = read_everywhere(partial(read_index, config.data.index), attrgetter("sha256"), dist)
-    config = config.with_data(index.info.latent.shape, len(index.info.classes))
-    if config.log.sample_every_steps:
-        grid_tokenizer(index, config, dist.device)  # one that is missing ends the run now, not at the first grid
-    order = build_order(config, index, dist)
-    store = checkpoint_store(config)
-    seen = store.agreed_steps(dist)
-    state, identity = find_checkpoint(store, config, index, dist, phases.beat, force=force)
-    model = _first_model(config, state is not None)
-    path = cleanup.enter_context(_claimed_by_main(config, identity, dist, force))
-    identity = from_main(path and read_identity(path), dist)  # whoever held it until now may have begun it
-    if store.agreed_steps(dist) != seen:  # whoever held the run until now has saved once more
-        state, _ = find_checkpoint(store, config, index, dist, phases.beat)
-        model = _first_model(config, state is not None)
-    start, total = state.checkpoint.step if state else 0, config.total_steps(order.num_samples)
-    if dist.is_main:
-        doing = "finished at" if start >= total else "resume at" if start else "start from"
-        console.print(f"{config.run.dir}: {doing} step {start} of {total}")
-    return _Found(config, index, order, store, identity, path, model, state, start, total)
 
 
 @dataclass
 class _Run:
     """A run that goes on, as a rank holds it."""
 
-    found: _Found
+    config: Config
+    index: ShardIndex
+    identity: Identity
+    path: Path | None  # the run directory that rank 0 holds; None on the others
+    start: int
+    total: int
     dist: Dist
     phases: Phases
     stop: StopFlag
@@ -145,27 +103,55 @@ class _Run:
     ledger: Ledger
 
 
-def _open(found: _Found, dist: Dist, phases: Phases, cleanup: ExitStack, *, lives_on: bool) -> _Run:
-    """Build what the loop needs; ``cleanup`` closes it. COLLECTIVE."""
-    config, index, start = found.config, found.index, found.start
+def _begin(
+    config: Config, dist: Dist, phases: Phases, cleanup: ExitStack, *, force: bool, lives_on: bool
+) -> _Run | None:
+    """Find the data, the run directory and its newest checkpoint, and build the rest from them. COLLECTIVE.
+
+    Returns:
+        What the loop needs, which ``cleanup`` closes; None: the run is finished.
+    """
+    check_engine(config)
+    index = read_everywhere(partial(read_index, config.data.index), attrgetter("sha256"), dist)
+    config = config.with_data(index.info.latent.shape, len(index.info.classes))
+    if config.log.sample_every_steps:
+        grid_tokenizer(index, config, dist.device)  # one that is missing ends the run now, not at the first grid
+    order = build_order(config, index, dist)
+    store = checkpoint_store(config)
+    seen = store.agreed_steps(dist)
+    state, identity = find_checkpoint(store, config, index, dist, phases.beat, force=force)
+    model = _first_model(config, state is not None)
+    claimed = on_main(lambda: cleanup.enter_context(claim(config, identity, force=force)), dist)
+    path = claimed if dist.is_main else None
+    identity = from_main(path and read_identity(path), dist)  # whoever held it until now may have begun it
+    if store.agreed_steps(dist) != seen:  # whoever held the run until now has saved once more
+        state, _ = find_checkpoint(store, config, index, dist, phases.beat)
+        model = _first_model(config, state is not None)
+    start, total = state.checkpoint.step if state else 0, config.total_steps(order.num_samples)
     if dist.is_main:
-        note_start(found.path, step=start)
-        found.store.abort_orphans()
-    saver, stop = Saver(found.store, dist, phases.beat), StopFlag()
+        doing = "finished at" if start >= total else "resume at" if start else "start from"
+        console.print(f"{config.run.dir}: {doing} step {start} of {total}")
+    if start >= total:
+        return None
+
+    if path is not None:
+        note_start(path, step=start)
+        store.abort_orphans()
+    saver, stop = Saver(store, dist, phases.beat), StopFlag()
     cleanup.callback(saver.close)
     if lives_on:
         cleanup.callback(stop.restore)
     if dist.is_main:
-        console.print(f"{count_parameters(found.model):,} parameters on {dist.world_size} x {dist.device.type}")
+        console.print(f"{count_parameters(model):,} parameters on {dist.world_size} x {dist.device.type}")
     preflight(index, config, dist, stop, phases.beat)
     scores = TrainingScores(config, index, dist, stop, phases.beat) if config.log.score_every_steps else None
     phases.enter("compile")
-    learner = build_learner(config, index, found.model, found.state, dist, phases)
-    found.state = None
+    learner = build_learner(config, index, model, state, dist, phases)
+    state = None  # the engine has it
     phases.enter("start-up")
     stream = BatchStream(
         index,
-        found.order,
+        order,
         rank=dist.rank,
         world_size=dist.world_size,
         start=start,
@@ -174,18 +160,20 @@ def _open(found: _Found, dist: Dist, phases: Phases, cleanup: ExitStack, *, live
         flip=config.data.flip,
     )
     cleanup.callback(stream.close)
-    log = cleanup.enter_context(RunLog(found.path, start=start, total=found.total, name="train"))
-    ledger = Ledger(found.path, phases, start)
+    log = cleanup.enter_context(RunLog(path, start=start, total=total, name="train"))
+    ledger = Ledger(path, phases, start)
     cleanup.callback(ledger.close)
     phases.last_warm_up = start + 1
-    return _Run(found, dist, phases, stop, saver, scores, learner, stream, log, ledger)
+    return _Run(
+        config, index, identity, path, start, total, dist, phases, stop, saver, scores, learner, stream, log, ledger
+    )
 
 
 def _go_on(run: _Run) -> None:
     """The loop. COLLECTIVE."""
-    config, phases, total = run.found.config, run.phases, run.found.total
+    config, phases, total = run.config, run.phases, run.total
     batches = Awaited(run.stream.get, run.stop, run.dist, beat=phases.beat)
-    done = saved = run.found.start
+    done = saved = run.start
     try:
         for step in range(done + 1, total + 1):  # step: batches consumed once this one is
             last = step == total
@@ -194,10 +182,10 @@ def _go_on(run: _Run) -> None:
             lr = learning_rate(step - 1, config.optimizer, total)
             losses, result = train_step(run.learner, batch, step, lr)
             done = step
-            if last or step % config.log.every_steps == 0:
+            if _due(step, config.log.every_steps, last):
                 _write_line(run, step, lr, batch, losses, result)
             _look(run, step, last)
-            if last or step % config.checkpoint.every_steps == 0:
+            if _due(step, config.checkpoint.every_steps, last):
                 every = config.checkpoint.every_steps * config.checkpoint.export_every
                 _save(run, step, exported=last or _due(step, every, last))
                 saved = step
@@ -222,7 +210,7 @@ def _write_line(run: _Run, step: int, lr: float, batch: Batch, losses: Tensor, r
 
 def _look(run: _Run, step: int, last: bool) -> None:
     """What is due of validation, sample grid and scores. COLLECTIVE."""
-    config, index, learner, phases = run.found.config, run.found.index, run.learner, run.phases
+    config, index, learner, phases = run.config, run.index, run.learner, run.phases
     shown = learner.model, learner.ema
     if _due(step, config.log.validate_every_steps, last):
         phases.enter("validation")
@@ -234,7 +222,7 @@ def _look(run: _Run, step: int, last: bool) -> None:
         learner.meter.pause()
     if run.scores is not None and _due(step, config.log.score_every_steps, last):
         phases.enter("scoring")
-        run.log.add(step, run.scores.score(*shown, step, run.found.path), "scores")
+        run.log.add(step, run.scores.score(*shown, step, run.path), "scores")
         learner.meter.pause()
 
 
@@ -242,9 +230,9 @@ def _save(run: _Run, step: int, *, exported: bool) -> None:
     """Begin a save, which goes on beside the steps. COLLECTIVE."""
     run.phases.enter("checkpoint")
     with run.learner.meter.saving():
-        pieces, meta = snapshot(run.learner, run.found.index, step, run.dist)
-        meta["run"] = run.found.identity._asdict()
-        run.saver.save(step, pieces, meta, partial(_saved, export=run.found.config if exported else None))
+        pieces, meta = snapshot(run.learner, run.index, step, run.dist)
+        meta["run"] = run.identity._asdict()
+        run.saver.save(step, pieces, meta, partial(_saved, export=run.config if exported else None))
     run.ledger.note(step)
 
 
@@ -318,19 +306,3 @@ def build_order(config: Config, index: ShardIndex, dist: Dist) -> SampleOrder:
         window_samples=config.data.window_samples,
         seed=config.run.seed,
     )
-
-
-@contextmanager
-def _claimed_by_main(config: Config, identity: Identity, dist: Dist, force: bool) -> Iterator[Any]:
-    """Rank 0 holds the run directory; a refusal ends every rank."""
-    with ExitStack() as held:
-        refusal = path = None
-        if dist.is_main:
-            try:
-                path = held.enter_context(claim(config, identity, force=force))
-            except ConfigError as error:
-                refusal = str(error)
-        refusal = from_main(refusal, dist)
-        if refusal is not None:
-            raise ConfigError(refusal)
-        yield path

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -30,8 +30,7 @@ from ig_dist.parallel.blame import blame
 from ig_dist.parallel.collectives import Recorder, Standing, communication_error
 from ig_dist.parallel.dist import Dist, from_main
 from ig_dist.storage.faults import Patience
-from ig_dist.training.marks import device_marks
-from ig_dist.training.phases import Now, Phases
+from ig_dist.training.phases import Phases, device_marks
 from ig_dist.training.words import Word, judge, place
 
 FIRST_TIMES = 3.0  # what compiles, loads or is done seldom may take that many times longer
@@ -39,9 +38,6 @@ POLL_S = 2.0
 _SILENT_POLLS = 4
 _RANKS_PER_POLL = 256  # whose reading of all ranks' words the store can serve: 2 ms for each of 512
 _GRACE_POLLS = 4  # the others hear of it, and end by themselves; all within the 10 s that ig-dist launch gives them
-
-Limit = Callable[[Now, bool], float]
-"""How long a phase may last, whether the start is past its first step."""
 
 
 def phase_limits(config: Config) -> dict[str, float]:

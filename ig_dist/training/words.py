@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 
+from ig_dist.errors import listed
 from ig_dist.parallel.collectives import Collective
-
-_MOST_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -20,14 +19,10 @@ class Word:
     phase: str = "start-up"
     step: int = 0
     idle_s: float = 0.0
-    left_s: float = 1.0
-    """Until it would end the run."""
-    ticks: int = 0
-    """Grows while the process runs."""
-    host: str = ""
-    """Where its host is, which waits for the device; empty: the two are at the same place."""
-    came: dict[str, int] = field(default_factory=dict)
-    """See ``Standing``; empty while all is well, as is the next."""
+    left_s: float = 1.0  # until it would end the run
+    ticks: int = 0  # grows while the process runs
+    host: str = ""  # where its host is, which waits for the device; empty: the two are at the same place
+    came: dict[str, int] = field(default_factory=dict)  # see ``Standing``; empty while all is well, as is the next
     waits: Collective | None = None
 
     @property
@@ -53,16 +48,10 @@ def place(step: int, phase: str) -> str:
 
 
 def judge(words: Mapping[int, Word], silent: Collection[int], rank: int, machine: int) -> tuple[str, list[int]]:
-    """Who is behind and what is waited for, in words, and the ranks to blame.
+    """Who is behind and what is waited for, in the words of rank ``rank``, and the ranks to blame.
 
-    Somebody is to blame only with evidence: ranks of one machine, at most half of all, that do not answer; or else
-    that are behind the others; or else that did not come to a collective which others wait in.
-
-    Args:
-        words: of every rank, this one's too.
-        silent: ranks that do not answer.
-        rank: this one.
-        machine: ranks that share one.
+    Somebody is to blame only with evidence: ranks of one machine (of ``machine`` ranks), at most half of all, that do
+    not answer; or else that are behind the others; or else that did not come to a collective which others wait in.
     """
     if len(words) == 1:
         return "", []
@@ -76,7 +65,7 @@ def judge(words: Mapping[int, Word], silent: Collection[int], rank: int, machine
         named.append(f"rank {number} ({words[number].place}, {state})")
     suspects = sorted(silent) or late or absent
     evident = len({number // machine for number in suspects}) == 1 and 2 * len(suspects) <= len(words)
-    said = f"; behind: {_listed(named)}" if named else "" if absent else "; no rank is behind another"
+    said = f"; behind: {listed(named)}" if named else "" if absent else "; no rank is behind another"
     return f"{said}{collective}{'' if evident else '; no machine is blamed'}", suspects if evident else []
 
 
@@ -88,10 +77,5 @@ def _waited_for(words: Mapping[int, Word], silent: Collection[int], rank: int) -
     came = {number: word.came[waits.group] for number, word in words.items() if waits.group in word.came}
     absent = [number for number, newest in came.items() if newest < waits.number and number not in silent]
     who = "waits" if waiting[0] == rank else f"rank {waiting[0]} waits"
-    without = f", to which {_listed([f'rank {number}' for number in absent])} did not come" if absent else ""
+    without = f", to which {listed([f'rank {number}' for number in absent])} did not come" if absent else ""
     return f"; {who} for {waits.waited_s:.0f} s in {waits.text}{without}", absent
-
-
-def _listed(items: Sequence[str]) -> str:
-    more = f" and {len(items) - _MOST_NAMED} more" if len(items) > _MOST_NAMED else ""
-    return ", ".join(items[:_MOST_NAMED]) + more

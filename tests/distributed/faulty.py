@@ -42,8 +42,8 @@ from ig_dist.errors import DataError
 from ig_dist.launching.node import Node
 from ig_dist.launching.supervisor import supervise
 from ig_dist.training import learner, trainer, watchdog
-from ig_dist.training.marks import Marks
 from ig_dist.training.meter import Meter
+from ig_dist.training.phases import Marks
 
 KIND = os.environ["FAULT"]
 MINE = os.environ["FAULT_RANK"] == os.environ.get("RANK", "0")

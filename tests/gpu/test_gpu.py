@@ -16,7 +16,7 @@ from ig_dist.features.extractors.extractor import get_extractor
 from ig_dist.plans.units import Samples, read_unit
 from ig_dist.sampling.generate import generate_units, make_unit
 from ig_dist.training import preflight
-from ig_dist.training.stragglers import OwnWork
+from ig_dist.training.meter import OwnWork
 from tests import golden
 from tests.extractors import random_inception
 from tests.scoring import make_plan, tiny_models

@@ -12,8 +12,7 @@ import torch.distributed as torch_dist
 from torch._C._distributed_c10d import HashStore
 
 from ig_dist.parallel.collectives import Recorder, communication_error, set_defaults
-from ig_dist.training.marks import device_marks
-from ig_dist.training.phases import Phases
+from ig_dist.training.phases import Phases, device_marks
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")

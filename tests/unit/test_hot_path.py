@@ -18,8 +18,7 @@ from ig_dist.export import ALONE
 from ig_dist.models.dit import DiT, initialize
 from ig_dist.parallel.build import build_engine
 from ig_dist.parallel.dist import Dist, shut_down
-from ig_dist.parallel.engine import StepResult
-from ig_dist.parallel.sharded import total_norm
+from ig_dist.parallel.engine import StepResult, total_norm
 from ig_dist.training.ema import EMA
 from ig_dist.training.learner import Learner, train_step
 from ig_dist.training.meter import Meter

@@ -14,8 +14,8 @@ from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT, DiTConfig, initialize
 from ig_dist.optim.optimizer import build_optimizer
 from ig_dist.parallel.dist import Dist, shut_down
+from ig_dist.parallel.engine import total_norm, update
 from ig_dist.parallel.fsdp2 import FSDP2Engine, _check_rows
-from ig_dist.parallel.sharded import total_norm, update
 from tests.counting import Operations
 
 SHAPES = [(6, 10), (5, 3, 2, 2), (7,), (1,)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from ig_dist.training.meter import Slowest, Watch, slowest
 from ig_dist.training.preflight import Findings, minority, slow_ranks, summary
-from ig_dist.training.stragglers import Slowest, Watch, slowest
 
 
 def test_the_slowest_is_held_against_the_median_rank() -> None:

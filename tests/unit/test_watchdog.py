@@ -16,8 +16,7 @@ from torch._C._distributed_c10d import HashStore
 
 from ig_dist.parallel import collectives
 from ig_dist.parallel.collectives import Collective, Handlers, Recorder, communication_error, set_defaults, standing
-from ig_dist.training.marks import Marks
-from ig_dist.training.phases import Now, Phases
+from ig_dist.training.phases import Marks, Now, Phases
 from ig_dist.training.words import Word, judge
 from tests.waiting import wait_until
 
