@@ -159,7 +159,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a shift of the SDE": (
         ["sample", "RUN", "--solver", "euler_maruyama", "sample.time_shift=2"],
-        ["sample.time_shift", "euler_maruyama", "set sample.time_shift=1"],
+        ["sample.time_shift", "euler_maruyama", "sample.time_shift=1"],
     ),
     "the last step of euler": (
         ["sample", "RUN", "--solver", "euler", "sample.correct_last_step=false"],
