@@ -76,8 +76,8 @@ class Checkpoint:
 
         def put(found: Share) -> None:
             for part, (memory, at) in ((parts[number], place) for number, place in found.items()):
-                size = part.end - part.begin
-                whole[part.tensor].view(-1).view(torch.uint8)[part.at : part.at + size] = memory[at : at + size]
+                into = whole[part.tensor].view(-1).view(torch.uint8)
+                into[part.at : part.at + part.size] = memory[at : at + part.size]
 
         wanted = [number for number, part in enumerate(parts) if part.tensor in whole]
         try:

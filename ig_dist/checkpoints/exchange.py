@@ -114,29 +114,29 @@ class Loaded:
         (memory, place), (other, last_place) = share[own[0]], share[own[-1]]
         together = memory is other and last_place - place == last.at - first.at
         at = place + begin - first.at
-        if not together or begin < first.at or end > last.at + _size(last) or (memory.data_ptr() + at) % ALIGNMENT:
+        if not together or begin < first.at or end > last.at + last.size or (memory.data_ptr() + at) % ALIGNMENT:
             return None
         return torch.frombuffer(memory.numpy(), dtype=torch.uint8, count=end - begin, offset=at)  # a storage of its own
 
     def _bytes(self, number: int) -> Tensor:
         memory, place = self.checkpoint.share[number]
-        return memory[place : place + _size(self._plan[0][number])]
+        return memory[place : place + self._plan[0][number].size]
 
     def _to_all(self, sent: Sequence[Sequence[int]]) -> Iterator[tuple[Part, Tensor]]:
         """Each part that the ranks send, with its bytes on this device. COLLECTIVE."""
         parts, _ = self._plan
-        width = max(sum(_size(parts[number]) for number in numbers) for numbers in sent)
+        width = max(sum(parts[number].size for number in numbers) for numbers in sent)
         mine = torch.empty(width, dtype=torch.uint8, device=self.dist.device)
         at = 0
         for number in sent[self.dist.rank]:
-            at += len(mine[at : at + _size(parts[number])].copy_(self._bytes(number)))
+            at += len(mine[at : at + parts[number].size].copy_(self._bytes(number)))
         gathered = torch.empty(len(sent) * width, dtype=torch.uint8, device=self.dist.device)
         _gather(gathered, mine)  # into a list it would need this memory twice
         for rank, numbers in enumerate(sent):
             at = rank * width
             for number in numbers:
-                yield parts[number], gathered[at : at + _size(parts[number])]
-                at += _size(parts[number])
+                yield parts[number], gathered[at : at + parts[number].size]
+                at += parts[number].size
 
     def _to_each(self, sent: Sequence[Sequence[int]], wants: Sequence[Wanted]) -> Iterator[tuple[Part, Tensor]]:
         """Each part of which this rank wants something, with what it wants of its bytes. COLLECTIVE."""
@@ -166,21 +166,17 @@ class Loaded:
             at += size
 
 
-def _size(part: Part) -> int:
-    return part.end - part.begin
-
-
 def _wanted_of(part: Part, wanted: Wanted) -> range:
     """Which bytes of a part are wanted; empty: none."""
     begin, end = wanted.get(part.tensor, (0, 0))
-    return range(max(begin - part.at, 0), min(end - part.at, _size(part)))
+    return range(max(begin - part.at, 0), min(end - part.at, part.size))
 
 
 def _take(queue: list[int], parts: list[Part], most: int) -> list[int]:
     """Take parts from the front, up to so many bytes, one at least."""
     taken: list[int] = []
     size = 0
-    while queue and (not taken or size + _size(parts[queue[0]]) <= most):
+    while queue and (not taken or size + parts[queue[0]].size <= most):
         taken.append(queue.pop(0))
-        size += _size(parts[taken[-1]])
+        size += parts[taken[-1]].size
     return taken

@@ -21,8 +21,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError
 
 from ig_dist.checkpoints.snapshot import DTYPE_NAMES, PART_BYTES
-from ig_dist.errors import ConfigError, DamagedError
-from ig_dist.storage.faults import Patience
+from ig_dist.errors import ConfigError, DamagedError, first_line
+from ig_dist.storage.faults import Patience, intact
 from ig_dist.storage.files import list_sizes, read_file
 from ig_dist.storage.urls import is_local
 
@@ -168,51 +168,46 @@ def check_tensor(name: str, entry: Mapping[str, Any]) -> None:
         raise DamagedError(f"{what} is not whole: element {end} is in no piece")
 
 
-def inspect(fs: Any, folder: str, step: int, patience: Patience) -> tuple[dict[str, Any] | None, str]:
-    """The manifest in a folder when it is whole and files of its sizes are there, else the reason why not.
+def inspect(fs: Any, folder: str, step: int, patience: Patience) -> dict[str, Any]:
+    """The manifest in a folder, which is whole; files of its sizes are there.
 
     Raises:
+        DamagedError: it is not, or they are not.
         ConfigError: it is of a later format than this version knows.
         DataError: the storage fails beyond the deadline.
     """
-    manifest, problem = _inspect_once(fs, folder, step, patience)
-    if manifest is None and not is_local(fs):  # it may have suffered on the way
-        manifest, problem = _inspect_once(fs, folder, step, patience)
-    return manifest, problem
-
-
-def _is_later(found: str) -> bool:
-    family, _, number = found.partition("/")
-    ours, _, newest = FORMAT.partition("/")
-    return family == ours and number.isdecimal() and int(number) > int(newest)
-
-
-def _inspect_once(fs: Any, folder: str, step: int, patience: Patience) -> tuple[dict[str, Any] | None, str]:
     try:
-        sizes = list_sizes(fs, folder, patience)
-        if MANIFEST not in sizes or sizes[MANIFEST] > MOST_BYTES:
-            return None, f"{MANIFEST} is no file of less than {MOST_BYTES >> 20} MiB"
-        manifest = unsealed(read_file(fs, f"{folder}/{MANIFEST}", patience))
-        if manifest is None:
-            return None, f"{MANIFEST} has changed"
-        if _is_later(str(manifest.get("format"))):  # nor is it passed over: it would be written over
-            raise ConfigError(
-                f"{folder} is of format {manifest['format']}, this version of ig-dist knows {FORMAT} and older: use the"
-                " version that saved it"
-            )
-        check_manifest(manifest)
-        if manifest["format"] != FORMAT or manifest["step"] != step:
-            return None, f"{MANIFEST} is of another format or step"
-        for file in manifest["files"]:
-            name, size = file["name"], file["bytes"]
-            if name not in sizes:
-                return None, f"{name} is missing"
-            if sizes[name] != size:
-                return None, f"{name} has {sizes[name]} bytes, not {size}"
-            if is_local(fs) and Path(folder, name).is_symlink():
-                return None, f"{name} is a link"
-    except DamagedError as error:
-        return None, f"{MANIFEST}: {error}"
+        return intact(fs, folder, lambda: _inspect_once(fs, folder, step, patience), patience)
     except OSError as error:
-        return None, f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return manifest, ""
+        raise DamagedError(f"{type(error).__name__}: {first_line(error)}") from None
+
+
+def _inspect_once(fs: Any, folder: str, step: int, patience: Patience) -> dict[str, Any]:
+    sizes = list_sizes(fs, folder, patience)
+    if MANIFEST not in sizes or sizes[MANIFEST] > MOST_BYTES:
+        raise DamagedError(f"{MANIFEST} is no file of less than {MOST_BYTES >> 20} MiB")
+    manifest = unsealed(read_file(fs, f"{folder}/{MANIFEST}", patience))
+    if manifest is None:
+        raise DamagedError(f"{MANIFEST} has changed")
+    family, _, number = str(manifest.get("format")).partition("/")
+    ours, _, newest = FORMAT.partition("/")
+    if family == ours and number.isdecimal() and int(number) > int(newest):  # passed over, it would be written over
+        raise ConfigError(
+            f"{folder} is of format {manifest['format']}, this version of ig-dist knows {FORMAT} and older: use the"
+            " version that saved it"
+        )
+    try:
+        check_manifest(manifest)
+    except DamagedError as error:
+        raise DamagedError(f"{MANIFEST}: {error}") from None
+    if manifest["format"] != FORMAT or manifest["step"] != step:
+        raise DamagedError(f"{MANIFEST} is of another format or step")
+    for file in manifest["files"]:
+        name, size = file["name"], file["bytes"]
+        if name not in sizes:
+            raise DamagedError(f"{name} is missing")
+        if sizes[name] != size:
+            raise DamagedError(f"{name} has {sizes[name]} bytes, not {size}")
+        if is_local(fs) and Path(folder, name).is_symlink():
+            raise DamagedError(f"{name} is a link")
+    return manifest

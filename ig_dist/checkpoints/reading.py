@@ -7,7 +7,6 @@ others' shares comes over the network between them (``exchange.py``).
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -20,10 +19,9 @@ from zlib_ng import zlib_ng
 from ig_dist.checkpoints.snapshot import ALIGNMENT, DTYPE_NAMES, PART_BYTES
 from ig_dist.errors import DamagedError
 from ig_dist.storage.background import in_parallel
-from ig_dist.storage.faults import Patience
+from ig_dist.storage.faults import Patience, intact
 from ig_dist.storage.files import REQUEST_BYTES, open_url, read_range
 
-_READS = 4  # of the same bytes, before they are damaged and did not suffer on the way
 _THREADS = 8
 
 Share = dict[int, tuple[Tensor, int]]
@@ -41,6 +39,11 @@ class Part(NamedTuple):
     """Whose bytes they are; empty: the file's header."""
     at: int
     """Place of the first one among the bytes of the flattened tensor."""
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return self.end - self.begin
 
 
 def parts_of(manifest: Mapping[str, Any]) -> list[Part]:
@@ -61,11 +64,11 @@ def parts_of(manifest: Mapping[str, Any]) -> list[Part]:
 
 def owners(parts: Sequence[Part], world_size: int) -> list[int]:
     """The rank that reads each part: runs of parts, of as many bytes as can be for each rank."""
-    total = sum(part.end - part.begin for part in parts)
+    total = sum(part.size for part in parts)
     ranks, done = [], 0
     for part in parts:
         ranks.append(min(done * world_size // max(total, 1), world_size - 1))
-        done += part.end - part.begin
+        done += part.size
     return ranks
 
 
@@ -136,19 +139,19 @@ def read_parts(
         # numpy asks for huge pages: the kernel clears and maps new memory several times faster
         memory = torch.from_numpy(np.empty(last.end - first.begin + ALIGNMENT, dtype=np.uint8))
         memory = memory[-memory.data_ptr() % ALIGNMENT :][: last.end - first.begin]
-        for tries_left in reversed(range(_READS)):
-            try:
-                data = read_range(fs, path, first.begin, last.end, patience, into=memory.numpy().data)
-            except OSError as error:
-                raise DamagedError(f"{name}: {error.strerror or error}") from None
-            found = {n: slice(parts[n].begin - first.begin, parts[n].end - first.begin) for n in run}
-            bad = [n for n, place in found.items() if zlib_ng.crc32(data[place]) != parts[n].crc32]
-            if not bad:
-                break
-            what = f"tensor {parts[bad[0]].tensor!r}" if parts[bad[0]].tensor else "its header"
-            if not tries_left:
-                raise DamagedError(f"{name}: {what} is damaged (its CRC differs)")
-            patience.count(f"{url}/{name}", DamagedError(f"{what} has another CRC"), 0.0)
+        found = {n: slice(parts[n].begin - first.begin, parts[n].end - first.begin) for n in run}
+
+        def checked() -> None:
+            data = read_range(fs, path, first.begin, last.end, patience, into=memory.numpy().data)
+            for n, place in found.items():
+                if zlib_ng.crc32(data[place]) != parts[n].crc32:
+                    what = f"tensor {parts[n].tensor!r}" if parts[n].tensor else "its header"
+                    raise DamagedError(f"{name}: {what} is damaged (its CRC differs)")
+
+        try:
+            intact(fs, path, checked, patience)
+        except OSError as error:
+            raise DamagedError(f"{name}: {error.strerror or error}") from None
         take({n: (memory, place.start) for n, place in found.items()})
 
-    in_parallel(read, requests(parts, numbers), _THREADS, threading.Event())
+    in_parallel(read, requests(parts, numbers), _THREADS)

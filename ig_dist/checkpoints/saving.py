@@ -10,14 +10,13 @@ from __future__ import annotations
 import concurrent.futures
 import errno
 import json
-import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from ig_dist.checkpoints.manifest import MANIFEST, folder_name, make_manifest, sealed, unsealed
 from ig_dist.checkpoints.snapshot import Snapshot
@@ -38,9 +37,6 @@ _LAST_WORD_S = 10.0  # how long a rank that failed tries to tell rank 0
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _POLL_S = (0.02, 1.0)  # the first and the longest pause between looks for the records
 _AT_ONCE = 16  # requests for what the ranks said: one after the other, those of 512 would take longer than the save
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 Then = Callable[[Checkpoint], object]
 
@@ -187,8 +183,9 @@ class Saver:
                 f"{store.url}/{folder_name(save.step)} was saved by another run meanwhile: give each run its own"
                 " checkpoint.url"
             )
+        # records, and files of a cut-off save
         left = sizes.keys() - {file["name"] for file in manifest["files"]} - {MANIFEST}
-        _all_at_once(store.remove, [f"{folder}/{name}" for name in left])  # records, and files of a cut-off save
+        in_parallel(store.remove, [f"{folder}/{name}" for name in left], _AT_ONCE)
         folders[save.step] = True
         store.damaged.discard(save.step)
         return Checkpoint(f"{store.url}/{folder_name(save.step)}", manifest, store.patience), folders
@@ -219,7 +216,7 @@ class Saver:
             store.fs.invalidate_cache()
             names = list_sizes(store.fs, store.folder(save.step), store.patience)
             come = [rank for rank in sorted(missing) if self._record_path(save, rank).rpartition("/")[2] in names]
-            for rank, record in zip(come, _all_at_once(partial(self._record, save), come), strict=True):
+            for rank, record in zip(come, in_parallel(partial(self._record, save), come, _AT_ONCE), strict=True):
                 if record is not None:  # else it suffered on the way: the next look reads it again
                     records[rank] = record
             missing -= records.keys()
@@ -251,7 +248,7 @@ class Saver:
             if manifest is None:
                 raise DataError(f"{folder}/{MANIFEST} cannot be trusted: see which of the files there are needed")
             kept = {MANIFEST, *(file["name"] for file in manifest["files"])}
-        _all_at_once(store.remove, [f"{folder}/{name}" for name in names.keys() - kept])
+        in_parallel(store.remove, [f"{folder}/{name}" for name in names.keys() - kept], _AT_ONCE)
 
     def _attempt(self, failure: str, action: Callable[[], object]) -> None:
         """Do what may fail without harm; then one line says so."""
@@ -266,7 +263,3 @@ class Saver:
             return str(error).removesuffix(", then run the same command again")
         remedy = "free some space" if error.errno in _FULL else "see that it can be written"
         return f"{self._store.url}: {error.strerror or error}: {remedy}"
-
-
-def _all_at_once(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    return in_parallel(work, items, _AT_ONCE, threading.Event())

@@ -90,10 +90,8 @@ class Snapshot:
 
     def chunks(self) -> list[memoryview]:
         """The bytes of the file, without a copy; the next ``take`` overwrites them."""
-        counts = [
-            min(CHUNK_BYTES, self._bytes - number * CHUNK_BYTES) for number in range(-(-self._bytes // CHUNK_BYTES))
-        ]
-        return [buffer[:count].numpy().data for buffer, count in zip(self._buffers, counts, strict=False)]
+        used = -(-self._bytes // CHUNK_BYTES)
+        return [buffer[: self._bytes - n * CHUNK_BYTES].numpy().data for n, buffer in enumerate(self._buffers[:used])]
 
     def header(self) -> list[int]:
         """Bytes of the header, and their CRC-32."""

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from ig_dist.checkpoints.checkpoint import Checkpoint as Checkpoint
 from ig_dist.checkpoints.manifest import MANIFEST as MANIFEST
@@ -38,6 +38,8 @@ from ig_dist.storage.urls import is_local, once
 
 _TIDYING_S = 30.0  # how long is tried what need not succeed
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class CheckpointStore:
@@ -80,15 +82,16 @@ class CheckpointStore:
             DataError: there are checkpoints and none of them is whole, or the storage fails beyond the deadline.
         """
         passed: set[int] = set()
-        while True:
-            found = self._on_main(partial(self._newest, passed), dist)
-            if found is None:
-                return None
-            checkpoint, problem = self._loaded(found, dist, keep, fits, beat)
-            if not problem:
+        while (manifest := self._on_main(partial(self._newest, passed), dist)) is not None:
+            try:
+                checkpoint = self._open(manifest, dist, keep, fits, beat)
+            except DamagedError as error:
+                if dist.is_main:
+                    self._pass_over(manifest["step"], error, passed)
+            else:
                 self.damaged.discard(checkpoint.step)
                 return checkpoint
-            self._pass_over(checkpoint.step, problem, passed, said=dist.is_main)
+        return None
 
     def at(
         self,
@@ -105,44 +108,34 @@ class CheckpointStore:
             ConfigError: there is none, or it is damaged, or of a later format.
             DataError: the storage fails beyond the deadline.
         """
-        found = self._on_main(partial(self._at, step), dist)
-        manifest, problem, steps = found
-        checkpoint = None
-        if manifest is not None:
-            checkpoint, problem = self._loaded(manifest, dist, keep, fits, beat)
-        if checkpoint is None or problem:
-            there = ", ".join(map(str, steps)) or "none"
-            raise ConfigError(f"{self.url} has no whole checkpoint of step {step} ({problem}); there are: {there}")
-        return checkpoint
+        try:
+            manifest = self._on_main(partial(inspect, self.fs, self.folder(step), step, self.patience), dist)
+            return self._open(manifest, dist, keep, fits, beat)
+        except DamagedError as error:
+            there = ", ".join(map(str, self.agreed_steps(dist))) or "none"
+            raise ConfigError(
+                f"{self.url} has no whole checkpoint of step {step} ({error}); there are: {there}"
+            ) from None
 
-    def _loaded(
+    def _open(
         self,
         manifest: dict[str, Any],
         dist: Dist,
         keep: bool,
         fits: Callable[[Checkpoint], None],
         beat: Callable[[], None],
-    ) -> tuple[Checkpoint, str]:
-        """The checkpoint of a manifest, read by all ranks; and what some rank found to be damaged. COLLECTIVE."""
-        url = f"{self.url}/{folder_name(manifest['step'])}"
-        checkpoint = Checkpoint(url, manifest, self.patience)
-        try:
-            fits(checkpoint)
-        except DamagedError as error:  # on all ranks alike
-            return checkpoint, str(error)
-        read = partial(read_share, url, manifest, dist.rank, dist.world_size, self.patience, keep=keep)
-        work = in_background(read)
-        meet(work, dist, beat)
-        share, problem = {}, None
-        try:
-            share = work.result()
-        except DataError as error:
-            problem = error
-        problems = [problem for problem in gather_objects(problem, dist) if problem is not None]
-        for problem in problems:
-            if not isinstance(problem, DamagedError):
-                raise problem
-        return replace(checkpoint, share=share), str(problems[0]) if problems else ""
+    ) -> Checkpoint:
+        """The checkpoint of a manifest, once all ranks have read it. COLLECTIVE.
+
+        Raises:
+            DamagedError: some rank, or ``fits``, found it so.
+            DataError: the storage fails beyond the deadline.
+        """
+        checkpoint = Checkpoint(f"{self.url}/{folder_name(manifest['step'])}", manifest, self.patience)
+        fits(checkpoint)
+        read = partial(read_share, checkpoint.url, manifest, dist.rank, dist.world_size, self.patience, keep=keep)
+        share = self._on_all(read, dist, beat)
+        return replace(checkpoint, share=share)
 
     def agreed_steps(self, dist: Dist) -> list[int]:
         """``steps``, as rank 0 sees them. COLLECTIVE.
@@ -218,38 +211,40 @@ class CheckpointStore:
             retried(self.fs, folder, lambda: self.fs.rm(folder, recursive=True), self.patience)
         self.abort_orphans(folder)
 
-    def _on_main(self, function: Any, dist: Dist) -> Any:
-        """What a function finds on rank 0. COLLECTIVE, however long it takes.
+    def _on_main(self, function: Callable[[], T], dist: Dist) -> T:
+        """What a function finds on rank 0. COLLECTIVE; errors as ``_on_all``."""
+        found: T = from_main(self._on_all(function if dist.is_main else lambda: None, dist), dist)
+        return found
+
+    def _on_all(self, function: Callable[[], T], dist: Dist, beat: Callable[[], None] = lambda: None) -> T:
+        """What a function finds on this rank, once it has found it on all, however long it takes. COLLECTIVE.
 
         Raises:
-            ConfigError, DataError: the function's own, on every rank.
+            IgDistError: the function's own of some rank, on every rank; a ``DamagedError`` where there are no others.
         """
-        work = in_background(function) if dist.is_main else None
-        meet(work, dist)
-        found: tuple[Any, IgDistError | None] = None, None
+        work = in_background(function)
+        meet(work, dist, beat)
+        problem: IgDistError | None = None
         try:
-            found = None if work is None else work.result(), None
+            work.result()
         except IgDistError as error:
-            found = None, error
+            problem = error
         except OSError as error:
-            found = None, DataError(f"{self.url}: {error.strerror or error}: see that the folder can be read")
-        result, problem = from_main(found, dist)
-        if problem is not None:
-            problem.everywhere = True
-            raise problem
-        return result
-
-    def _at(self, step: int) -> tuple[dict[str, Any] | None, str, list[int]]:
-        manifest, problem = inspect(self.fs, self.folder(step), step, self.patience)
-        return manifest, problem, self.steps()
+            problem = DataError(f"{self.url}: {error.strerror or error}: see that the folder can be read")
+        problems = [problem for problem in gather_objects(problem, dist) if problem is not None]
+        if problems:
+            first = min(problems, key=lambda problem: isinstance(problem, DamagedError))
+            first.everywhere = True
+            raise first
+        return work.result()
 
     def _newest(self, passed: set[int]) -> dict[str, Any] | None:
         """The newest manifest that may be of a whole checkpoint, but those that were passed over."""
         for step in reversed([step for step in self.steps() if step not in passed]):
-            manifest, problem = inspect(self.fs, self.folder(step), step, self.patience)
-            if manifest is not None:
-                return manifest
-            self._pass_over(step, problem, passed, said=True)
+            try:
+                return inspect(self.fs, self.folder(step), step, self.patience)
+            except DamagedError as error:
+                self._pass_over(step, error, passed)
         if passed:
             raise DataError(
                 f"none of the {len(passed)} checkpoints in {self.url} is whole: restore one,"
@@ -257,12 +252,11 @@ class CheckpointStore:
             )
         return None
 
-    def _pass_over(self, step: int, problem: str, passed: set[int], *, said: bool) -> None:
+    def _pass_over(self, step: int, problem: DamagedError, passed: set[int]) -> None:
         self.damaged.add(step)
         passed.add(step)
-        if said:
-            where = f"{self.url}/{folder_name(step)}"
-            log.warning("checkpoint %s is damaged (%s): trying the one before", where, problem)
+        where = f"{self.url}/{folder_name(step)}"
+        log.warning("checkpoint %s is damaged (%s): trying the one before", where, problem)
 
 
 def checkpoint_store(config: Config) -> CheckpointStore:

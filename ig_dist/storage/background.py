@@ -42,12 +42,15 @@ def in_turn(calls: Iterable[Callable[[], T]]) -> Callable[[float], T | None]:
     return get
 
 
-def in_parallel(work: Callable[[T], R], items: Sequence[T], threads: int, stop: threading.Event) -> list[R]:
+def in_parallel(
+    work: Callable[[T], R], items: Sequence[T], threads: int, stop: threading.Event | None = None
+) -> list[R]:
     """``work`` on each item, by some threads; results in the order of the items.
 
-    The first error, or a signal, ends it at once: what the threads have begun has no further tries, and nobody waits
-    for it.
+    The first error, or a signal, ends it at once and sets ``stop``: what the threads have begun has no further tries,
+    and nobody waits for it.
     """
+    stop = stop or threading.Event()
     numbers, results = iter(range(len(items))), dict[int, R]()  # taking the next number is atomic
 
     def run() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from ig_dist.errors import ConfigError, DataError, StorageError
+from ig_dist.errors import ConfigError, DamagedError, DataError, StorageError, first_line
 from ig_dist.storage.background import in_background
 from ig_dist.storage.urls import full_url, is_local
 from ig_dist.terminal import console
@@ -19,8 +19,8 @@ from ig_dist.terminal import console
 T = TypeVar("T")
 
 _LOG_EVERY_S = 5.0
-
 _LOOK_S = 0.2  # between looks for a stop
+_READS = 4  # of the same bytes, before they are damaged and did not suffer on the way
 
 _TRANSIENT_CODES = {
     "BadDigest",
@@ -61,7 +61,7 @@ class Patience:
                 return
             others = f" ({self._unsaid} more since the last line)" if self._unsaid else ""
             self._said_at, self._unsaid = time.monotonic(), 0
-        console.print(f"storage: {what}: {_words(error)}; again in {wait_s:.1f} s{others}")
+        console.print(f"storage: {what}: {first_line(error)}; again in {wait_s:.1f} s{others}")
 
 
 PATIENCE = Patience()
@@ -105,24 +105,24 @@ def retried(fs: Any, path: str, operation: Callable[[], T], patience: Patience =
         return retrying(lambda: _unless_stopped(operation, patience))
     except PermissionError as error:
         raise DataError(
-            f"{url}: access denied ({_words(error)}): check the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID, instance"
-            " role) and what the bucket allows them"
+            f"{url}: access denied ({first_line(error)}): check the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID,"
+            " instance role) and what the bucket allows them"
         ) from None
     except Exception as error:
         if patience.stop.is_set() and _is_transient(error):
             raise DataError(f"{url}: given up, because the command ends") from None
         if type(error).__name__ in _NO_CREDENTIALS:
             raise DataError(
-                f"{url}: {_words(error)}: set AWS_PROFILE or AWS_ACCESS_KEY_ID, or run `aws login`"
+                f"{url}: {first_line(error)}: set AWS_PROFILE or AWS_ACCESS_KEY_ID, or run `aws login`"
             ) from None
         if not _is_transient(error):
             if isinstance(error, ValueError) or type(error).__module__.startswith(("botocore", "aiohttp")):
                 remedy = "check the URL, AWS_ENDPOINT_URL, AWS_PROFILE and ~/.aws (with SSO, log in again), or ~/.netrc"
-                raise ConfigError(f"{url}: {_words(error)}: {remedy}") from None
+                raise ConfigError(f"{url}: {first_line(error)}: {remedy}") from None
             raise
         raise StorageError(
-            f"{url}: the storage has failed for {patience.deadline_s:g} s, last with: {_words(error)}: see that it is"
-            " up and reachable, then run the same command again"
+            f"{url}: the storage has failed for {patience.deadline_s:g} s, last with: {first_line(error)}: see that"
+            " it is up and reachable, then run the same command again"
         ) from None
 
 
@@ -139,10 +139,29 @@ def _unless_stopped(operation: Callable[[], T], patience: Patience) -> T:
     return work.result()
 
 
+def intact(fs: Any, path: str, read: Callable[[], T], patience: Patience = PATIENCE) -> T:
+    """What a read gives that checks what came: again, some times, for the bytes may have suffered on the way.
+
+    A local file is read once.
+
+    Raises:
+        DamagedError: the read's own, time after time.
+    """
+    left = 1 if is_local(fs) else _READS
+    while True:
+        try:
+            return read()
+        except DamagedError as error:
+            left -= 1
+            if not left:
+                raise
+            patience.count(full_url(fs, path), error, 0.0)
+
+
 def unreadable(fs: Any, path: str, error: OSError) -> DataError:
     """What is said of a file that the machine itself cannot read."""
     gone = isinstance(error, FileNotFoundError)
-    words = error.strerror or _words(error)
+    words = error.strerror or first_line(error)
     return DataError(
         f"{full_url(fs, path)} {'is gone' if gone else f'cannot be read ({words})'}: restore it and run again"
     )
@@ -165,8 +184,3 @@ def _is_transient(error: BaseException) -> bool:
         if module in sys.modules:
             types.append(getattr(sys.modules[module], name))
     return isinstance(error, tuple(types))
-
-
-def _words(error: BaseException) -> str:
-    """One line that says what an exception is."""
-    return " ".join(str(error).split()) or type(error).__name__

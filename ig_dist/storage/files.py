@@ -10,15 +10,16 @@ import errno
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
+import fsspec.asyn
 import numpy as np
 
-from ig_dist.errors import ConfigError, DataError
-from ig_dist.storage import s3, web
+from ig_dist.errors import ConfigError, DataError, first_line
+from ig_dist.storage import s3
 from ig_dist.storage.faults import PATIENCE, Patience, retried
 from ig_dist.storage.urls import WEB, full_url, is_file, is_local, once, refuse_credentials
 from ig_dist.terminal.extras import missing
@@ -28,13 +29,9 @@ REQUEST_BYTES = 32 * 2**20
 
 
 def open_url(url: str, what: str, patience: Patience = PATIENCE, *, web: bool = False) -> tuple[Any, str]:
-    """The fsspec file system of a path or URL, and the path within it.
+    """The fsspec file system of a path or URL, and the path within it; ``what`` names the setting in errors.
 
-    Args:
-        url: where.
-        what: names the setting in errors.
-        patience: how long faults are borne.
-        web: it may be http, which has no listings and cannot be written.
+    With ``web`` it may be http, which has no listings and cannot be written.
 
     Raises:
         ConfigError: credentials in it, a chain of URLs, an unknown protocol, or one that is not of use here or not
@@ -61,7 +58,7 @@ def open_url(url: str, what: str, patience: Patience = PATIENCE, *, web: bool = 
     except (ValueError, ImportError) as error:
         if on_s3 and isinstance(error, ImportError):
             raise missing("s3", f"{what} {url} needs") from None
-        raise ConfigError(f"{what} {url!r}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{what} {url!r}: {first_line(error)}") from None
     if on_s3:
         fs.retries = 1
     return fs if is_local(fs) else _Persistent(fs, patience), str(path)
@@ -99,16 +96,10 @@ def read_range(
     into: memoryview | None = None,
     taken: Callable[[memoryview], None] | None = None,
 ) -> memoryview:
-    """Bytes ``start`` to ``stop`` (exclusive) of a file, all of them.
+    """Bytes ``start`` to ``stop`` (exclusive) of a file, all of them, in new memory or ``into`` what is given.
 
-    Args:
-        fs: the file system.
-        path: the file.
-        start: first byte.
-        stop: byte after the last.
-        patience: how long faults are borne.
-        into: memory for them; with ``taken`` of any length, and used again and again. None: new memory.
-        taken: called with each part that came, in order, while the next is sent; it keeps what it needs.
+    With ``taken``, which is called with each part that came, in order, while the next is sent, that memory may be of
+    any length, and is used again and again.
 
     Raises:
         DataError: as ``retried``, or the file is shorter.
@@ -176,15 +167,22 @@ def list_sizes(fs: Any, path: str, patience: Patience = PATIENCE) -> dict[str, i
 def write_whole(fs: Any, path: str, data: bytes | memoryview, patience: Patience = PATIENCE) -> None:
     """Write a file that is whole or not there, also when several processes write the same one."""
     if is_local(fs):
-        temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
-        try:
+        with beside(Path(path)) as temporary:
             temporary.write_bytes(data)
             temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
         return
     fs, options = once(fs), upload_options(fs, data, patience)
     retried(fs, path, lambda: fs.pipe_file(path, data, **options), patience)
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A name in the folder of a file, for what shall take its place whole; what is left there afterwards is deleted."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def upload_options(fs: Any, data: bytes | memoryview, patience: Patience) -> dict[str, Any]:
@@ -208,7 +206,7 @@ def _parts(
         fs = once(fs)
         bound = request_timeout(fs, size, patience)
         if "http" in fs.protocol:
-            data = web.get_range(fs, path, start, size, bound["timeout"])
+            data = _get_from_web(fs, path, start, size, bound["timeout"])
         else:
             data = memoryview(fs.cat_file(path, start=start, end=start + size, **bound))
         if len(data) > size:
@@ -218,6 +216,27 @@ def _parts(
             here[:count] = data[:count]
             yield here[:count]
             data = data[count:]
+
+
+def _get_from_web(fs: Any, url: str, start: int, size: int, timeout_s: float) -> memoryview:
+    """Some bytes of a file, or one more, which says that the server sends others than these.
+
+    fsspec reads an answer to its end, however far that is.
+    """
+
+    async def get() -> bytearray:
+        options = dict(fs.kwargs)
+        headers = {**options.pop("headers", {}), "Range": f"bytes={start}-{start + size - 1}"}
+        session, data = await fs.set_session(), bytearray()
+        async with session.get(fs.encode_url(url), headers=headers, **options) as answer:
+            fs._raise_not_found_for_status(answer, url)
+            async for part in answer.content.iter_chunked(2**16):
+                data += part[: size + 1 - len(data)]
+                if len(data) > size:
+                    break
+        return data
+
+    return memoryview(fsspec.asyn.sync(fs.loop, get, timeout=timeout_s))
 
 
 def request_timeout(fs: Any, size: int, patience: Patience) -> dict[str, Any]:

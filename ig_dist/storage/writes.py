@@ -14,28 +14,22 @@ from typing import Any
 
 from ig_dist.storage.background import in_background
 from ig_dist.storage.faults import Patience, retried
-from ig_dist.storage.files import read_range, request_timeout, upload_options, write_whole
+from ig_dist.storage.files import REQUEST_BYTES, beside, read_range, request_timeout, upload_options, write_whole
 from ig_dist.storage.s3 import md5
 from ig_dist.storage.urls import is_local, once
 
+PART_BYTES = REQUEST_BYTES
+"""What is larger is uploaded in parts of this size."""
 _PARALLEL_PARTS = 4
 _SYNC_BYTES = 32 * 2**20
-_MOST_IN_MEMORY = 8 * 2**20
-MOST_PARTS = 10_000  # of one upload to S3; each but the last has 5 MiB at least
+MOST_PARTS = 10_000  # of one upload to S3
 
 
 def write_hashed(fs: Any, folder: str, prefix: str, chunks: Sequence[memoryview], patience: Patience) -> dict[str, Any]:
     """Write a file named after its content, ``<prefix>.<hash>.safetensors``.
 
     The name makes it the same file whoever writes it: two writers of one folder with other contents do not touch
-    each other's files. Beyond ``chunks`` it needs the memory of four of them.
-
-    Args:
-        fs: file system.
-        folder: an existing folder (object stores need none).
-        prefix: begins the file's name.
-        chunks: the content; what is uploaded in several requests is cut there.
-        patience: how long faults are borne.
+    each other's files. On a disk the folder is there.
 
     Returns:
         ``name``, ``bytes`` and ``sha256`` of the file.
@@ -47,7 +41,7 @@ def write_hashed(fs: Any, folder: str, prefix: str, chunks: Sequence[memoryview]
             digest.update(chunk)  # lets go of the interpreter's lock
         return digest.hexdigest()
 
-    hashing = in_background(hash_all)
+    hashing, size = in_background(hash_all), sum(map(len, chunks))
 
     def name() -> str:
         return f"{prefix}.{hashing.result()[:16]}.safetensors"
@@ -55,20 +49,17 @@ def write_hashed(fs: Any, folder: str, prefix: str, chunks: Sequence[memoryview]
     if is_local(fs):  # which is written meanwhile
         write_durably(Path(folder, prefix), chunks, name)
     else:
-        _upload(fs, f"{folder}/{name()}", chunks, patience)
-    return {"name": name(), "bytes": sum(map(len, chunks)), "sha256": hashing.result()}
+        path = f"{folder}/{name()}"
+        retried(fs, path, lambda: write_stream(fs, path, chunks, patience, size=size), patience)
+    return {"name": name(), "bytes": size, "sha256": hashing.result()}
 
 
 def write_durably(path: Path, pieces: Iterable[memoryview], name: Callable[[], str] | None = None) -> None:
-    """Write a file of a disk that is whole, and synced, or not there.
+    """Write a file of a disk that is whole, and synced, or not there; one that is there is replaced.
 
-    Args:
-        path: the file, replaced if it is there.
-        pieces: its content.
-        name: what it is called in its folder, if that is known only once it is written.
+    With ``name`` it is called so in the folder of ``path``, for what is known only once it is written.
     """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with beside(path) as temporary:
         with temporary.open("wb") as file:
             reaching, unsynced = in_background(lambda: None), 0  # the disk writes what it has while more comes
             for piece in pieces:
@@ -81,37 +72,47 @@ def write_durably(path: Path, pieces: Iterable[memoryview], name: Callable[[], s
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path.with_name(name()) if name else path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(str(path.parent))
+    _sync_folder(path.parent)
 
 
 def write_stream(fs: Any, path: str, pieces: Iterable[memoryview], patience: Patience, *, size: int) -> None:
-    """Write a file that is whole or not there; on a disk and S3 only some pieces are in memory at a time.
+    """Write a file of so many bytes that is whole or not there; only some parts of it are in memory at a time.
 
-    Args:
-        fs: file system.
-        path: the file, replaced if it is there.
-        pieces: the content; all but the last of 5 MiB at least and 10,000 at most.
-        patience: how long faults are borne.
-        size: bytes of it, about.
+    Raises:
+        OSError: what is there afterwards is another writer's, or the upload was lost.
     """
+    part_bytes = max(PART_BYTES, -(-size // MOST_PARTS))
     if is_local(fs):
         write_durably(Path(path), pieces)
-    elif "s3" in fs.protocol and size >= _MOST_IN_MEMORY:
-        written = 0
-
-        def bodies() -> Iterator[bytes]:
-            nonlocal written
-            for piece in pieces:
-                written += len(piece)
-                yield bytes(piece)
-
-        upload_parts(fs, path, bodies(), patience)
-        if fs.size(path) != written:  # it is another writer's, or the upload is lost
-            raise OSError(f"{fs.size(path)} of {written} bytes are there")
-    else:  # what other file systems stream is not tried again, and a part of it may stay
+    elif size <= part_bytes:
         write_whole(fs, path, b"".join(pieces), patience)
+    elif "s3" in fs.protocol:
+        written = upload_parts(fs, path, _cut(pieces, part_bytes), patience)
+        if (there := retried(fs, path, lambda: fs.size(path), patience)) != written:
+            raise OSError(f"{there} of {written} bytes are there")
+    else:  # not tried again
+        temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+        try:
+            with fs.open(temporary, "wb") as file:
+                for piece in pieces:
+                    file.write(piece)
+            fs.mv(temporary, path)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                fs.rm_file(temporary)
+            raise
+
+
+def _cut(pieces: Iterable[memoryview], size: int) -> Iterator[bytes]:
+    """The same bytes in parts of one size; the last one is shorter."""
+    held = bytearray()
+    for piece in pieces:
+        held += piece
+        while len(held) >= size:
+            yield bytes(memoryview(held)[:size])
+            del held[:size]
+    if held:
+        yield bytes(held)
 
 
 def create_file(fs: Any, path: str, data: bytes, patience: Patience) -> bool:
@@ -136,8 +137,7 @@ def create_file(fs: Any, path: str, data: bytes, patience: Patience) -> bool:
 
 
 def _create_local(path: Path, data: bytes) -> bool:
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with beside(path) as temporary:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
@@ -148,13 +148,11 @@ def _create_local(path: Path, data: bytes) -> bool:
             if isinstance(error, FileExistsError) or os.path.lexists(path):  # it may be anything
                 return path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
             temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(str(path.parent))
+    _sync_folder(path.parent)
     return True
 
 
-def sync_folder(folder: str) -> None:
+def _sync_folder(folder: Path) -> None:
     """Names last like the files that they name; network file systems that cannot sync a folder keep both anyway."""
     number = os.open(folder, os.O_RDONLY)
     try:
@@ -164,31 +162,13 @@ def sync_folder(folder: str) -> None:
         os.close(number)
 
 
-def _upload(fs: Any, path: str, chunks: Sequence[memoryview], patience: Patience) -> None:
-    if len(chunks) == 1:
-        write_whole(fs, path, bytes(chunks[0]), patience)
-    elif "s3" in fs.protocol:
-        together = -(-len(chunks) // MOST_PARTS)
-        starts = range(0, len(chunks), together)
-        upload_parts(fs, path, (b"".join(chunks[start : start + together]) for start in starts), patience)
-    else:
-
-        def stream() -> None:
-            with fs.open(path, "wb") as file:
-                for chunk in chunks:
-                    file.write(chunk)
-
-        retried(fs, path, stream, patience)
-
-
-def upload_parts(fs: Any, path: str, bodies: Iterable[bytes], patience: Patience) -> None:
+def upload_parts(fs: Any, path: str, bodies: Iterable[bytes], patience: Patience) -> int:
     """An upload to S3 in parts that are sent again one by one, some of them at a time; S3's single PUT ends at 5 GiB.
 
-    Args:
-        fs: an S3 file system.
-        path: the file.
-        bodies: the parts, all but the last of 5 MiB at least and 10,000 at most; taken one by one as they are sent.
-        patience: how long faults are borne.
+    All but the last have 5 MiB at least, they are 10,000 at most, and are taken one by one as they are sent.
+
+    Returns:
+        Bytes of all.
     """
     bucket, key, _ = fs.split_path(path)
 
@@ -207,8 +187,9 @@ def upload_parts(fs: Any, path: str, bodies: Iterable[bytes], patience: Patience
 
     try:
         under_way: list[Future[dict[str, Any]]] = []
-        parts = []
+        parts, size = [], 0
         for number, body in enumerate(bodies, start=1):
+            size += len(body)
             if len(under_way) == _PARALLEL_PARTS:
                 parts.append(under_way.pop(0).result())
             under_way.append(in_background(partial(send, number, body)))
@@ -219,3 +200,4 @@ def upload_parts(fs: Any, path: str, bodies: Iterable[bytes], patience: Patience
         with contextlib.suppress(Exception):  # what is left is aborted at the next start
             fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload, timeout=10)
         raise
+    return size

@@ -18,6 +18,7 @@ from ig_dist.data.order import SampleOrder
 from ig_dist.data.reader import ShardReader
 from ig_dist.data.stream import Batch, BatchStream
 from ig_dist.errors import ConfigError, DataError
+from ig_dist.storage import writes
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import open_url, read_file, read_range, write_whole
 from ig_dist.storage.s3 import abort_orphaned_uploads
@@ -122,7 +123,7 @@ def test_flips_in_one_reading_after_another_condemn_no_sample(url: str, fault_pr
     for sample in (5, 0, 0):  # the others are whole, so that only sample 5 is asked for again
         fault_proxy.add(Fault("flip", next=1, path="shard-000000", after_bytes=int(index.table.offset[sample]) - begin))
     reader = ShardReader(index, "skip")
-    samples, good = reader.read(0, 0, SIZES[0])
+    samples, good = reader.read_ids(0, SIZES[0])
     assert [event.kind for event in fault_proxy.log] == 3 * ["flip"]
     assert good.all() and not reader.quarantined
     assert samples[:, 0, 0, 0].tolist() == list(range(SIZES[0]))
