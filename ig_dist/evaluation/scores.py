@@ -24,17 +24,14 @@ from ig_dist.terminal import warn
 
 Protocol = Literal["adm", "torch-fidelity"]
 INCEPTION_SCORE_IMAGES = 5000
+HOW = ("precision", "state", "decode_precision", "compile", "batch_size", "unit_size")  # of a plan
+OF_WEIGHTS = ("ema", "step", "images_seen", "checkpoint_sha256", "weights_sha256")
 
 
 class Scores:
-    """Scores of the first images of a set, one after the other; what two of them share is computed once.
+    """Scores of the first ``num`` images of a set (None: of all); what two of them share is computed once.
 
-    Args:
-        features: of the images.
-        reference: real images.
-        num: only so many images; None: all.
-        protocol: whose rules hold where evaluators differ.
-        device: where distances between points are made.
+    ``protocol`` says whose rules hold where evaluators differ, ``device`` where distances between points are made.
     """
 
     def __init__(
@@ -64,11 +61,8 @@ class Scores:
         found = {self._called(name): kinds[METRICS[name].kind](METRICS[name][1:]) for name in metrics}
         spread = {name: value.std for name, value in found.items() if isinstance(value, scored.MeanStd)}
         scores = {name: value.mean if isinstance(value, scored.MeanStd) else value for name, value in found.items()}
-        return {
-            "scores": scores,
-            **({"spread": spread} if spread else {}),
-            "protocol": {"num": self._num, **self._described(metrics), **self._reference.protocol(metrics)},
-        }
+        protocol = {"num": self._num, **self._described(metrics), **self._reference.protocol(metrics)}
+        return {"scores": scores, **({"spread": spread} if spread else {}), "protocol": protocol}
 
     def _called(self, name: str) -> str:
         """A score made with other weights than the published ones does not bear the published name."""
@@ -171,11 +165,7 @@ def score_plan(samples: Samples, scores: Scores, metrics: Sequence[str], out: Pa
         **plan_protocol(samples.plan, samples.info, samples.uint8_rule),
         **_work(samples.plan, scores.features, num),
         **protocol,
-        "ema": samples.info.ema,
-        "step": samples.info.step,
-        "images_seen": samples.info.images_seen,
-        "checkpoint_sha256": samples.info.checkpoint_sha256,
-        "weights_sha256": samples.info.weights_sha256,
+        **{key: getattr(samples.info, key) for key in OF_WEIGHTS},
         **({} if samples.weak is None else _of_the_weak_model(samples.weak)),
         "plan": samples.plan.digest,
     }
@@ -198,12 +188,7 @@ def plan_protocol(plan: Plan, info: ModelInfo, uint8_rule: str) -> dict[str, Any
         "solver": plan.solver,
         **plan.solver_settings,
         "guidance": [term.model_dump(mode="json") for term in plan.guidance],
-        "precision": plan.precision,
-        "state": plan.state,
-        "decode_precision": plan.decode_precision,
-        "compile": plan.compile,
-        "batch_size": plan.batch_size,
-        "unit_size": plan.unit_size,
+        **{key: getattr(plan, key) for key in HOW},
         "uint8_rule": uint8_rule,
         "tokenizer": info.tokenizer.name,
         "tokenizer_sha256": info.tokenizer.sha256,
@@ -218,6 +203,6 @@ def _work(plan: Plan, features: Features, num: int) -> dict[str, float]:
 
 
 def _of_the_weak_model(weak: ExportInfo) -> dict[str, Any]:
-    model = {"depth": weak.model.depth, "hidden_size": weak.model.hidden_size}
-    told = {**model, "ema": weak.ema, "step": weak.step, "checkpoint_sha256": weak.checkpoint_sha256}
-    return {f"weak_{key}": value for key, value in {**told, "weights_sha256": weak.weights_sha256}.items()}
+    told = {"depth": weak.model.depth, "hidden_size": weak.model.hidden_size}
+    told |= {key: getattr(weak, key) for key in OF_WEIGHTS if key != "images_seen"}
+    return {f"weak_{key}": value for key, value in told.items()}

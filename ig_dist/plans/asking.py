@@ -80,12 +80,8 @@ def sample_config(
 ) -> Config:
     """A copy of a run's config that says how is sampled; what is None stays as it is.
 
-    Args:
-        config: of the weights, see ``find_weights``.
-        overrides: ``a.b=c``; they come on top of the preset, and the other options on top of them.
-        preset: a published way of sampling, see ``recipe``.
-        weak: the second model of autoguidance, ``sample.weak_model``.
-        asked: scales and intervals, see ``with_guidance``, and other keys of the ``sample`` group.
+    ``overrides`` (``a.b=c``) come on top of the ``preset``, a published way of sampling, and the other options on top
+    of them: scales and intervals as of ``with_guidance``, keys of the ``sample`` group, ``weak`` for ``weak_model``.
 
     Raises:
         ConfigError: what is asked for does not fit.

@@ -102,14 +102,10 @@ class Listed(NamedTuple):
     """A plan of a run."""
 
     url: str
-    plan: Plan | None
-    """None: not finished."""
-    images: int
-    """That are there; of an unfinished plan, units instead."""
-    scores: Mapping[str, float]
-    """Those that were written into the run."""
-    step: int | None = None
-    """Of the checkpoint."""
+    plan: Plan | None  # None: not finished
+    images: int  # that are there; of an unfinished plan, units instead
+    scores: Mapping[str, float]  # those that were written into the run
+    step: int | None = None  # of the checkpoint
 
 
 def list_plans(run: str | Path) -> list[Listed]:

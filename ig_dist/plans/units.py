@@ -39,12 +39,9 @@ class Samples:
     plan: Plan
     info: ExportInfo
     url: str
-    uint8_rule: str
-    """How decoded values became uint8."""
-    tokenizer: str = ""
-    """Where the tokenizer was found; empty: under its name in the index."""
-    weak: ExportInfo | None = None
-    """Of the second model, where guidance has an auto term."""
+    uint8_rule: str  # how decoded values became uint8
+    tokenizer: str = ""  # where the tokenizer was found; empty: under its name in the index
+    weak: ExportInfo | None = None  # of the second model, where guidance has an auto term
 
 
 def unit_name(number: int) -> str:

@@ -18,8 +18,7 @@ from ig_dist.report.text import fits_a_column, images_text, items, number, plain
 
 FOLLOWS_SEED = frozenset({"seed", "plan", "evaluations", "forwards", "weak_forwards", "features_made_again"})
 """Values of a protocol that differ between two seeds of what is otherwise the same."""
-NAMES = ("guidance", "images")
-"""Values that name a row."""
+NAMES = ("guidance", "images")  # values that name a row
 LESSER = re.compile("weak_|reference_|images_|.*forwards")
 """Values that take no column: they follow from others, or are of the second model."""
 FOLLOWS_STEP = frozenset({"step", "images_seen", "checkpoint_sha256", "weights_sha256", "seed"}) | FOLLOWS_SEED
@@ -29,13 +28,10 @@ FOLLOWS_STEP = frozenset({"step", "images_seen", "checkpoint_sha256", "weights_s
 class _Group(NamedTuple):
     """Seeds of one and the same plan."""
 
-    row: dict[str, Any]
-    """Mean scores, their deviations, and the protocol that they share."""
+    row: dict[str, Any]  # mean scores, their deviations, and the protocol that they share
     seeds: int
-    alike: str
-    """Equal where nothing but the labels differs."""
-    swept: bool
-    """All of them stand in a sweep."""
+    alike: str  # equal where nothing but the labels differs
+    swept: bool  # all of them stand in a sweep
 
 
 def evaluation_sections(results: Sequence[Row]) -> list[dict[str, Any]]:
@@ -53,14 +49,10 @@ def evaluation_sections(results: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def evaluation_section(results: Sequence[Row]) -> dict[str, Any] | None:
-    """Scores of plans: what their protocols share, and in the table what differs.
+    """Scores of plans: what their protocols share, and in the table what differs; None where the sweeps show all.
 
-    Args:
-        results: scores with protocols. Two of the same plan under the same protocol count once; those that a sweep
-            shows (``swept``) are shown beside other seeds or other labels only.
-
-    Returns:
-        What the template needs; None where the sweeps show all.
+    Two of the same plan under the same protocol count once; those that a sweep shows (``swept``) are shown beside other
+    seeds or other labels only.
     """
     found = _paired(_by_seed(results))
     told = {group.alike for group in found if not group.swept}
@@ -98,11 +90,9 @@ def evaluation_section(results: Sequence[Row]) -> dict[str, Any] | None:
 
 
 def step_charts(lines: Sequence[Row], results: Sequence[Row]) -> list[Chart]:
-    """Each score over the steps of the run.
+    """Each score over the steps of the run: those taken while training, and those of plans.
 
-    Args:
-        lines: of ``metrics.jsonl``, with the scores that were taken while training.
-        results: scores of plans; those that differ in the checkpoint alone are a line.
+    Results that differ in the checkpoint alone are a line.
     """
     found: dict[str, dict[tuple[str, int | None], list[tuple[int, float]]]] = {}
 

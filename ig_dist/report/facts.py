@@ -33,13 +33,8 @@ def run_facts(
 ) -> dict[str, Facts]:
     """Names and values, by what they are about.
 
-    Args:
-        run: run directory.
-        config: its config.
-        metrics: the lines of ``metrics.jsonl`` that are of steps.
-        index: of its data; None: it cannot be read.
-        manifest: of the newest checkpoint; None: there is none.
-        conversion: where converted weights come from; None: they were trained here.
+    ``metrics`` are the lines that are of steps. None: the index cannot be read, there is no checkpoint, or the weights
+    were not converted but trained here.
     """
     about = {"Model": _model_facts(config), "Data": _data_facts(config, index, metrics)}
     if conversion is not None:

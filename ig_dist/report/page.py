@@ -34,14 +34,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Write the report of a run.
-
-    Args:
-        run: run directory.
-        out: the HTML file; None: ``report.html`` in the run directory.
-
-    Returns:
-        The file.
+    """Write the report of a run, by default as ``report.html`` in it.
 
     Raises:
         ConfigError: not a run directory, nothing trained or converted yet, a damaged result, or ``out`` cannot be

@@ -120,18 +120,15 @@ def curve_chart(
     smoothed: bool = False,
     marked: bool = False,
 ) -> Chart | None:
-    """Curves over the steps of a run.
+    """Curves over the steps of a run, by name; None where nothing finite was measured.
 
     Args:
         title: what is shown.
         unit: of the values.
-        curves: measured values by name; what is missing or not finite is passed over.
+        curves: what is missing or not finite is passed over.
         from_zero: the axis begins at 0.
         smoothed: the values have noise: a moving mean is drawn over them.
         marked: each point is marked, where they are few.
-
-    Returns:
-        The chart; None where nothing finite was measured.
     """
     measured = {name: found for name, curve in curves.items() if len((found := _finite(curve))[0])}
     if not measured:

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NamedTuple, Self
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from ig_dist.config.catalogue import METRICS, lower_is_better
 from ig_dist.config.describe import KINDS, guidance_name, interval_text
@@ -33,37 +33,30 @@ OF_ANOTHER_MODEL = ("num", "step", "ema")
 Row = Mapping[str, Any]
 
 
-class Result(BaseModel):
-    """Scores of one plan or of other images; what else stands beside them is not needed here."""
-
-    scores: dict[str, float]
-    std: dict[str, float] = {}
-    """Over seeds, for the metrics that have it."""
-    spread: dict[str, float] = {}
-    """Over subsets of the images, of scores that are means over such."""
-    protocol: dict[str, Any] = {}
-
-    @field_validator("protocol")
-    @classmethod
-    def _of_its_kinds(cls, protocol: dict[str, Any]) -> dict[str, Any]:
-        _Known.model_validate(protocol)
-        return protocol
-
-
 class _Known(BaseModel):
     """What the report reckons with, of a protocol."""
 
     num: Annotated[int, Field(strict=True)] | None = None
     seed: int | str | None = None
     plan: str | None = None
-    guidance: Any = None
+    guidance: str | list[Any] | None = None
 
-    @field_validator("guidance")
-    @classmethod
-    def _terms(cls, value: Any) -> Any:
-        if isinstance(value, str | list | None):
-            return value
-        raise ValueError("no list of terms")
+
+def _of_its_kinds(protocol: dict[str, Any]) -> dict[str, Any]:
+    _Known.model_validate(protocol)
+    return protocol
+
+
+Protocol = Annotated[dict[str, Any], AfterValidator(_of_its_kinds)]
+
+
+class Result(BaseModel):
+    """Scores of one plan or of other images; what else stands beside them is not needed here."""
+
+    scores: dict[str, float]
+    std: dict[str, float] = {}  # over seeds, for the metrics that have it
+    spread: dict[str, float] = {}  # over subsets of the images, of scores that are means over such
+    protocol: Protocol = {}
 
 
 class SweepRow(Result):
@@ -87,15 +80,13 @@ class Sweep(BaseModel):
     name: str = "sweep"
     written: datetime | None = None
     rows: list[SweepRow] = Field(min_length=1, max_length=10_000)
-    protocol: dict[str, Any] = {}
+    protocol: Protocol = {}
     target: str | None = None
-    flat: list[int] | None = None
-    """Rows that are as good as the best within the noise."""
+    flat: list[int] | None = None  # rows that are as good as the best within the noise
 
     @model_validator(mode="after")
     def _number_of_images(self) -> Self:
         """Old files say it once for all rows."""
-        _Known.model_validate(self.protocol)
         if self.written is not None and self.written.year < 1970:
             raise ValueError("written before there were clocks")
         for row in self.rows:
@@ -138,11 +129,7 @@ def read_results(run: Path, swept: set[str], command: str) -> list[Row]:
 
 
 def read_result(file: Path, command: str) -> Row:
-    """Scores with their protocol; ``command`` makes them again.
-
-    Raises:
-        ConfigError: the file is damaged.
-    """
+    """Scores with their protocol, or a ConfigError: the file is damaged, and ``command`` makes them again."""
     return _read(Result, file, command)
 
 
@@ -256,12 +243,7 @@ def score_text(row: Row, metric: str) -> str:
 
 
 def reading_notes(rows: Sequence[Row], protocols: Sequence[Row]) -> list[str]:
-    """What numbers of images and the reference mean for these scores.
-
-    Args:
-        rows: scores, with ``num``.
-        protocols: of the scores, for their references.
-    """
+    """What numbers of images (of the rows) and the references (of the protocols) mean for these scores."""
     small = [row for row in rows if row.get("num") and row["num"] < PAPER_IMAGES]
     few = sorted({row["num"] for row in small})
     distances = ", ".join(name for name in metric_names(small) if is_distance(name))

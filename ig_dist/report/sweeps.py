@@ -28,13 +28,7 @@ from ig_dist.report.text import images_text, protocol_parts, score
 
 
 def sweep_section(sweep: Row, newest: int | None, seeds: Sequence[int]) -> dict[str, Any]:
-    """What the template needs of one sweep.
-
-    Args:
-        sweep: content of its file.
-        newest: step of the newest checkpoint; None: not known.
-        seeds: of its points, as far as they are known.
-    """
+    """What the template needs of one sweep; ``newest``: step of the newest checkpoint; ``seeds``: of its points."""
     rows, made_at = sweep["rows"], sweep["protocol"].get("step")
     shown = [(metric, found) for metric in target_first(sweep) if (found := scored(rows, metric))]
     charts = [sweep_chart(found, metric) for metric, found in shown]

@@ -10,8 +10,7 @@ from typing import Any
 
 from ig_dist.config.describe import guidance_name
 
-Facts = list[tuple[str, str]]
-"""Names and values."""
+Facts = list[tuple[str, str]]  # names and values
 HASHES = re.compile(r"[0-9a-f]{16,}(, [0-9a-f]{16,})*")
 LONG = 90  # characters of a value that fit on a line of the page
 SHORT = 36  # characters of one that fits into a column

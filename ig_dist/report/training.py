@@ -14,12 +14,7 @@ from ig_dist.training.goodput import KINDS, LEAST_PERCENT, duration, read_goodpu
 
 
 def training_charts(run: Path, lines: Sequence[Row]) -> list[Chart]:
-    """A chart for each thing that was measured.
-
-    Args:
-        run: run directory.
-        lines: of ``metrics.jsonl``; those of steps have a loss, those of a validation have ``val_loss``.
-    """
+    """A chart for each thing that was measured; lines of steps have a loss, those of a validation ``val_loss``."""
     steps = [line for line in lines if "images_seen" in line]
     validated = [line for line in lines if "val_loss" in line]
     if not steps:
