@@ -192,28 +192,24 @@ class _First(Together):
         return 0
 
     def _take(self, line: Line, told: Any) -> None:
+        mine, refused = self._node, ""
         match told:
             case [int(nodes), int(rank), int(processes)]:
-                refused = self._why_not(nodes, rank, processes)
+                if (nodes, processes) != (mine.nodes, mine.processes):
+                    refused = (
+                        f"node {rank} was started for {nodes} nodes of {processes} processes, node 0 for {mine.nodes}"
+                        f" of {mine.processes}: give all of them the same --nodes and --processes"
+                    )
+                elif not 0 < rank < nodes or self._twin(told):
+                    refused = f"two nodes were started with --node-rank {rank}: give each its own, 0 to {nodes - 1}"
+                else:
+                    self._others[rank] = line
             case _:
                 refused = "node 0 does not understand this one: is its ig_dist of another version?"
         if refused:
             print(f"warning: refused: {refused}", file=sys.stderr, flush=True)
             line.say(refused=refused)
             line.close()
-        else:
-            self._others[rank] = line
-
-    def _why_not(self, nodes: int, rank: int, processes: int) -> str:
-        mine = self._node
-        if (nodes, processes) != (mine.nodes, mine.processes):
-            return (
-                f"node {rank} was started for {nodes} nodes of {processes} processes, node 0 for {mine.nodes} of"
-                f" {mine.processes}: give all of them the same --nodes and --processes"
-            )
-        if not 0 < rank < nodes or self._twin([nodes, rank, processes]):
-            return f"two nodes were started with --node-rank {rank}: give each its own, 0 to {nodes - 1}"
-        return ""
 
 
 class _Other(Together):
