@@ -10,7 +10,7 @@ from typing import Any, Unpack
 import torch
 
 from ig_dist.config import Config
-from ig_dist.config.file import apply_overrides, config_from_tree, load_config
+from ig_dist.config.file import apply_overrides, config_from_tree, flat, load_config
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.sweep import Axes, sweep_run
 from ig_dist.export import find_run, find_weights
@@ -71,7 +71,7 @@ def train(config: str | Path | Mapping[str, Any] | Config, *overrides: str, forc
     """
     from ig_dist.training.trainer import train as run_training
 
-    options = [*overrides, *(f"{key}={json.dumps(value, default=str)}" for key, value in _flat(groups))]
+    options = [*overrides, *(f"{key}={json.dumps(value, default=str)}" for key, value in flat(groups).items())]
     if isinstance(config, str | Path):
         loaded = load_config(config, options)
     else:
@@ -194,11 +194,3 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     from ig_dist.report.page import write_report as write
 
     return write(Path(run), None if out is None else Path(out))
-
-
-def _flat(groups: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:
-    """``{"train": {"steps": 5}}`` as ``train.steps`` and 5: what a group does not name stays."""
-    flat = []
-    for key, value in groups.items():
-        flat += _flat(value, f"{above}{key}.") if isinstance(value, Mapping) and value else [(above + key, value)]
-    return flat

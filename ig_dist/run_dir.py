@@ -17,9 +17,9 @@ import yaml
 from pydantic import ValidationError
 
 from ig_dist.config import Config
-from ig_dist.config.file import read_groups
+from ig_dist.config.file import flat, read_groups
 from ig_dist.config.paths import absolute_paths, moved_paths
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, listed
 from ig_dist.terminal import console
 from ig_dist.this_process import LOCK_WAIT_VARIABLE, host
 
@@ -29,7 +29,6 @@ LOCK_NAME = ".lock"
 FILES = ("metrics.jsonl", "goodput.jsonl", "provenance.jsonl")
 FOLDERS = ("tensorboard", "checkpoints", "export", "samples", "hang")
 MOST_IDENTITY_BYTES = 4096
-MOST_DIFFERENCES = 8  # that are told
 
 # What may change when a run goes on: it does not enter the weights (beyond the order of float sums).
 FREE_GROUPS = {"log", "engine", "guidance", "sample", "evaluate"}
@@ -64,10 +63,8 @@ FREE_KEYS = {
 class Identity(NamedTuple):
     """Which run a folder or a checkpoint is of, wherever it lies and whatever it is called."""
 
-    id: str
-    """Drawn at the first start; empty: of a version that drew none."""
-    parent: str = ""
-    """Of the run that it was forked from."""
+    id: str  # drawn at the first start; empty: of a version that drew none
+    parent: str = ""  # of the run that it was forked from
 
 
 def new_identity(parent: str = "") -> Identity:
@@ -89,10 +86,8 @@ def read_identity(path: Path) -> Identity:
 def claim(config: Config, identity: Identity | None = None, *, force: bool = False) -> Iterator[Path]:
     """Hold the run directory for this process: check, create, lock and write ``config.yaml``. Rank 0 only.
 
-    Args:
-        config: the resolved config.
-        identity: of the run, written beside it unless one is there; None: a new one.
-        force: go on under a config that differs; what differs is printed.
+    The identity is written beside it unless one is there; None: a new one. With ``force`` the run goes on under a
+    config that differs; what differs is printed.
 
     Raises:
         ConfigError: another process holds it, it belongs to another config, or it cannot be written.
@@ -183,8 +178,8 @@ def differences(tree: dict[str, Any], config: Config) -> list[str]:
     """Keys of a stored config that ``config`` changes and that enter the weights, as ``key (old -> new)``."""
     with contextlib.suppress(ValidationError):  # of a key that is gone since: it differs
         tree = Config.model_validate(tree).model_dump(mode="json")  # a key that was not there yet had its default
-    old = _flatten(absolute_paths(tree))
-    new = _flatten(absolute_paths(config.model_dump(mode="json")))
+    old = flat(absolute_paths(tree))
+    new = flat(absolute_paths(config.model_dump(mode="json")))
     free = FREE_KEYS | ({"train.steps", "train.epochs"} if config.optimizer.schedule == "constant" else set())
     return [
         f"{key} ({old.get(key)} -> {new.get(key)})"
@@ -196,9 +191,8 @@ def differences(tree: dict[str, Any], config: Config) -> list[str]:
 def refuse_other_config(what: str, differ: Sequence[str], *, force: bool) -> None:
     """Raise ConfigError unless it is to be gone on with under the new config."""
     if not force:
-        more = f" and {len(differ) - MOST_DIFFERENCES} more" if len(differ) > MOST_DIFFERENCES else ""
         raise ConfigError(
-            f"{what} belongs to another config: {', '.join(differ[:MOST_DIFFERENCES])}{more};"
+            f"{what} belongs to another config: {listed(differ)};"
             " choose another run.dir, or go on under the new config with --force-config"
         )
 
@@ -208,13 +202,3 @@ def replace_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

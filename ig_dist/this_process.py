@@ -71,16 +71,14 @@ def this_process(
     """
     own = os.environ if environment is None else environment
     said, (by, its) = _told(own, _TORCHRUN), _launcher(own)
-    rank, world_size = said[:2]
-    if rank is None or world_size is None:
+    if said.rank is None or said.world_size is None:
         for name, one, other in zip(_TORCHRUN, said[:2], its[:2], strict=False):
             if None not in (one, other) and one != other:
                 raise ConfigError(f"{name} is {one}, but {by} says {other}: unset {name}, or start as many processes")
-        rank, world_size = (its.rank if rank is None else rank), (its.world_size if world_size is None else world_size)
-    elif (rank, world_size) != its[:2]:  # as of ranks that torchrun started in a step of srun
+    elif said[:2] != its[:2]:  # as of ranks that torchrun started in a step of srun
         its = _Told()
-    local_rank = its.local_rank if said.local_rank is None else said.local_rank
-    local_world_size = its.local_world_size if said.local_world_size is None else said.local_world_size
+    both = zip(said, its, strict=True)
+    rank, world_size, local_rank, local_world_size = (other if one is None else one for one, other in both)
     world_size = 1 if world_size is None else world_size
     if rank is None and world_size > 1:
         raise ConfigError(f"WORLD_SIZE is {world_size}, and RANK is not set: use ig-dist launch or torchrun")

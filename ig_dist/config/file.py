@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,14 @@ def apply_overrides(tree: dict[str, Any], overrides: typing.Sequence[str]) -> di
     return tree
 
 
+def flat(groups: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """``{"train": {"steps": 5}}`` as ``train.steps`` and 5: what a group does not name stays."""
+    found: dict[str, Any] = {}
+    for key, value in groups.items():
+        found |= flat(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {above + key: value}
+    return found
+
+
 def _hint(word: str) -> str:
     """What a word without = may have been meant as."""
     if Path(word).stem in shipped_configs() or word.endswith(".yaml"):
@@ -238,7 +247,7 @@ def _explain(error: ValidationError) -> str:
         message = _one_line(ValueError(first["msg"].removeprefix("Value error, ")))
         given = first.get("input")
         shown = f" (got {given!r})" if where and isinstance(given, (str, int, float, bool, types.NoneType)) else ""
-        text = f"{where}: {message}{shown}" if where else message
+        text = f"{where}: {message}{shown}" if where and not message.startswith(f"{where}.") else message
     return text + (f" (and {more} more)" if more else "")
 
 

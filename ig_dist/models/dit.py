@@ -6,7 +6,7 @@ Parameter names are the published ones, except that the published `final_layer_x
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +51,12 @@ class DiTConfig:
     aux_init: Literal["zero", "xavier"] = "zero"  # of the auxiliary head: as of the final head, or drawn
 
     def __post_init__(self) -> None:
-        for name in [field.name for field in fields(self) if field.type is int]:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for field in fields(self):
+            value, allowed = getattr(self, field.name), get_args(field.type)
+            if field.type is int and value < 1:
+                raise ValueError(f"{field.name} is {value}; it must be at least 1")
+            if get_origin(field.type) is Literal and value not in allowed:
+                raise ValueError(f"{field.name} is {value!r}; write {' or '.join(map(repr, allowed))}")
         if self.depth > MOST_BLOCKS:
             raise ValueError(f"depth is {self.depth}; it must be at most {MOST_BLOCKS}")
         if self.input_size % self.patch_size:
@@ -80,9 +83,6 @@ class DiTConfig:
                 f"rope needs heads whose width is a multiple of 4, and hidden_size {self.hidden_size} over num_heads"
                 f" {self.num_heads} is {self.head_width}; choose another num_heads, or no rope"
             )
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; write {' or '.join(map(repr, allowed))}")
 
     @property
     def out_channels(self) -> int:
@@ -98,14 +98,6 @@ class DiTConfig:
     def head_width(self) -> int:
         """Width of an attention head."""
         return self.hidden_size // self.num_heads
-
-
-_CHOICES = {
-    "time_input": ("t", "one_minus_t"),
-    "norm": ("layernorm", "rmsnorm"),
-    "mlp": ("gelu", "swiglu"),
-    "aux_init": ("zero", "xavier"),
-}
 
 
 class DiTOutput(NamedTuple):

@@ -74,7 +74,7 @@ def train_step(learner: Learner, batch: Batch, step: int, lr: float) -> tuple[Te
     return rows, result
 
 
-def snapshot(learner: Learner, index: ShardIndex, step: int, dist: Dist) -> tuple[dict[str, Piece], dict[str, Any]]:
+def state_pieces(learner: Learner, index: ShardIndex, step: int, dist: Dist) -> tuple[dict[str, Piece], dict[str, Any]]:
     """The pieces that this rank writes, and what stands beside them in the manifest. COLLECTIVE.
 
     Weights, averages, moments and constant buffers; images, the optimizer's steps, the config and the index's hash.

@@ -38,7 +38,7 @@ from ig_dist.terminal import console
 from ig_dist.training.beginning import find_checkpoint, load_weights
 from ig_dist.training.failing import failures_told
 from ig_dist.training.goodput import Ledger
-from ig_dist.training.learner import Learner, build_learner, snapshot, train_step
+from ig_dist.training.learner import Learner, build_learner, state_pieces, train_step
 from ig_dist.training.metrics import RunLog
 from ig_dist.training.monitor import TrainingScores, grid_tokenizer, sample_grid, validate
 from ig_dist.training.objective import open_reader
@@ -230,7 +230,7 @@ def _save(run: _Run, step: int, *, exported: bool) -> None:
     """Begin a save, which goes on beside the steps. COLLECTIVE."""
     run.phases.enter("checkpoint")
     with run.learner.meter.saving():
-        pieces, meta = snapshot(run.learner, run.index, step, run.dist)
+        pieces, meta = state_pieces(run.learner, run.index, step, run.dist)
         meta["run"] = run.identity._asdict()
         run.saver.save(step, pieces, meta, partial(_saved, export=run.config if exported else None))
     run.ledger.note(step)

@@ -33,7 +33,7 @@ from ig_dist.parallel.dist import Dist, init_distributed, patience_of, shut_down
 from ig_dist.terminal import leave
 from ig_dist.training import trainer
 from ig_dist.training.ema import EMA
-from ig_dist.training.learner import build_learner, snapshot
+from ig_dist.training.learner import build_learner, state_pieces
 from ig_dist.training.phases import Phases
 
 
@@ -45,7 +45,7 @@ def reload(job: dict[str, Any], dist: Dist) -> None:
     with torch.device("meta"):  # everything must come from the checkpoint
         model = DiT(config.model.to_dit())
     learner = build_learner(config, index, model, Loaded(checkpoint, dist), dist, Phases())
-    held = snapshot(learner, index, checkpoint.step, dist)
+    held = state_pieces(learner, index, checkpoint.step, dist)
     saver = Saver(CheckpointStore(job["dest"]), dist)
     saver.save(checkpoint.step, *held)
     saver.wait()
