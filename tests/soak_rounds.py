@@ -19,10 +19,10 @@ from pathlib import Path
 from ig_dist.storage.json_lines import read_lines
 from tests import forked
 from tests.conftest import write_tiny_config
-from tests.distributed.test_training import final_tensors
 from tests.fault_proxy import Fault, FaultProxy
 from tests.integration.test_damage import CASES
 from tests.object_store import ObjectStore
+from tests.runs import final_tensors
 from tests.soak_campaign import ENDING, FOR_ANY, PASSING, STILL, Broken, Campaign, moment, under_faults
 
 STEPS = 60

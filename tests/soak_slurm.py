@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.integration.test_slurm import launch, newest, preempt, rank_on, same_run, starts, submit, write_config
 from tests.slurm_cluster import SlurmCluster
+from tests.slurm_runs import launch, newest, preempt, rank_on, same_run, starts, submit, write_config
 from tests.soak_campaign import Broken, Campaign
 
 STEPS = 240

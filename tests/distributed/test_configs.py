@@ -19,7 +19,7 @@ from ig_dist.plans.asking import recipe
 from ig_dist.training.dry_run import dry_run, print_dry_run
 from tests.conftest import ROOT, run_command
 from tests.distributed.test_engines import ENGINES, launch
-from tests.distributed.test_training import metrics
+from tests.runs import metrics
 
 WHOLE = {"digits", "fashion_mnist_ig"}  # trained on their own pixels elsewhere
 PUBLISHED = sorted({p.stem for p in (ROOT / "configs").glob("*.yaml")} - WHOLE)

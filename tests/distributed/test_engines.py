@@ -32,9 +32,9 @@ from ig_dist.training.beginning import find_checkpoint
 from ig_dist.training.dry_run import count_state, memory_per_gpu
 from tests.conftest import ROOT, TINY, run_command
 from tests.distributed.kills import carry_out, kills
-from tests.distributed.test_training import metrics
 from tests.forked import Process
 from tests.object_store import free_port
+from tests.runs import metrics
 
 ENGINES = {
     "ddp": ["engine.kind=ddp"],
@@ -46,7 +46,7 @@ SHARDED = [name for name in ENGINES if name != "ddp"]
 CHAIN = list(zip(ENGINES, [*list(ENGINES)[1:], "ddp"], strict=True))
 ON_TWO = [name for name in ENGINES if name != "hsdp"]  # which is of two groups of two
 LOSSES = ("loss", "loss_final", "loss_aux")
-STEPS, SAVED = 50, 20
+STEPS, SAVED = 30, 10
 Job = dict[str, Any]
 
 
@@ -100,8 +100,8 @@ BLOWN = ["optimizer.lr=1e30", "optimizer.warmup_steps=0", "train.max_nonfinite_s
 ACCELERATED = ["loss.acceleration={weight: 0.8, source: ema, start_step: 5}", "ema.decays=[0.5]", "train.steps=20"]
 
 
-WATCHED = ["log.validate_every_steps=10", "log.sample_every_steps=10", "train.activation_checkpointing=true"]
-WATCHED += ["log.score_every_steps=10", "evaluate.training_num=75", "evaluate.training_steps=2"]
+WATCHED = ["log.validate_every_steps=5", "log.sample_every_steps=5", "train.activation_checkpointing=true"]
+WATCHED += ["log.score_every_steps=5", "evaluate.training_num=75", "evaluate.training_steps=2"]
 
 
 def runs_of(folder: Path, name: str) -> list[Job]:
@@ -132,7 +132,7 @@ def runs(two: Path) -> Path:
     """Runs on four processes, and each engine going on from another."""
     jobs = [*runs_of(two, "hsdp"), *muon_runs(two, "hsdp"), *measurements(two, "hsdp")]
     jobs.append({**run(two, "dealt", *ENGINES["hsdp"]), "dealt_out": True})
-    launch([*jobs, *(job for pair in CHAIN for job in reload_and_go_on(two, *pair, 4, steps=10))], 4, two)
+    launch([*jobs, *(job for pair in CHAIN for job in reload_and_go_on(two, *pair, 4))], 4, two)
     return two
 
 
@@ -215,7 +215,7 @@ def muon_runs(folder: Path, name: str) -> list[Job]:
     engine = [*MUON, *ENGINES[name]]
     return [
         run(folder, f"{name}-muon", *engine),
-        run(folder, f"{name}-muon-restarted", *engine, f"run.fork_from={folder / name}-muon@{SAVED}"),
+        run(folder, f"{name}-muon-restarted", *engine, f"run.fork_from={folder / name}-muon@{2 * SAVED}"),
     ]
 
 
@@ -228,12 +228,12 @@ def muon(folder: Path) -> Path:
         jobs += muon_runs(folder, name)
         jobs.append({**run(folder, f"{name}-muon-blown", *MUON, *ENGINES[name], *BLOWN), "blows_up": True})
     for source, target in (("ddp", "fsdp2"), ("fsdp2", "ddp")):
-        whole = [*MUON, *ENGINES[target], f"run.fork_from={folder / source}-muon@{SAVED}"]
+        whole = [*MUON, *ENGINES[target], f"run.fork_from={folder / source}-muon@{2 * SAVED}"]
         store = {
             "source": str(folder / f"{source}-muon/checkpoints"),
             "dest": str(folder / f"{source}-{target}-muon/checkpoints"),
         }
-        jobs.append({**run(folder, f"{source}-{target}-muon", *whole), **store, "step": SAVED})
+        jobs.append({**run(folder, f"{source}-{target}-muon", *whole), **store, "step": 2 * SAVED})
     launch(jobs, 2, folder)
     return folder
 
@@ -264,7 +264,7 @@ def test_a_restart_of_muon_is_exact(muon: Path, runs: Path, engine: str) -> None
 
 @pytest.mark.parametrize(("source", "target"), [("ddp", "fsdp2"), ("fsdp2", "ddp")])
 def test_a_checkpoint_of_muon_is_loaded_under_the_other_engine(muon: Path, source: str, target: str) -> None:
-    assert_equal(saved(muon / f"{source}-{target}-muon", SAVED), saved(muon / f"{source}-muon", SAVED))
+    assert_equal(saved(muon / f"{source}-{target}-muon", 2 * SAVED), saved(muon / f"{source}-muon", 2 * SAVED))
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
@@ -280,7 +280,7 @@ def test_the_state_of_another_optimizer_is_refused(muon: Path) -> None:
         ([], r"has the state of optimizer\.kind=muon, this config has adamw: use that"),
         (["optimizer.kind=muon"], r"whose table of positions decays: set optimizer\.decay_pos_embed=true, or begin"),
     ):
-        job = run(muon, "other", f"run.fork_from={muon / 'muon-one'}@{SAVED}", *options)
+        job = run(muon, "other", f"run.fork_from={muon / 'muon-one'}@{2 * SAVED}", *options)
         config = load_config(job["config"], job["overrides"])
         index = read_index(config.data.index)
         config = config.with_data(index.info.latent.shape, len(index.info.classes))
@@ -337,7 +337,7 @@ def test_every_engine_follows_ddp(runs: Path, engine: str) -> None:
 def test_bf16_follows_bf16_of_ddp(runs: Path, engine: str) -> None:
     """Autocast rounds the same numbers under every engine; sums in another order make some of them round otherwise."""
     assert_curve(runs / f"{engine}-bf16", runs / "ddp-bf16", rel=1e-3)
-    assert metrics(runs / f"{engine}-bf16")[-1]["loss"] != metrics(runs / engine)[19]["loss"]
+    assert metrics(runs / f"{engine}-bf16")[-1]["loss"] != metrics(runs / engine)[SAVED - 1]["loss"]
 
 
 @pytest.mark.parametrize("engine", SHARDED)
@@ -369,9 +369,7 @@ def test_neither_watching_nor_activation_checkpointing_changes_a_bit(runs: Path,
         [line["score_fd_pixel"] for line in metrics(runs / f"{name}-watched") if "score_fd_pixel" in line]
         for name in (engine, "ddp")
     )
-    assert (
-        scores == pytest.approx(expected, rel=1e-4) and len(scores) == SAVED // 10 and len(set(scores)) == len(scores)
-    )
+    assert scores == pytest.approx(expected, rel=1e-4) and len(scores) == 2 and len(set(scores)) == len(scores)
     assert_equal(saved(runs / f"{engine}-watched", SAVED), saved(runs / engine, SAVED))
 
 
@@ -420,12 +418,10 @@ def test_sigkill_at_any_moment_leaves_no_trace_in_the_weights(runs: Path, count:
             assert all(mine[key] == theirs[key] for key in ("step", "batch_fingerprint", *LOSSES)), (name, mine)
 
 
-def reload_and_go_on(folder: Path, source: str, target: str, processes: int, steps: int = 20) -> list[Job]:
+def reload_and_go_on(folder: Path, source: str, target: str, processes: int) -> list[Job]:
     """Load what ``source`` saved and save it again; then go on with it."""
     name = f"{source}-{target}{processes}"
-    go_on = run(
-        folder, name, *ENGINES[target], f"run.fork_from={folder / source}@{SAVED}", f"train.steps={SAVED + steps}"
-    )
+    go_on = run(folder, name, *ENGINES[target], f"run.fork_from={folder / source}@{SAVED}", f"train.steps={2 * SAVED}")
     store = {"source": str(folder / source / "checkpoints"), "dest": str(folder / f"{name}-reload" / "checkpoints")}
     return [{**go_on, **store, "step": SAVED}, go_on]
 

@@ -19,7 +19,7 @@ from ig_dist.parallel.blame import VARIABLE, blamed, noted_failure
 from ig_dist.parallel.collectives import RECORDS
 from tests import forked
 from tests.conftest import write_tiny_config
-from tests.distributed.test_training import GRACE_S, hurry, last_step, local, metrics, start_faulty
+from tests.runs import GRACE_S, hurry, last_step, local, metrics, start_faulty
 from tests.waiting import alive, children, wait_until
 
 TIMEOUT_S = 4

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ig_dist.parallel.blame import VARIABLE, blamed
-from tests.distributed.test_training import faulty, last_step, metrics
+from tests.runs import faulty, last_step, metrics
 
 Write = Callable[..., Path]
 NODE = {"IG_DIST_NODE": "gpu07"}

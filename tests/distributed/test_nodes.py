@@ -13,7 +13,7 @@ import torch
 from ig_dist.launching.line import free_port
 from tests import forked
 from tests.conftest import run_command
-from tests.distributed.test_training import final_tensors, last_step, local, metrics
+from tests.runs import final_tensors, last_step, local, metrics
 from tests.waiting import children, wait_until
 
 Write = Callable[..., Path]

@@ -16,7 +16,7 @@ from ig_dist.data.index import read_index
 from ig_dist.export import ALONE
 from ig_dist.training.trainer import build_order
 from tests.conftest import run_command
-from tests.distributed.test_training import final_tensors, local, metrics
+from tests.runs import final_tensors, local, metrics
 
 Write = Callable[..., Path]
 WATCHED = {"validate_every_steps": 10, "sample_every_steps": 25, "score_every_steps": 25}

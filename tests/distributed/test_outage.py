@@ -15,9 +15,9 @@ import pytest
 from ig_dist.data.index import read_index
 from ig_dist.storage.files import open_url, write_whole
 from tests import forked
-from tests.distributed.test_training import last_step
 from tests.fault_proxy import Fault, FaultProxy
 from tests.object_store import ObjectStore, free_port
+from tests.runs import last_step
 from tests.waiting import wait_until
 
 Write = Callable[..., Path]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from tests import forked, imagenet_like
 from tests.conftest import ROOT
 from tests.encoding import SCRIPT, USUAL, Encode, arguments, contents
+from tests.slurm_cluster import SlurmCluster
+from tests.slurm_runs import TWO, launch, write_config
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +49,37 @@ def undisturbed(forms: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     done = forked.run(arguments(forms["ImageFolder"], dest, ""))
     assert done.returncode == 0, done.stderr
     return contents(dest)
+
+
+@pytest.fixture
+def cluster(slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
+    """The cluster, empty before and after a test, and an environment in which commands find it."""
+    for name, value in slurm.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("IG_DIST_CLUSTER", "")
+    yield slurm
+    slurm.cancel_all()
+    slurm.run("scontrol", "update", "partitionname=main", "gracetime=0")
+    for node in slurm.nodes:
+        slurm.restore_node(node)
+    slurm.wait_for_nodes()
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(
+    slurm: SlurmCluster, digits_index: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], Path]:
+    """The run directory of a training of so many steps on two nodes, which nothing disturbs."""
+    runs: dict[int, Path] = {}
+
+    def train(steps: int) -> Path:
+        if steps not in runs:
+            folder = tmp_path_factory.mktemp("whole")
+            config = write_config(folder, digits_index, steps)
+            done = launch(*TWO, "--config", config, "--follow", env=slurm.environment())
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert f"step {steps}/{steps}" in done.stdout and "COMPLETED" in done.stdout
+            runs[steps] = folder / "run"
+        return runs[steps]
+
+    return train

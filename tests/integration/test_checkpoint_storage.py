@@ -10,6 +10,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import open_url
 from tests import forked
 from tests.conftest import run_command
-from tests.distributed.test_training import local, metrics
 from tests.fault_proxy import Fault, FaultProxy
+from tests.runs import local, metrics
 from tests.unit.test_checkpoint import Hostile
 from tests.waiting import wait_until
 
@@ -163,7 +164,7 @@ def test_an_outage_costs_the_saves_within_it(
     began = time.monotonic()
     with pytest.raises(DataError, match=r"step 2 was not saved: .* has failed for 1 s.* run the same command again to"):
         saver.wait()
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 20.0
     said = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("storage: ")]
     assert len(said) == 1
     assert said[0].startswith(
@@ -276,20 +277,19 @@ def test_a_run_goes_on_through_an_outage_and_a_lost_end_is_an_error(
 
 def test_a_run_on_a_full_disk_ends_with_exit_code_4(tiny_config: Write, tmp_path: Path) -> None:
     config = tiny_config("full", train={"steps": 10}, checkpoint={"every_steps": 5})
-    limit = (100_000, 100_000)
-    done = run_command(
-        ["ig-dist", "train", config], preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    )
-    assert done.returncode == 4 and done.stderr.count("\n") == 1, done.stderr
-    assert "step 10 was not saved" in done.stderr and "free some space" in done.stderr
-    assert sum("was not saved" in line for line in done.stdout.splitlines()) == 2
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    process = forked.Process([*forked.CLI, "train", config], before=limit)
+    said, errors = process.communicate(300)
+    assert process.returncode == 4 and errors.count("\n") == 1, errors
+    assert "step 10 was not saved" in errors and "free some space" in errors
+    assert sum("was not saved" in line for line in said.splitlines()) == 2
     assert metrics(tmp_path / "runs" / "full")[-1]["failed_saves"] == 1
     assert not (tmp_path / "runs/full/export").exists()
     assert run_command(["ig-dist", "train", config]).returncode == 0
     assert [p.name for p in (tmp_path / "runs/full/export").iterdir()] == ["step_0000000010_ema_0.99"]
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(30, marks=[pytest.mark.full, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("kills", [4, pytest.param(30, marks=[pytest.mark.full, pytest.mark.timeout(1800)])])
 def test_sigkill_within_a_save_leaves_no_trace(
     tiny_config: Write, tmp_path: Path, url: str, fault_proxy: FaultProxy, kills: int
 ) -> None:

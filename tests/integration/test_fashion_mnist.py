@@ -83,7 +83,8 @@ def test_scores_order_pictures_as_people_do(real: dict[str, Images], extractor: 
 
 def test_from_idx_files_to_a_score(real: dict[str, Images], tmp_path: Path) -> None:
     """The page's commands, on few pictures and a small model: encode, train, sample with features, sweep, report."""
-    pictures = write_pair(tmp_path / "pictures", images=real["train"][..., 0], labels=real["labels"])
+    few = NUM // 2
+    pictures = write_pair(tmp_path / "pictures", images=real["train"][:few, ..., 0], labels=real["labels"][:few])
     data, run = tmp_path / "data", tmp_path / "run"
     small = [
         "model.depth=3",
@@ -111,7 +112,7 @@ def test_from_idx_files_to_a_score(real: dict[str, Images], tmp_path: Path) -> N
     sweep = json.loads(file.read_text())
     assert [row["ig_scale"] for row in sweep["rows"]] == [1, 1.5] and sweep["target"] == "fd_efficientnet"
     assert all(row["scores"]["fd_efficientnet"] > 0 for row in sweep["rows"])
-    assert sweep["protocol"]["reference"].endswith("real.npz") and sweep["protocol"]["reference_images"] == NUM
+    assert sweep["protocol"]["reference"].endswith("real.npz") and sweep["protocol"]["reference_images"] == few
     told = sweep["protocol"]  # how images were made and how they were scored, neither in the other's place
     assert told["precision"] == "bf16" and told["precision_rule"] == "k = 3, distances in float32"
     assert "efficientnet_lite0" in (run / "report.html").read_text()

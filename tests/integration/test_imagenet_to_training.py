@@ -18,8 +18,8 @@ from ig_dist.training.meter import batch_fingerprint
 from tests import imagenet_like
 from tests.autoencoders import save_vae
 from tests.conftest import run_command
-from tests.distributed.test_training import metrics
 from tests.forked import Process
+from tests.runs import metrics
 from tests.waiting import wait_until
 
 STEPS = 18

@@ -9,165 +9,32 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-import torch
 
-from ig_dist.slurm.record import Folder, folders
-from tests import forked, waiting
-from tests.conftest import ROOT, run_command
-from tests.distributed.test_training import final_tensors, last_step, metrics
+from ig_dist.slurm.record import folders
+from tests import waiting
+from tests.conftest import ROOT
+from tests.runs import last_step
 from tests.slurm_cluster import SlurmCluster
-
-STEPS = 120
-TWO = ("--nodes", 2, "--gpus-per-node", 1)  # a rank each: most of a start is the import of torch
-PATIENCE_S = 240.0
-Write = Callable[..., Path]
-
-
-class Start(NamedTuple):
-    nodes: list[str]
-    reason: str
-    next: str
-
-
-@pytest.fixture
-def cluster(slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
-    """The cluster, empty before and after a test, and an environment in which commands find it."""
-    for name, value in slurm.environment().items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("IG_DIST_CLUSTER", "")
-    yield slurm
-    slurm.cancel_all()
-    slurm.run("scontrol", "update", "partitionname=main", "gracetime=0")
-    for node in slurm.nodes:
-        slurm.restore_node(node)
-    slurm.wait_for_nodes()
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(
-    slurm: SlurmCluster, digits_index: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[int], Path]:
-    """The run directory of a training of so many steps on two nodes, which nothing disturbs."""
-    runs: dict[int, Path] = {}
-
-    def train(steps: int) -> Path:
-        if steps not in runs:
-            folder = tmp_path_factory.mktemp("whole")
-            config = write_config(folder, digits_index, steps)
-            began = time.monotonic()
-            done = launch(*TWO, "--config", config, "--follow", env=slurm.environment())
-            assert done.returncode == 0, done.stdout + done.stderr
-            assert f"step {steps}/{steps}" in done.stdout and "COMPLETED" in done.stdout
-            print(f"uninterrupted: {time.monotonic() - began:.1f} s")
-            runs[steps] = folder / "run"
-        return runs[steps]
-
-    return train
-
-
-def write_config(folder: Path, digits_index: Path, steps: int = STEPS) -> Path:
-    import yaml
-
-    from tests.conftest import TINY
-
-    tree = {**TINY, "run": {"dir": str(folder / "run")}, "data": {**TINY["data"], "index": str(digits_index)}}
-    tree["train"] = {**TINY["train"], "steps": steps}
-    file = folder / "tiny.yaml"
-    file.write_text(yaml.safe_dump(tree))
-    return file
-
-
-def launch(
-    *arguments: object, root: Path = ROOT, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    command = [root / "launchers/slurm.py", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(root), **(env or {})}
-    if root == ROOT:
-        return forked.run(command, env=environment)
-    return run_command(["python", *command], cwd=root, env=environment)
-
-
-def submit(*arguments: object, root: Path = ROOT) -> str:
-    """Submit; the job's id."""
-    done = launch(*arguments, root=root)
-    assert done.returncode == 0, done.stderr
-    return next(line.split()[1].rstrip(",") for line in done.stdout.splitlines() if line.startswith("job:"))
-
-
-def copied_checkout(folder: Path) -> Path:
-    for part in ("ig_dist", "launchers", "data_prep"):
-        shutil.copytree(ROOT / part, folder / "checkout" / part, ignore=shutil.ignore_patterns("__pycache__"))
-    return folder / "checkout"
-
-
-def wait_until(true: Callable[[], object], what: str, run: Path) -> None:
-    def told() -> str:
-        return "\n".join([what, *(log.read_text()[-1500:] for log in (run / "slurm").glob("*/log/*.log"))])
-
-    waiting.wait_until(true, what=told, timeout_s=PATIENCE_S, every_s=0.05)
-
-
-def newest(run: Path) -> Folder:
-    """Of its trainings."""
-    return [folder for folder, submission in folders(run) if submission.kind == "train"][-1]
-
-
-def starts(run: Path, task: str = "") -> list[Start]:
-    """The starts of a run's newest job, with their ends."""
-    from ig_dist.slurm.watch import history
-
-    found = history(newest(run), task, active=True)
-    return [Start(s["nodes"], (s["end"] or {}).get("reason", ""), (s["end"] or {}).get("next", "")) for s in found]
-
-
-def wait_for_end(run: Path) -> None:
-    wait_until(lambda: starts(run) and starts(run)[-1].next in ("done", "stop"), "the job did not end", run)
-
-
-def rank_on(cluster: SlurmCluster, node: str) -> int:
-    """The process of one rank of a node."""
-    return next(
-        pid for pid, line in cluster.processes(node).items() if "ig_dist.slurm.rank" in line and "srun" not in line
-    )
-
-
-def same_run(run: Path, whole: Path, steps: int = STEPS, *, bitwise: bool = True) -> None:
-    """The configured steps, each once, on the batches of an undisturbed run; the same weights, averages and moments."""
-    mine, theirs = metrics(run), metrics(whole)
-    assert [line["step"] for line in mine] == list(range(1, steps + 1))
-    assert [line["batch_fingerprint"] for line in mine] == [line["batch_fingerprint"] for line in theirs]
-    found, expected = final_tensors(run, steps), final_tensors(whole, steps)
-    if bitwise:
-        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
-    for a, b in zip(mine, theirs, strict=True):
-        assert a["loss"] == b["loss"] if bitwise else a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-    for folder in (run / "checkpoints").iterdir():
-        assert (folder / "manifest.json").exists()  # none is torn
-
-
-def goes_on(run: Path, event: Callable[[], object], name: str, *, at: int = 30) -> None:
-    """Let an event happen once the run has logged a step, and wait for its end; print the seconds lost."""
-    wait_until(lambda: last_step(run) >= at, "no steps", run)
-    began, before = time.monotonic(), len(starts(run))
-    event()
-    top = last_step(run)
-
-    def restarted() -> bool:
-        nonlocal top
-        if len(starts(run)) == before:
-            top = max(top, last_step(run))
-            return False
-        return last_step(run) > top
-
-    wait_until(restarted, f"{name}: no step after it", run)
-    print(f"{name}: {time.monotonic() - began:.1f} s lost")
-    wait_for_end(run)
-    assert starts(run)[-1].next == "done", starts(run)
+from tests.slurm_runs import (
+    STEPS,
+    TWO,
+    copied_checkout,
+    goes_on,
+    launch,
+    newest,
+    preempt,
+    rank_on,
+    same_run,
+    starts,
+    submit,
+    wait_for_end,
+    wait_until,
+    write_config,
+)
 
 
 @pytest.mark.full  # cancel, which CI tries, sends the same signal
@@ -202,10 +69,6 @@ def test_a_rank_that_dies(
     first, second = starts(run)
     assert first.next == "again" and "node2: task" in first.reason and "Killed" in first.reason
     assert second.next == "done"
-
-
-def preempt(cluster: SlurmCluster) -> None:
-    cluster.run("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
 
 
 @pytest.mark.full

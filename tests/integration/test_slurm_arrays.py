@@ -15,34 +15,23 @@ import pytest
 
 from ig_dist.slurm.record import folders
 from tests.conftest import run_command
-from tests.distributed.test_training import last_step
-from tests.integration.test_slurm import (  # noqa: F401  (fixtures)
-    TWO,
-    cluster,
-    launch,
-    rank_on,
-    same_run,
-    starts,
-    submit,
-    uninterrupted,
-    wait_until,
-    write_config,
-)
+from tests.runs import last_step
 from tests.slurm_cluster import SlurmCluster
+from tests.slurm_runs import TWO, launch, rank_on, same_run, starts, submit, wait_until, write_config
 
 pytestmark = pytest.mark.full
 TRAINED = 120
 
 
-def has_rank(cluster: SlurmCluster, node: str) -> bool:  # noqa: F811
+def has_rank(cluster: SlurmCluster, node: str) -> bool:
     return any("ig_dist.slurm.rank" in line and "srun" not in line for line in cluster.processes(node).values())
 
 
-def wait_for_merge(cluster: SlurmCluster, run: Path) -> None:  # noqa: F811
+def wait_for_merge(cluster: SlurmCluster, run: Path) -> None:
     wait_until(lambda: not cluster.run("squeue", "-h"), "the jobs did not end", run)
     for folder, _ in folders(run):
         for task in folder.tasks():
-            assert folder.events(task)[-1]["next"] == "done", folder.events(task)
+            assert task.events()[-1]["next"] == "done", task.events()
 
 
 def task_logs(run: Path) -> list[str]:
@@ -54,7 +43,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_an_encoding_with_killed_tasks(cluster: SlurmCluster, tmp_path: Path) -> None:  # noqa: F811
+def test_an_encoding_with_killed_tasks(cluster: SlurmCluster, tmp_path: Path) -> None:
     encode = ["--source", "digits", "--tokenizer", "pixel", "--samples-per-shard", "100"]
     alone, dest, run = tmp_path / "alone", tmp_path / "dest", tmp_path / "job"
     assert run_command(["python", "data_prep/encode_latents.py", *encode, "--dest", alone]).returncode == 0
@@ -64,16 +53,14 @@ def test_an_encoding_with_killed_tasks(cluster: SlurmCluster, tmp_path: Path) ->
         os.kill(rank_on(cluster, node), signal.SIGKILL)
     wait_for_merge(cluster, run)
     assert files(dest) == files(alone)
-    ends = [event for folder, _ in folders(run) for task in folder.tasks() for event in folder.events(task)]
+    ends = [event for folder, _ in folders(run) for task in folder.tasks() for event in task.events()]
     assert [event["next"] for event in ends if event["event"] == "end"].count("again") == 2
     shown = launch("status", run).stdout
     assert "3 COMPLETED" in shown and "Killed (blamed: node" in shown and ") -> again" in shown and "merge job" in shown
 
 
 def test_a_sampling_with_killed_and_stopped_tasks(
-    cluster: SlurmCluster,  # noqa: F811
-    uninterrupted: Callable[[int], Path],  # noqa: F811
-    tmp_path: Path,
+    cluster: SlurmCluster, uninterrupted: Callable[[int], Path], tmp_path: Path
 ) -> None:
     alone, run = tmp_path / "alone" / "run", tmp_path / "array" / "run"
     for copy in (alone, run):
@@ -100,10 +87,7 @@ def kept_scores(run: Path) -> dict[str, Any]:
 
 
 def test_an_evaluation_with_a_killed_task(
-    cluster: SlurmCluster,  # noqa: F811
-    uninterrupted: Callable[[int], Path],  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    cluster: SlurmCluster, uninterrupted: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("IG_DIST_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "run"
@@ -119,18 +103,14 @@ def test_an_evaluation_with_a_killed_task(
     os.kill(rank_on(cluster, "node1"), signal.SIGKILL)
     wait_until(lambda: not cluster.run("squeue", "-h"), "the jobs did not end", run)
     array, merge = (folder for folder, _ in folders(run))
-    assert sorted(array.events(task)[-1]["next"] for task in array.tasks()) == ["done", "done", "stop"]
+    assert sorted(task.events()[-1]["next"] for task in array.tasks()) == ["done", "done", "stop"]
     assert merge.events()[-1]["next"] == "done"
     assert files(plan) == whole and kept_scores(run) == expected
     assert "fd_pixel" in (merge.log / "rank_0.log").read_text()  # it alone scores
     assert not any("fd_pixel" in text for text in task_logs(run))
 
 
-def test_a_reference_of_which_only_the_merge_is_left(
-    cluster: SlurmCluster,  # noqa: F811
-    digits_index: Path,
-    tmp_path: Path,
-) -> None:
+def test_a_reference_of_which_only_the_merge_is_left(cluster: SlurmCluster, digits_index: Path, tmp_path: Path) -> None:
     alone, out, folder = tmp_path / "alone.npz", tmp_path / "array.npz", tmp_path / "job"
     made = ["reference", digits_index, "--extractors", "pixel", "--out"]
     assert run_command(["ig-dist", *made, alone]).returncode == 0
@@ -142,10 +122,7 @@ def test_a_reference_of_which_only_the_merge_is_left(
 
 
 def test_a_training_is_sampled_and_scored_when_it_is_done(
-    cluster: SlurmCluster,  # noqa: F811
-    uninterrupted: Callable[[int], Path],  # noqa: F811
-    tmp_path: Path,
-    digits_index: Path,
+    cluster: SlurmCluster, uninterrupted: Callable[[int], Path], tmp_path: Path, digits_index: Path
 ) -> None:
     """Not when it is requeued."""
     whole, run = uninterrupted(TRAINED), tmp_path / "run"
@@ -164,10 +141,7 @@ def test_a_training_is_sampled_and_scored_when_it_is_done(
 
 @pytest.mark.parametrize("halving", [[], ["--halving", "sample.num=64"]], ids=["grid", "halving"])
 def test_a_sweep(
-    cluster: SlurmCluster,  # noqa: F811
-    uninterrupted: Callable[[int], Path],  # noqa: F811
-    tmp_path: Path,
-    halving: list[str],
+    cluster: SlurmCluster, uninterrupted: Callable[[int], Path], tmp_path: Path, halving: list[str]
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(uninterrupted(TRAINED), run, ignore=shutil.ignore_patterns("slurm", "samples"))

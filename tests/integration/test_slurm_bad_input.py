@@ -10,8 +10,8 @@ import pytest
 
 from tests.conftest import run_command
 from tests.integration.test_bad_input import call
-from tests.integration.test_slurm import launch, write_config
 from tests.slurm_cluster import SlurmCluster
+from tests.slurm_runs import launch, write_config
 
 CASES = {
     "unknown partition": (["--partition", "main,hihg"], ["--partition main,hihg", "did you mean 'high'?"]),

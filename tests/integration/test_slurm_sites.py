@@ -17,28 +17,15 @@ from ig_dist.slurm import watch
 from ig_dist.slurm.record import folders
 from tests import slurm_accounting
 from tests.conftest import ROOT, run_command
-from tests.distributed.test_training import last_step
-from tests.integration.test_slurm import (  # noqa: F401  (fixtures)
-    TWO,
-    cluster,
-    newest,
-    rank_on,
-    same_run,
-    starts,
-    submit,
-    uninterrupted,
-    wait_for_end,
-    wait_until,
-    write_config,
-)
+from tests.runs import last_step
 from tests.slurm_cluster import USER_ID, SlurmCluster
+from tests.slurm_runs import TWO, newest, rank_on, same_run, starts, submit, wait_for_end, wait_until, write_config
 
 TRAIN = [sys.executable, ROOT / "launchers/slurm.py", "--nodes", 2, "--follow", "--config"]
 
 
 def test_an_ordinary_user_trains_on_nodes_whose_gpus_pytorch_does_not_see(
-    cluster: SlurmCluster,  # noqa: F811
-    digits_index: Path,
+    cluster: SlurmCluster, digits_index: Path
 ) -> None:
     """It ends at once, with one line; on CPUs where they were asked for."""
     home = cluster.home
@@ -77,9 +64,7 @@ def apptainer(home: Path) -> list[object]:
 
 
 def test_the_status_of_a_job_that_is_held_and_of_one_whose_controller_is_away(
-    cluster: SlurmCluster,  # noqa: F811
-    tmp_path: Path,
-    digits_index: Path,
+    cluster: SlurmCluster, tmp_path: Path, digits_index: Path
 ) -> None:
     run = tmp_path / "run"
     before = cluster.run("sbatch", "--parsable", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 100")
@@ -110,7 +95,7 @@ def test_a_user_with_an_account_and_limits(digits_index: Path) -> None:
     """What the accounting database refuses is told with its option, what it holds back with its reason."""
     if missing := slurm_accounting.available():
         pytest.skip(missing)
-    with slurm_accounting.AccountedCluster(nodes=1) as cluster:  # noqa: F811
+    with slurm_accounting.AccountedCluster(nodes=1) as cluster:
         home = cluster.home
         shutil.copytree(digits_index, home / "digits")
         config = write_config(home, home / "digits", steps=4)
@@ -139,10 +124,7 @@ def test_a_user_with_an_account_and_limits(digits_index: Path) -> None:
 
 @pytest.mark.full
 def test_a_first_node_that_is_cut_off_lets_go_of_the_run(
-    cluster: SlurmCluster,  # noqa: F811
-    uninterrupted: Callable[[int], Path],  # noqa: F811
-    tmp_path: Path,
-    digits_index: Path,
+    cluster: SlurmCluster, uninterrupted: Callable[[int], Path], tmp_path: Path, digits_index: Path
 ) -> None:
     """Long before its ranks have given up on their peers, for whom they wait as long as the config says."""
     whole, run = uninterrupted(120), tmp_path / "run"
@@ -164,10 +146,7 @@ def test_a_first_node_that_is_cut_off_lets_go_of_the_run(
 
 @pytest.mark.full
 def test_all_of_it_in_one_run(
-    cluster: SlurmCluster,  # noqa: F811
-    uninterrupted: Callable[[int], Path],  # noqa: F811
-    tmp_path: Path,
-    digits_index: Path,
+    cluster: SlurmCluster, uninterrupted: Callable[[int], Path], tmp_path: Path, digits_index: Path
 ) -> None:
     """A rank is killed, a node loses its power without a word, the controller is away, the job is held."""
     steps, run = 1500, tmp_path / "run"
