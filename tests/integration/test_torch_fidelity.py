@@ -107,7 +107,7 @@ def features() -> dict[str, np.ndarray]:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_features(compared: Path, dtype: str) -> None:
-    from ig_dist.features.extractors import get_extractor
+    from ig_dist.features.extractors.extractor import get_extractor
     from ig_dist.features.extractors.inception import Inception, preprocess
 
     expected, weights = np.load(compared / "theirs.npz"), compared / "weights.pth"

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from ig_dist.errors import ConfigError
-from ig_dist.features.extractors import get_extractor
 from ig_dist.features.extractors.dinov2 import position_embeddings, resize
+from ig_dist.features.extractors.extractor import get_extractor
 from tests.extractors import need, save_dinov2
 
 RANDOM = np.random.RandomState(0)

@@ -7,9 +7,9 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ig_dist.features.extractors import Extractor, get_extractor
 from ig_dist.features.extractors import efficientnet as module
 from ig_dist.features.extractors.efficientnet import EfficientNetLite0, preprocess
+from ig_dist.features.extractors.extractor import Extractor, get_extractor
 from ig_dist.features.extractors.layers import fold_norms, load_tensors
 from ig_dist.features.extractors.weights import PUBLISHED, find_weights
 from ig_dist.storage.tensor_files import read_torch_file

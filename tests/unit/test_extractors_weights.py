@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from ig_dist.errors import ConfigError
-from ig_dist.features.extractors import EXTRACTORS, get_extractor
 from ig_dist.features.extractors import weights as module
+from ig_dist.features.extractors.extractor import EXTRACTORS, get_extractor
 from ig_dist.features.extractors.weights import PUBLISHED, Published, check_hash, find_weights
 from tests.extractors import need, random_inception
 

@@ -35,12 +35,9 @@ class Extractor:
 
     name: str
     """As in ``EXTRACTORS``; with weights other than the published ones, a hyphen and the hash's beginning follow."""
-    sha256: str
-    """Of the file with the weights; of the rule for ``pixel``."""
-    preprocessing: str
-    """What is done to an image before the network, in words."""
-    dimensions: Mapping[str, int]
-    """What it returns; 0 stands for as many as an image has values."""
+    sha256: str  # of the file with the weights; of the rule for ``pixel``
+    preprocessing: str  # what is done to an image before the network, in words
+    dimensions: Mapping[str, int]  # what it returns; 0 stands for as many as an image has values
     batch_size: int
     device: torch.device
     network: Callable[[Tensor], dict[str, Tensor]]
@@ -91,8 +88,7 @@ def get_extractor(
         name: one of ``EXTRACTORS``.
         weights: file or folder with its weights; otherwise they are looked for (``weights.find_weights``).
         device: where it runs.
-        allow_other: take weights that are not the published ones. The extractor's name then ends in their hash, so that
-            no score of theirs can pass for one of the published network.
+        allow_other: take weights that are not the published ones; the extractor's name then ends in their hash.
 
     Raises:
         ConfigError: unknown name, weights that are not there, are damaged or not the published ones, or a package that

@@ -7,8 +7,9 @@ the names of the public torch weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,26 +64,19 @@ class Mixed(nn.Module):
 
     def __init__(self, channels: int, *branches: Sequence[Step]) -> None:
         super().__init__()
-        self.branches = [self._branch(channels, branch) for branch in branches]
+        self.branches = [list(self._built(channels, branch)) for branch in branches]
 
-    def _branch(self, channels: int, steps: Sequence[Step]) -> list[Callable[[Tensor], Tensor]]:
-        built: list[Callable[[Tensor], Tensor]] = []
+    def _built(self, channels: int, steps: Sequence[Step]) -> Iterator[Callable[[Tensor], Tensor]]:
         for step in steps:
-            if isinstance(step, Conv):
-                built.append(self._conv(channels, step))
-                channels = step.channels
-            elif isinstance(step, tuple):
-                forks = [self._conv(channels, conv) for conv in step]
-                built.append(_side_by_side(forks))
-                channels = sum(conv.channels for conv in step)
-            else:
-                built.append(step)
-        return built
-
-    def _conv(self, channels: int, spec: Conv) -> ConvNorm:
-        module = ConvNorm(channels, spec)
-        self.add_module(spec.name, module)
-        return module
+            if not isinstance(step, Conv | tuple):
+                yield step
+                continue
+            convs = step if isinstance(step, tuple) else (step,)
+            modules = [ConvNorm(channels, conv) for conv in convs]
+            for conv, module in zip(convs, modules, strict=True):
+                self.add_module(conv.name, module)
+            yield modules[0] if len(modules) == 1 else partial(_side_by_side, modules)
+            channels = sum(conv.channels for conv in convs)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same with other C, H, W."""
@@ -95,8 +89,8 @@ class Mixed(nn.Module):
         return torch.cat(outputs, dim=1)
 
 
-def _side_by_side(forks: Sequence[ConvNorm]) -> Callable[[Tensor], Tensor]:
-    return lambda x: torch.cat([fork(x) for fork in forks], dim=1)
+def _side_by_side(forks: Sequence[ConvNorm], x: Tensor) -> Tensor:
+    return torch.cat([fork(x) for fork in forks], dim=1)
 
 
 def average_pool(x: Tensor) -> Tensor:

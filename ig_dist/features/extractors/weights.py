@@ -28,16 +28,11 @@ TIMEOUT_S = 5.0
 class Published:
     """Published weights of an extractor."""
 
-    name: str
-    """The extractor's."""
-    files: tuple[str, ...]
-    """The one with the weights comes last; several lie together in a folder."""
-    sha256: str
-    """Of the file with the weights; empty where no single one is meant."""
-    source: str
-    """URL, package or repository on the Hugging Face hub."""
-    obtain: Callable[[Published], Path]
-    """Gets them from there, when they are nowhere else."""
+    name: str  # the extractor's
+    files: tuple[str, ...]  # the one with the weights comes last; several lie together in a folder
+    sha256: str  # of the file with the weights; empty where no single one is meant
+    source: str  # URL, package or repository on the Hugging Face hub
+    obtain: Callable[[Published], Path]  # gets them from there, when they are nowhere else
 
     @property
     def is_folder(self) -> bool:
