@@ -12,7 +12,7 @@ import torch
 from ig_dist.config import Config
 from ig_dist.config.file import apply_overrides, config_from_tree, flat, load_config
 from ig_dist.errors import ConfigError
-from ig_dist.evaluation.sweep import Axes, sweep_run
+from ig_dist.evaluation.sweep import grid_points, sweep_run
 from ig_dist.export import find_run, find_weights
 from ig_dist.pipeline import Pipeline
 from ig_dist.plans.asking import Asked, Interval, sample_config
@@ -169,10 +169,11 @@ def sweep(
     from ig_dist.report.plots import save_sweep  # slow to import
 
     config = find_run(source, overrides)[0]
-    axes = Axes(ig_scale, cfg_scale, auto_scale, ig_interval, cfg_interval, ema, checkpoint)
+    scales = {"ig_scale": ig_scale, "cfg_scale": cfg_scale, "auto_scale": auto_scale}
+    intervals = {"ig_interval": ig_interval, "cfg_interval": cfg_interval}
     found = sweep_run(
         config,
-        axes,
+        grid_points(**scales, **intervals, ema=ema, step=checkpoint),
         auto_interval=auto_interval,
         seeds=seeds,
         target=target,

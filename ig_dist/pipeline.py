@@ -114,11 +114,7 @@ class Pipeline:
                 latents = sampler.solve(image_numbers(batch.solved))[0][: len(batch.kept)]
                 made.append(latents if output == "latents" else sampler.decode(latents))
                 advance(len(batch.kept))
-        if output in ("torch", "latents"):
-            return torch.cat(made)
-        pixels = torch.cat(made).cpu().numpy()
-        labels = plan.image_labels(image_numbers(range(plan.num))).tolist()
-        return Images(pil_images(pixels), labels) if output == "pil" else pixels
+        return _shown(torch.cat(made), output, plan.image_labels(image_numbers(range(plan.num))).tolist())
 
     def _second(self, config: Config) -> tuple[DiT, ExportInfo]:
         """The second model of autoguidance; read once."""
@@ -191,11 +187,7 @@ class Pipeline:
         """Images of latents (N, C, h, w) as the model sees them; ``output`` as of a call."""
         latents = latents.to(self.device)
         tokenizer = decoder(self.config, self.info, self.device)
-        images = decode(tokenizer, latents, normalisation(self.info.latent, self.device))
-        if output == "torch":
-            return images
-        pixels = images.cpu().numpy()
-        return Images(pil_images(pixels)) if output == "pil" else pixels
+        return _shown(decode(tokenizer, latents, normalisation(self.info.latent, self.device)), output)
 
     def __repr__(self) -> str:
         info, dit, sample = self.info, self.info.model, self.config.sample
@@ -213,6 +205,13 @@ class Pipeline:
                 f" {sample.precision} on {self.device}",
             )
         )
+
+
+def _shown(images: Tensor, output: Output, labels: Sequence[int] = ()) -> Images | NDArray[np.uint8] | Tensor:
+    if output in ("torch", "latents"):
+        return images
+    pixels = images.cpu().numpy()
+    return Images(pil_images(pixels), labels) if output == "pil" else pixels
 
 
 def _listed(labels: Labels) -> list[int | str]:

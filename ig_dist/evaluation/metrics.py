@@ -108,17 +108,7 @@ def inception_score(logits: Iterable[Features], block: int = 5000) -> float:
     class probabilities from the block's mean ones; then the mean over blocks. Images that are sorted by class ruin it.
     ADM has the probabilities and all sums in float32.
     """
-    scores = []
-    entropy, total, count = 0.0, np.zeros(()), 0
-    for batch in logits:
-        for start, stop in _cuts(len(batch), block - count, block):
-            negative_entropies, probabilities = _entropies(batch[start:stop])
-            entropy, total, count = entropy + negative_entropies, total + probabilities, count + stop - start
-            if count == block:
-                scores.append(_exp_mean_divergence(entropy, total, count))
-                entropy, total, count = 0.0, np.zeros(()), 0
-    if count:
-        scores.append(_exp_mean_divergence(entropy, total, count))
+    scores = [_exp_mean_divergence(parts) for parts in _blocks(logits, block)]
     if not scores:
         raise ConfigError("an inception score needs images, there are none")
     return float(np.mean(scores))
@@ -135,12 +125,17 @@ def inception_score_torch_fidelity(logits: Features, splits: int = 10, seed: int
     return MeanStd(float(np.mean(scores)), float(np.std(scores)))
 
 
-def _cuts(size: int, first: int, block: int) -> Iterator[tuple[int, int]]:
-    """Rows 0 to ``size`` cut after ``first`` ones, and then after every ``block``."""
-    start, stop = 0, min(first, size)
-    while start < size:
-        yield start, stop
-        start, stop = stop, min(stop + block, size)
+def _blocks(batches: Iterable[Features], size: int) -> Iterator[list[Features]]:
+    """The rows of all batches, as they come, in lists of ``size`` rows; the last list has fewer."""
+    parts, missing = list[Features](), size
+    for batch in batches:
+        for rows in (batch[:missing], *(batch[k : k + size] for k in range(missing, len(batch), size))):
+            parts, missing = [*parts, rows], missing - len(rows)
+            if not missing:
+                yield parts
+                parts, missing = [], size
+    if missing < size:
+        yield parts
 
 
 def _entropies(logits: Features) -> tuple[float, NDArray[np.float64]]:
@@ -154,8 +149,12 @@ def _entropies(logits: Features) -> tuple[float, NDArray[np.float64]]:
     return float(np.vdot(probabilities, scaled)), probabilities.sum(axis=0)
 
 
-def _exp_mean_divergence(entropy: float, total: NDArray[np.float64], count: int) -> float:
+def _exp_mean_divergence(parts: Iterable[Features]) -> float:
     """Exp of the mean over images of sum p (log p - log q), q the mean of p: q's part depends on the mean alone."""
+    entropy, total, count = 0.0, np.zeros(()), 0
+    for logits in parts:
+        negative_entropies, probabilities = _entropies(logits)
+        entropy, total, count = entropy + negative_entropies, total + probabilities, count + len(logits)
     mean = total[total > 0] / count
     return float(np.exp(entropy / count - mean @ np.log(mean)))
 
@@ -168,21 +167,17 @@ def precision_recall(
     half: bool = True,
     device: torch.device | str = "cpu",
 ) -> PrecisionRecall:
-    """Improved precision and recall (Kynkaanniemi et al. 2019), as ADM has them.
+    """Improved precision and recall (Kynkaanniemi et al. 2019), as ADM has them, of features (N, D) and (M, D).
 
     A point's ball reaches to its k-th other neighbour in its own set: the (k + 1)-th smallest distance, itself
     counted. Precision is the share of samples inside any ball of the reference, recall the share of reference points
-    inside any ball of the samples; on the rim is inside. All distances are squared.
+    inside any ball of the samples; on the rim is inside. All distances are squared, and made on ``device``, 400 x
+    10,000 at a time.
 
-    Args:
-        samples: features (N, D).
-        reference: features (M, D).
-        k: the neighbour.
-        half: ADM's rule: of a block of 10,000 x 10,000 distances every step is rounded to float16 (features, norms,
-            products and sums; sums are made in float32 here), unless one of them is not finite: then the block is made
-            in float32. A ball's radius and a distance that it is held against may so come from blocks of both kinds.
-            The third digit differs from float32 throughout, which is ``half=False``.
-        device: where distances are made; 400 x 10,000 at a time, of two blocks of features.
+    With ``half``, ADM's rule, every step of a block of 10,000 x 10,000 distances is rounded to float16 (features,
+    norms, products and sums; sums are made in float32 here), unless one of them is not finite: then the block is made
+    in float32. A ball's radius and a distance that it is held against may so come from blocks of both kinds. The third
+    digit differs from float32 throughout.
 
     Raises:
         ConfigError: one of them has k points or fewer.

@@ -17,8 +17,7 @@ from ig_dist.storage.writable import why_unwritable
 from ig_dist.terminal import console
 
 NEIGHBOURS = 3
-REAL_QUERIES = 256
-"""Reference pictures whose own nearest ones give the scale, taken evenly."""
+REAL_QUERIES = 256  # reference pictures whose own nearest ones give the scale, taken evenly
 SUSPICIOUS = 0.3  # labels below it are red: far nearer than real pictures are to each other
 
 Floats = NDArray[np.float64]

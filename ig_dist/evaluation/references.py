@@ -34,15 +34,12 @@ if TYPE_CHECKING:
 
 MANIFOLD_IMAGES = 10_000
 """Reference images of precision and recall, as many as ADM's files hold; of more as many are taken evenly."""
-MANY_IMAGES = 200_000
-"""From here on the user is told that a file of statistics is the better reference."""
-KERNEL_IMAGES = CLASSIFIED_IMAGES = 50_000
-"""Likewise of KID, and of label agreement."""
+MANY_IMAGES = 200_000  # from here on the user is told that a file of statistics is the better reference
+KERNEL_IMAGES = CLASSIFIED_IMAGES = 50_000  # likewise of KID, and of label agreement
 
 _DESCRIBED = ("pool", "spatial")  # features whose statistics a reference file holds
 
-Feature = tuple[str, str]
-"""Extractor and name of a feature."""
+Feature = tuple[str, str]  # extractor and name of a feature
 
 
 def statistics_keys(feature: Feature) -> tuple[str, str]:
@@ -57,10 +54,8 @@ class Reference:
     """Real images, as far as scores ask of them. Each is computed when it is first asked for."""
 
     name: str
-    statistics: Mapping[Feature, Moments] = field(default_factory=dict)
-    """Those that stand in a file."""
-    files: FeatureFiles | None = None
-    """Of its images, where it has some."""
+    statistics: Mapping[Feature, Moments] = field(default_factory=dict)  # those that stand in a file
+    files: FeatureFiles | None = None  # of its images, where it has some
 
     def __post_init__(self) -> None:
         self._moments: dict[Feature, Moments] = dict(self.statistics)
@@ -139,8 +134,8 @@ def open_reference(
         src: an npz of statistics as ADM's or as `ig-dist reference` makes, or images, see ``find_images``.
         metrics: what it is for.
         extractor: gives an extractor by its name.
-        tokenizer: of an index, see ``index_images``.
-        image_size: see ``find_images``.
+        tokenizer: as ``image_size`` of ``find_images``.
+        image_size: see there.
         side: of the samples; a reference of pictures of another one is refused.
         pictures: it must have pictures, also where scores need its statistics only.
 
@@ -256,15 +251,8 @@ def make_reference(
     """Write mean and covariance of the features of all images, and 10,000 of the images, taken evenly.
 
     The features are made in units under ``OUT.parts``, by any number of processes; after an interruption the same
-    command goes on, and a process that is alone removes the folder at the end.
-
-    Args:
-        src: images, see ``find_images``.
-        out: the npz.
-        extractors: whose features.
-        image_size: see ``find_images``.
-        weights: of extractors, by their names.
-        tokenizer: of an index, see ``index_images``.
+    command goes on, and a process that is alone removes the folder at the end. ``weights`` are places, by the names of
+    extractors; for ``src``, ``image_size`` and ``tokenizer`` see ``find_images``.
 
     Returns:
         What was made, in words; None from all processes but the first.

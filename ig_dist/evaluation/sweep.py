@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
@@ -36,8 +36,7 @@ from ig_dist.terminal import console, is_first_process, is_main_process
 from ig_dist.this_process import this_device
 
 COLUMNS = 20
-NOISE = 2.0
-"""Standard deviations within which two scores are called equal."""
+NOISE = 2.0  # standard deviations within which two scores are called equal
 
 
 class Point(NamedTuple):
@@ -52,27 +51,16 @@ class Point(NamedTuple):
     step: int | None = None
 
 
-class Axes(NamedTuple):
-    """Values of each; the points are all combinations."""
-
-    ig_scales: Sequence[float]
-    cfg_scales: Sequence[float] = (1.0,)
-    auto_scales: Sequence[float] = (1.0,)
-    ig_intervals: Sequence[Interval | None] = (None,)
-    cfg_intervals: Sequence[Interval | None] = (None,)
-    emas: Sequence[float | None] = (None,)
-    steps: Sequence[int | None] = (None,)
-
-    def points(self) -> list[Point]:
-        """All combinations; the IG scale changes fastest."""
-        slowest_first = ("step", "ema", "cfg_interval", "auto_scale", "cfg_scale", "ig_interval", "ig_scale")
-        values = product(*(getattr(self, f"{axis}s") for axis in slowest_first))
-        return [Point(**dict(zip(slowest_first, point, strict=True))) for point in values]
+def grid_points(**axes: Sequence[Any]) -> list[Point]:
+    """All combinations of values, by their names in ``Point``; the IG scale changes fastest."""
+    slowest_first = ("step", "ema", "cfg_interval", "auto_scale", "cfg_scale", "ig_interval", "ig_scale")
+    swept = [name for name in slowest_first if name in axes]
+    return [Point(**dict(zip(swept, values, strict=True))) for values in product(*(axes[name] for name in swept))]
 
 
 def sweep_run(
     config: Config,
-    axes: Axes,
+    grid: Sequence[Point],
     *,
     auto_interval: Interval | None = None,
     seeds: int = 1,
@@ -89,9 +77,9 @@ def sweep_run(
 
     Args:
         config: the run's.
-        axes: what is swept.
+        grid: what is swept, see ``grid_points``.
         auto_interval: times at which autoguidance is on.
-        seeds: seeds of each point.
+        seeds: of each point.
         target: the score that the best point has; None: the first of ``evaluate.metrics``.
         halving: all points on few images, then the better half on twice as many, and so on: the best has all images.
         weights: gives the export of an average and a step; None: ``export_run``.
@@ -110,7 +98,8 @@ def sweep_run(
         raise ConfigError(f"{place} cannot be written ({reason}): give --out FOLDER, one that can")
     # once: a run that goes on meanwhile must not change the weights between points
     export = weights or (lambda ema, step: export_run(config, ema=ema, step=step))
-    exports = {key: export(*key) for key in product(axes.emas, axes.steps)}
+    emas, steps = (dict.fromkeys(values) for values in zip(*((point.ema, point.step) for point in grid), strict=True))
+    exports = {key: export(*key) for key in product(emas, steps)}
     config = config if out is None else config.model_copy(update={"run": config.run.model_copy(update={"dir": out})})
     check_places(config)
     if not reference_of(config):
@@ -122,7 +111,7 @@ def sweep_run(
         tokenizer=config.sample.tokenizer,
         side=read_info(next(iter(exports.values()))).tokenizer.image_size,
     )
-    points, first, whole = axes.points(), config.sample.seed, config.sample.num
+    points, first, whole = list(grid), config.sample.seed, config.sample.num
     rounds = _rounds(len(points), whole, config.sample.unit_size) if halving else [whole]
     rows: dict[Point, dict[str, Any]] = {}
     protocols: list[dict[str, Any]] = []
@@ -130,20 +119,10 @@ def sweep_run(
         if halving and is_first_process():
             console.print(f"round {number + 1} of {len(rounds)}: {len(points)} points on {num} images")
         for point in points:
-            export_of = exports[point.ema, point.step]
-            asked = with_guidance(
-                config,
-                ig_scale=point.ig_scale,
-                cfg_scale=point.cfg_scale,
-                auto_scale=point.auto_scale,
-                ig_interval=point.ig_interval,
-                cfg_interval=point.cfg_interval,
-                auto_interval=auto_interval,
-            )
-            results = [
-                _score(asked, seed, num, export_of, reference, every_process=halving)
-                for seed in range(first, first + seeds)
-            ]
+            guidance = {key: value for key, value in point._asdict().items() if key not in ("ema", "step")}
+            asked = with_guidance(config, **guidance, auto_interval=auto_interval)
+            export_of, seeded = exports[point.ema, point.step], range(first, first + seeds)
+            results = [_score(asked, seed, num, export_of, reference, every_process=halving) for seed in seeded]
             if results[0]:
                 rows[point] = _row(config, point, results)
                 protocols += [result["protocol"] for result in results]
@@ -152,12 +131,13 @@ def sweep_run(
     if not is_main_process():
         return {}
     found, models = list(rows.values()), [read_info(export).weights_sha256 for export in exports.values()]
-    name = _name(axes.points(), [auto_interval, seeds, target, halving, models], config)
+    name = _name(grid, [auto_interval, seeds, target, halving, models], config)
     folder = place / "sweeps" / name
     common = {key: value for key, value in protocols[0].items() if all(p.get(key) == value for p in protocols)}
     told = {"rows": found, "flat": flat_rows(found, target), "protocol": {**common, "seeds": seeds}}
     sweep = _write({"name": name, "target": target, **told}, folder)
-    _save_scale_grid(config, exports[axes.emas[0], axes.steps[0]], axes.ig_scales, reference, folder / "grid.png")
+    scales = dict.fromkeys(point.ig_scale for point in grid)
+    _save_scale_grid(config, next(iter(exports.values())), scales, reference, folder / "grid.png")
     return sweep
 
 
@@ -238,7 +218,7 @@ def flat_rows(rows: Sequence[Mapping[str, Any]], target: str) -> list[int] | Non
 
 
 def _save_scale_grid(
-    config: Config, export: Path, ig_scales: Sequence[float], reference: Reference, file: Path
+    config: Config, export: Path, ig_scales: Iterable[float], reference: Reference, file: Path
 ) -> None:
     """Real images above generated ones at every scale, the same noise in each column, without CFG and autoguidance."""
     device = this_device()

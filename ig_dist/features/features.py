@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -80,50 +80,28 @@ def _belongs(images: ImageSet, number: int, extractor: Extractor) -> dict[str, A
     }
 
 
-class Features(Protocol):
-    """What scores read: the features of a set of images, wherever they are."""
-
-    name: str
-    """What the user knows the images by."""
-    num: int
-    extractors: Mapping[str, Extractor]
-    unfit: set[tuple[int, str]]
-
-    def has(self, extractor: str, tensor: str) -> bool:
-        """Whether there is such a tensor; labels and work are not known of all images."""
-
-    def rows(self, extractor: str, tensor: str, num: int) -> Iterator[NDArray[Any]]:
-        """A tensor of the first ``num`` images, piece by piece."""
-
-
 @dataclass
 class HeldFeatures:
-    """Features in memory, of images that are not kept."""
+    """Features in memory, of images that are not kept; read as those of ``FeatureFiles``."""
 
     name: str
     num: int
     extractors: Mapping[str, Extractor]
-    tensors: Mapping[tuple[str, str], NDArray[Any]]
-    """By extractor and name; ``labels`` and ``work`` by every extractor."""
+    tensors: Mapping[tuple[str, str], NDArray[Any]]  # by extractor and name; ``labels`` and ``work`` by every extractor
     unfit: set[tuple[int, str]] = field(default_factory=set)
 
     def has(self, extractor: str, tensor: str) -> bool:
-        """See ``Features``."""
+        """Whether there is such a tensor."""
         return (extractor, tensor) in self.tensors
 
     def rows(self, extractor: str, tensor: str, num: int) -> Iterator[NDArray[Any]]:
-        """See ``Features``."""
+        """A tensor of the first ``num`` images, piece by piece."""
         values = self.tensors[extractor, tensor][:num]
         return (values[start : start + UNIT_SIZE] for start in range(0, len(values), UNIT_SIZE))
 
 
 class FeatureFiles:
-    """The feature files of a set of images.
-
-    Args:
-        images: the set.
-        extractors: those whose features are asked for.
-    """
+    """The feature files of a set of images, by extractors."""
 
     def __init__(self, images: ImageSet, extractors: Sequence[Extractor]) -> None:
         self.images = images
@@ -170,7 +148,7 @@ class FeatureFiles:
         raise DataError(f"{self._file(number, chosen.name)} does not stay as it is written: mend the storage")
 
     def has(self, extractor: str, tensor: str) -> bool:
-        """See ``Features``."""
+        """Whether there is such a tensor; labels and work are not known of all images."""
         return self.read(0, extractor, tensor) is not None
 
     def rows(self, extractor: str, tensor: str, num: int) -> Iterator[NDArray[Any]]:
@@ -252,6 +230,9 @@ class FeatureFiles:
         if hashlib.sha256(data).hexdigest() != sha256:
             raise _Unfit
         return np.frombuffer(data, _DTYPES[dtype]).reshape(shape)
+
+
+Features = FeatureFiles | HeldFeatures  # what scores read
 
 
 def make_features(

@@ -47,16 +47,12 @@ class Pictures(NamedTuple):
 class ImageSet:
     """Images in units."""
 
-    name: str
-    """What the user knows it by."""
-    identity: str
-    """Equal identities are equal images."""
+    name: str  # what the user knows it by
+    identity: str  # equal identities are equal images
     num: int
     unit_size: int
-    features_url: str
-    """Folder of the feature files."""
-    read: Callable[[range], Pictures]
-    """Images by their numbers, all of one unit."""
+    features_url: str  # folder of the feature files
+    read: Callable[[range], Pictures]  # images by their numbers, all of one unit
 
     @property
     def num_units(self) -> int:

@@ -40,11 +40,9 @@ class Member:
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    stored: bool
-    """Not compressed: ``NpzFile.rows`` can read a slice of it."""
+    stored: bool  # not compressed: ``NpzFile.rows`` can read a slice of it
     fortran_order: bool
-    start: int
-    """Of the data: in the file where it is stored, else in the decompressed member."""
+    start: int  # of the data: in the file where it is stored, else in the decompressed member
     crc: int
 
     @property
@@ -138,10 +136,8 @@ class NpzFile:
 def open_npz(url: str, what: str = "npz", *, images: bool = True) -> NpzFile:
     """Look at an npz: its arrays' names, types and shapes; their content is not read. No pickles are.
 
-    Args:
-        url: a path or any URL, also http.
-        what: names the setting in errors.
-        images: it must have pictures, ``arr_0`` uint8 (N, H, W, 1 or 3).
+    ``url`` may be http too; ``what`` names the setting in errors. With ``images`` it must have pictures, ``arr_0``
+    uint8 (N, H, W, 1 or 3).
 
     Raises:
         ConfigError: there is none, it is none, or its pictures are not of that kind.

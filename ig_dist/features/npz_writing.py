@@ -11,7 +11,6 @@ import io
 import math
 import shutil
 import time
-import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,10 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ig_dist.errors import DataError
-from ig_dist.storage.faults import PATIENCE, Patience, retried
-from ig_dist.storage.files import REQUEST_BYTES, write_whole
+from ig_dist.storage.faults import PATIENCE, Patience
 from ig_dist.storage.urls import full_url, is_local
-from ig_dist.storage.writes import MOST_PARTS, upload_parts, write_durably
+from ig_dist.storage.writes import write_durably, write_stream
 
 STALE_S = 3600.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -34,20 +32,13 @@ class Streamed(NamedTuple):
     """An array whose content comes in pieces."""
 
     shape: tuple[int, ...]
-    dtype: str
-    """Such as ``uint8``."""
+    dtype: str  # such as ``uint8``
     chunks: Callable[[], Iterable[NDArray[Any]]]
     """Called once: its content in order, cut along the first axis in whatever way."""
 
 
 def write_npz(fs: Any, path: str, arrays: Mapping[str, Streamed], patience: Patience = PATIENCE) -> int:
-    """Write an npz that is whole or not there, in the memory of a few chunks. Same arrays, same bytes.
-
-    Args:
-        fs: a file system from ``open_url``.
-        path: the file.
-        arrays: by name, without ``.npy``; those that come first are first in the file.
-        patience: how long faults of the storage are borne.
+    """Write an npz that is whole or not there, in the memory of a few chunks. Same arrays, same bytes, in their order.
 
     Returns:
         The file's size, which is known beforehand (``npz_bytes``).
@@ -58,19 +49,11 @@ def write_npz(fs: Any, path: str, arrays: Mapping[str, Streamed], patience: Pati
     size = npz_bytes(arrays)
     if is_local(fs):
         _write_local(Path(path), _zipped(arrays), size)
-    elif "s3" in fs.protocol:
-        _write_s3(fs, path, _zipped(arrays), size, patience)
-    else:
-        temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-        try:
-            with fs.open(temporary, "wb") as file:
-                for piece in _zipped(arrays):
-                    file.write(piece)
-            fs.mv(temporary, path)
-        except BaseException:
-            with contextlib.suppress(Exception):
-                fs.rm_file(temporary)
-            raise
+        return size
+    try:
+        write_stream(fs, path, _zipped(arrays), patience, size=size)
+    except OSError as error:
+        raise DataError(f"{full_url(fs, path)}: {error}: run again") from None
     return size
 
 
@@ -160,29 +143,3 @@ def remove_stale(folder: Path, pattern: str) -> None:
         with contextlib.suppress(FileNotFoundError):  # another process does the same
             if time.time() - left.stat().st_mtime > STALE_S:
                 left.unlink()
-
-
-def _write_s3(fs: Any, path: str, pieces: Iterator[memoryview], size: int, patience: Patience) -> None:
-    part_bytes = max(REQUEST_BYTES, -(-size // MOST_PARTS))
-    parts = _parts(pieces, part_bytes)
-    if size <= part_bytes:
-        write_whole(fs, path, b"".join(parts), patience)
-        return
-    upload_parts(fs, path, parts, patience)
-    if (there := retried(fs, path, lambda: fs.size(path), patience)) != size:
-        raise DataError(f"{full_url(fs, path)} has {there} of {size} bytes: run again")
-
-
-def _parts(pieces: Iterable[memoryview], size: int) -> Iterator[bytes]:
-    """The same bytes cut into parts of one size; the last one is shorter."""
-    part = bytearray()
-    for piece in pieces:
-        while len(part) + len(piece) >= size:
-            taken = size - len(part)
-            part += piece[:taken]
-            yield bytes(part)
-            part.clear()
-            piece = piece[taken:]
-        part += piece
-    if part:
-        yield bytes(part)

@@ -23,13 +23,11 @@ from ig_dist.export import ExportInfo, ModelInfo
 from ig_dist.rng import Purpose, integers
 
 
-class Batch(NamedTuple):
+class SolvedBatch(NamedTuple):
     """Images that are solved at once."""
 
-    solved: range
-    """Their numbers; of a plan in one size also those of images that would come after its last one."""
-    kept: range
-    """Those that the batch is made for."""
+    solved: range  # their numbers; of a plan in one size also those of images that would come after its last one
+    kept: range  # those that the batch is made for
 
 
 class Plan(BaseModel):
@@ -52,10 +50,8 @@ class Plan(BaseModel):
     unit_size: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=1)]
     weights_sha256: str
-    weak_sha256: str | None = None
-    """Hash of the weights of the second model, of plans with auto guidance."""
-    classes: tuple[int, ...] = ()
-    """The only classes, in their order; empty: all."""
+    weak_sha256: str | None = None  # hash of the weights of the second model, of plans with auto guidance
+    classes: tuple[int, ...] = ()  # the only classes, in their order; empty: all
     state: Literal["fp64", "fp32"] = "fp64"
     decode_precision: Precision = "fp32"
     compile: bool | Literal["auto"] = "auto"
@@ -85,13 +81,13 @@ class Plan(BaseModel):
         """Image numbers of a unit."""
         return range(number * self.unit_size, min((number + 1) * self.unit_size, self.num))
 
-    def batches(self, number: int, *, one_size: bool) -> list[Batch]:
+    def batches(self, number: int, *, one_size: bool) -> list[SolvedBatch]:
         """Those of a unit, as few as may be and of about one size; ``one_size``: of just that, in all units."""
         unit = self.unit(number)
         images = min(self.unit_size, self.num) if one_size else len(unit)
         rows = -(-images // -(-images // self.batch_size))
         kept = [range(start, min(start + rows, unit.stop)) for start in range(unit.start, unit.stop, rows)]
-        return [Batch(range(part.start, part.start + rows) if one_size else part, part) for part in kept]
+        return [SolvedBatch(range(part.start, part.start + rows) if one_size else part, part) for part in kept]
 
     @property
     def solver_settings(self) -> dict[str, Any]:

@@ -41,8 +41,8 @@ def sample_run(
 ) -> tuple[Samples, FeatureFiles]:
     """Make all images of the config's plan with exported weights, and the features that scores need of them.
 
-    Under several processes each is a worker; the first one collects the images into
-    ``samples.npz`` and a picture. Workers need not start together, and may die and be started again.
+    Under several processes each is a worker; the first one collects the images into ``samples.npz`` and a picture.
+    Workers need not start together, and may die and be started again.
 
     Args:
         config: the run's.

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ig_dist.arithmetic import Precision, arithmetic, compiled
-from ig_dist.autoencoders.tokenizer import Tokenizer
-from ig_dist.autoencoders.tokenizers import index_tokenizer
+from ig_dist.autoencoders.tokenizers import Tokenizer, index_tokenizer
 from ig_dist.config import Config
 from ig_dist.data.index import IndexFile
 from ig_dist.data.latents import Affine, normalisation, tokenizer_latents
@@ -24,7 +23,7 @@ from ig_dist.errors import ConfigError
 from ig_dist.export import ExportInfo, ModelInfo, find_weights, load_export
 from ig_dist.models.dit import DiT, DiTOutput
 from ig_dist.models.presets import forward_flops
-from ig_dist.plans.plan import Batch, Plan
+from ig_dist.plans.plan import Plan, SolvedBatch
 from ig_dist.rng import Draws, Purpose, normal, to_normal
 
 DECODED_PIXELS = 16 * 256**2  # at once: an autoencoder's activations are far larger than the model's
@@ -36,12 +35,9 @@ class Models(NamedTuple):
     """What makes the images of a plan, on its device and in eval mode."""
 
     model: DiT
-    info: ModelInfo
-    """What stands beside the weights."""
-    tokenizer: Tokenizer
-    """Decodes the latents."""
-    weak: DiT | None = None
-    """The second model of auto guidance."""
+    info: ModelInfo  # what stands beside the weights
+    tokenizer: Tokenizer  # decodes the latents
+    weak: DiT | None = None  # the second model of auto guidance
 
 
 def decoder(config: Config, data: ModelInfo | IndexFile, device: torch.device) -> Tokenizer:
@@ -82,7 +78,7 @@ class Sampler:
         self._words = Draws(plan.seed, {Purpose.SAMPLE_STEP: math.prod(models.info.latent.shape)}, self.device)
         self._noise = compiled(self._draw, dynamic=False) if compiling else self._draw
 
-    def batches(self, number: int) -> list[Batch]:
+    def batches(self, number: int) -> list[SolvedBatch]:
         """Those of a unit; of one size where blocks are compiled for it."""
         return self.plan.batches(number, one_size=self._compiling)
 

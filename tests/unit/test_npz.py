@@ -17,6 +17,7 @@ from ig_dist.features import npz as npz_reading
 from ig_dist.features import npz_writing
 from ig_dist.features.npz import open_npz
 from ig_dist.features.npz_writing import Streamed, npz_bytes, write_npz
+from ig_dist.storage import writes
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import open_url
 from tests.fault_proxy import Fault, FaultProxy
@@ -371,7 +372,7 @@ def test_what_else_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", ["one request", "parts"])
 def test_an_object_store_takes_and_gives_it(bucket: str, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     if part == "parts":
-        monkeypatch.setattr(npz_writing, "REQUEST_BYTES", 5 * 2**20)  # the least that S3 takes
+        monkeypatch.setattr(writes, "PART_BYTES", 5 * 2**20)  # the least that S3 takes
     images = RANDOM.integers(0, 256, size=(600, 128, 128, 1), dtype=np.uint8)  # 9.8 MB
     url = f"s3://{bucket}/folder/samples.npz"
     arrays = streamed({"arr_0": images, "arr_1": np.arange(600)}, pieces=7)
@@ -387,7 +388,7 @@ def test_an_object_store_takes_and_gives_it(bucket: str, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("kind", ["status503", "cut", "lost", "flip"])
 def test_parts_are_sent_again(bucket: str, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(npz_writing, "REQUEST_BYTES", 5 * 2**20)
+    monkeypatch.setattr(writes, "PART_BYTES", 5 * 2**20)
     fault_proxy.add(Fault(kind, share=0.4, method="PUT", after_bytes=1000))
     images = RANDOM.integers(0, 256, size=(1800, 128, 128, 1), dtype=np.uint8)
     patience = Patience(stall_s=2, deadline_s=30)
@@ -397,7 +398,7 @@ def test_parts_are_sent_again(bucket: str, fault_proxy: FaultProxy, monkeypatch:
 
 
 def test_an_upload_that_fails_is_taken_back(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(npz_writing, "REQUEST_BYTES", 5 * 2**20)
+    monkeypatch.setattr(writes, "PART_BYTES", 5 * 2**20)
     fs, path = open_url(f"s3://{bucket}/samples.npz", "test")
 
     def breaks() -> Iterator[Array]:

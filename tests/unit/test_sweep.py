@@ -16,7 +16,7 @@ from ig_dist.config.catalogue import order
 from ig_dist.config.file import config_from_tree, load_run
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation import sweep as sweeps
-from ig_dist.evaluation.sweep import Axes, Point, _real_by_class, _rounds, flat_rows, sweep_run
+from ig_dist.evaluation.sweep import Point, _real_by_class, _rounds, flat_rows, grid_points, sweep_run
 from ig_dist.evaluation.tables import print_plans, print_result, print_sweep
 from ig_dist.plans.samples import Listed
 from ig_dist.report.plots import save_sweep
@@ -93,8 +93,13 @@ def scores_of(run: Path, digest: str, num: int, whole: int = 64) -> dict[str, fl
 
 
 def test_points_are_all_combinations_the_ig_scale_fastest() -> None:
-    axes = Axes((1.0, 2.0), (1.0, 1.5), cfg_intervals=(None, (0.0, 0.5)), emas=(0.9, 0.99), steps=(10, 20))
-    points = axes.points()
+    points = grid_points(
+        ig_scale=(1.0, 2.0),
+        cfg_scale=(1.0, 1.5),
+        cfg_interval=(None, (0.0, 0.5)),
+        ema=(0.9, 0.99),
+        step=(10, 20),
+    )
     assert len(points) == len(set(points)) == 32
     assert points[:3] == [
         Point(1.0, 1.0, ema=0.9, step=10),
@@ -127,7 +132,7 @@ def test_rounds_are_whole_units_about_twice_as_many_each(points: int, num: int, 
 def test_halving_keeps_the_better_half_and_makes_no_unit_twice(
     target: str, config: Config, run: Path, solved: list[tuple[str, int]]
 ) -> None:
-    sweep = sweep_run(config, Axes(SCALES), target=target, halving=True)
+    sweep = sweep_run(config, grid_points(ig_scale=SCALES), target=target, halving=True)
     rows = {row["ig_scale"]: row for row in sweep["rows"]}
     assert list(rows) == list(SCALES) and sweep["target"] == target
     assert sorted(row["num"] for row in rows.values()) == [16, 16, 32, 64]
@@ -144,9 +149,9 @@ def test_halving_keeps_the_better_half_and_makes_no_unit_twice(
     file = run / "sweeps" / sweep["name"] / "sweep.json"
     assert sweep["name"].startswith("ig_scale-") and json.loads(file.read_text()) == sweep
 
-    again = sweep_run(config, Axes(SCALES), target=target, halving=True)
+    again = sweep_run(config, grid_points(ig_scale=SCALES), target=target, halving=True)
     assert again == sweep and len(solved) == 8  # it is all there
-    whole = sweep_run(config, Axes(SCALES), target=target)  # the grid takes what the rounds have made
+    whole = sweep_run(config, grid_points(ig_scale=SCALES), target=target)  # the grid takes what the rounds have made
     assert whole["name"] != sweep["name"] and json.loads(file.read_text()) == sweep  # both are kept
     assert {row["num"] for row in whole["rows"]} == {64} and len(solved) == len(set(solved)) == 16
     assert {row["ig_scale"]: row["plans"] for row in whole["rows"]} == {s: row["plans"] for s, row in rows.items()}
@@ -159,10 +164,10 @@ def test_every_process_of_a_halving_comes_to_the_same_points(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     shutil.rmtree(run / "sweeps", ignore_errors=True)
-    assert sweep_run(config, Axes(SCALES), halving=True) == {}
+    assert sweep_run(config, grid_points(ig_scale=SCALES), halving=True) == {}
     assert len(solved) == len(set(solved)) == 8 and not (run / "sweeps").exists()
     monkeypatch.setenv("RANK", "0")
-    sweep = sweep_run(config, Axes(SCALES), halving=True)
+    sweep = sweep_run(config, grid_points(ig_scale=SCALES), halving=True)
     assert len(solved) == 8 and sorted(row["num"] for row in sweep["rows"]) == [16, 16, 32, 64]
 
 
@@ -172,7 +177,7 @@ def test_every_process_of_a_halving_comes_to_the_same_points(
 def test_a_sweep_that_was_stopped_goes_on(
     config: Config, run: Path, solved: list[tuple[str, int]], tmp_path: Path
 ) -> None:
-    axes = Axes((1.0, 2.0))
+    axes = grid_points(ig_scale=(1.0, 2.0))
     sweep = sweep_run(config, axes)
     assert len(solved) == 8
     units = sorted((tmp_path / "samples").glob("*/unit_00002.*"))
@@ -186,9 +191,9 @@ def test_a_sweep_that_was_stopped_goes_on(
 
 
 def test_features_alone_give_the_same_sweep(config: Config, solved: list[tuple[str, int]], tmp_path: Path) -> None:
-    sweep = sweep_run(config, Axes((1.0, 2.0)), seeds=2)
+    sweep = sweep_run(config, grid_points(ig_scale=(1.0, 2.0)), seeds=2)
     dropped = config.sample.model_copy(update={"keep_images": False, "url": f"{tmp_path}/dropped"})
-    assert sweep_run(config.model_copy(update={"sample": dropped}), Axes((1.0, 2.0)), seeds=2) == sweep
+    assert sweep_run(config.model_copy(update={"sample": dropped}), grid_points(ig_scale=(1.0, 2.0)), seeds=2) == sweep
     images = sorted(file.name for file in (tmp_path / "dropped").glob("*/unit_?????.safetensors"))
     assert images == ["unit_00000.safetensors"] * 4
     assert len(list((tmp_path / "dropped").glob("*/*.pixel.safetensors"))) == 16
@@ -198,7 +203,7 @@ def test_features_alone_give_the_same_sweep(config: Config, solved: list[tuple[s
 
 
 def test_averages_checkpoints_and_intervals_are_axes(config: Config, run: Path, drawn: None) -> None:
-    axes = Axes((1.0, 2.0), ig_intervals=(None, (0.3, 1.0)), emas=(0.5, 0.9), steps=(10, 20))
+    axes = grid_points(ig_scale=(1.0, 2.0), ig_interval=(None, (0.3, 1.0)), ema=(0.5, 0.9), step=(10, 20))
     sweep = sweep_run(config, axes)
     rows = sweep["rows"]
     assert len(rows) == 16
@@ -218,20 +223,20 @@ def test_averages_checkpoints_and_intervals_are_axes(config: Config, run: Path, 
     for name in ("sweep.png", "grid.png", "sweep_tradeoff.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match="averages with decay"):
-        sweep_run(config, Axes((1.0,), emas=(0.7,)))
+        sweep_run(config, grid_points(ig_scale=(1.0,), ema=(0.7,)))
     with pytest.raises(ConfigError, match="no whole checkpoint"):
-        sweep_run(config, Axes((1.0,), steps=(15,)))
+        sweep_run(config, grid_points(ig_scale=(1.0,), step=(15,)))
 
 
 def test_what_cannot_be_searched_for(config: Config, solved: list[tuple[str, int]]) -> None:
     with pytest.raises(ConfigError, match=r"--target fid is not scored: use one of fd_pixel, label_agreement"):
-        sweep_run(config, Axes(SCALES), target="fid")
+        sweep_run(config, grid_points(ig_scale=SCALES), target="fid")
     larger = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"reference": "digits"})})
     Path(f"{config.run.dir}/other.npz").unlink(missing_ok=True)
     np.savez(f"{config.run.dir}/other.npz", noise(30, side=6))
     other = larger.evaluate.model_copy(update={"reference": f"{config.run.dir}/other.npz"})
     with pytest.raises(ConfigError, match="has pictures of 6 x 6, the samples are 8 x 8"):
-        sweep_run(config.model_copy(update={"evaluate": other}), Axes(SCALES))
+        sweep_run(config.model_copy(update={"evaluate": other}), grid_points(ig_scale=SCALES))
     assert not solved  # said before anything is made
 
 
