@@ -57,7 +57,7 @@ class Job:
     """A job as its first process has it, and what SLURM has told that process."""
 
     def __init__(self, path: Path) -> None:
-        self.folder, self.task = Folder(path), os.environ.get("SLURM_ARRAY_TASK_ID", "")
+        self.folder = Folder(path, os.environ.get("SLURM_ARRAY_TASK_ID", ""))
         self.submission = self.folder.read()
         self.asked = False
         """To stop: the time limit is near, or a user wants it."""
@@ -86,25 +86,25 @@ class Job:
 
     def _start(self) -> int | None:
         """Start the ranks once, and act on how they end; None: they are started again here."""
-        folder, task, submission = self.folder, self.task, self.submission
+        folder, submission = self.folder, self.submission
         if folder.cancelled:
             print("cancelled: nothing is started")
             return 0
-        if not lock_is_free(folder, task, submission, self.given, lambda: self.ended or self.asked):
+        if not lock_is_free(folder, submission, self.given, lambda: self.ended or self.asked):
             self._notify(1, f"{submission.hold} is held by a process of another start")
             return 1
         if self.ended:
             return None
         if self.asked:  # while nothing ran
-            folder.add_event("end", task, code=STOPPED, reason="asked to stop", next="requeue")
+            folder.add_event("end", code=STOPPED, reason="asked to stop", next="requeue")
             return self._requeue()
-        hosts = usable(self.given, bad_nodes(folder.events(task), submission.exclude_after), submission)
+        hosts = usable(self.given, bad_nodes(folder.events(), submission.exclude_after), submission)
         world = submission.worlds[len(hosts)]
         if idle := hosts[world.nodes :]:
             used = f"{world.nodes} are used ({world.nodes * submission.tasks_per_node} processes)"
             print(f"{len(hosts)} nodes, {used}: more do not divide data.streams. Idle: {', '.join(idle)}")
         start = f"{os.environ['SLURM_JOB_ID']}-{time.time_ns()}"
-        folder.add_event("start", task, nodes=hosts[: world.nodes], log=size(folder.batch_log(task)))
+        folder.add_event("start", nodes=hosts[: world.nodes], log=size(folder.batch_log()))
         srun_code, first_error = self._run_ranks(hosts[: world.nodes], world, start)
         if first_error == CutOff.REASON:
             print(f"{first_error}: its ranks are ended")  # another start may have its history by now
@@ -115,7 +115,7 @@ class Job:
                     self.srun.wait()
                 return 128 + signal.SIGTERM
             reason = "time limit, before the ranks had saved"
-            folder.add_event("end", task, code=None, reason=reason, next="requeue")
+            folder.add_event("end", code=None, reason=reason, next="requeue")
             return self._requeue()
         exits = folder.path / "exits" / start
         codes = exit_codes(exits, world.nodes * submission.tasks_per_node)
@@ -132,9 +132,9 @@ class Job:
         elif silent := silent_nodes(codes, hosts[: world.nodes], submission.tasks_per_node, verdict.reason):
             reason = f"no word from {', '.join(silent)}: its processes or the network died ({reason})"
         end = {"code": verdict.code, "reason": reason, "checkpoint": newest, "blame": blame}
-        events = folder.events(task)
+        events = folder.events()
         what = Next("stop", 0.0, []) if cancelled else what_next(verdict, end, events, self.given, submission)
-        folder.add_event("end", task, **end, next=what.step)
+        folder.add_event("end", **end, next=what.step)
         if what.new:
             print(f"avoided from now on: {', '.join(what.new)} (--exclude-after {submission.exclude_after})")
         print(f"{reason}: {_SAID[what.step]}" + (f" in {what.pause_s:.0f} s" if what.pause_s else ""))
@@ -159,7 +159,7 @@ class Job:
             "LOCAL_WORLD_SIZE": str(submission.tasks_per_node),
             "IG_DIST_ACCUMULATION": str(world.accumulation),
         }
-        command = srun_command(self.folder.path, submission, hosts, start, self.task)
+        command = srun_command(self.folder, submission, hosts, start)
         srun = self.srun = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
         )
@@ -204,7 +204,7 @@ class Job:
             changes.append(f"excnodelist={nodes}")
         job = os.environ["SLURM_JOB_ID"]
         if "SLURM_ARRAY_JOB_ID" in os.environ:
-            job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{self.task}"
+            job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{self.folder.task}"
         for wait in (1, 5, 20, *[60] * 60, 0):  # the controller may be away for a while
             try:
                 _scontrol("requeue", job)
@@ -224,7 +224,7 @@ class Job:
 
     def _exclusion(self) -> str | None:
         """The nodes that the job must not get from now on; None: as it was, for SLURM has too few others."""
-        nodes = excluded(self.folder.events(self.task), self.submission)
+        nodes = excluded(self.folder.events(), self.submission)
         if nodes:
             try:
                 slurm("sbatch", "--test-only", f"--exclude={nodes}", str(self.folder.path / SCRIPT_NAME))
@@ -249,7 +249,7 @@ class Job:
             time.sleep(0.1)
 
 
-def srun_command(folder: Path, submission: Submission, hosts: list[str], start: str, task: str = "") -> list[str]:
+def srun_command(folder: Folder, submission: Submission, hosts: list[str], start: str) -> list[str]:
     """How the ranks are started."""
     count = len(hosts) * submission.tasks_per_node
     return [
@@ -266,13 +266,13 @@ def srun_command(folder: Path, submission: Submission, hosts: list[str], start: 
         "--kill-on-bad-exit=1",  # NCCL would find out that a rank is dead after train.timeout_s only
         "--unbuffered",
         "--open-mode=append",
-        f"--output={folder}/log/{f'task_{task}_' if task else ''}rank_%t.log",
+        f"--output={folder.rank_log('%t')}",
         *(f"--{key}" if value is True else f"--{key}={value}" for key, value in submission.srun.items()),
         *(submission.python or [sys.executable]),
         "-u",
         "-m",
         "ig_dist.slurm.rank",
-        str(folder),
+        str(folder.path),
         start,
     ]
 

@@ -88,14 +88,14 @@ def _pauses() -> Iterator[float]:
 
 def follow(folder: Folder, submission: Submission) -> int:
     """Print a job's logs as they are written, until it ends; its exit code. Ctrl-C leaves the job alone."""
-    task = "0" if submission.array else ""
-    files = [folder.batch_log(task), folder.log / f"{f'task_{task}_' if task else ''}rank_0.log"]
+    first = Folder(folder.path, "0" if submission.array else "")
+    files = [first.batch_log(), first.rank_log("0")]
     places = dict.fromkeys(files, 0)
     said, away, ended, asked, pauses, known = "", False, False, 0.0, _pauses(), 0
     pause = next(pauses)
     try:
         while not ended:
-            events = folder.events(task)
+            events = first.events()
             over = bool(events) and events[-1].get("next") in ("done", "stop")
             if len(events) != known or (over and pause > 1):  # ask at once, and often again
                 known, pauses, asked = len(events), _pauses(), 0.0
@@ -123,7 +123,7 @@ def follow(folder: Folder, submission: Submission) -> int:
 
 def final_code(folder: Folder) -> int:
     """The exit code of a job that has ended: the worst of its tasks."""
-    ends = [(folder.events(task) or [{}])[-1].get("code") for task in folder.tasks()]  # a start has none
+    ends = [(task.events() or [{}])[-1].get("code") for task in folder.tasks()]  # a start has none
     codes = [1 if code is None else int(code) for code in ends]
     return next((code for code in (*endings.codes(After.NEVER), 1, STOPPED) if code in codes), max(codes))
 

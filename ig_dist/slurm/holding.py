@@ -18,37 +18,41 @@ LOOK_S, LOOKS = 15.0, 4
 """So often it is tried, and so many times in a row nobody is there, before a node counts as cut off."""
 
 
-def lock_is_free(
-    folder: Folder, task: str, submission: Submission, given: list[str], ended: Callable[[], bool]
-) -> bool:
+def lock_is_free(folder: Folder, submission: Submission, given: list[str], ended: Callable[[], bool]) -> bool:
     """Wait until no process of an earlier start holds the run: one may live on where the network was cut."""
-    file, began, said = submission.hold, time.time(), False
-    while file and Path(file).exists() and not ended():
-        with Path(file).open("a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                held = f"{file} is held by a process of another start"
-                if (holder := os.pread(lock.fileno(), 99, 0).decode(errors="replace").strip()).isprintable() and holder:
-                    held += f" ({holder})"
-                if time.time() - began > submission.hold_s:
-                    reason = f"{held} for {submission.hold_s:.0f} s: not started; end it, then resume"
-                    print(reason)
-                    folder.add_event("waited", task, code=1, reason=reason, next="stop")
-                    return False
-                if not said:
-                    print(f"{held}: waiting for up to {submission.hold_s:.0f} s")
-                    until, log = began + submission.hold_s, size(folder.batch_log(task))
-                    folder.add_event("wait", task, nodes=given, log=log, until=until)
-                said = True
-            except OSError:  # no locks there: the trainer says so
-                break
+    began, said = time.time(), False
+    while submission.hold and not ended() and (held := _held(Path(submission.hold))):
+        if time.time() - began > submission.hold_s:
+            reason = f"{held} for {submission.hold_s:.0f} s: not started; end it, then resume"
+            print(reason)
+            folder.add_event("waited", code=1, reason=reason, next="stop")
+            return False
+        if not said:
+            print(f"{held}: waiting for up to {submission.hold_s:.0f} s")
+            until, log = began + submission.hold_s, size(folder.batch_log())
+            folder.add_event("wait", nodes=given, log=log, until=until)
+        said = True
         time.sleep(0.5)
     if said and not ended():
-        reason = f"waited {time.time() - began:.0f} s for a process of another start that held {file}"
-        folder.add_event("waited", task, code=None, reason=reason, next="")
+        reason = f"waited {time.time() - began:.0f} s for a process of another start that held {submission.hold}"
+        folder.add_event("waited", code=None, reason=reason, next="")
     return True
+
+
+def _held(file: Path) -> str:
+    """That a process of another start has this lock, and which; empty: none has, or there are no locks there."""
+    if not file.exists():
+        return ""
+    with file.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(lock.fileno(), 99, 0).decode(errors="replace").strip()
+            known = f" ({holder})" if holder and holder.isprintable() else ""
+            return f"{file} is held by a process of another start{known}"
+        except OSError:  # the trainer says so
+            pass
+    return ""
 
 
 class CutOff:

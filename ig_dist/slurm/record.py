@@ -94,11 +94,12 @@ class Event(BaseModel):
 
 
 class Folder:
-    """A submission's folder on the shared file system."""
+    """A submission's folder on the shared file system, or what in it is of one task of its array."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.log = path / "log"
+    def __init__(self, path: Path, task: str = "") -> None:
+        self.path, self.task, self.log = path, task, path / "log"
+        self._of = f"_{task}" if task else ""
+        self._history = path / f"history{self._of}.jsonl"
 
     def write(self, submission: Submission) -> None:
         """Write ``job.json``."""
@@ -127,15 +128,19 @@ class Folder:
         """No start, and no requeue, from now on."""
         (self.path / CANCELLED_NAME).touch()
 
-    def batch_log(self, task: str = "") -> Path:
+    def batch_log(self) -> Path:
         """Where SLURM and the job's first process write."""
-        return self.log / f"batch{_suffix(task)}.log"
+        return self.log / f"batch{self._of}.log"
 
-    def add_event(self, event: str, task: str = "", **what: Any) -> None:
+    def rank_log(self, rank: str) -> Path:
+        """Where a rank writes."""
+        return self.log / (f"task{self._of}_rank_{rank}.log" if self.task else f"rank_{rank}.log")
+
+    def add_event(self, event: str, **what: Any) -> None:
         """Append a start or an end, or that a start waits and has waited."""
-        append(self._history(task), {"event": event, "time": round(time.time(), 3), **what})
+        append(self._history, {"event": event, "time": round(time.time(), 3), **what})
 
-    def events(self, task: str = "", *, waits: bool = False) -> list[dict[str, Any]]:
+    def events(self, *, waits: bool = False) -> list[dict[str, Any]]:
         """Starts and ends, oldest first, and with ``waits`` those for the run's lock.
 
         An end that SLURM brought about is told by SLURM's own log line.
@@ -143,28 +148,18 @@ class Folder:
         events: list[dict[str, Any]] = []
         lines: list[dict[str, Any]] = []
         with contextlib.suppress(OSError):
-            lines.extend(read_lines(self._history(task)))
+            lines.extend(read_lines(self._history))
         for event in filter(None, map(_told, lines)):
             if event["event"] in _BEGINNINGS and events and events[-1]["event"] in _BEGINNINGS:
-                events.append(self._unseen_end(events[-1], event["log"], task))
+                begun = events[-1]
+                end = {"event": _BEGINNINGS[begun["event"]], "time": begun["time"], "code": None, "next": "requeue"}
+                events.append({**end, "reason": self.why(begun, event["log"])})
             events.append(event)
         return events if waits else [event for event in events if event["event"] in ("start", "end")]
 
-    def _history(self, task: str) -> Path:
-        return self.path / f"history{_suffix(task)}.jsonl"
-
-    def _unseen_end(self, begun: dict[str, Any], until: int, task: str) -> dict[str, Any]:
-        return {
-            "event": _BEGINNINGS[begun["event"]],
-            "time": begun["time"],
-            "code": None,
-            "next": "requeue",
-            "reason": self.why(begun, until, task),
-        }
-
-    def why(self, start: dict[str, Any], until: int | None = None, task: str = "") -> str:
+    def why(self, start: dict[str, Any], until: int | None = None) -> str:
         """Why a start came to an end that it did not see itself, in SLURM's words."""
-        log = self.batch_log(task)
+        log = self.batch_log()
         text = log.read_bytes()[start["log"] : until].decode(errors="replace") if log.exists() else ""
         found = re.findall(r"DUE TO (.+?)(?:, SEE .*)? \*\*\*", text)
         failed = re.findall(r"Node failure on (\S+)", text)
@@ -176,10 +171,10 @@ class Folder:
             words = "ended by SLURM without a word (its first node, or the controller)"
         return words + (f" ({', '.join(dict.fromkeys(failed))})" if failed else "")
 
-    def tasks(self) -> list[str]:
-        """The array's tasks that have a history, or "" for a plain job."""
+    def tasks(self) -> list[Folder]:
+        """What is of each of the array's tasks that have a history; of a plain job all."""
         names = [match[1] for file in self.path.glob("history*.jsonl") if (match := re.search(r"_(\d+)\.", file.name))]
-        return sorted(names, key=int) or [""]
+        return [Folder(self.path, name) for name in sorted(names, key=int)] or [self]
 
 
 def folders(run: Path) -> Iterator[tuple[Folder, Submission]]:
@@ -205,10 +200,6 @@ def _told(line: dict[str, Any]) -> dict[str, Any] | None:
         return Event.model_validate(line).model_dump()
     except ValidationError:
         return None
-
-
-def _suffix(task: str) -> str:
-    return f"_{task}" if task else ""
 
 
 def size(file: Path) -> int:

@@ -148,7 +148,7 @@ def batch_script(request: Request, submission: Submission, folder: Path, *, afte
         "signal": f"B:USR2@{request.signal_delay}",
         "requeue": True,
         "chdir": submission.cwd,
-        "output": Folder(folder).batch_log("%a" if submission.array else ""),
+        "output": Folder(folder, "%a" if submission.array else "").batch_log(),
         "array": f"0-{submission.array - 1}{throttle}" if submission.array else None,
         "kill-on-invalid-dep": "yes" if "afterok" in after else None,  # or it would wait for ever
     }

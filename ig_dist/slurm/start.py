@@ -198,7 +198,7 @@ def _tell(jobs: Sequence[Planned], watch: str, follow: bool) -> int:
         ids += f" (merged by {number})" if merges else f", then {job.submission.kind} {number}"
     told = {
         "job": ids,
-        "log": f"{folder.log}/{'task_0_rank_0.log' if first.array else 'rank_0.log'}",
+        "log": str(Folder(folder.path, "0" if first.array else "").rank_log("0")),
         "status": f"ig-dist slurm status {run}",
         "stop": f"ig-dist slurm cancel {run}",
     }
@@ -224,7 +224,7 @@ def _print_dry_run(jobs: Sequence[Planned], check: Callable[[], object]) -> int:
                 task = f"each of {submission.array} tasks " if submission.array else ""
                 print(f"# {task}on {nodes} node{'s' * (nodes > 1)}, {ranks} process{'es' * (ranks > 1)}:")
                 hosts = ["<node>"] * world.nodes
-                text = " ".join(srun_command(job.path, submission, hosts, "<start>"))
+                text = " ".join(srun_command(Folder(job.path), submission, hosts, "<start>"))
                 print("#   " + text.replace(",".join(hosts), f"<the first {world.nodes}>"))
             for command in commands:
                 arguments = command.replace(ACCUMULATION, str(world.accumulation))

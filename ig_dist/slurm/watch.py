@@ -113,8 +113,8 @@ def describe(run: Path) -> dict[str, Any]:
     told = []
     for folder, submission in found_folders(run):
         jobs, state_now = _ask(folder)
-        starts = {task: history(folder, task, _may_run(jobs, task)) for task in folder.tasks()}
-        avoided = [bad_nodes(folder.events(task), submission.exclude_after) for task in starts]
+        starts = {one.task: history(one, _may_run(jobs, one.task)) for one in folder.tasks()}
+        avoided = [bad_nodes(one.events(), submission.exclude_after) for one in folder.tasks()]
         told.append(
             {
                 "kind": submission.kind,
@@ -146,16 +146,16 @@ def _may_run(jobs: Sequence[QueuedJob] | None, task: str) -> bool:
     return jobs is None or any(job.endswith(f"_{task}") if task else True for job in active)
 
 
-def history(folder: Folder, task: str, active: bool) -> list[dict[str, Any]]:
+def history(folder: Folder, active: bool) -> list[dict[str, Any]]:
     """The starts of a job, and its waits for the run's lock, each with its end, if it had one."""
     starts: list[dict[str, Any]] = []
-    for event in folder.events(task, waits=True):
+    for event in folder.events(waits=True):
         if event["event"] in ("start", "wait"):
             starts.append({**event, "end": None})
         elif starts:
             starts[-1]["end"] = event
     if starts and starts[-1]["end"] is None and not active:
-        reason = "cancelled" if folder.cancelled else folder.why(starts[-1], task=task)
+        reason = "cancelled" if folder.cancelled else folder.why(starts[-1])
         starts[-1]["end"] = {"reason": reason, "next": "", "code": None}
     return starts
 
@@ -179,11 +179,10 @@ def _show_starts(task: str, entries: Sequence[dict[str, Any]]) -> None:
 def failed_words(folder: Folder) -> str | None:
     """What the first task that was given up, or the training, said last, and where; None: none was."""
     for task in folder.tasks():
-        events = folder.events(task)
+        events = task.events()
         if not events or events[-1].get("next") != "stop" or not events[-1].get("code"):
             continue
-        name = f"task_{task}_" if task else ""
-        for log in sorted(folder.log.glob(f"{name}rank_*.log"), key=lambda file: file.stat().st_mtime):
+        for log in sorted(folder.log.glob(task.rank_log("*").name), key=lambda file: file.stat().st_mtime):
             lines = log.read_bytes()[-8192:].decode(errors="replace").splitlines()
             errors = [line for line in lines if re.match(r"error: |[\w.]+(Error|Exception)\b", line)]
             if errors:

@@ -197,15 +197,15 @@ def test_a_start_waits_for_the_lock_of_its_run_so_long(tmp_path: Path) -> None:
         fcntl.flock(held, fcntl.LOCK_EX)
         held.write("17 on c\n")
         held.flush()
-        assert not lock_is_free(folder, "", job, ["b"], lambda: False)
-        (_, end), (wait, waited) = [(entry, entry["end"]) for entry in watch.history(folder, "", False)]
+        assert not lock_is_free(folder, job, ["b"], lambda: False)
+        (_, end), (wait, waited) = [(entry, entry["end"]) for entry in watch.history(folder, False)]
         assert end["next"] == "requeue" and wait["nodes"] == ["b"] and waited["next"] == "stop"
         assert waited["reason"].endswith("another start (17 on c) for 0 s: not started; end it, then resume")
         free = threading.Timer(0.3, held.close)
         free.start()
-        assert lock_is_free(folder, "", job.model_copy(update={"hold_s": 60.0}), ["b"], lambda: False)
+        assert lock_is_free(folder, job.model_copy(update={"hold_s": 60.0}), ["b"], lambda: False)
     folder.add_event("start", nodes=["b"], log=0)
-    assert "waited" in watch.history(folder, "", True)[2]["end"]["reason"]
+    assert "waited" in watch.history(folder, True)[2]["end"]["reason"]
     assert [event["event"] for event in folder.events()] == ["start", "end", "start"]
 
 
@@ -487,8 +487,9 @@ def test_the_status_for_a_program_is_that_of_the_lines(tmp_path: Path, capsys: p
     given_up.log.mkdir(parents=True)
     given_up.write(submission(run=str(run), array=4))
     for task, code in (("1", 0), ("2", 2), ("3", 2)):
-        given_up.add_event("start", task, nodes=["node1"], log=0)
-        given_up.add_event("end", task, code=code, reason="", next="stop" if code else "done")
+        one = Folder(given_up.path, task)
+        one.add_event("start", nodes=["node1"], log=0)
+        one.add_event("end", code=code, reason="", next="stop" if code else "done")
         (given_up.log / f"task_{task}_rank_0.log").write_text(f"began\nerror: no such thing as {task}\nleft\n")
     watch.show_status(run)
     said = capsys.readouterr().out
