@@ -86,7 +86,7 @@ def machine(case: Case) -> Found:
         found |= {"GPUs": torch.cuda.device_count(), "GiB": properties.total_memory / 2**30}
         nccl: Any = torch.cuda.nccl
         found |= {"CUDA": str(torch.version.cuda), "NCCL": ".".join(map(str, nccl.version()))}
-    missing = [e.package for e in EXTRAS.values() if importlib.util.find_spec(e.package) is None]
+    missing = [e for e in EXTRAS.values() if importlib.util.find_spec(e) is None]
     packages = ", ".join(missing) or "none"
     return {**found, "torch": torch.__version__, "Python": platform.python_version(), "not installed": packages}
 
