@@ -30,7 +30,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.side_by_side import Record, Result, Rounds, interleaved, ratio, show, show_results
-from ig_dist.autoencoders.tokenizer import PIXEL, Tokenizer
+from ig_dist.autoencoders.tokenizers import PIXEL, Tokenizer
 from ig_dist.data.sources import Source, find_source
 from ig_dist.encoding.encode import Job, encode
 from ig_dist.encoding.loader import Request, decode

@@ -30,7 +30,7 @@ from benchmarks.gpu_cases import (
 from benchmarks.reference import Published
 from benchmarks.side_by_side import interleaved, profiled, seconds
 from benchmarks.synthetic import build_model, export_info, synthetic_info
-from ig_dist.autoencoders.tokenizer import PIXEL, Tokenizer
+from ig_dist.autoencoders.tokenizers import PIXEL, Tokenizer
 from ig_dist.config import Config
 from ig_dist.plans.plan import Plan
 from ig_dist.plans.units import Samples

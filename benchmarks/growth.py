@@ -34,7 +34,7 @@ from benchmarks import evaluation, vote
 from benchmarks.checkpoint import Ours, state
 from benchmarks.side_by_side import Record, Result, show_results
 from benchmarks.synthetic import build_model, build_step, synthetic_info
-from ig_dist.autoencoders.tokenizer import PIXEL
+from ig_dist.autoencoders.tokenizers import PIXEL
 from ig_dist.config import Config
 from ig_dist.config.file import config_from_tree
 from ig_dist.data.index import SampleTable, read_index

@@ -127,7 +127,7 @@ def rank(folder: str, number: int, world: int) -> None:
     _say("first batch", seconds=opened + first)
     del stream
     for place in range(0, 2000 * WINDOW, WINDOW):
-        for piece in order.window(number * STREAMS // world + place // WINDOW % (STREAMS // world), place).pieces:
+        for piece in order.window(number * STREAMS // world + place // WINDOW % (STREAMS // world), place).stretches:
             begin = int(index.first_ids[piece.shard])
             index.table[begin + piece.start : begin + piece.stop]
     _say("long run", kib=proportional_kib() - before)

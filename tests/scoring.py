@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ig_dist.autoencoders.tokenizer import PIXEL
+from ig_dist.autoencoders.tokenizers import PIXEL
 from ig_dist.config.sampling import GuidanceConfig
 from ig_dist.export import ExportInfo
 from ig_dist.features.extractors.extractor import Extractor, get_extractor

@@ -41,7 +41,7 @@ def draw_line(axis: plt.Axes) -> None:
     at = 0
     for stream in range(STREAMS):
         begin = at
-        for piece in (p for w in windows(stream, SHOWN) if w.epoch == 0 for p in w.pieces):
+        for piece in (p for w in windows(stream, SHOWN) if w.epoch == 0 for p in w.stretches):
             axis.barh(0, piece.stop - piece.start, left=at, color=COLOURS[piece.shard])
             at += piece.stop - piece.start
         axis.text((begin + at) / 2, 0.55, f"stream {stream}: {at - begin} samples", ha="center", fontsize=8)

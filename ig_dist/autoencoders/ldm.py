@@ -1,4 +1,4 @@
-"""Autoencoders in the layout of latent diffusion (LDM): reading a checkpoint, its settings and its names.
+"""Autoencoders in the layout of latent diffusion (LDM): a checkpoint, its settings and names, statistics beside it.
 
 VA-VAE is published so (``encoder.down.0.block.0.conv1.weight``). The network is that of diffusers' AutoencoderKL under
 other names: the decoder's levels are counted from the image instead of the latent, and the projections of an attention
@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ig_dist.errors import ConfigError
@@ -82,14 +83,38 @@ def ldm_settings(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The autoencoder's tensors in a checkpoint (.safetensors, or PyTorch's format without any object in it)."""
-    found = read_safetensors(path) if path.suffix == ".safetensors" else _read_state_dict(path)
-    return {name: tensor for name, tensor in found.items() if not name.startswith(OTHER_PARTS)}
-
-
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    found = read_torch_file(path)
+    found: Any = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     if not isinstance(found, dict):
         raise ConfigError(f"{path} holds no state_dict: save the autoencoder's state_dict in it")
-    return {name: tensor for name, tensor in found.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
+    tensors = {name: tensor for name, tensor in found.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(OTHER_PARTS)}
+
+
+class Normalisation(NamedTuple):
+    """Per channel: the model sees (latent - shift) * scale."""
+
+    shift: list[float]
+    scale: list[float]
+
+
+def read_latent_stats(path: Path) -> Normalisation:
+    """Shift and scale from LightningDiT's ``latents_stats.pt``: mean and std, (1, C, 1, 1) or (C,); no code is run."""
+    if not path.is_file():
+        raise ConfigError(f"--latent-stats {path}: no such file; it is published beside the weights, or in their data")
+    found = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
+    numbers = []
+    for name in ("mean", "std"):
+        values = found.get(name) if isinstance(found, dict) else None
+        if (
+            not isinstance(values, Tensor)
+            or not values.is_floating_point()
+            or values.numel() != max(values.shape, default=0)
+        ):
+            raise ConfigError(f"--latent-stats {path} has no {name!r} of one number a channel: give latents_stats.pt")
+        numbers.append(values.double().flatten())
+    mean, std = numbers
+    if len(mean) != len(std) or not torch.isfinite(torch.cat(numbers)).all() or (std <= 0).any():
+        raise ConfigError(f"--latent-stats {path}: mean and std must be finite, std above 0, and both of equal length")
+    return Normalisation(mean.tolist(), (1 / std).tolist())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ig_dist.arithmetic import arithmetic
 from ig_dist.autoencoders.ldm import ldm_name, ldm_settings, read_checkpoint
-from ig_dist.autoencoders.tokenizer import Precision, Tokenizer
+from ig_dist.autoencoders.tokenizers import Precision, Tokenizer
 from ig_dist.autoencoders.weights import FOLDER_FILES, PUBLISHED
 from ig_dist.errors import ConfigError, first_line
 from ig_dist.storage.tensor_files import read_safetensors
@@ -25,6 +25,10 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, 
 SD_SCALE = 0.18215
 SD_RULE = "trunc(255 clip((x + 1) / 2, 0, 1))"  # as SiT with Internal Guidance has it
 LDM_RULE = "trunc(clip(127.5 x + 128, 0, 255))"  # as LightningDiT has it
+_TO_UINT8: dict[str, Callable[[Tensor], Tensor]] = {
+    SD_RULE: lambda x: (255.0 * ((x + 1.0) / 2.0).clamp(0.0, 1.0)).to(torch.uint8),
+    LDM_RULE: lambda x: (127.5 * x + 128.0).clamp(0.0, 255.0).to(torch.uint8),
+}
 LISTED = 4  # names in a message, of each kind
 
 # What of AutoencoderKL's settings changes its numbers. Others come and go with its versions.
@@ -69,7 +73,8 @@ def load_vae(name: str, weights: Path, device: torch.device, precision: Precisio
             )
         pixels = images.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
         with _inference(device, precision):
-            moments = model.encoder(_laid_out(pixels.to(dtype)))
+            # contiguous: the layout in memory chooses the convolutions' kernels, which round differently
+            moments = model.encoder(pixels.to(dtype).contiguous())
             moments = moments if model.quant_conv is None else model.quant_conv(moments)
         mean, log_variance = moments.float().contiguous().chunk(2, dim=1)
         return torch.cat([mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))], dim=1).to(images.device)
@@ -81,7 +86,7 @@ def load_vae(name: str, weights: Path, device: torch.device, precision: Precisio
                 f" {config.latent_channels} channels: use the tokenizer that encoded the data"
             )
         with _inference(device, precision):
-            hidden = _laid_out(latents.to(device=device, dtype=dtype))
+            hidden = latents.to(device=device, dtype=dtype).contiguous()
             hidden = hidden if model.post_quant_conv is None else model.post_quant_conv(hidden)
             images = model.decoder(hidden)
         return to_uint8(images.float()).permute(0, 2, 3, 1).contiguous().to(latents.device)
@@ -166,8 +171,7 @@ def _build(
         with torch.device("meta"):
             model = autoencoder(**settings)
     except Exception as error:  # whatever meaningless settings make diffusers raise
-        reason = first_line(error)
-        raise ConfigError(f"{where} has settings that make no autoencoder: {reason}") from None
+        raise ConfigError(f"{where} has settings that make no autoencoder: {first_line(error)}") from None
     weights: dict[str, Tensor] = {}
     wrong: dict[str, list[str]] = {"missing": [], "unexpected": [], "of another shape": []}
     for name, expected in model.state_dict().items():
@@ -201,24 +205,8 @@ def _hash(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _laid_out(values: Tensor) -> Tensor:
-    """Equal values in equal order: the layout in memory chooses the convolutions' kernels, which round differently."""
-    return values.contiguous()
-
-
 @contextmanager
 def _inference(device: torch.device, precision: Precision) -> Iterator[None]:
     """No gradients, no autocast of a caller's, and fp32 that is fp32 unless tf32 is asked for."""
     with torch.no_grad(), arithmetic("tf32" if precision == "tf32" else "fp32", device):
         yield
-
-
-def _sd_uint8(images: Tensor) -> Tensor:
-    return (255.0 * ((images + 1.0) / 2.0).clamp(0.0, 1.0)).to(torch.uint8)
-
-
-def _ldm_uint8(images: Tensor) -> Tensor:
-    return (127.5 * images + 128.0).clamp(0.0, 255.0).to(torch.uint8)
-
-
-_TO_UINT8 = {SD_RULE: _sd_uint8, LDM_RULE: _ldm_uint8}

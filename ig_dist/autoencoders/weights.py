@@ -58,7 +58,7 @@ def find_weights(name: str) -> Path:
     """The folder or file with a tokenizer's weights.
 
     Looked for in this order: the path ``name``, then ``name`` in the tokenizers' folder, then, for the Stable Diffusion
-    autoencoders, the Hugging Face cache and hub.
+    autoencoders, the Hugging Face cache and hub (which downloads into it).
     """
     known, root = _published(name), tokenizer_root()
     inside = [name] if known is None else [known.name, known.short]
@@ -72,17 +72,8 @@ def find_weights(name: str) -> Path:
             f"unknown tokenizer {name!r}: no such path, nothing of that name in {root};"
             f" the nearest names are {', '.join(map(repr, near))}"
         )
-    if known.automatic:
-        return _from_hub(known)
-    raise _not_found(known, f"it is not in {root / known.short}")
-
-
-def _published(name: str) -> Published | None:
-    return next((p for p in PUBLISHED if name in (p.name, p.short)), None)
-
-
-def _from_hub(known: Published) -> Path:
-    """The folder of the downloaded files in the Hugging Face cache, downloaded if need be."""
+    if not known.automatic:
+        raise _not_found(known, f"it is not in {root / known.short}")
     try:
         return hub_files(known.repo, known.files)[0].parent
     except ImportError:
@@ -91,10 +82,13 @@ def _from_hub(known: Published) -> Path:
         raise _not_found(known, str(why)) from None
 
 
+def _published(name: str) -> Published | None:
+    return next((p for p in PUBLISHED if name in (p.name, p.short)), None)
+
+
 def _not_found(known: Published, why: str) -> ConfigError:
-    command = shlex.join(
-        ["hf", "download", known.repo, *known.files, "--local-dir", str(tokenizer_root() / known.short)]
-    )
+    place = str(tokenizer_root() / known.short)
+    command = shlex.join(["hf", "download", known.repo, *known.files, "--local-dir", place])
     return ConfigError(
         f"no weights of tokenizer {known.name}: {why}; where there is a network run `{command}`"
         f" (or put the files into another folder and set {ROOT_VARIABLE} to its parent)"

@@ -17,7 +17,7 @@ from ig_dist.errors import ConfigError
 from ig_dist.terminal import console
 
 if TYPE_CHECKING:
-    from ig_dist.autoencoders.tokenizer import Tokenizer
+    from ig_dist.autoencoders.tokenizers import Tokenizer
     from ig_dist.data.index import LatentInfo, SampleTable, Statistics
 
 SHA256 = "--tokenizer-sha256"
@@ -165,7 +165,7 @@ def index(
     ] = False,
 ) -> None:
     """Index WebDataset shards of latents that were made elsewhere."""
-    from ig_dist.autoencoders.statistics import read_latent_stats
+    from ig_dist.autoencoders.ldm import read_latent_stats
     from ig_dist.autoencoders.tokenizers import get_tokenizer
     from ig_dist.data.foreign import choose_classes, describe, first_sample, read_shards
     from ig_dist.data.index import TABLE_NAME, KeyInfo, write_index

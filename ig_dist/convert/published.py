@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from ig_dist.autoencoders.statistics import Normalisation, read_latent_stats
+from ig_dist.autoencoders.ldm import Normalisation, read_latent_stats
 from ig_dist.autoencoders.tokenizers import get_tokenizer
 from ig_dist.config.file import to_yaml
 from ig_dist.convert.checks import build, check_bits, check_names, check_numbers

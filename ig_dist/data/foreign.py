@@ -20,7 +20,7 @@ from ig_dist.storage.urls import full_url, is_local
 from ig_dist.terminal.progress import progress
 
 if TYPE_CHECKING:
-    from ig_dist.autoencoders.tokenizer import Tokenizer
+    from ig_dist.autoencoders.tokenizers import Tokenizer
 
 _LOOKED_AT = 1000  # files of the first shard among which a latent must come
 _MOST_CLASSES = 100_000  # that are believed unless their number is given

@@ -20,7 +20,7 @@ from ig_dist.errors import ConfigError
 from ig_dist.rng import Purpose, permutation
 
 
-class Piece(NamedTuple):
+class Stretch(NamedTuple):
     """Samples ``start`` to ``stop`` (exclusive) of one shard."""
 
     shard: int
@@ -32,12 +32,12 @@ class Piece(NamedTuple):
 class Window:
     """Consecutive samples of one stream's segment in one epoch, and the order in which they are seen.
 
-    The stream's sample number ``first + k`` is item ``permutation[k]`` of the pieces laid end to end.
+    The stream's sample number ``first + k`` is item ``permutation[k]`` of the stretches laid end to end.
     """
 
     epoch: int
     first: int
-    pieces: tuple[Piece, ...]
+    stretches: tuple[Stretch, ...]
     permutation: NDArray[np.int64]
 
     @property
@@ -96,13 +96,13 @@ class SampleOrder:
         return Window(
             epoch=epoch,
             first=epoch_first + start,
-            pieces=tuple(self._pieces(epoch, segment + start, segment + stop)),
+            stretches=tuple(self._stretches(epoch, segment + start, segment + stop)),
             permutation=order.numpy(),
         )
 
     def ids(self, window: Window) -> NDArray[np.int64]:
         """Sample ids of a window, in the order in which they are seen."""
-        line = [np.arange(self._first_id[p.shard] + p.start, self._first_id[p.shard] + p.stop) for p in window.pieces]
+        line = [self._first_id[shard] + np.arange(start, stop) for shard, start, stop in window.stretches]
         return np.concatenate(line)[window.permutation]
 
     def positions(self, stream: int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -145,14 +145,14 @@ class SampleOrder:
         shards = permutation(self.seed, Purpose.SHARD_ORDER, epoch, len(self._sizes)).numpy()
         return shards, np.concatenate([[0], np.cumsum(self._sizes[shards])])
 
-    def _pieces(self, epoch: int, start: int, stop: int) -> list[Piece]:
+    def _stretches(self, epoch: int, start: int, stop: int) -> list[Stretch]:
         shards, begins = self._layout(epoch)
-        pieces = []
+        stretches = []
         at = int(np.searchsorted(begins, start, side="right")) - 1
         while start < stop:
             begin, end = int(begins[at]), int(begins[at + 1])
             upto = min(stop, end)
             if upto > start:  # a shard may hold no sample
-                pieces.append(Piece(int(shards[at]), start - begin, upto - begin))
+                stretches.append(Stretch(int(shards[at]), start - begin, upto - begin))
             start, at = upto, at + 1
-        return pieces
+        return stretches

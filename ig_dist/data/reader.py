@@ -15,7 +15,7 @@ from zlib_ng import zlib_ng
 
 from ig_dist.data.cache import BlockCache
 from ig_dist.data.index import ShardIndex
-from ig_dist.errors import ConfigError, DataError
+from ig_dist.errors import ConfigError, DataError, first_line
 from ig_dist.storage.background import in_parallel
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import REQUEST_BYTES, open_url, read_range
@@ -124,40 +124,32 @@ class ShardReader:
         self._open = lru_cache(_FILES_OPEN)(self._open_file)
         self._memory = _Memory()
 
-    def read(
-        self, shard: int, start: int, stop: int, *, flipped: NDArray[np.bool_] | None = None
-    ) -> tuple[Samples, NDArray[np.bool_]]:
-        """Samples ``start`` to ``stop`` (exclusive) of a shard, and which of them are good.
-
-        ``flipped``: (stop - start,), which samples are wanted mirrored; None: none.
+    def read_ids(self, start: int, stop: int, *, flipped: bool = False) -> tuple[Samples, NDArray[np.bool_]]:
+        """Samples of consecutive ids, ``start`` to ``stop`` (exclusive), of one shard or several, and which are good.
 
         Returns:
-            (n, *stored shape), and (n,) bool: False for a damaged sample, whose row is undefined.
+            (n, *stored shape), all mirrored or none, and (n,) bool: False for a damaged sample, whose row is undefined.
 
         Raises:
             DataError: the shard is gone, the storage fails beyond the deadline, or a sample is damaged and
                 ``on_corrupt`` is ``fail``.
         """
-        samples = np.empty((stop - start, *self._shape), self._dtype)
-        return samples, self.read_run(self.find(shard, start, stop, flipped), self.rows(samples))
-
-    def read_ids(self, start: int, stop: int) -> tuple[Samples, NDArray[np.bool_]]:
-        """Samples of consecutive ids, ``start`` to ``stop`` (exclusive), of one shard or several; as ``read``."""
         samples, good = np.empty((stop - start, *self._shape), self._dtype), np.empty(stop - start, dtype=bool)
         rows, ends = self.rows(samples), self._first_id
         for shard in range(int(np.searchsorted(ends, start, side="right")) - 1, int(np.searchsorted(ends, stop))):
             begin, after = max(start, int(ends[shard])), min(stop, int(ends[shard + 1]))
             here, first = slice(begin - start, after - start), int(ends[shard])
-            good[here] = self.read_run(self.find(shard, begin - first, after - first), rows[here])
+            spots = self.find(shard, begin - first, after - first, np.full(after - begin, flipped))
+            good[here] = self.read_run(spots, rows[here])
         return samples, good
 
-    def find(self, shard: int, start: int, stop: int, flipped: NDArray[np.bool_] | None = None) -> Spots:
-        """Where samples ``start`` to ``stop`` (exclusive) of a shard lie; ``flipped`` as for ``read``."""
+    def find(self, shard: int, start: int, stop: int, flipped: NDArray[np.bool_]) -> Spots:
+        """Where samples ``start`` to ``stop`` (exclusive) of a shard lie; ``flipped``: (n,) bool, which mirrored."""
         first = int(self._first_id[shard])
         table, spots = self.table[first + start : first + stop], np.empty(stop - start, SPOT)
         spots["shard"], spots["id"], spots["label"] = shard, np.arange(first + start, first + stop), table.label
         spots["offset"], spots["crc"] = table.offset, table.crc32
-        if flipped is not None and table.flip_offset is not None and table.flip_crc32 is not None:
+        if table.flip_offset is not None and table.flip_crc32 is not None:
             np.copyto(spots["offset"], np.asarray(table.flip_offset), where=flipped)
             np.copyto(spots["crc"], np.asarray(table.flip_crc32), where=flipped)
         return spots
@@ -172,9 +164,6 @@ class ShardReader:
 
         Returns:
             Which are damaged, by their place in ``spots``; their rows are undefined.
-
-        Raises:
-            DataError: as ``read``.
         """
         left = []
         for number, (shard, offset, crc, *_) in enumerate(spots.tolist()):
@@ -207,9 +196,6 @@ class ShardReader:
 
         Returns:
             Which are good.
-
-        Raises:
-            DataError: as ``read``.
         """
         good = np.zeros(len(spots), dtype=bool)
         left = np.argsort(spots["offset"])
@@ -326,8 +312,7 @@ class ShardReader:
         except FileNotFoundError:
             raise DataError(f"{self._url(shard)} is gone: restore the shard and run again") from None
         except OSError as error:
-            what = " ".join(str(error).split())
-            raise DataError(f"{self._url(shard)}: {what}: mend the storage and run again") from None
+            raise DataError(f"{self._url(shard)}: {first_line(error)}: mend the storage and run again") from None
 
     def _url(self, shard: int) -> str:
         return full_url(self._fs, f"{self._path}/{self._index.info.shards[shard].name}")

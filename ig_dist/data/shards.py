@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from zlib_ng import zlib_ng
 
 from ig_dist.data.tar import Member, read_tar
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, first_line
 
 LATENT_SUFFIX = ".latent.npy"
 FLIP_SUFFIX = ".latent_flip.npy"
@@ -53,10 +53,10 @@ def pack_shard(
     """
     packed = io.BytesIO()
     for i, (key, label) in enumerate(zip(keys, labels, strict=True)):
-        _pack(packed, key + LABEL_SUFFIX, str(int(label)).encode())
-        _pack(packed, key + LATENT_SUFFIX, _npy(latents[i]))
+        pack_file(packed, key + LABEL_SUFFIX, str(int(label)).encode())
+        pack_file(packed, key + LATENT_SUFFIX, _npy(latents[i]))
         if flipped is not None:
-            _pack(packed, key + FLIP_SUFFIX, _npy(flipped[i]))
+            pack_file(packed, key + FLIP_SUFFIX, _npy(flipped[i]))
     packed.write(tar_end(packed.tell()))
     return packed.getvalue()
 
@@ -67,7 +67,8 @@ def tar_end(size: int) -> bytes:
     return bytes(end + -(size + end) % tarfile.RECORDSIZE)
 
 
-def _pack(tar: IO[bytes], name: str, data: bytes) -> None:
+def pack_file(tar: IO[bytes], name: str, data: bytes) -> None:
+    """Append a file of a short name to a tar."""
     header, encoded = bytearray(_header(len(data))), name.encode()
     if len(encoded) > tarfile.LENGTH_NAME:
         raise ValueError(f"{name} is too long for a tar")
@@ -159,7 +160,7 @@ def locate_array(member: Member) -> Array:
     try:
         shape, fortran, dtype = _npy_header(bytes(data[:size]))
     except Exception as error:  # numpy reads the header as Python source: a damaged one raises almost anything
-        raise ConfigError(f"{member.name} is not an .npy file ({_line(error)})") from None
+        raise ConfigError(f"{member.name} is not an .npy file ({first_line(error)})") from None
     if fortran or dtype.hasobject or len(data) - size != math.prod(shape) * dtype.itemsize:
         raise ConfigError(f"{member.name} is no plain C-ordered array of its shape")
     return Array(member.offset + size, dtype, shape, data[size:])
@@ -186,7 +187,3 @@ def _label(name: str, data: bytes) -> int:
     except ValueError:
         pass
     raise ConfigError(f"{name} holds {data[:20]!r}, not a class number")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

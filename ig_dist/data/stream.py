@@ -1,5 +1,8 @@
 """Streaming: from shards to the batches of this rank, in the order that ``order.py`` defines.
 
+    stream > window (order.py: what is shuffled) > part (half a window: one read) > sample
+    spot: where a sample's bytes lie in a shard; place: where they are held in memory; cursor: where a stream is
+
 Windows are read ahead by threads, a half at a time, as consecutive bytes of shards. Where a disk has them and the
 kernel keeps what it reads, that is all: a batch reads its samples out of the kernel's memory, straight into its rows.
 Elsewhere they are held, each in the place of one that has been used, so that a stream holds 1.5 windows at most. The
@@ -75,8 +78,9 @@ class _Part(NamedTuple):
 class _Cursor:
     """A stream's place: the window in use, the one after it, and what is held of both.
 
-    ``find`` finds the window that holds a sample, ``do`` does something, perhaps later; ``number`` is the first sample,
-    and ``capacity`` samples may be held, whose memory is not used before.
+    Samples are given out (``number``) <= held (``places``) <= being read (``coming``) <= found (``windows``, ``next``).
+    ``find`` finds the window that holds a sample, ``do`` runs a function in a reader thread. ``capacity`` samples may
+    be held, whose memory is not used before.
     """
 
     def __init__(
@@ -277,9 +281,9 @@ class BatchStream:
         window = self._order.window(stream, number)
         flips, seen = self._flips(stream, window), np.argsort(window.permutation)  # of each sample as they lie
         spots, todo, at = list[Spots](), deque[NDArray[np.int64]](), 0
-        for piece in window.pieces:
-            lie = seen[at : at + piece.stop - piece.start]
-            spots.append(self.reader.find(*piece, flips[at : at + len(lie)]))
+        for stretch in window.stretches:
+            lie = seen[at : at + stretch.stop - stretch.start]
+            spots.append(self.reader.find(*stretch, flips[at : at + len(lie)]))
             parts = (lie[start : start + self._part] for start in range(0, len(lie), self._part))
             todo += [left for part in parts if len(left := part[part >= number - window.first])]
             at += len(lie)
@@ -298,7 +302,7 @@ class BatchStream:
         )
 
     def _flips(self, stream: int, window: Window) -> NDArray[np.bool_]:
-        """Which samples of the window are wanted mirrored, in the order of its pieces."""
+        """Which samples of the window are wanted mirrored, in the order of its stretches."""
         flips = np.zeros(len(window.permutation), dtype=bool)
         if self._flip:
             positions = self._order.positions(stream, np.arange(window.first, window.stop))

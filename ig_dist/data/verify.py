@@ -12,6 +12,7 @@ from ig_dist.data.index import TABLE_NAME, IndexFile, SampleTable, ShardIndex
 from ig_dist.data.reader import ShardReader
 from ig_dist.data.shard_files import ShardContent, read_shard
 from ig_dist.data.statistics import ChannelSums, normalised, raw_statistics
+from ig_dist.errors import first_line
 from ig_dist.storage.background import in_parallel
 from ig_dist.storage.faults import Patience, unreadable
 from ig_dist.storage.files import list_sizes, open_url
@@ -113,28 +114,27 @@ def verify_shards(
 def _full_check(
     fs: Any, path: str, info: IndexFile, table: SampleTable | None, patience: Patience, advance: Callable[[int], None]
 ) -> Callable[[ShardCheck, int, int], None]:
-    """A check that reads a whole shard."""
+    """A check that reads a whole shard; what is wrong once more, for it may have suffered on the way."""
     owners = {shard.sha256: shard.name for shard in info.shards}
     firsts = np.cumsum([0, *(shard.samples for shard in info.shards)])
 
-    def examine(number: int, size: int, advance: Callable[[int], None]) -> tuple[ShardContent, list[str]]:
-        shard = info.shards[number]
-        content = read_shard(fs, f"{path}/{shard.name}", size, info.latent, info.keys, patience, advance)
-        problems = []
-        if content.sha256 != shard.sha256:
-            if content.sha256 in owners:
-                return content, [f"holds the bytes of {owners[content.sha256]}"]
-            problems = [f"sha256 is {content.sha256[:12]}..., the index says {shard.sha256[:12]}..."]
-        return content, problems + _differences(content, shard.samples, table, int(firsts[number]))
-
     def check(found: ShardCheck, number: int, size: int) -> None:
-        try:
-            content, problems = examine(number, size, advance)
-            if problems:  # once more: it may have suffered on the way
-                content, problems = examine(number, size, lambda _: None)
-        except OSError as error:
-            found.problems.append(f"cannot be read ({error.strerror or ' '.join(str(error).split())})")
-            return
+        shard, problems = info.shards[number], list[str]()
+        for hears in (advance, lambda _: None):
+            try:
+                content = read_shard(fs, f"{path}/{shard.name}", size, info.latent, info.keys, patience, hears)
+            except OSError as error:
+                found.problems.append(f"cannot be read ({error.strerror or first_line(error)})")
+                return
+            if content.sha256 != shard.sha256 and content.sha256 in owners:
+                problems = [f"holds the bytes of {owners[content.sha256]}"]
+            else:
+                problems = _differences(content, shard.samples, table, int(firsts[number]))
+                if content.sha256 != shard.sha256:
+                    said = f"sha256 is {content.sha256[:12]}..., the index says {shard.sha256[:12]}..."
+                    problems.insert(0, said)
+            if not problems:
+                break
         found.bytes_read = size
         found.sums = None if content.problem else content.sums
         found.problems += problems
@@ -175,10 +175,10 @@ def _fast_check(index: ShardIndex, seed: int, patience: Patience) -> Callable[[S
 
     def check(found: ShardCheck, number: int, _size: int) -> None:
         place = int(chosen[number])
+        sample = int(index.first_ids[number]) + place
         for flipped in [False, True] if index.info.latent.flips else [False]:
-            stored, good = reader.read(number, place, place + 1, flipped=np.array([flipped]))
+            stored, good = reader.read_ids(sample, sample + 1, flipped=flipped)
             found.bytes_read += stored.nbytes
-            sample = index.first_ids[number] + place
             if not good[0]:
                 found.problems.append(f"sample {sample} has another CRC")
             elif not np.isfinite(stored).all():

@@ -12,7 +12,7 @@ from random import Random
 
 import torch
 
-from ig_dist.autoencoders.tokenizer import Tokenizer
+from ig_dist.autoencoders.tokenizers import Tokenizer
 from ig_dist.data.index import ShardIndex, read_index
 from ig_dist.data.sources import Source
 from ig_dist.encoding.gather import gather, refuse, too_many
@@ -178,11 +178,7 @@ def shards_to_make(ledger: Ledger, shards: int, worker: Process) -> Iterator[int
 
 
 def _until_too_many(batches: Iterator[ImageBatch], job: Job, ledger: Ledger, total: int) -> Iterator[ImageBatch]:
-    """The batches, until more files are rejected than may be. The others are then only decoded, to count them all.
-
-    Raises:
-        TooManyRejected: so many are.
-    """
+    """The batches, until more files are rejected than may be. The others are then only decoded, to count them all."""
     own: dict[int, Rejected] = {}
     known, looked_at, ends_at = [*ledger.rejected], _images(ledger.finished, job), float("inf")
     for batch in batches:

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from zlib_ng import zlib_ng
 
-from ig_dist.autoencoders.tokenizer import Tokenizer
+from ig_dist.autoencoders.tokenizers import Tokenizer
 from ig_dist.data.images import KINDS
 from ig_dist.data.index import LatentInfo, SampleTable, write_index
 from ig_dist.data.sources import Source
 from ig_dist.data.statistics import normalised, of_sums
 from ig_dist.data.table import Spool
-from ig_dist.encoding.records import Dest, Rejected, ShardRecord, Superseded, TooManyRejected
+from ig_dist.encoding.records import Dest, Rejected, ShardRecord, Superseded, TooManyRejected, record_name
 from ig_dist.encoding.settings import Settings
 from ig_dist.errors import ConfigError
 from ig_dist.storage.background import in_parallel
@@ -52,7 +52,7 @@ def gather(
                     totals.add(record)
         if damaged:
             for number in damaged:
-                dest.remove_record(number)
+                dest.remove(record_name(number))
             return False
         dest.write_rejected(totals.rejected)
         refuse_empty_classes(source, totals.class_counts, totals.rejected, where)
@@ -104,11 +104,7 @@ def too_many(rejected: Sequence[Rejected], total: int, max_rejected: float) -> b
 def refuse(
     rejected: Sequence[Rejected], looked_at: int, total: int, max_rejected: float, dest: Dest, where: str
 ) -> NoReturn:
-    """Say how many files are rejected and what would allow them, and list them in ``rejected.csv``.
-
-    Raises:
-        TooManyRejected: always.
-    """
+    """Say how many files are rejected and what would allow them, and list them in ``rejected.csv``."""
     dest.write_rejected(rejected)
     first = min(rejected)
     so_far = "" if looked_at >= total else f" so far, with {looked_at} looked at"
@@ -121,11 +117,7 @@ def refuse(
 
 
 def refuse_empty_classes(source: Source, counts: NDArray[np.int64], rejected: Sequence[Rejected], where: str) -> None:
-    """Every class must have a picture; ``counts`` of each.
-
-    Raises:
-        ConfigError: one has none.
-    """
+    """Every class must have a picture; ``counts`` of each."""
     if counts.all():
         return
     label = int(np.argmin(counts))
@@ -143,18 +135,17 @@ def _sound_record(dest: Dest, shape: tuple[int, int, int], sizes: dict[str, int]
     record = dest.read_record(number)
     if record is None or record.samples == 0:
         return record
-    if sizes.get(record.name) != record.bytes or len(record.rows) != record.samples:
-        return None
     count = int(np.prod(shape)) * (2 if record.settings.store == "moments" else 1) * np.dtype(np.float16).itemsize
     path, rows = f"{dest.path}/{record.name}", record.rows
     offsets = np.concatenate([column for name, column in rows.columns.items() if name.endswith("offset")])
-    if record.settings.flips != (rows.flip_offset is not None):
-        return None
-    if {len(record.sums), len(record.square_sums)} != {shape[0]} or not np.isfinite(
-        record.sums + record.square_sums
-    ).all():
-        return None
-    if offsets.min() < 0 or offsets.max() > record.bytes - count:
+    if not (
+        sizes.get(record.name) == record.bytes
+        and len(rows) == record.samples
+        and record.settings.flips == (rows.flip_offset is not None)
+        and {len(record.sums), len(record.square_sums)} == {shape[0]}
+        and np.isfinite(record.sums + record.square_sums).all()
+        and 0 <= offsets.min() <= offsets.max() <= record.bytes - count
+    ):
         return None
     for place in np.linspace(0, record.samples - 1, min(_CHECKED_SAMPLES, record.samples)).astype(int):
         begin = int(rows.offset[place])

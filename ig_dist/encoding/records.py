@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, Val
 
 from ig_dist.data.index import SampleTable
 from ig_dist.encoding.settings import Settings, shard_name
-from ig_dist.errors import ConfigError, DataError, IgDistError
+from ig_dist.errors import ConfigError, DataError, IgDistError, first_line
 from ig_dist.storage.faults import Patience, unreadable
 from ig_dist.storage.files import list_sizes, open_url, read_file, write_whole
 from ig_dist.storage.urls import is_local
@@ -198,26 +198,23 @@ class Dest:
         """Remove the records, what killed workers left, and the tars of shards that are not the index' (``known``)."""
         for name in self.sizes(PARTS):
             if _RECORD.match(name):
-                self._remove(f"{PARTS}/{name}")
+                self.remove(f"{PARTS}/{name}")
         numbers = {_SHARD.fullmatch(name)[1] for name in known if _SHARD.fullmatch(name)}  # type: ignore[index]
         for name in self.sizes().keys() - known:
             match = _SHARD.fullmatch(name)
             if match and match[1] in numbers:
-                self._remove(name)
+                self.remove(name)
         if is_local(self.fs):
             for name in self.sizes():
                 if _TEMPORARY.search(name):
-                    self._remove(name)
+                    self.remove(name)
             with contextlib.suppress(OSError):  # another worker is here too
                 self.fs.rmdir(f"{self.path}/{PARTS}")
 
-    def _remove(self, name: str) -> None:
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there; without its record a shard is made again."""
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(f"{self.path}/{name}")
-
-    def remove_record(self, number: int) -> None:
-        """Have a shard made again."""
-        self._remove(record_name(number))
 
     def write_rejected(self, rejected: Sequence[Rejected]) -> None:
         """``rejected.csv`` (path, reason) in the order of the source; none where nothing is rejected."""
@@ -226,7 +223,7 @@ class Dest:
             csv.writer(text).writerows([("path", "reason"), *((row.path, row.reason) for row in sorted(rejected))])
             self.write(REJECTED_NAME, text.getvalue().encode())
         else:
-            self._remove(REJECTED_NAME)
+            self.remove(REJECTED_NAME)
 
 
 def record_name(number: int) -> str:
@@ -235,11 +232,7 @@ def record_name(number: int) -> str:
 
 
 def refuse_others(dest: Dest, theirs: Settings, mine: Settings) -> None:
-    """Go on only where the shards there are of these settings.
-
-    Raises:
-        ConfigError: they are not.
-    """
+    """Go on only where the shards there are of these settings."""
     differences = theirs.differences(mine)
     if differences:
         raise ConfigError(
@@ -284,4 +277,4 @@ class Ledger:
 def _reason(error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return "there is no such folder or bucket"
-    return error.strerror or " ".join(str(error).split()) or type(error).__name__
+    return error.strerror or first_line(error)

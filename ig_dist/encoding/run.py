@@ -13,7 +13,7 @@ import torch
 from rich.filesize import decimal
 
 from ig_dist.autoencoders import tokenizers
-from ig_dist.autoencoders.tokenizer import Precision, Tokenizer
+from ig_dist.autoencoders.tokenizers import Precision, Tokenizer
 from ig_dist.data.index import ShardIndex
 from ig_dist.data.sources import Native, find_source, is_name, native_format, refuse_missing
 from ig_dist.encoding.dry_run import estimate
@@ -149,11 +149,7 @@ def encode(
 
 
 def choose_precision(precision: str | None, tokenizer: str, device: torch.device) -> Precision:
-    """The arithmetic of the encoder: bf16 on a GPU, fp32 elsewhere and where nothing is computed.
-
-    Raises:
-        ConfigError: unknown.
-    """
+    """The arithmetic of the encoder: bf16 on a GPU, fp32 elsewhere and where nothing is computed."""
     if precision is None:
         return "bf16" if device.type == "cuda" and tokenizer != "pixel" else "fp32"
     if precision not in get_args(Precision):
@@ -219,11 +215,7 @@ def choose_decoders(workers: int | None, worker: Process, images: int) -> int:
 
 
 def refuse_dest_in_source(source: str, dest: str) -> None:
-    """Shards must not lie where they would count as part of the source.
-
-    Raises:
-        ConfigError: they would.
-    """
+    """Shards must not lie where they would count as part of the source."""
     if is_name(source):
         return
     folder = source if "://" in source or Path(source).is_dir() else str(Path(source).parent)
@@ -238,11 +230,7 @@ def refuse_dest_in_source(source: str, dest: str) -> None:
 
 
 def refuse_full_disk(dest: Dest, needed: int) -> None:
-    """Say before the first image what would come after hours.
-
-    Raises:
-        ConfigError: they do not fit.
-    """
+    """Say before the first image what would come after hours."""
     if not is_local(dest.fs):
         return
     folder = next(path for path in (Path(dest.path), *Path(dest.path).parents) if path.exists())

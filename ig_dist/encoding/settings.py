@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from ig_dist.autoencoders.tokenizer import Precision
+from ig_dist.autoencoders.tokenizers import Precision
 from ig_dist.data.index import IndexFile
 
 SHARD_BYTES = 256 * 2**20

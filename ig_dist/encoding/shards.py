@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ig_dist.autoencoders.tokenizer import Tokenizer
+from ig_dist.autoencoders.tokenizers import Tokenizer
 from ig_dist.data.index import SampleTable
 from ig_dist.data.shards import FLIP_SUFFIX, SampleRow, pack_shard, scan_shard, tar_end
 from ig_dist.data.sources import Source

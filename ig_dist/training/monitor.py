@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ig_dist.autoencoders.tokenizer import Tokenizer
+from ig_dist.autoencoders.tokenizers import Tokenizer
 from ig_dist.config import Config
 from ig_dist.config.catalogue import METRICS, extractors_of
 from ig_dist.config.sampling import GuidanceConfig

@@ -207,7 +207,7 @@ def _storage(
     def read() -> None:
         nonlocal seconds
         began = time.perf_counter()
-        reading = in_background(lambda: reader.read(0, 0, 1))
+        reading = in_background(lambda: reader.read_ids(0, 1))
         while not concurrent.futures.wait([reading], timeout=0.2).done:
             seconds = time.perf_counter() - began
             if patience.stop.is_set() or seconds > 2 * deadline_s:  # a mount that hangs knows no deadline

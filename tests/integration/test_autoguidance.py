@@ -13,7 +13,7 @@ import safetensors.numpy
 import torch
 import yaml
 
-from ig_dist.autoencoders.tokenizer import PIXEL
+from ig_dist.autoencoders.tokenizers import PIXEL
 from ig_dist.config.file import load_run
 from ig_dist.diffusion.samplers import heun, time_grid
 from ig_dist.errors import ConfigError

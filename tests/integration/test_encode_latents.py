@@ -13,7 +13,7 @@ import webdataset
 from torch import Tensor
 
 import ig_dist.autoencoders.tokenizers
-from ig_dist.autoencoders.tokenizer import Tokenizer
+from ig_dist.autoencoders.tokenizers import Tokenizer
 from ig_dist.data.images import decode_image
 from ig_dist.data.index import read_index
 from ig_dist.data.shards import FLIP_SUFFIX, scan_shard

@@ -30,7 +30,7 @@ def test_a_recompile_is_counted_but_not_the_first_step_nor_validation(tiny_confi
     phases.last_warm_up = 1
 
     def losses_of(rows: int) -> tuple[Batch, torch.Tensor]:
-        latents, _ = reader.read(0, 0, rows)
+        latents, _ = reader.read_ids(0, rows)
         numbers = torch.arange(rows)
         batch = Batch(torch.from_numpy(latents), torch.zeros_like(numbers), numbers, numbers, torch.zeros_like(numbers))
         return batch, training_loss(model, TaskMaker(config, index.info, ALONE.device)(batch), config, step=0).detach()

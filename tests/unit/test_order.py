@@ -56,7 +56,7 @@ def test_a_window_is_found_from_any_of_its_samples(order: SampleOrder, number: i
     assert window.first <= number < window.stop
     assert len(window.permutation) <= order.window_samples
     again = order.window(stream, window.stop - 1)
-    assert again.pieces == window.pieces and (again.permutation == window.permutation).all()
+    assert again.stretches == window.stretches and (again.permutation == window.permutation).all()
     assert order.window(stream, window.stop).first == window.stop
 
 

@@ -167,11 +167,14 @@ def test_damage_to_the_mirrored_latent_is_found_when_it_is_wanted(tmp_path: Path
     data = bytearray(file.read_bytes())
     data[int(index.table.flip_offset[25]) + 1] ^= 1
     file.write_bytes(data)
-    wanted = np.zeros(20, dtype=bool)
-    assert ShardReader(index).read(1, 0, 20, flipped=wanted)[1].all()
+    reader, wanted = ShardReader(index), np.zeros(20, dtype=bool)
+    rows = reader.rows(np.empty((20, reader.sample_bytes), np.uint8))
+    assert reader.read_run(reader.find(1, 0, 20, wanted), rows).all() and reader.read_ids(20, 40)[1].all()
     wanted[5] = True
     with pytest.raises(DataError, match="sample 25 "):
-        ShardReader(index).read(1, 0, 20, flipped=wanted)
+        reader.read_run(reader.find(1, 0, 20, wanted), rows)
+    with pytest.raises(DataError, match="sample 25 "):
+        reader.read_ids(20, 40, flipped=True)
 
 
 def test_what_the_shards_do_not_hold_is_refused() -> None:

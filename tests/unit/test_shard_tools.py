@@ -55,7 +55,7 @@ def test_what_lies_between_latents_is_not_held_all_at_once(tmp_path: Path, run: 
     cache = BlockCache(str(tmp_path / "cache"), 2**30, index) if cached else None
     reader = ShardReader(index, cache=cache, request_bytes=2**20)
     tracemalloc.start()
-    samples, good = reader.read(0, 3, 200)
+    samples, good = reader.read_ids(3, 200)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert good.all() and (samples == latent).all()

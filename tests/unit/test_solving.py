@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ig_dist.arithmetic import arithmetic, compiled
-from ig_dist.autoencoders.tokenizer import PIXEL
+from ig_dist.autoencoders.tokenizers import PIXEL
 from ig_dist.models.dit import DiT, DiTConfig
 from ig_dist.models.presets import PRESETS
 from ig_dist.sampling.generate import make_unit, solve_unit

@@ -193,7 +193,7 @@ def test_an_index_costs_what_is_looked_at(tmp_path: Path, read: list[int]) -> No
     tracemalloc.reset_peak()
     for number, stream in itertools.product(range(38), range(8)):  # as the reader does
         window = order.window(stream, number * 1024)
-        for piece in window.pieces:
+        for piece in window.stretches:
             rows = index.table[index.first_ids[piece.shard] + piece.start : index.first_ids[piece.shard] + piece.stop]
             ids = index.first_ids[piece.shard] + np.arange(piece.start, piece.stop)
             assert np.array_equal(rows.crc32, ids) and np.array_equal(rows.label, ids % 10)

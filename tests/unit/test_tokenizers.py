@@ -11,8 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from ig_dist.autoencoders.tokenizer import Tokenizer
-from ig_dist.autoencoders.tokenizers import get_tokenizer, index_tokenizer
+from ig_dist.autoencoders.tokenizers import Tokenizer, get_tokenizer, index_tokenizer
 from ig_dist.data.index import LatentInfo, TokenizerInfo
 from ig_dist.errors import ConfigError
 from tests.autoencoders import SMALL, images, save_vae

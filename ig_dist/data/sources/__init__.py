@@ -25,7 +25,7 @@ from ig_dist.data.sources.parquet import parquet_classes, parquet_rows, parquet_
 from ig_dist.data.sources.source import DIGITS, Found, Native, Source, digits, source_name
 from ig_dist.data.sources.spool import SourceFile, copy_tar, file_version, spool, spool_folder
 from ig_dist.data.sources.tars import TarFile, tar_source
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, first_line
 from ig_dist.storage.faults import PATIENCE, Patience
 from ig_dist.storage.files import open_url
 from ig_dist.storage.urls import is_file, is_local, refuse_credentials
@@ -90,11 +90,7 @@ def native_format(src: str) -> Native | None:
 
 
 def refuse_missing(src: str) -> None:
-    """Say at once that a local path is not there, or that a URL holds credentials.
-
-    Raises:
-        ConfigError: so it is.
-    """
+    """Say at once that a local path is not there, or that a URL holds credentials."""
     pattern = "://" in src or glob.has_magic(src) or "{" in src
     refuse_credentials(src, "--source")
     if not is_name(src) and not pattern and not Path(src).exists():
@@ -164,7 +160,7 @@ def _listed_files(src: str, patience: Patience) -> list[SourceFile]:
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise ConfigError(f"--source {src} cannot be read ({' '.join(str(error).split())})") from None
+            raise ConfigError(f"--source {src} cannot be read ({first_line(error)})") from None
     return _chosen(src, fs, entries)
 
 

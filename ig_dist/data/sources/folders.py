@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -78,20 +77,13 @@ def folder_source(folder: Path, words: dict[str, str] | None = None, *, what: st
         class_names = [words[name] for name in classes]
     name = folder.resolve().name.encode(errors="backslashreplace").decode()
     source = listed_source(what or f"folder {name}", listed, classes, class_names)
-    return Found(f"{KIND}{_without(empty)}", source.name, lambda: source)
-
-
-def _without(empty: list[str]) -> str:
-    names = ", ".join(map(repr, empty[:_NAMED])) + (", ..." if len(empty) > _NAMED else "")
-    return f"; {len(empty)} without files left out, class numbers count the others ({names})" if empty else ""
+    some = ", ".join(map(repr, empty[:_NAMED])) + (", ..." if len(empty) > _NAMED else "")
+    left_out = f"; {len(empty)} without files left out, class numbers count the others ({some})" if empty else ""
+    return Found(f"{KIND}{left_out}", source.name, lambda: source)
 
 
 def read_mapping(file: Path) -> dict[str, str]:
-    """Synset to words, from lines as ``n01440764 tench, Tinca tinca``.
-
-    Raises:
-        ConfigError: other lines.
-    """
+    """Synset to words, from lines as ``n01440764 tench, Tinca tinca``."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
         return dict(line.split(" ", 1) for line in lines if line.strip())
@@ -125,13 +117,8 @@ def _class_folders(folder: Path) -> list[Path]:
 
 
 def _files(class_folder: Path) -> list[tuple[str, int]]:
-    """(path, size) of all files below a class folder, sorted."""
-    return sorted((file, file_size(file)) for file in _walk(class_folder))
-
-
-def _walk(class_folder: Path) -> Iterator[str]:
-    """All files below a class folder. Links to folders are followed, but never into a circle."""
-    seen: set[str] = set()
+    """(path, size) of all files below a class folder, sorted. Links to folders are followed, never into a circle."""
+    found, seen = list[tuple[str, int]](), set[str]()
 
     def fail(error: OSError) -> None:
         raise _unreadable(error)
@@ -142,7 +129,9 @@ def _walk(class_folder: Path) -> Iterator[str]:
             raise ConfigError(f"--source: {current} leads to {real}, which is counted already: remove the link")
         seen.add(real)
         folders[:] = [name for name in folders if not _is_dropping(name)]
-        yield from (os.path.join(current, name) for name in names if not _is_dropping(name))  # noqa: PTH118
+        files = (os.path.join(current, name) for name in names if not _is_dropping(name))  # noqa: PTH118
+        found += [(file, file_size(file)) for file in files]
+    return sorted(found)
 
 
 def _is_dropping(name: str) -> bool:

@@ -55,7 +55,12 @@ def find_idx(src: str) -> IdxPair | None:
             pair = _pair(folder, NAMED[src], src, FASHION_CLASSES)
             if pair is not None:
                 return pair
-        raise ConfigError(_missing(src))
+        files = ", ".join(f"{part}-{kind}.gz" for part in ("train", "t10k") for kind in (_IMAGES, _LABELS))
+        raise ConfigError(
+            f"--source {src}: its files are in none of {', '.join(map(str, _places()))}: put {files} of Fashion-MNIST"
+            " (or the same unpacked) into one of them, or on Debian: apt-get install dataset-fashion-mnist;"
+            f" ${ROOT_VARIABLE} names another place"
+        )
     folder = Path(src.removeprefix("file://"))
     return _pair(folder, "train", f"IDX files of {folder.resolve().name}", None) if folder.is_dir() else None
 
@@ -116,17 +121,11 @@ def _places() -> list[Path]:
     return [root / "fashion-mnist" for root in roots]
 
 
-def _missing(src: str) -> str:
-    files = ", ".join(f"{part}-{kind}.gz" for part in ("train", "t10k") for kind in (_IMAGES, _LABELS))
-    places = ", ".join(map(str, _places()))
-    return (
-        f"--source {src}: its files are in none of {places}: put {files} of Fashion-MNIST (or the same unpacked) into"
-        f" one of them, or on Debian: apt-get install dataset-fashion-mnist; ${ROOT_VARIABLE} names another place"
-    )
-
-
 def _pair(folder: Path, part: str, what: str, class_names: tuple[str, ...] | None) -> IdxPair | None:
-    images, labels = (_plain_or_gzip(folder / f"{part}-{kind}") for kind in (_IMAGES, _LABELS))
+    images, labels = (
+        next((file for name in (f"{part}-{kind}", f"{part}-{kind}.gz") if (file := folder / name).is_file()), None)
+        for kind in (_IMAGES, _LABELS)
+    )
     if images is None:
         return None
     if labels is None:
@@ -134,16 +133,8 @@ def _pair(folder: Path, part: str, what: str, class_names: tuple[str, ...] | Non
     return IdxPair(images, labels, what, class_names)
 
 
-def _plain_or_gzip(path: Path) -> Path | None:
-    return next((found for found in (path, path.with_name(f"{path.name}.gz")) if found.is_file()), None)
-
-
 def _read(path: Path, dimensions: int, *, header_only: bool = False) -> tuple[tuple[int, ...], NDArray[np.uint8]]:
-    """Shape and numbers of an IDX file of uint8.
-
-    Raises:
-        ConfigError: it is none, or one that is damaged.
-    """
+    """Shape and numbers of an IDX file of uint8."""
     header_bytes = 4 + 4 * dimensions
     try:
         with path.open("rb") as raw:

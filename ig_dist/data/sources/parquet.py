@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ig_dist.data.shards import pack_file, tar_end
 from ig_dist.data.sources.spool import SourceFile, source_reader
 from ig_dist.data.sources.tars import LABEL, PICTURES
 from ig_dist.errors import ConfigError
@@ -38,11 +37,7 @@ def parquet_classes(file: SourceFile, patience: Patience) -> list[str] | None:
 
 
 def parquet_rows(files: Sequence[SourceFile], patience: Patience) -> list[tuple[str, int, int]]:
-    """(name of the file, its size, label) of every row. The images are not read.
-
-    Raises:
-        ConfigError: see ``parquet_classes``.
-    """
+    """(name of the file, its size, label) of every row. The images are not read."""
     rows: list[tuple[str, int, int]] = []
     for file in files:
         with _opened(file, patience) as opened:
@@ -52,12 +47,8 @@ def parquet_rows(files: Sequence[SourceFile], patience: Patience) -> list[tuple[
 
 
 def parquet_to_tar(file: SourceFile, target: Path, patience: Patience, advance: Advance) -> None:
-    """Write the rows of a parquet file as WebDataset samples, named by their row.
-
-    Raises:
-        ConfigError: see ``parquet_classes``.
-    """
-    with _opened(file, patience, advance) as opened, tarfile.open(target, "w", format=tarfile.USTAR_FORMAT) as tar:
+    """Write the rows of a parquet file as WebDataset samples, named by their row."""
+    with _opened(file, patience, advance) as opened, target.open("wb") as tar:
         row = 0
         for batch in opened.iter_batches(batch_size=_ROWS, columns=["image", "label"]):
             for image, label in zip(batch.column("image"), batch.column("label"), strict=True):
@@ -65,20 +56,15 @@ def parquet_to_tar(file: SourceFile, target: Path, patience: Patience, advance: 
                 # The content tells the format; the name only has to be a picture's. Without bytes it is rejected later.
                 suffix = PurePosixPath(str(fields.get("path") or "")).suffix.lower().removeprefix(".")
                 suffix = suffix if suffix in PICTURES else "jpg"
-                _add(tar, f"{row:08d}.{suffix}", fields.get("bytes") or b"")
-                _add(tar, f"{row:08d}.{LABEL}", b"%d" % _checked(label.as_py(), file, row))
+                pack_file(tar, f"{row:08d}.{suffix}", fields.get("bytes") or b"")
+                pack_file(tar, f"{row:08d}.{LABEL}", b"%d" % _checked(label.as_py(), file, row))
                 row += 1
-                if tar.offset > _MOST_TIMES * file.size + _MOST_BYTES:
+                if tar.tell() > _MOST_TIMES * file.size + _MOST_BYTES:
                     raise ConfigError(
-                        f"--source: {file.name} has {file.size} bytes and unfolds to more than {tar.offset}: pictures"
+                        f"--source: {file.name} has {file.size} bytes and unfolds to more than {tar.tell()}: pictures"
                         " do not, fetch it again"
                     )
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
+        tar.write(tar_end(tar.tell()))
 
 
 def _checked(label: Any, file: SourceFile, row: int) -> int:

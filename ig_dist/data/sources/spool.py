@@ -22,7 +22,7 @@ from rich.filesize import decimal
 
 from ig_dist.data.shard_files import FileReader
 from ig_dist.data.sources.source import file_size
-from ig_dist.errors import ConfigError, DataError
+from ig_dist.errors import ConfigError, DataError, first_line
 from ig_dist.storage.background import in_parallel
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import REQUEST_BYTES
@@ -98,31 +98,23 @@ def spool(files: Sequence[SourceFile], folder: Path, copy: Copy, patience: Patie
     with progress("copy", sum(files[i].size for i in missing), "bytes") as advance:
 
         def make(i: int) -> None:
+            file, unfinished = files[i], _unfinished(copies[i])
             try:
-                with _alone(copies[i], files[i]):
+                with _alone(copies[i], file):
                     if copies[i].exists():  # by another process, meanwhile
-                        advance(files[i].size)
-                    else:
-                        _make(files[i], copies[i], copy, patience, advance)
+                        return advance(file.size)
+                    copy(file, unfinished, patience, advance)
+                    if not is_local(file.fs) and file_version(file.fs.info(file.path)) != file.version:
+                        raise OSError("it changed meanwhile")
+                    unfinished.replace(copies[i])
             except OSError as error:
                 raise DataError(
-                    f"{files[i].path} cannot be copied to {folder} ({' '.join(str(error).split())}):"
+                    f"{file.path} cannot be copied to {folder} ({first_line(error)}):"
                     " run the same command again, or choose another folder with --spool"
                 ) from None
 
         in_parallel(make, missing, _THREADS, patience.stop)
     return copies
-
-
-def _make(file: SourceFile, target: Path, copy: Copy, patience: Patience, advance: Advance) -> None:
-    unfinished = _unfinished(target)
-    try:
-        copy(file, unfinished, patience, advance)
-        if not is_local(file.fs) and file_version(file.fs.info(file.path)) != file.version:
-            raise OSError("it changed meanwhile")
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _unfinished(copy: Path) -> Path:
@@ -132,7 +124,7 @@ def _unfinished(copy: Path) -> Path:
 
 @contextmanager
 def _alone(copy: Path, file: SourceFile) -> Iterator[None]:
-    """The only process on this machine that makes this copy; the lock of one that dies is free."""
+    """The only process on this machine that makes this copy, or leaves no part; the lock of a dead one is free."""
     lock = FileLock(f"{copy}.lock")
     try:
         lock.acquire(blocking=False)
@@ -142,6 +134,7 @@ def _alone(copy: Path, file: SourceFile) -> Iterator[None]:
     try:
         yield
     finally:
+        _unfinished(copy).unlink(missing_ok=True)
         lock.release()
 
 
