@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,14 @@ def training(request: Request, config: Config, *, follow: bool, dry_run: bool) -
             f"SLURM knows of no GPUs: none are asked for, each node's {request.ranks_per_node} processes take one each"
         )
     if dry_run:
-        code = _print_dry_run(jobs, lambda: slurm.check_training(config, worlds))
-        for line in _shares(request, config, worlds):
-            print(line)
+        _print_dry_run(jobs)
+        code = 0
+        try:
+            slurm.check_training(config, worlds)
+        except ConfigError as error:
+            print(f"would be refused: {error}", file=sys.stderr)
+            code = ConfigError.exit_code
+        _print_shares(request, config, worlds)
         return code
     slurm.refuse_active(run, "is in use by")
     slurm.check_training(config, worlds)
@@ -89,7 +94,8 @@ def array(
         slurm.refuse_active(run, "changes its weights while it is trained by")
     jobs = _array(complete(request, assume=dry_run), request, job, arguments, run.absolute(), slurm.new_folder(run))
     if dry_run:
-        return _print_dry_run(jobs, lambda: None)
+        _print_dry_run(jobs)
+        return 0
     with slurm.submitting(run):
         slurm.submit_all(jobs)
     return _tell(jobs, "", follow)
@@ -179,14 +185,13 @@ def _of_one_gpu(asked: Request, training: Request, *, assume: bool) -> Request:
     return complete(asked.model_copy(update=update), assume=assume)
 
 
-def _shares(request: Request, config: Config, worlds: dict[int, World]) -> list[str]:
+def _print_shares(request: Request, config: Config, worlds: dict[int, World]) -> None:
     """How many images of a batch a process has on all nodes, and what that means where they are few."""
     nodes, batch = max(world.nodes for world in worlds.values()), config.train.global_batch_size
     share = batch // (nodes * request.ranks_per_node)
-    told = [f"# of a batch of {batch}, a process has {share} images on {nodes} node{'s' * (nodes > 1)}"]
+    print(f"# of a batch of {batch}, a process has {share} images on {nodes} node{'s' * (nodes > 1)}")
     if request.gpus_per_node and nodes > 1 and share < FEW_IMAGES:
-        told.append("#   so few that a step waits for the network; fewer nodes are hardly slower (docs/scaling.md)")
-    return told
+        print("#   so few that a step waits for the network; fewer nodes are hardly slower (docs/scaling.md)")
 
 
 def _tell(jobs: Sequence[Planned], watch: str, follow: bool) -> int:
@@ -209,7 +214,7 @@ def _tell(jobs: Sequence[Planned], watch: str, follow: bool) -> int:
     return follow_job(folder, first) if follow else 0
 
 
-def _print_dry_run(jobs: Sequence[Planned], check: Callable[[], object]) -> int:
+def _print_dry_run(jobs: Sequence[Planned]) -> None:
     ids = [job.submission.kind.upper() for job in jobs]
     for place, job in enumerate(jobs):
         submission, merges = job.submission, job.submission.kind == "merge"
@@ -229,9 +234,3 @@ def _print_dry_run(jobs: Sequence[Planned], check: Callable[[], object]) -> int:
             for command in commands:
                 arguments = command.replace(ACCUMULATION, str(world.accumulation))
                 print(f"# {'it alone' if merges else 'each process'}: python {arguments}")
-    try:
-        check()
-    except ConfigError as error:
-        print(f"would be refused: {error}", file=sys.stderr)
-        return ConfigError.exit_code
-    return 0
