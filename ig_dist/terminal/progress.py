@@ -35,14 +35,7 @@ def bar(what: str, total: int | None, done: int = 0, *, in_bytes: bool = False, 
 
 @contextmanager
 def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
-    """Show progress, and the rate of this process.
-
-    Args:
-        what: is done, a word.
-        total: units.
-        unit: what they are, as in "3 images/s"; ``bytes`` are shown as MB.
-        done: of these, finished before.
-    """
+    """Show progress of ``total`` units, and the rate of this process; the unit is as in "3 images/s", bytes become MB."""
     divisor, name = (1e6, "MB") if unit == "bytes" else (1, unit)
     shown = bar(what, total, done, in_bytes=unit == "bytes")
     task = shown.task_ids[0]
