@@ -35,7 +35,7 @@ def bar(what: str, total: int | None, done: int = 0, *, in_bytes: bool = False, 
 
 @contextmanager
 def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
-    """Show progress of ``total`` units, and the rate of this process; the unit is as in "3 images/s", bytes become MB."""
+    """Progress of ``total`` units, and the rate of this process; the unit is as in "3 images/s", bytes are MB."""
     divisor, name = (1e6, "MB") if unit == "bytes" else (1, unit)
     shown = bar(what, total, done, in_bytes=unit == "bytes")
     task = shown.task_ids[0]
