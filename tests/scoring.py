@@ -72,6 +72,11 @@ def quadrants(name: str = "inception", sha256: str = "0" * 64, channels: int = 1
     return Extractor(name, sha256, "means of quarters, and corners", dimensions, 32, torch.device("cpu"), network)
 
 
+def extract(extractor: Extractor, images: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    """All features of images (N, H, W, channels) uint8, (N, D) float32 each."""
+    return {name: values.numpy() for name, values in extractor(images).items()}
+
+
 def pixel() -> Extractor:
     """The real one."""
     return get_extractor("pixel")

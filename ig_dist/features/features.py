@@ -18,6 +18,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ig_dist.errors import DataError
 from ig_dist.features.extractors.extractor import Extractor
@@ -39,16 +40,15 @@ def feature_name(number: int, extractor: str) -> str:
     return f"unit_{number:05d}.{extractor}.safetensors"
 
 
-def extract(extractor: Extractor, images: torch.Tensor | NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
-    """All features of images (N, H, W, channels) uint8, (N, D) float32 each."""
-    return {name: values.cpu().numpy() for name, values in extractor(images).items()}
-
-
 def pack(
-    images: ImageSet, number: int, extractor: Extractor, pictures: Pictures, features: Mapping[str, NDArray[np.float32]]
+    images: ImageSet,
+    number: int,
+    extractor: Extractor,
+    pictures: Pictures,
+    features: Mapping[str, Tensor | NDArray[Any]],
 ) -> bytes:
     """The content of a unit's feature file: features, labels and work, and what they belong to."""
-    tensors: dict[str, NDArray[Any]] = dict(features)
+    tensors: dict[str, NDArray[Any]] = {key: torch.as_tensor(value).cpu().numpy() for key, value in features.items()}
     for name in ("labels", "work"):
         if (values := getattr(pictures, name)) is not None:
             tensors[name] = values
@@ -122,10 +122,10 @@ class FeatureFiles:
         """Make what is missing of a unit; ``pictures``: its images, where they are at hand."""
         for extractor in self.missing(number):
             pictures = pictures or self.images.read(self.images.unit(number))
-            self.write(number, extractor, pictures, extract(extractor, pictures.images))
+            self.write(number, extractor, pictures, extractor(pictures.images))
 
     def write(
-        self, number: int, extractor: Extractor, pictures: Pictures, features: Mapping[str, NDArray[np.float32]]
+        self, number: int, extractor: Extractor, pictures: Pictures, features: Mapping[str, Tensor | NDArray[Any]]
     ) -> None:
         """Write the features of a unit."""
         data = pack(self.images, number, extractor, pictures, features)

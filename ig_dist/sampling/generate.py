@@ -55,11 +55,10 @@ def generate_units(
     def write(unit: Made, number: int, made: Sequence[tuple[Extractor, dict[str, Tensor]]], write_images: bool) -> None:
         with beside.alone():
             pictures = Pictures(unit[0].cpu().numpy(), *unit[1:])
-            features = [(e, {name: values.cpu().numpy() for name, values in found.items()}) for e, found in made]
-        if write_images:
-            write_unit(samples.url, number, Unit(pictures.images, *unit[1:]))
-        for extractor, arrays in features:
-            files.write(number, extractor, pictures, arrays)
+            if write_images:
+                write_unit(samples.url, number, Unit(pictures.images, *unit[1:]))
+            for extractor, features in made:
+                files.write(number, extractor, pictures, features)
 
     units, writing = -(-min(num or plan.num, plan.num) // plan.unit_size), in_background(lambda: None)
     for k in range(units):

@@ -27,11 +27,12 @@ from ig_dist.errors import ConfigError, DataError
 from ig_dist.evaluation.references import Reference
 from ig_dist.evaluation.scores import Scores
 from ig_dist.features.extractors.extractor import Extractor, get_extractor
-from ig_dist.features.features import FeatureFiles, extract, feature_name, make_features
+from ig_dist.features.features import FeatureFiles, feature_name, make_features
 from ig_dist.features.images import UNIT_SIZE, ImageSet, find_images
 from tests.scoring import (
     EFFICIENTNET,
     all_pictures,
+    extract,
     in_memory,
     noise,
     pixel,

@@ -30,10 +30,10 @@ from ig_dist.evaluation.references import Reference, make_reference, open_refere
 from ig_dist.evaluation.scores import Scores, write_result
 from ig_dist.features.extractors.extractor import Extractor, get_extractor
 from ig_dist.features.extractors.inception import Inception
-from ig_dist.features.features import FeatureFiles, HeldFeatures, extract, make_features
+from ig_dist.features.features import FeatureFiles, HeldFeatures, make_features
 from ig_dist.features.moments import Moments, streamed_moments
 from ig_dist.features.npz import open_npz
-from tests.scoring import EFFICIENTNET, in_memory, noise, pixel, quadrants, require_efficientnet
+from tests.scoring import EFFICIENTNET, extract, in_memory, noise, pixel, quadrants, require_efficientnet
 
 ADM = ["fid", "sfid", "inception_score", "precision", "recall"]
 REAL, SAMPLES = noise(90, seed=1), noise(60, seed=2) // 2 + 30
