@@ -16,9 +16,8 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from ig_dist.checkpoints.reading import Part, owners, parts_of
+from ig_dist.checkpoints.reading import Checkpoint, Part, owners
 from ig_dist.checkpoints.snapshot import ALIGNMENT, DTYPE_NAMES, PART_BYTES
-from ig_dist.checkpoints.store import Checkpoint
 from ig_dist.parallel.dist import Dist, gather_objects
 from ig_dist.parallel.engine import Piece
 
@@ -49,11 +48,7 @@ class Loaded:
         return self.parts(group, whole)
 
     def parts(self, group: str, shards: Mapping[str, Piece]) -> dict[str, Tensor]:
-        """This rank's parts of a group's tensors, each of the shape of its shard, on its device. COLLECTIVE.
-
-        Args:
-            group: ``exp_avg``, ``ema/0.9999``, ...
-            shards: what is wanted of each.
+        """This rank's shards of the tensors of a group (``exp_avg``, ``ema/0.9999``), on its device. COLLECTIVE.
 
         Raises:
             DataError: the checkpoint has no such tensor.
@@ -78,17 +73,11 @@ class Loaded:
                     flat[part.tensor][at : at + len(cut)].copy_(data[cut.start : cut.stop] if alike else data)
         return {n: found[f"{group}/{n}"].view(dtypes[n]).view(shard.data.shape) for n, shard in shards.items()}
 
-    @cached_property
-    def _plan(self) -> tuple[list[Part], list[int]]:
-        """All parts, and the rank that holds each."""
-        parts = parts_of(self.checkpoint.manifest)
-        return parts, owners(parts, self.dist.world_size)
-
     def _rounds(self, group: str) -> Iterator[list[list[int]]]:
         """The parts of a group, by number, that each rank sends at a time; the same on all ranks."""
-        (parts, ranks), world = self._plan, self.dist.world_size
+        parts, world = self.checkpoint.parts, self.dist.world_size
         queues: list[list[int]] = [[] for _ in range(world)]
-        for number, owner in enumerate(ranks):
+        for number, owner in enumerate(owners(parts, world)):
             if parts[number].tensor.startswith(f"{group}/"):
                 queues[owner].append(number)
         # each rank begins elsewhere: else all might send to the same one first
@@ -102,12 +91,12 @@ class Loaded:
         """Parts that this rank holds, by tensor."""
         own: dict[str, list[int]] = {}
         for number in sorted(self.checkpoint.share):
-            own.setdefault(self._plan[0][number].tensor, []).append(number)
+            own.setdefault(self.checkpoint.parts[number].tensor, []).append(number)
         return own
 
     def _as_read(self, tensor: str, begin: int, end: int) -> Tensor | None:
         """These bytes where they were read to, if they lie there together and a CPU can use them as they lie."""
-        own, (parts, _), share = self._own.get(tensor), self._plan, self.checkpoint.share
+        own, parts, share = self._own.get(tensor), self.checkpoint.parts, self.checkpoint.share
         if not own or begin == end or self.dist.device.type != "cpu":
             return None
         first, last = parts[own[0]], parts[own[-1]]
@@ -120,11 +109,11 @@ class Loaded:
 
     def _bytes(self, number: int) -> Tensor:
         memory, place = self.checkpoint.share[number]
-        return memory[place : place + self._plan[0][number].size]
+        return memory[place : place + self.checkpoint.parts[number].size]
 
     def _to_all(self, sent: Sequence[Sequence[int]]) -> Iterator[tuple[Part, Tensor]]:
         """Each part that the ranks send, with its bytes on this device. COLLECTIVE."""
-        parts, _ = self._plan
+        parts = self.checkpoint.parts
         width = max(sum(parts[number].size for number in numbers) for numbers in sent)
         mine = torch.empty(width, dtype=torch.uint8, device=self.dist.device)
         at = 0
@@ -140,7 +129,7 @@ class Loaded:
 
     def _to_each(self, sent: Sequence[Sequence[int]], wants: Sequence[Wanted]) -> Iterator[tuple[Part, Tensor]]:
         """Each part of which this rank wants something, with what it wants of its bytes. COLLECTIVE."""
-        (parts, _), me = self._plan, self.dist.rank
+        parts, me = self.checkpoint.parts, self.dist.rank
         going: list[list[Tensor]] = [[] for _ in wants]
         for number in sent[me]:
             for rank, wanted in enumerate(wants):

@@ -71,12 +71,7 @@ def folder_name(step: int) -> str:
 
 
 def make_manifest(step: int, records: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest of the files that the ranks have written.
-
-    Args:
-        step: global batches consumed.
-        records: of each rank, ``file`` (name, bytes, sha256) and the ``tensors`` in it (``Snapshot.described``).
-        meta: stored as it is.
+    """The manifest of the files that the ranks have written, by what each says of its own.
 
     Raises:
         DamagedError: the pieces of a tensor do not make it whole.

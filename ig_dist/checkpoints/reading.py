@@ -7,7 +7,9 @@ others' shares comes over the network between them (``exchange.py``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from zlib_ng import zlib_ng
 
 from ig_dist.checkpoints.snapshot import ALIGNMENT, DTYPE_NAMES, PART_BYTES
-from ig_dist.errors import DamagedError
+from ig_dist.errors import DamagedError, DataError
 from ig_dist.storage.background import in_parallel
 from ig_dist.storage.faults import Patience, intact
 from ig_dist.storage.files import REQUEST_BYTES, open_url, read_range
@@ -91,67 +93,117 @@ def requests(parts: Sequence[Part], numbers: Sequence[int]) -> list[list[int]]:
     return runs
 
 
-def read_share(
-    url: str, manifest: Mapping[str, Any], rank: int, world_size: int, patience: Patience, *, keep: bool
-) -> Share:
-    """Read and check this rank's share of a checkpoint.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found: what it holds, and how its bytes are read, each of them checked."""
 
-    Args:
-        url: of its folder.
-        manifest: of it.
-        rank: this one.
-        world_size: ranks that share the reading.
-        patience: how long faults of the storage are borne.
-        keep: the bytes; otherwise they are checked only.
+    url: str
+    manifest: dict[str, Any]
+    patience: Patience = field(default_factory=Patience)
+    share: Share = field(default_factory=dict, compare=False, repr=False)
+    """What this rank has read of it for all of them; empty unless it was asked for."""
 
-    Raises:
-        DamagedError: bytes differ from what was saved, or are not there.
-        DataError: the storage fails beyond the deadline.
-    """
-    mine = [number for number, owner in enumerate(owners(parts_of(manifest), world_size)) if owner == rank]
-    share: Share = {}
-    read_parts(url, manifest, mine, patience, share.update if keep else lambda found: None)
-    return share
+    @property
+    def step(self) -> int:
+        """Global batches consumed."""
+        return int(self.manifest["step"])
 
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What the trainer stored beside the tensors."""
+        return dict(self.manifest["meta"])
 
-def read_parts(
-    url: str, manifest: Mapping[str, Any], numbers: Sequence[int], patience: Patience, take: Callable[[Share], object]
-) -> None:
-    """Read and check parts of a checkpoint, by their place in ``parts_of``, with several requests at a time.
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates that the optimizer had made."""
+        return int(self.manifest["meta"]["optimizer_steps"])
 
-    Args:
-        url: of its folder.
-        manifest: of it.
-        numbers: of the parts.
-        patience: how long faults of the storage are borne.
-        take: called with the parts of each request.
+    @property
+    def sha256(self) -> str:
+        """Hash of the manifest, which holds the hashes of all files."""
+        return str(self.manifest["sha256"])
 
-    Raises:
-        DamagedError: bytes differ from what was saved, or are not there.
-        DataError: the storage fails beyond the deadline.
-    """
-    parts = parts_of(manifest)
+    @cached_property
+    def parts(self) -> list[Part]:
+        """All its bytes."""
+        return parts_of(self.manifest)
 
-    def read(run: list[int]) -> None:
-        first, last = parts[run[0]], parts[run[-1]]
-        name = manifest["files"][first.file]["name"]
-        fs, path = open_url(f"{url}/{name}", "checkpoint.url", patience)
-        # numpy asks for huge pages: the kernel clears and maps new memory several times faster
-        memory = torch.from_numpy(np.empty(last.end - first.begin + ALIGNMENT, dtype=np.uint8))
-        memory = memory[-memory.data_ptr() % ALIGNMENT :][: last.end - first.begin]
-        found = {n: slice(parts[n].begin - first.begin, parts[n].end - first.begin) for n in run}
+    def names(self, group: str) -> list[str]:
+        """Names of the tensors of a group (``model``, ``exp_avg``, ``ema/0.9999``), without the group."""
+        return [n.removeprefix(f"{group}/") for n in self.manifest["tensors"] if n.startswith(f"{group}/")]
 
-        def checked() -> None:
-            data = read_range(fs, path, first.begin, last.end, patience, into=memory.numpy().data)
-            for n, place in found.items():
-                if zlib_ng.crc32(data[place]) != parts[n].crc32:
-                    what = f"tensor {parts[n].tensor!r}" if parts[n].tensor else "its header"
-                    raise DamagedError(f"{name}: {what} is damaged (its CRC differs)")
+    def entry(self, name: str) -> dict[str, Any]:
+        """Shape, dtype and pieces of a tensor.
+
+        Raises:
+            DataError: the checkpoint has no such tensor.
+        """
+        entry: dict[str, Any] | None = self.manifest["tensors"].get(name)
+        if entry is None:
+            raise DataError(f"{self.url} holds no tensor {name!r}: it was saved by a run with other settings")
+        return entry
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor, as ``tensors``."""
+        return self.tensors([name])[name]
+
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Whole tensors, on the CPU.
+
+        Raises:
+            DataError: the checkpoint has no such tensor, or a damaged one, or the storage fails beyond the deadline.
+        """
+        entries = {name: self.entry(name) for name in names}
+        whole = {name: torch.empty(e["shape"], dtype=DTYPE_NAMES[e["dtype"]]) for name, e in entries.items()}
+
+        def put(found: Share) -> None:
+            for part, (memory, at) in ((self.parts[number], place) for number, place in found.items()):
+                into = whole[part.tensor].view(-1).view(torch.uint8)
+                into[part.at : part.at + part.size] = memory[at : at + part.size]
 
         try:
-            intact(fs, path, checked, patience)
-        except OSError as error:
-            raise DamagedError(f"{name}: {error.strerror or error}") from None
-        take({n: (memory, place.start) for n, place in found.items()})
+            self._read([number for number, part in enumerate(self.parts) if part.tensor in whole], put)
+        except DamagedError as error:
+            raise DataError(
+                f"{self.url}/{error}: restore the file, or delete that checkpoint to go on from the one before"
+            ) from None
+        return whole
 
-    in_parallel(read, requests(parts, numbers), _THREADS)
+    def read_share(self, rank: int, world_size: int, *, keep: bool) -> Share:
+        """Read and check this rank's share of all bytes, of which nothing is held unless it is to ``keep`` them.
+
+        Raises:
+            DamagedError: bytes differ from what was saved, or are not there.
+            DataError: the storage fails beyond the deadline.
+        """
+        share: Share = {}
+        mine = [number for number, owner in enumerate(owners(self.parts, world_size)) if owner == rank]
+        self._read(mine, share.update if keep else lambda found: None)
+        return share
+
+    def _read(self, numbers: Sequence[int], take: Callable[[Share], object]) -> None:
+        """Read and check parts, with several requests at a time; ``take`` is given the parts of each."""
+        parts, patience = self.parts, self.patience
+
+        def read(run: list[int]) -> None:
+            first, last = parts[run[0]], parts[run[-1]]
+            name = self.manifest["files"][first.file]["name"]
+            fs, path = open_url(f"{self.url}/{name}", "checkpoint.url", patience)
+            # numpy asks for huge pages: the kernel clears and maps new memory several times faster
+            memory = torch.from_numpy(np.empty(last.end - first.begin + ALIGNMENT, dtype=np.uint8))
+            memory = memory[-memory.data_ptr() % ALIGNMENT :][: last.end - first.begin]
+
+            def checked() -> None:
+                data = read_range(fs, path, first.begin, last.end, patience, into=memory.numpy().data)
+                for part in (parts[number] for number in run):
+                    if zlib_ng.crc32(data[part.begin - first.begin : part.end - first.begin]) != part.crc32:
+                        what = f"tensor {part.tensor!r}" if part.tensor else "its header"
+                        raise DamagedError(f"{name}: {what} is damaged (its CRC differs)")
+
+            try:
+                intact(fs, path, checked, patience)
+            except OSError as error:
+                raise DamagedError(f"{name}: {error.strerror or error}") from None
+            take({number: (memory, parts[number].begin - first.begin) for number in run})
+
+        in_parallel(read, requests(parts, numbers), _THREADS)

@@ -1,8 +1,13 @@
 """Saving in the background: the loop stands still for the snapshot only, and no failure is lost.
 
-Each rank's thread writes its file and then a small record beside it; rank 0's thread waits for the records, writes the
-manifest, and deletes what retention does not keep. The threads speak through the storage alone: collectives belong to
-the training loop.
+1. The loop copies the tensors to host memory (``Saver.save``, ``Snapshot.take``) and goes on.
+2. A thread of each rank writes its file (``_write_file``); of rank 0, after it has deleted what was cut off.
+3. The others write a small record beside it, of the file or of why there is none (``_write_part``).
+4. Rank 0's thread waits for the records (``_records``), looks at the sizes of the files, and writes the manifest: now
+   the checkpoint exists (``_write_main``). It deletes the records.
+5. It deletes what retention does not keep, and does what follows, such as an export (``_run``).
+
+The threads speak through the storage alone: collectives belong to the training loop.
 """
 
 from __future__ import annotations
@@ -19,8 +24,9 @@ from functools import partial
 from typing import Any
 
 from ig_dist.checkpoints.manifest import MANIFEST, folder_name, make_manifest, sealed, unsealed
+from ig_dist.checkpoints.reading import Checkpoint
 from ig_dist.checkpoints.snapshot import Snapshot
-from ig_dist.checkpoints.store import Checkpoint, CheckpointStore
+from ig_dist.checkpoints.store import CheckpointStore
 from ig_dist.errors import DataError, IgDistError, StorageError
 from ig_dist.parallel.agreement import meet
 from ig_dist.parallel.dist import Dist, from_main
@@ -71,15 +77,10 @@ class Saver:
         """Saves of this start that failed, as rank 0 knows them."""
 
     def save(self, step: int, pieces: Mapping[str, Piece], meta: Mapping[str, Any], then: Then | None = None) -> None:
-        """Begin a save. COLLECTIVE. The tensors may change as soon as this returns.
+        """Begin a save of what this rank writes. COLLECTIVE. The tensors may change as soon as this returns.
 
-        Waits for the save before it, if that is not done. A failed one is logged and counted, nothing more.
-
-        Args:
-            step: global batches consumed.
-            pieces: what this rank writes.
-            meta: what stands beside the tensors.
-            then: called with the checkpoint on rank 0, in the background, before the next save.
+        Waits for the save before it, if that is not done. A failed one is logged and counted, nothing more. ``then`` is
+        called with the checkpoint on rank 0, in the background, before the next save.
         """
         self._settle()
         token = from_main(uuid.uuid4().hex[:12], self._dist)
@@ -196,11 +197,10 @@ class Saver:
         folder = store.folder(save.step)
         if is_local(store.fs):
             store.fs.makedirs(folder, exist_ok=True)
-        prefix = f"rank_{self._dist.rank:05d}"
         described = in_background(self._snapshot.described)
-        file = write_hashed(store.fs, folder, prefix, self._snapshot.chunks(), store.patience)
-        header = {"header": self._snapshot.header()}
-        return {"file": {**file, **header}, "tensors": described.result()}
+        chunks = self._snapshot.chunks()
+        file = write_hashed(store.fs, folder, f"rank_{self._dist.rank:05d}", chunks, store.patience)
+        return {"file": {**file, "header": self._snapshot.header()}, "tensors": described.result()}
 
     def _records(self, save: _Save, patience_s: float) -> list[dict[str, Any]]:
         """What the other ranks say of their files, in rank order.

@@ -22,10 +22,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from ig_dist.checkpoints.checkpoint import Checkpoint as Checkpoint
 from ig_dist.checkpoints.manifest import MANIFEST as MANIFEST
 from ig_dist.checkpoints.manifest import folder_name, inspect
-from ig_dist.checkpoints.reading import read_share
+from ig_dist.checkpoints.reading import Checkpoint as Checkpoint
 from ig_dist.config import Config
 from ig_dist.errors import ConfigError, DamagedError, DataError, IgDistError
 from ig_dist.parallel.agreement import meet
@@ -70,12 +69,9 @@ class CheckpointStore:
     ) -> Checkpoint | None:
         """The newest whole checkpoint; damaged ones are reported and passed over. COLLECTIVE.
 
-        Args:
-            dist: this process; all of them share the reading.
-            keep: hold what this rank reads, for ``Loaded``.
-            fits: called before anything is read; raises if it is not for this run, on all ranks alike. ``DamagedError``
-                is a damage like others.
-            beat: called now and then while it is read.
+        All processes share the reading, and ``keep`` what they read, for ``Loaded``. ``fits`` is called before that; it
+        raises on all ranks alike if the checkpoint is not for this run (``DamagedError`` is a damage like others).
+        ``beat`` is called now and then meanwhile.
 
         Raises:
             ConfigError: the newest is of a later format than this version knows.
@@ -133,18 +129,12 @@ class CheckpointStore:
         """
         checkpoint = Checkpoint(f"{self.url}/{folder_name(manifest['step'])}", manifest, self.patience)
         fits(checkpoint)
-        read = partial(read_share, checkpoint.url, manifest, dist.rank, dist.world_size, self.patience, keep=keep)
-        share = self._on_all(read, dist, beat)
+        share = self._on_all(partial(checkpoint.read_share, dist.rank, dist.world_size, keep=keep), dist, beat)
         return replace(checkpoint, share=share)
 
     def agreed_steps(self, dist: Dist) -> list[int]:
-        """``steps``, as rank 0 sees them. COLLECTIVE.
-
-        Raises:
-            DataError: the storage fails beyond the deadline.
-        """
-        steps: list[int] = self._on_main(self.steps, dist)
-        return steps
+        """``steps``, as rank 0 sees them. COLLECTIVE."""
+        return self._on_main(self.steps, dist)
 
     def steps(self) -> list[int]:
         """Steps that have a manifest, ascending; they need not be whole."""
@@ -158,13 +148,9 @@ class CheckpointStore:
         except (FileNotFoundError, NotADirectoryError):  # what is in the way is said when the run directory is claimed
             return {}
         steps = [int(match[1]) for p in paths if (match := re.fullmatch(r"step_(\d{10})", PurePosixPath(p).name))]
-        return {step: self._has_manifest(self.folder(step)) for step in steps}
-
-    def _has_manifest(self, folder: str) -> bool:
-        """Whether there is one, which may be damaged: on a disk it may be anything."""
-        if is_local(self.fs):
-            return os.path.lexists(f"{folder}/{MANIFEST}")
-        return MANIFEST in list_sizes(self.fs, folder, self.patience)
+        if is_local(self.fs):  # it may be anything
+            return {step: os.path.lexists(f"{self.folder(step)}/{MANIFEST}") for step in steps}
+        return {step: MANIFEST in list_sizes(self.fs, self.folder(step), self.patience) for step in steps}
 
     def folder(self, step: int) -> str:
         """Path of a step's folder within the file system."""

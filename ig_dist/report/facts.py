@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ig_dist.checkpoints.store import MANIFEST, CheckpointStore
+from ig_dist.checkpoints.manifest import MANIFEST
+from ig_dist.checkpoints.store import CheckpointStore
 from ig_dist.config import Config
 from ig_dist.convert.published import Conversion
 from ig_dist.data.index import IndexFile

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from ig_dist.checkpoints.exchange import Loaded
 from ig_dist.checkpoints.manifest import Count
-from ig_dist.checkpoints.store import Checkpoint, CheckpointStore, checkpoint_store
+from ig_dist.checkpoints.reading import Checkpoint
+from ig_dist.checkpoints.store import CheckpointStore, checkpoint_store
 from ig_dist.config import Config
 from ig_dist.config.file import load_run, saved_config
 from ig_dist.data.index import ShardIndex

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ig_dist.arithmetic import switches
+from ig_dist.checkpoints.reading import Checkpoint
 from ig_dist.checkpoints.saving import Saver
-from ig_dist.checkpoints.store import Checkpoint, checkpoint_store
+from ig_dist.checkpoints.store import checkpoint_store
 from ig_dist.config import Config
 from ig_dist.config.provenance import note_start
 from ig_dist.data.index import ShardIndex, read_index

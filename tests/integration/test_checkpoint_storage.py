@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 
+from ig_dist.checkpoints.reading import Checkpoint
 from ig_dist.checkpoints.saving import Saver
-from ig_dist.checkpoints.store import Checkpoint, CheckpointStore
+from ig_dist.checkpoints.store import CheckpointStore
 from ig_dist.errors import DataError
 from ig_dist.export import ALONE
 from ig_dist.parallel.engine import Piece

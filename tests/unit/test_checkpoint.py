@@ -13,8 +13,9 @@ import safetensors.torch
 import torch
 
 from ig_dist.checkpoints.manifest import sealed
+from ig_dist.checkpoints.reading import Checkpoint
 from ig_dist.checkpoints.saving import Saver
-from ig_dist.checkpoints.store import Checkpoint, CheckpointStore
+from ig_dist.checkpoints.store import CheckpointStore
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.export import ALONE
 from ig_dist.parallel.engine import Piece

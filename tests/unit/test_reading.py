@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 
 from ig_dist.checkpoints.exchange import Loaded
 from ig_dist.checkpoints.manifest import make_manifest
-from ig_dist.checkpoints.reading import owners, parts_of, read_share, requests
+from ig_dist.checkpoints.reading import owners, parts_of, requests
 from ig_dist.checkpoints.saving import Saver
 from ig_dist.checkpoints.snapshot import PART_BYTES, described, layout
 from ig_dist.checkpoints.store import CheckpointStore
 from ig_dist.errors import DamagedError
 from ig_dist.export import ALONE
 from ig_dist.parallel.engine import Piece
-from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import REQUEST_BYTES
 
 META = {"optimizer_steps": 3}
@@ -60,7 +59,7 @@ def test_each_byte_is_read_once_by_one_rank(monkeypatch: pytest.MonkeyPatch) -> 
         seen.clear()
         sizes.clear()
         for rank in range(world):
-            share = read_share(checkpoint.url, checkpoint.manifest, rank, world, Patience(), keep=True)
+            share = checkpoint.read_share(rank, world, keep=True)
             assert sum(map(len, share.values())) <= file["bytes"] / world + PART_BYTES
         assert sum(sizes) == file["bytes"] and len(sizes) == world
         assert sum(times > 1 for times in seen.values()) < world  # where two requests meet
@@ -137,9 +136,9 @@ def test_damage_anywhere_is_found(tmp_path: Path, where: str) -> None:
     data[at] ^= 4
     file.write_bytes(data)
     named = "its header" if where == "header" else f"tensor 'model/{where}'"
-    parts, found = parts_of(checkpoint.manifest), 0
+    parts, found = checkpoint.parts, 0
     for rank in range(2):
-        share = partial(read_share, checkpoint.url, checkpoint.manifest, rank, 2, Patience(), keep=False)
+        share = partial(checkpoint.read_share, rank, 2, keep=False)
         if any(o == rank and part.begin <= at < part.end for part, o in zip(parts, owners(parts, 2), strict=True)):
             with pytest.raises(DamagedError, match=named):
                 share()

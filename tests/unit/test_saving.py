@@ -17,9 +17,10 @@ import torch
 
 from ig_dist.checkpoints import saving, snapshot
 from ig_dist.checkpoints.manifest import check_tensor
+from ig_dist.checkpoints.reading import Checkpoint
 from ig_dist.checkpoints.saving import Saver
 from ig_dist.checkpoints.snapshot import DTYPES, Snapshot
-from ig_dist.checkpoints.store import Checkpoint, CheckpointStore
+from ig_dist.checkpoints.store import CheckpointStore
 from ig_dist.errors import DataError
 from ig_dist.export import ALONE
 from ig_dist.parallel.engine import Piece
