@@ -15,12 +15,14 @@ import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ig_dist.checkpoints.store import MANIFEST, Checkpoint, CheckpointStore, checkpoint_store
+from ig_dist.checkpoints.manifest import MANIFEST
+from ig_dist.checkpoints.reading import Checkpoint
+from ig_dist.checkpoints.store import CheckpointStore, checkpoint_store
 from ig_dist.config import Config
 from ig_dist.config.file import apply_overrides, config_from_tree, load_run, saved_config
 from ig_dist.data.index import LatentInfo, ShardIndex, TokenizerInfo, read_index
 from ig_dist.errors import ConfigError, DataError
-from ig_dist.models.dit import DiT, DiTConfig
+from ig_dist.models.dit import DiT, DiTConfig, load_model
 from ig_dist.parallel.dist import Dist
 from ig_dist.storage.writable import CACHE_VARIABLE, cache_folder, why_unwritable
 
@@ -202,13 +204,10 @@ def load_export(folder: Path, device: torch.device) -> tuple[DiT, ExportInfo]:
     if hashlib.sha256(packed).hexdigest() != info.weights_sha256:
         raise DataError(f"{file} is damaged (its hash differs): delete the folder and export again")
     try:
-        weights = safetensors.torch.load(packed)
-        with torch.device("meta"):
-            model = DiT(info.model)
-        model.load_state_dict(weights, assign=True)
+        model = load_model(info.model, safetensors.torch.load(packed))
     except (RuntimeError, TypeError, ValueError, KeyError, safetensors.SafetensorError):  # its hash may be right
         raise DataError(f"{file} does not hold the model of {INFO_NAME}: delete the folder and export again") from None
-    return model.to(device).eval().requires_grad_(False), info
+    return model.to(device).requires_grad_(False), info
 
 
 class Weights(NamedTuple):

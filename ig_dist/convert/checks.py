@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ig_dist.convert.formats import FORMATS, FROM_NOISE, Format, to_ours, to_published
 from ig_dist.errors import ConfigError, listed, nearest
-from ig_dist.models.dit import DiT, DiTConfig
+from ig_dist.models.dit import DiT, DiTConfig, load_model
 from ig_dist.rng import Purpose, normal
 
 
@@ -66,9 +66,9 @@ def check_numbers(
     untouched, _ = to_ours(theirs, "ig-sit")  # a format that turns nothing
     untouched = {name: tensor for name, tensor in untouched.items() if name in ours}
     reverse = published in FROM_NOISE
-    plain = build(dataclasses.replace(config, time_input="t"), untouched)
+    plain = load_model(dataclasses.replace(config, time_input="t"), untouched)
     expected = plain(x, 1 - t if reverse else t, labels)
-    found = build(config, ours)(x, t, labels)
+    found = load_model(config, ours)(x, t, labels)
     difference = 0.0
     for one, other in zip(found, expected, strict=True):
         if one is None or other is None:
@@ -80,11 +80,3 @@ def check_numbers(
         if largest > 1e-5 * max(1.0, float(other.abs().max())):
             raise ConfigError(f"{source}: the converted model differs by {largest:g}: this conversion is wrong")
     return difference
-
-
-def build(config: DiTConfig, weights: Mapping[str, Tensor]) -> DiT:
-    """A model of these weights, in eval mode."""
-    with torch.device("meta"):
-        model = DiT(config)
-    model.load_state_dict(weights, assign=True)
-    return model.eval()

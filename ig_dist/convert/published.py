@@ -18,13 +18,13 @@ from torch import Tensor
 from ig_dist.autoencoders.ldm import Normalisation, read_latent_stats
 from ig_dist.autoencoders.tokenizers import get_tokenizer
 from ig_dist.config.file import to_yaml
-from ig_dist.convert.checks import build, check_bits, check_names, check_numbers
+from ig_dist.convert.checks import check_bits, check_names, check_numbers
 from ig_dist.convert.formats import FROM_NOISE, Format, read_config, read_format, to_ours, to_published
 from ig_dist.data.classes import imagenet_classes
 from ig_dist.data.index import LatentInfo, TokenizerInfo, read_index
 from ig_dist.errors import ConfigError
 from ig_dist.export import INFO_NAME, WEIGHTS_NAME, ExportInfo, ModelInfo, config_of, read_info
-from ig_dist.models.dit import DiTConfig, count_parameters
+from ig_dist.models.dit import DiTConfig, count_parameters, load_model
 from ig_dist.storage.files import read_file
 from ig_dist.storage.tensor_files import read_safetensors, read_torch_file
 from ig_dist.storage.urls import LOCAL
@@ -108,7 +108,7 @@ def convert_published(
         record = Conversion(
             published=published,
             model=config,
-            parameters=count_parameters(build(config, written)),
+            parameters=count_parameters(load_model(config, written)),
             source=source.name,
             source_sha256=_sha256(source),
             weights_sha256=weights_sha256,
@@ -160,7 +160,7 @@ def convert_back(source: Path, dest: Path, *, published: Format | None = None) -
     return Conversion(
         published=published,
         model=config,
-        parameters=count_parameters(build(config, ours)),
+        parameters=count_parameters(load_model(config, ours)),
         source=str(source),
         source_sha256=_sha256(file),
         weights_sha256=_sha256(dest),

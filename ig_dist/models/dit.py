@@ -5,6 +5,7 @@ Parameter names are the published ones, except that the published `final_layer_x
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple, get_args, get_origin
 
@@ -179,6 +180,14 @@ class DiT(nn.Module):
         patch, side, channels = self.config.patch_size, self.config.grid_size, self.config.in_channels
         grid = patches.reshape(-1, side, side, patch, patch, self.config.out_channels)[..., :channels]
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, side * patch, side * patch)
+
+
+def load_model(config: DiTConfig, weights: Mapping[str, Tensor]) -> DiT:
+    """A model that holds these very tensors, in eval mode."""
+    with torch.device("meta"):
+        model = DiT(config)
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
 
 
 def count_parameters(model: DiT) -> int:

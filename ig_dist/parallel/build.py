@@ -63,8 +63,7 @@ def build_engine(model: DiT, config: Config, state: LoadedState | None, dist: Di
         engine = DeepSpeedEngine(model, config, state, dist)
     else:
         engine = DDPEngine(model, config, state, dist)
-        passes = 2 if dist.world_size > 1 else int(config.train.compile)
-        warm_up(engine, model, config.micro_batch(dist.world_size), dist.device, passes)
+        warm_up(engine, model, config, dist)
     align_timeouts(dist)
     return engine
 
@@ -87,17 +86,18 @@ def apply(model: DiT, config: Config, device: torch.device) -> None:
             block.forward = wrap(block.forward)
 
 
-def warm_up(engine: Engine, model: DiT, batch_size: int, device: torch.device, passes: int) -> None:
+def warm_up(engine: Engine, model: DiT, config: Config, dist: Dist) -> None:
     """Forward and backward passes on zeros, gradients discarded.
 
     DDP orders its buckets anew after the first backward pass, and with three or more ranks the order decides how
     sums round: without two of them, the first step after a restart would differ from the same step without one.
     Compilation happens here too, before the first batch is waited for.
     """
+    device, batch_size = dist.device, config.micro_batch(dist.world_size)
     size, channels = model.config.input_size, model.config.in_channels
     x = torch.zeros(batch_size, channels, size, size, device=device)
     labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    for _ in range(passes):
+    for _ in range(2 if dist.world_size > 1 else int(config.train.compile)):
         with engine.microbatch(last=True):
             output = engine.module(x, torch.zeros(batch_size, device=device), labels)
             engine.backward(

@@ -109,10 +109,6 @@ class Engine(ABC):
         """Updates that the optimizer has made; skipped steps do not count."""
         return steps_of(self.optimizer)
 
-    def parts(self, state: LoadedState, group: str) -> dict[str, Tensor]:
-        """This rank's parts of a group whose tensors are named and shaped like the weights. COLLECTIVE."""
-        return state.parts(group, self.held)
-
     def canonical(self, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Piece]:
         """The pieces that this rank writes of tensors like ``masters()``, as ``group/name``."""
         pieces = {

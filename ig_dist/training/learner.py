@@ -40,7 +40,7 @@ def build_learner(
     ema = EMA(engine.masters(), config.ema.decays, engine.masters_written)
     if state is not None:
         for decay in config.ema.decays:
-            ema.load(decay, engine.parts(state, f"ema/{decay}"))
+            ema.load(decay, state.parts(f"ema/{decay}", engine.held))
     return Learner(
         config, model, engine, ema, TaskMaker(config, index.info, dist.device), Meter(config, model, dist, phases)
     )

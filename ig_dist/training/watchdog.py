@@ -71,7 +71,9 @@ def watched(phases: Phases, config: Config, dist: Dist, *, lives_on: bool = Fals
     One that ``lives_on`` after the training and has no peers is told of the hang, and left to its user.
     """
     watchdog = Watchdog(phases, config, dist, lives_on=lives_on and dist.world_size == 1)
-    watchdog.start()
+    threading.Thread(target=watchdog.watch, name="watchdog", daemon=True).start()
+    if dist.world_size > 1:
+        threading.Thread(target=watchdog.talk, name="watchdog's talk", daemon=True).start()
     try:
         with watchdog.has_the_last_word():
             yield watchdog
@@ -107,12 +109,6 @@ class Watchdog:
         self._launcher = os.getppid() if "RANK" in os.environ else None
         self._prefix = f"watchdog/{from_main(uuid.uuid4().hex, dist)}"  # a store may outlive a start: torchrun's does
 
-    def start(self) -> None:
-        """Begin to watch."""
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
-        if self._dist.world_size > 1:
-            threading.Thread(target=self._talk, name="watchdog's talk", daemon=True).start()
-
     @contextmanager
     def has_the_last_word(self) -> Iterator[None]:
         """A peer that ended may free the main thread while this process ends too: nothing more is said then."""
@@ -131,7 +127,8 @@ class Watchdog:
         if self._dist.is_main:
             time.sleep(2 * self._poll_s)  # the store, which they read it from, ends with this process
 
-    def _watch(self) -> None:
+    def watch(self) -> None:
+        """Look whether the loop and its device go on. A thread's work, as is the next."""
         idle, ticks, last = 0.0, 0, time.monotonic()
         seen = (-1, -1)
         while not self.stop.wait(self._poll_s):
@@ -159,7 +156,7 @@ class Watchdog:
                 self._say()
                 idle = 0.0  # to be said again after as long
 
-    def _talk(self) -> None:
+    def talk(self) -> None:
         """Tell and read the store; it may not answer, which is why the other thread never waits for it."""
         store, ended, failed = None, f"{self._prefix}/ended", f"{self._prefix}/failed"
         while not self.stop.is_set():  # at once, or one that is stopped early would never have said a word
