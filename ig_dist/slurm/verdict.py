@@ -77,23 +77,16 @@ def what_next(
     ``events`` came before it, ``given`` are the nodes that SLURM gave.
     """
     failures = failures_in_a_row(events, end["checkpoint"])
-    step = decide(verdict, failures, submission.max_failures)
-    if step not in ("again", "requeue") or verdict.next != "failed":
-        return Next(step, 0.0, [])
+    if verdict.next != "failed":
+        return Next(verdict.next, 0.0, [])
+    if failures >= submission.max_failures:
+        return Next("stop", 0.0, [])
     now = {"event": "end", "time": time.time(), **end}
     bad = bad_nodes([*events, now], submission.exclude_after)
     if new := sorted(bad & set(end["blame"])):
         return Next("requeue" if bad & set(usable(given, bad, submission)) else "again", 0.0, new)
+    step = "requeue" if failures % 2 else "again"  # other nodes may help where the same ones did not
     return Next(step, endings.pause_s(failures), [])
-
-
-def decide(verdict: Verdict, failures: int, most: int) -> str:
-    """done, stop, again (on the same nodes) or requeue, after so many failures in a row, of ``most`` tried again."""
-    if verdict.next != "failed":
-        return verdict.next
-    if failures >= most:
-        return "stop"
-    return "requeue" if failures % 2 else "again"  # other nodes may help where the same ones did not
 
 
 def failures_in_a_row(events: Sequence[Mapping[str, Any]], checkpoint: int | None) -> int:

@@ -33,7 +33,6 @@ from ig_dist.slurm.verdict import (
     Next,
     Verdict,
     bad_nodes,
-    decide,
     excluded,
     exit_codes,
     failures_in_a_row,
@@ -100,11 +99,16 @@ def test_a_rank_that_srun_ends_was_not_asked_to_stop(tmp_path: Path, number: int
 
 
 def test_failures_are_tried_again_in_place_and_elsewhere_and_not_for_ever() -> None:
+    def step(verdict: Verdict, failures: int, most: int) -> str:
+        before = {"event": "end", "time": 0.0, "code": 1, "next": "again"}
+        end = {"checkpoint": None, "blame": []}
+        return what_next(verdict, end, [before] * failures, ["a", "b"], submission(max_failures=most)).step
+
     failed = Verdict("failed", 1, "")
-    assert [decide(failed, failures, 3) for failures in range(5)] == ["again", "requeue", "again", "stop", "stop"]
-    assert decide(failed, 0, 0) == "stop"
+    assert [step(failed, failures, 3) for failures in range(5)] == ["again", "requeue", "again", "stop", "stop"]
+    assert step(failed, 0, 0) == "stop"
     for verdict in (Verdict("done", 0, ""), Verdict("stop", 2, ""), Verdict("requeue", STOPPED, "")):
-        assert decide(verdict, 99, 3) == verdict.next
+        assert step(verdict, 99, 3) == verdict.next
 
 
 def test_only_failures_without_progress_between_them_count(tmp_path: Path) -> None:
