@@ -78,7 +78,8 @@ def train(config: Config, *, force: bool = False, lives_on: bool = False) -> Non
         run = _begin(config, dist, phases, cleanup, force=force, lives_on=lives_on)
         if run is None:
             return
-        cleanup.enter_context(failures_told(config, dist, phases, watchdog))  # said before what is open now is closed
+        # Once more: an error of the loop is said before what _begin has opened is closed, which may take long.
+        cleanup.enter_context(failures_told(config, dist, phases, watchdog))
         cleanup.enter_context(watchdog.has_the_last_word())
         _go_on(run)
 
