@@ -13,7 +13,6 @@ from ig_dist.commands.options import (
     Metrics,
     Weights,
     argument,
-    metric_names,
     option,
     places,
     print_json,
@@ -42,6 +41,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score images; every score comes with its protocol. Any number of processes may share the work."""
+    from ig_dist.config.catalogue import check_metrics
     from ig_dist.evaluation import evaluate as evaluation
     from ig_dist.evaluation.tables import print_result, print_verdicts
 
@@ -61,7 +61,7 @@ def evaluate(
     done = evaluation.evaluate(
         samples,
         reference=reference,
-        metrics=metric_names(metrics),
+        metrics=[] if metrics is None else check_metrics(metrics.split(","), "--metrics"),
         protocol=protocol,  # type: ignore[arg-type]
         num=num,
         weights=places(weights),

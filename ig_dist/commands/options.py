@@ -88,13 +88,6 @@ def places(weights: list[str] | None) -> dict[str, str]:
     return found
 
 
-def metric_names(text: str | None) -> list[str]:
-    """Names of scores separated by commas."""
-    from ig_dist.config.catalogue import check_metrics
-
-    return [] if text is None else check_metrics(text.split(","), "--metrics")
-
-
 def print_json(value: dict[str, Any]) -> None:
     """Print the result of a verb for a program."""
     print(json.dumps(value, indent=1))
