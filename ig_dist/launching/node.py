@@ -7,7 +7,7 @@ import re
 import socket
 import subprocess
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ig_dist.errors import ConfigError
 
@@ -19,6 +19,7 @@ RANKS = ("PET_NODE_RANK", "SKYPILOT_NODE_RANK", "DSTACK_NODE_RANK", "JOB_COMPLET
 PROCESSES = ("PET_NPROC_PER_NODE", "SKYPILOT_NUM_GPUS_PER_NODE", "DSTACK_GPUS_PER_NODE")
 MASTERS = ("PET_MASTER_ADDR", "SKYPILOT_NODE_IPS", "DSTACK_MASTER_NODE_IP")
 PYTORCHJOB = {"WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"}  # of a PyTorchJob's pods, without LOCAL_RANK
+Value = TypeVar("Value", int, str)
 
 
 class Node(NamedTuple):
@@ -85,12 +86,12 @@ def visible_gpus(environment: Mapping[str, str]) -> int:
 
 
 def _agreed(
-    said: Mapping[str, str], names: tuple[str, ...], option: str, read: Callable[[str, str], int | None]
-) -> int | None:
+    said: Mapping[str, str], names: tuple[str, ...], option: str, read: Callable[[str, str], Value | None]
+) -> Value | None:
     """What the variables of all platforms say together."""
     found = {name: value for name in names if (value := read(name, said.get(name, ""))) is not None}
     if len(set(found.values())) > 1:
-        told = ", ".join(f"{name}={said[name]}" for name in found)
+        told = ", ".join(f"{name}={value}" for name, value in found.items())
         raise ConfigError(f"{told} contradict each other: give {option}")
     return next(iter(found.values()), None)
 
@@ -122,12 +123,8 @@ def _host_and_port(text: str) -> tuple[str, int]:
 
 def _master(said: Mapping[str, str], rank: int) -> tuple[str, int]:
     port = _whole("PET_MASTER_PORT", said.get("PET_MASTER_PORT", "")) or PORT
-    hosts = {name: said[name].split()[0] for name in MASTERS if said.get(name, "").strip()}
-    if len(set(hosts.values())) > 1:
-        told = ", ".join(f"{name}={host}" for name, host in hosts.items())
-        raise ConfigError(f"{told} contradict each other: give --master HOST:PORT")
-    if hosts:
-        return next(iter(hosts.values())), port
+    if host := _agreed(said, MASTERS, "--master HOST:PORT", lambda _, text: next(iter(text.split()), None)):
+        return host, port
     # a pod of an indexed Job or a JobSet is called NAME-INDEX.SERVICE, and /etc/hosts says so
     with contextlib.suppress(OSError):
         name, dot, service = socket.getfqdn().partition(".")
