@@ -26,14 +26,9 @@ _PIECE = 2**23  # bytes of a request; as many of each shard are in memory
 
 
 class FileReader(io.RawIOBase):
-    """A file for who reads and seeks, in requests that are made again after a fault.
+    """A file for who reads and seeks, in requests that are made again after a fault, until ``patience.stop`` is set.
 
-    Args:
-        fs: the file system.
-        path: the file in it.
-        size: its bytes.
-        patience: how long faults are borne; its ``stop`` ends the reading.
-        passing: each is called with every part that was read, in turn.
+    Each of ``passing`` is called with every part that was read, in turn.
     """
 
     def __init__(

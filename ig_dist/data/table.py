@@ -46,14 +46,7 @@ class Column(Protocol):
 
 
 class Blocks:
-    """A file that is read in blocks, checked as they come. Safe to use from several threads.
-
-    Args:
-        fs: the file system.
-        path: the file in it.
-        size: its bytes.
-        crcs: CRC-32 of each block, in hexadecimal.
-        remedy: for damage.
+    """A file that is read in blocks, held against CRC-32s in hexadecimal as they come, by any threads.
 
     Raises:
         ConfigError: the CRCs are of another file.

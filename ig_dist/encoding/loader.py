@@ -58,12 +58,7 @@ def image_batches(
 ) -> Iterator[ImageBatch]:
     """Decoded batches in the order of the requests, which are drawn as decoding goes on.
 
-    Args:
-        requests: what to decode.
-        size: side of the images.
-        channels: of the images.
-        workers: processes that decode; 0: this one does.
-        pin: put images into pinned memory, for copies to a GPU.
+    Processes decode, or without ``workers`` this one; ``pin`` puts images into pinned memory, for copies to a GPU.
 
     Raises:
         DataError: an image cannot be read, or a process died.

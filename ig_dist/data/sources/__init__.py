@@ -61,10 +61,11 @@ def find_source(src: str, spool_base: str | None = None, patience: Patience = PA
     src = src.removeprefix("file://")
     path = Path(src)
     if "://" not in src and path.is_dir():
+        if found := kaggle_source(path):
+            return found
         files = _files_in_folder(path)
-        return kaggle_source(path) or (_file_source(src, files, spool_base, patience) if files else folder_source(path))
-    files = _listed_files(src, patience)
-    if files:
+        return _file_source(src, files, spool_base, patience) if files else folder_source(path)
+    if files := _listed_files(src, patience):
         return _file_source(src, files, spool_base, patience)
     if path.is_file():
         raise ConfigError(f"--source {src!r} is a file, no .tar or .parquet: use {FORMS}")

@@ -48,8 +48,8 @@ def tar_source(
 
     Args:
         tars: in their order.
-        what: begins the source's name, unless the whole ``name`` is known from elsewhere.
-        name: see above.
+        what: begins the source's name.
+        name: the whole name, where it is known from elsewhere.
         names: words for the classes of shards, by label.
         whole: these are all tars: every class must have images.
 
