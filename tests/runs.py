@@ -30,10 +30,11 @@ def last_step(run: Path) -> int:
     return file.read_text().count("\n") if file.exists() else 0
 
 
-def final_tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """Weights, EMAs and moments of the last checkpoint, whoever wrote them."""
+def final_tensors(run: Path, step: int | None = None) -> dict[str, torch.Tensor]:
+    """Weights, EMAs and moments of a checkpoint, else of the last one, whoever wrote them."""
+    folder = max((run / "checkpoints").glob("step_*")) if step is None else run / "checkpoints" / f"step_{step:010d}"
     tensors: dict[str, torch.Tensor] = {}
-    for file in sorted((run / "checkpoints" / f"step_{step:010d}").glob("rank_*.safetensors")):
+    for file in sorted(folder.glob("rank_*.safetensors")):
         tensors.update(safetensors.torch.load_file(file))
     return tensors
 
