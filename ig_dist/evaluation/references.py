@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,23 +59,19 @@ class Reference:
     files: FeatureFiles | None = None  # of its images, where it has some
 
     def __post_init__(self) -> None:
-        self._moments: dict[Feature, Moments] = dict(self.statistics)
-        self._rows: dict[tuple[Feature, int], NDArray[Any]] = {}
-        self._classifiers: dict[Feature, tuple[SVC, int]] = {}
+        self.moments, self.rows, self.classifier = cache(self._moments), cache(self._rows), cache(self._classifier)
 
-    def moments(self, feature: Feature) -> Moments:
+    def _moments(self, feature: Feature) -> Moments:
         """Mean and covariance over all of its images."""
-        if feature not in self._moments:
-            files = self._images(feature)
-            self._moments[feature] = streamed_moments(files.rows(*feature, files.images.num))
-        return self._moments[feature]
+        if feature in self.statistics:
+            return self.statistics[feature]
+        files = self._images(feature)
+        return streamed_moments(files.rows(*feature, files.num))
 
-    def rows(self, feature: Feature, most: int) -> NDArray[np.float32]:
+    def _rows(self, feature: Feature, most: int) -> NDArray[np.float32]:
         """Features (N, D) of its images; of more than ``most`` as many, taken evenly."""
-        if (feature, most) not in self._rows:
-            files = self._images(feature)
-            self._rows[feature, most] = files.chosen(*feature, evenly_taken(files.num, most))
-        return self._rows[feature, most]
+        files = self._images(feature)
+        return files.chosen(*feature, evenly_taken(files.num, most))
 
     def labels(self, extractor: str) -> NDArray[np.int64]:
         """Class of each of its images, (N,)."""
@@ -85,18 +82,16 @@ class Reference:
             )
         return np.concatenate(list(files.rows(extractor, "labels", files.num)))
 
-    def classifier(self, feature: Feature) -> tuple[SVC, int]:
+    def _classifier(self, feature: Feature) -> tuple[SVC, int]:
         """A classifier of its images, and how many classes they have."""
-        if feature not in self._classifiers:
-            rows, labels = self.rows(feature, CLASSIFIED_IMAGES), self.labels(feature[0])
-            labels = labels[evenly_taken(len(labels), CLASSIFIED_IMAGES)]
-            self._classifiers[feature] = (train_classifier(rows, labels), int(labels.max()) + 1)
-        return self._classifiers[feature]
+        rows, labels = self.rows(feature, CLASSIFIED_IMAGES), self.labels(feature[0])
+        labels = labels[evenly_taken(len(labels), CLASSIFIED_IMAGES)]
+        return train_classifier(rows, labels), int(labels.max()) + 1
 
     def protocol(self, metrics: Sequence[str]) -> dict[str, Any]:
         """What stands beside a score: how many images, and their hash."""
         told: dict[str, Any] = {"reference": self.name}
-        moments = [self._moments[METRICS[name][1:]] for name in metrics if METRICS[name].kind == "frechet"]
+        moments = [self.moments(METRICS[name][1:]) for name in metrics if METRICS[name].kind == "frechet"]
         if moments:
             counts = {found.count for found in moments}
             told["reference_images"] = max(counts) or "not said by the file"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,8 +46,7 @@ class Scores:
         self.features, self._reference, self._protocol = features, reference, protocol
         self._num = min(num or features.num, features.num)
         self._device = device or torch.device("cpu")
-        self._rows: dict[Feature, np.ndarray[Any, Any]] = {}
-        self._manifold: dict[Feature, scored.PrecisionRecall] = {}
+        self._all, self._precision_recall = cache(self._rows), cache(self._manifold)
 
     def score(self, metrics: Sequence[str]) -> dict[str, Any]:
         """``scores`` by name, ``spread`` of those that are means over subsets, and ``protocol``."""
@@ -110,12 +110,9 @@ class Scores:
             return scored.inception_score(self.features.rows(*feature, self._num))
         return scored.inception_score_torch_fidelity(self._all(feature))
 
-    def _precision_recall(self, feature: Feature) -> scored.PrecisionRecall:
-        if feature not in self._manifold:
-            half = self._protocol == "adm" and feature[0] == "inception"
-            both = self._both(feature, MANIFOLD_IMAGES)
-            self._manifold[feature] = scored.precision_recall(*both, half=half, device=self._device)
-        return self._manifold[feature]
+    def _manifold(self, feature: Feature) -> scored.PrecisionRecall:
+        half = self._protocol == "adm" and feature[0] == "inception"
+        return scored.precision_recall(*self._both(feature, MANIFOLD_IMAGES), half=half, device=self._device)
 
     def _kernel(self, feature: Feature) -> scored.MeanStd:
         return scored.kernel_distance(*self._both(feature, KERNEL_IMAGES))
@@ -139,11 +136,9 @@ class Scores:
             )
         return scored.label_agreement(self._all(feature), asked, classifier)
 
-    def _all(self, feature: Feature) -> np.ndarray[Any, Any]:
+    def _rows(self, feature: Feature) -> np.ndarray[Any, Any]:
         """The features of all images in memory: 0.4 GB of 50,000 of Inception's."""
-        if feature not in self._rows:
-            self._rows[feature] = np.concatenate(list(self.features.rows(*feature, self._num)))
-        return self._rows[feature]
+        return np.concatenate(list(self.features.rows(*feature, self._num)))
 
 
 def check_dimensions(reference: Reference, feature: Feature, ours: int, theirs: int) -> None:
