@@ -21,7 +21,7 @@ from ig_dist.diffusion.path import Path
 from ig_dist.diffusion.samplers import SOLVERS
 from ig_dist.errors import ConfigError
 from ig_dist.export import ExportInfo, ModelInfo, find_weights, load_export
-from ig_dist.models.dit import DiT, DiTOutput
+from ig_dist.models.dit import DiT, DiTOutput, load_model
 from ig_dist.models.presets import forward_flops
 from ig_dist.plans.plan import Plan, SolvedBatch
 from ig_dist.rng import Draws, Purpose, normal, to_normal
@@ -132,10 +132,7 @@ def as_planned(model: DiT, precision: Precision, *, compiling: bool) -> DiT:
     """
     if any(weight.requires_grad for weight in model.parameters()) or not (compiling or precision == "bf16"):
         return model
-    with torch.device("meta"):
-        ready = DiT(model.config)
-    ready.load_state_dict(model.state_dict(), assign=True)
-    ready.eval().requires_grad_(False)
+    ready = load_model(model.config, model.state_dict()).requires_grad_(False)
     for module in ready.modules() if precision == "bf16" else ():
         for weight in () if isinstance(module, nn.Embedding) else module.parameters(recurse=False):
             weight.data = weight.to(torch.bfloat16)

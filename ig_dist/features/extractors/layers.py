@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, listed
 from ig_dist.storage.tensor_files import read_torch_file
 
 LISTED = 4  # names in a message
@@ -57,8 +57,7 @@ def load_tensors(module: nn.Module, tensors: object, path: Path, what: str) -> N
         "with other shapes of": [k for k in expected if k in found and found[k].shape != expected[k].shape],
     }
     if any(wrong.values()):
-        more = {how: f" and {len(keys) - LISTED} more" * (len(keys) > LISTED) for how, keys in wrong.items()}
-        parts = [f"{how} {', '.join(map(str, keys[:LISTED]))}{more[how]}" for how, keys in wrong.items() if keys]
+        parts = [f"{how} {listed(list(map(str, keys)), LISTED)}" for how, keys in wrong.items() if keys]
         raise ConfigError(
             f"{path} does not hold the weights of {what}: it is {' and '.join(parts)}; give the right file"
         )
