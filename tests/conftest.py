@@ -60,6 +60,13 @@ def run_command(command: Sequence[str], **options: Any) -> subprocess.CompletedP
     return subprocess.run([*python, *map(str, command[1:])], check=False, **options)
 
 
+def succeed(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command that must end well."""
+    done = run_command(command, **options)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 @pytest.fixture(scope="session", autouse=True)
 def feature_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The features of real images go here, also from processes that a test starts; never into the developer's own."""
@@ -80,10 +87,7 @@ def console_as_at_first() -> Iterator[None]:
 def digits_index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits, encoded."""
     dest = tmp_path_factory.mktemp("digits")
-    done = run_command(
-        ["python", "data_prep/encode_latents.py", "--source", "digits", "--dest", dest, "--tokenizer", "pixel"]
-    )
-    assert done.returncode == 0, done.stderr
+    succeed(["python", "data_prep/encode_latents.py", "--source", "digits", "--dest", dest, "--tokenizer", "pixel"])
     return dest
 
 

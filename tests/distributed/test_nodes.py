@@ -12,7 +12,7 @@ import torch
 
 from ig_dist.launching.line import free_port
 from tests import forked
-from tests.conftest import run_command
+from tests.conftest import succeed
 from tests.runs import final_tensors, last_step, local, metrics
 from tests.waiting import children, wait_until
 
@@ -32,7 +32,7 @@ def test_a_killed_rank_starts_all_nodes_again_and_leaves_no_trace(tiny_config: W
     wait_until(lambda: last_step(run) >= 10, *launchers)
     (victim,) = children(launchers[1])
     os.kill(victim, signal.SIGKILL)
-    assert run_command(local(whole, 2)).returncode == 0
+    succeed(local(whole, 2))
     for launcher in launchers:
         _, errors = launcher.communicate(120)
         assert launcher.returncode == 0 and "exit code 137: started again, 1 of 2\n" in errors, errors

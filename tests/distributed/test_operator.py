@@ -15,7 +15,7 @@ from ig_dist.config.file import load_config
 from ig_dist.data.index import read_index
 from ig_dist.export import ALONE
 from ig_dist.training.trainer import build_order
-from tests.conftest import run_command
+from tests.conftest import run_command, succeed
 from tests.runs import final_tensors, local, metrics
 
 Write = Callable[..., Path]
@@ -33,8 +33,7 @@ def test_watching_a_run_does_not_touch_it(tiny_config: Write, tmp_path: Path) ->
     watched = tiny_config("watched", data=held_out, log=WATCHED, evaluate=SCORED)
     watched_by_two = tiny_config("watched2", data=held_out, log=WATCHED, evaluate=SCORED)
     for config, processes in ((quiet, 1), (watched, 1), (watched_by_two, 2)):
-        done = run_command(local(config, processes, "guidance=[{kind: ig, scale: 1.5}]"))
-        assert done.returncode == 0, done.stderr
+        succeed(local(config, processes, "guidance=[{kind: ig, scale: 1.5}]"))
     runs = tmp_path / "runs"
     assert equal(final_tensors(runs / "quiet"), final_tensors(runs / "watched"))
 
@@ -70,11 +69,10 @@ def test_held_out_shards_are_never_trained_on(digits_index: Path) -> None:
 
 def test_a_fork_goes_on_as_its_origin_would_have(tiny_config: Write, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
-    assert run_command(["ig-dist", "train", tiny_config("origin")]).returncode == 0
+    succeed(["ig-dist", "train", tiny_config("origin")])
     fork = tiny_config("fork", run={"dir": str(runs / "fork"), "fork_from": f"{runs / 'origin'}@20"})
     for _ in range(2):  # the second time it is a finished run of its own
-        done = run_command(["ig-dist", "train", fork])
-        assert done.returncode == 0, done.stderr
+        succeed(["ig-dist", "train", fork])
     assert equal(final_tensors(runs / "origin"), final_tensors(runs / "fork"))
     assert metrics(runs / "fork")[0]["step"] == 21
     bad = tiny_config("bad", run={"dir": str(runs / "bad"), "fork_from": f"{runs / 'origin'}@21"})
@@ -86,16 +84,15 @@ def test_a_fork_goes_on_as_its_origin_would_have(tiny_config: Write, tmp_path: P
 def test_weights_of_a_model_without_the_head_get_one(tiny_config: Write, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     headless = tiny_config("headless", model={"aux_depth": None})
-    assert run_command(["ig-dist", "train", headless]).returncode == 0
+    succeed(["ig-dist", "train", headless])
     export = run_command(["ig-dist", "export", runs / "headless", "--raw"]).stdout.strip()
     config = tiny_config("headed", train={"init_from": export, "steps": 20})
-    done = run_command(["ig-dist", "train", config])
-    assert done.returncode == 0, done.stderr
+    succeed(["ig-dist", "train", config])
     first, last = metrics(runs / "headed")[0], metrics(runs / "headless")[-1]
     assert first["loss_final"] == pytest.approx(last["loss_final"], rel=0.25)  # goes on from there
     assert first["loss_aux"] > 1.2 * first["loss_final"]  # the new head knows nothing yet
     back = tiny_config("back", model={"aux_depth": None})
-    assert run_command(["ig-dist", "export", runs / "headed"]).returncode == 0
+    succeed(["ig-dist", "export", runs / "headed"])
     (folder,) = (runs / "headed" / "export").iterdir()
     done = run_command(["ig-dist", "train", back, f"train.init_from={folder}"])
     assert done.returncode == 2 and "set model.aux_depth" in done.stderr
@@ -106,7 +103,7 @@ def test_weights_of_a_model_without_the_head_get_one(tiny_config: Write, tmp_pat
 
 def test_a_changed_config_is_taken_on_when_it_is_forced(tiny_config: Write, tmp_path: Path) -> None:
     config = tiny_config("forced", train={"steps": 20})
-    assert run_command(["ig-dist", "train", config]).returncode == 0
+    succeed(["ig-dist", "train", config])
     change = ["train.steps=30", "optimizer.lr=0.001"]
     assert run_command(["ig-dist", "train", config, *change]).returncode == 2
     done = run_command(["ig-dist", "train", config, *change, "--force-config"])
@@ -118,7 +115,7 @@ def test_a_changed_config_is_taken_on_when_it_is_forced(tiny_config: Write, tmp_
     for impossible in (["model.hidden_size=64"], ["ema.decays=[0.5]"]):
         done = run_command(["ig-dist", "train", config, *change, *impossible, "--force-config"])
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert run_command(["ig-dist", "train", config, *change]).returncode == 0
+    succeed(["ig-dist", "train", config, *change])
     # moved checkpoints are another run: starting at 0 would cut the metrics
     done = run_command(["ig-dist", "train", config, *change, f"checkpoint.url={tmp_path / 'elsewhere'}"])
     assert done.returncode == 2 and "checkpoint.url" in done.stderr

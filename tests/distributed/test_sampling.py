@@ -16,7 +16,7 @@ import yaml
 from sklearn.datasets import load_digits
 
 from ig_dist.evaluation.evaluate import evaluate
-from tests.conftest import TINY, run_command
+from tests.conftest import TINY, succeed
 from tests.forked import Process, finished, start
 from tests.scoring import EFFICIENTNET, require_efficientnet
 from tests.waiting import wait_until
@@ -251,8 +251,7 @@ def test_features_stand_for_the_images(trained: Trained, alone: Path, tmp_path: 
 def test_a_sweep_by_two_processes_with_seeds_and_intervals(trained: Trained) -> None:
     command = ["python", "launchers/local.py", "--processes", "2", "--job", "sweep", trained.run, "sample.steps=2"]
     axes = ["--ig-scale", "1,1.5", "--ig-interval", "0,1", "--ig-interval", "0.3,1", "--seeds", "2"]
-    done = run_command([*command, "sample.num=40", "--metrics", "fd_pixel", *axes])
-    assert done.returncode == 0, done.stderr
+    succeed([*command, "sample.num=40", "--metrics", "fd_pixel", *axes])
     (sweep,) = trained.run.glob("sweeps/*/sweep.json")
     rows = json.loads(sweep.read_text())["rows"]
     assert [(row["ig_scale"], row["ig_interval"]) for row in rows] == [

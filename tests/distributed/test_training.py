@@ -20,7 +20,7 @@ from ig_dist.export import ALONE
 from ig_dist.training.goodput import read_goodput
 from ig_dist.training.trainer import build_order
 from tests import forked
-from tests.conftest import run_command
+from tests.conftest import run_command, succeed
 from tests.runs import faulty, final_tensors, last_step, local, metrics
 from tests.waiting import children, wait_until
 
@@ -34,8 +34,7 @@ def test_world_size_and_accumulation_change_neither_batches_nor_losses(tiny_conf
         name, steps = f"p{processes}a{accumulation}", STEPS if (processes, accumulation) == (1, 1) else STEPS // 2
         train = {"accumulation": accumulation, "steps": steps}
         config = tiny_config(name, train=train, data={"workers": processes % 3})
-        done = run_command(local(config, processes))
-        assert done.returncode == 0, done.stderr
+        succeed(local(config, processes))
         curves[name] = metrics(tmp_path / "runs" / name)
     one = curves.pop("p1a1")
     assert [line["step"] for line in one] == list(range(1, STEPS + 1))
@@ -57,7 +56,7 @@ def test_sigkill_at_random_moments_leaves_no_trace_in_the_weights(
 ) -> None:
     settings = {"checkpoint": {"every_steps": 7}}
     whole, killed = (tiny_config(f"{kind}{processes}", **settings) for kind in ("whole", "killed"))
-    assert run_command(local(whole, processes)).returncode == 0
+    succeed(local(whole, processes))
     run = tmp_path / "runs" / f"killed{processes}"
     moments = random.Random(100 + processes)
     # one kill is before the first checkpoint, the others spread over the run
@@ -67,8 +66,7 @@ def test_sigkill_at_random_moments_leaves_no_trace_in_the_weights(
         kill_at(local(killed, processes), run, target, extra_s=moments.uniform(0, 0.05))
         saved = [int(file.parent.name[5:]) for file in run.glob("checkpoints/*/manifest.json")]
         lost.append(last_step(run) - max(saved, default=0))
-    done = run_command(local(killed, processes))
-    assert done.returncode == 0, done.stderr
+    done = succeed(local(killed, processes))
 
     expected, found = final_tensors(tmp_path / "runs" / f"whole{processes}", STEPS), final_tensors(run, STEPS)
     groups = {name.split("/")[0] for name in expected}

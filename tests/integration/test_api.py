@@ -25,7 +25,7 @@ from ig_dist.commands.sweep import sweep as sweep_command
 from ig_dist.encoding.loader import helpers
 from ig_dist.errors import ConfigError
 from ig_dist.pipeline import Pipeline
-from tests.conftest import ROOT, TINY, run_command
+from tests.conftest import ROOT, TINY, run_command, succeed
 
 GUIDED = "--ig-scale 1.4 --ig-interval 0.2,1 --cfg-scale 1.35 --cfg-interval 0,0.7"
 
@@ -47,8 +47,7 @@ def pipe(run: Path) -> Pipeline:
 
 def by_command(run: Path, options: str) -> np.ndarray[Any, Any]:
     """The images of ``ig-dist sample``, and the units that they were merged from."""
-    done = run_command(["ig-dist", "sample", run, *options.split()])
-    assert done.returncode == 0, done.stderr
+    done = succeed(["ig-dist", "sample", run, *options.split()])
     file = next(word for word in done.stdout.replace(",", " ").split() if word.endswith("samples.npz"))
     with np.load(file) as stored:
         return np.asarray(stored["arr_0"])
@@ -138,8 +137,7 @@ def test_the_verbs_write_what_the_command_line_writes(
     ig_dist.encode("digits", tmp_path / "data")
     assert (tmp_path / "data/index.json").read_bytes() == (digits_index / "index.json").read_bytes()
 
-    done = run_command(["ig-dist", "train", tiny_config(train={"steps": 40})])
-    assert done.returncode == 0, done.stderr
+    succeed(["ig-dist", "train", tiny_config(train={"steps": 40})])
     theirs = ig_dist.load(tmp_path / "runs/tiny")
     assert theirs.info.weights_sha256 == ig_dist.load(run).info.weights_sha256
 

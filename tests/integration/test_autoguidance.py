@@ -20,7 +20,7 @@ from ig_dist.errors import ConfigError
 from ig_dist.export import export_run, find_weights, load_export
 from ig_dist.plans.plan import make_plan
 from ig_dist.rng import Purpose, normal
-from tests.conftest import TINY, run_command
+from tests.conftest import TINY, run_command, succeed
 
 OPTIONS = ["--num", "24", "sample.batch_size=24", "sample.unit_size=24", "--steps", "3"]
 
@@ -33,16 +33,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory, digits_index: Path) -> Path:
     for name, model in (("run", TINY["model"]), ("small", small)):
         tree = {**TINY, "model": model, "data": {**TINY["data"], "index": str(digits_index)}}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({**tree, "run": {"dir": str(folder / name)}}))
-        done = run_command(["ig-dist", "train", folder / f"{name}.yaml"])
-        assert done.returncode == 0, done.stderr
+        succeed(["ig-dist", "train", folder / f"{name}.yaml"])
     return folder
 
 
 def sample(runs: Path, *options: str) -> tuple[dict[str, Any], dict[str, np.ndarray], Path]:
     """The plan, the only unit, and the folder of it."""
     before = set((runs / "run/samples").glob("*/plan.json"))
-    done = run_command(["ig-dist", "sample", runs / "run", *OPTIONS, *options])
-    assert done.returncode == 0, done.stderr
+    succeed(["ig-dist", "sample", runs / "run", *OPTIONS, *options])
     (plan,) = set((runs / "run/samples").glob("*/plan.json")) - before
     unit = safetensors.numpy.load_file(plan.parent / "unit_00000.safetensors")
     return json.loads(plan.read_text())["plan"], unit, plan.parent
@@ -109,8 +107,7 @@ def test_intervals_and_branches_say_what_is_run(runs: Path) -> None:
 
 def test_a_sweep_over_its_scale(runs: Path) -> None:
     command = ["ig-dist", "sweep", runs / "run", "sample.num=24", "sample.steps=2", "--json"]
-    done = run_command([*command, "--weak", runs / "run@20", "--ig-scale", "1,1.5", "--auto-scale", "1,2"])
-    assert done.returncode == 0, done.stderr
+    done = succeed([*command, "--weak", runs / "run@20", "--ig-scale", "1,1.5", "--auto-scale", "1,2"])
     rows = json.loads(done.stdout)["rows"]
     assert [(row["ig_scale"], row["auto_scale"]) for row in rows] == [(1, 1), (1.5, 1), (1, 2), (1.5, 2)]
     assert len({row["scores"]["fd_pixel"] for row in rows}) == 4
@@ -139,5 +136,4 @@ def test_a_second_model_of_other_data_is_refused(runs: Path, what: str) -> None:
 def test_the_grids_of_training_leave_it_out(runs: Path, tmp_path: Path) -> None:
     guidance = "guidance=[{kind: auto, scale: 2}, {kind: ig, scale: 1.5}]"
     options = [guidance, f"sample.weak_model={runs}/small", f"run.dir={tmp_path}/run", "log.sample_every_steps=2"]
-    done = run_command(["ig-dist", "train", runs / "run.yaml", "train.steps=2", *options])
-    assert done.returncode == 0, done.stderr
+    succeed(["ig-dist", "train", runs / "run.yaml", "train.steps=2", *options])

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ig_dist import cli
 from ig_dist.checkpoints.manifest import sealed
-from tests.conftest import ROOT, TINY, run_command
+from tests.conftest import ROOT, TINY, run_command, succeed
 
 GOOD = "CONFIG"  # stands for the path of a good config
 
@@ -193,7 +193,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, digits_index: Path) -> dict[s
         tree = {**TINY, "model": {**TINY["model"], "aux_depth": aux_depth}, "run": {"dir": str(folder / name)}}
         tree["data"], tree["loss"] = {**TINY["data"], "index": str(digits_index)}, {"label_drop": label_drop}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
-        assert run_command(["ig-dist", "train", folder / f"{name}.yaml", "train.steps=2"]).returncode == 0
+        succeed(["ig-dist", "train", folder / f"{name}.yaml", "train.steps=2"])
     (folder / "FRESH").mkdir()
     shutil.copy(folder / "RUN" / "config.yaml", folder / "FRESH")
     return {name: str(folder / name) for name in ("RUN", "HEADLESS", "NODROP", "FRESH")}

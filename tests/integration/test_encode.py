@@ -22,7 +22,7 @@ from ig_dist.data.images import decode_image
 from ig_dist.data.index import read_index
 from ig_dist.features.images import index_images
 from tests import imagenet_like
-from tests.conftest import run_command
+from tests.conftest import succeed
 from tests.encoding import SHARDS, SIZE, Encode, arguments, contents, slow_links, usually_named
 from tests.forked import Process
 from tests.imagenet_like import CORRUPT, SYNSETS, TRUNCATED
@@ -102,8 +102,7 @@ def test_odd_names_and_the_command_that_comes_next(encode: Encode, forms: dict[s
     command = shlex.split(said.splitlines()[-1].removeprefix("next: "))
     assert command[:3] == ["ig-dist", "train", "digits"]
     tiny = ["model.depth=2", "model.aux_depth=1", "model.hidden_size=16", "model.patch_size=8", "train.steps=1"]
-    done = run_command([*command, *tiny], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    succeed([*command, *tiny], cwd=tmp_path)
     assert (tmp_path / command[4].removeprefix("run.dir=") / "metrics.jsonl").exists()
 
 

@@ -21,7 +21,7 @@ from ig_dist.errors import ConfigError, DataError
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import REQUEST_BYTES, open_url, write_whole
 from tests import forked
-from tests.conftest import run_command
+from tests.conftest import succeed
 from tests.encoding import Encode, arguments, usually_named
 from tests.fault_proxy import Fault, FaultProxy
 from tests.waiting import wait_until
@@ -193,4 +193,4 @@ def test_a_straggler_with_other_last_bits_changes_nothing(
     fs, path = open_url(dest, "test")
     files = {name.removeprefix(f"{path}/"): fs.cat_file(name) for name in fs.find(path)}
     assert usually_named(files) == undisturbed
-    assert run_command(["python", "data_prep/verify_shards.py", dest]).returncode == 0
+    succeed(["python", "data_prep/verify_shards.py", dest])

@@ -19,7 +19,7 @@ from ig_dist.evaluation.references import Reference
 from ig_dist.evaluation.scores import Scores
 from ig_dist.features.extractors.extractor import Extractor, get_extractor
 from ig_dist.features.features import FeatureFiles
-from tests.conftest import run_command
+from tests.conftest import succeed
 from tests.scoring import in_memory, require_efficientnet
 from tests.unit.test_fashion_mnist import write_pair
 
@@ -106,8 +106,7 @@ def test_from_idx_files_to_a_score(real: dict[str, Images], tmp_path: Path) -> N
         ["ig-dist", "report", run],
     ]
     for command in commands:
-        done = run_command(command)
-        assert done.returncode == 0, done.stderr
+        succeed(command)
     (file,) = run.glob("sweeps/*/sweep.json")
     sweep = json.loads(file.read_text())
     assert [row["ig_scale"] for row in sweep["rows"]] == [1, 1.5] and sweep["target"] == "fd_efficientnet"

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import run_command
+from tests.conftest import run_command, succeed
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits_index: Path) -> Path:
     tree["train"] = {**TINY["train"], "precision": "bf16", "accumulation": 2}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
     for overrides in (["train.steps=30"], []):
-        done = run_command(["ig-dist", "train", folder / "tiny.yaml", *overrides])
-        assert done.returncode == 0, done.stderr
+        done = succeed(["ig-dist", "train", folder / "tiny.yaml", *overrides])
     assert "resume at step 30 of 50" in done.stdout
     return folder / "run"
 
@@ -54,8 +53,7 @@ def test_metrics_and_curves(run: Path) -> None:
 
 
 def test_export_sample_evaluate(run: Path) -> None:
-    done = run_command(["ig-dist", "export", run])
-    assert done.returncode == 0, done.stderr
+    done = succeed(["ig-dist", "export", run])
     folder = Path(done.stdout.strip())
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     info = json.loads((folder / "export.json").read_text())
@@ -69,8 +67,7 @@ def test_export_sample_evaluate(run: Path) -> None:
     assert done.returncode == 4 and f"{file} is damaged" in done.stderr and "export again" in done.stderr
     file.write_bytes(whole)
 
-    done = run_command(["ig-dist", "sample", run, "--ig-scale", "1.5", "--num", "20", "sample.steps=3"])
-    assert done.returncode == 0, done.stderr
+    succeed(["ig-dist", "sample", run, "--ig-scale", "1.5", "--num", "20", "sample.steps=3"])
     (plan,) = [path.parent for path in (run / "samples").glob("*/plan.json")]
     images = np.load(plan / "samples.npz")
     assert images["arr_0"].shape == (20, 8, 8, 1) and images["arr_0"].dtype == np.uint8
@@ -82,8 +79,7 @@ def test_export_sample_evaluate(run: Path) -> None:
     again = run_command(["ig-dist", "sample", run, "--ig-scale", "1.5", "--num", "20", "sample.steps=3"])
     assert again.returncode == 0 and {file.name: file.read_bytes() for file in plan.glob("unit_*")} == units
 
-    done = run_command(["ig-dist", "evaluate", plan, "--json"])
-    assert done.returncode == 0, done.stderr
+    done = succeed(["ig-dist", "evaluate", plan, "--json"])
     result = json.loads(done.stdout)
     assert result["scores"]["fd_pixel"] > 0
     protocol = result["protocol"]
@@ -100,8 +96,7 @@ def test_export_sample_evaluate(run: Path) -> None:
 
 def test_sweep_over_two_axes(run: Path) -> None:
     scales = ["--ig-scale", "1,1.5", "--cfg-scale", "1,1.3"]
-    done = run_command(["ig-dist", "sweep", run, "sample.steps=2", "sample.num=30", *scales, "--json"])
-    assert done.returncode == 0, done.stderr
+    done = succeed(["ig-dist", "sweep", run, "sample.steps=2", "sample.num=30", *scales, "--json"])
     (file,) = run.glob("sweeps/ig_scale-cfg_scale-*/sweep.json")
     sweep = json.loads(file.read_text())
     assert json.loads(done.stdout) == sweep
@@ -111,8 +106,7 @@ def test_sweep_over_two_axes(run: Path) -> None:
     for name in ("sweep.png", "grid.png"):
         assert file.with_name(name).read_bytes().startswith(b"\x89PNG")
 
-    done = run_command(["ig-dist", "report", run])
-    assert done.returncode == 0, done.stderr
+    succeed(["ig-dist", "report", run])
     html = (run / "report.html").read_text()
     assert "data:image/png;base64," in html and re.search(
         r"<svg[^>]*>(?:(?!</svg>).)*Internal Guidance scale", html, re.DOTALL
@@ -124,12 +118,11 @@ def test_damage_to_the_newest_checkpoint_costs_only_the_steps_since_the_one_befo
     tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = tiny_config("damaged")
-    assert run_command(["ig-dist", "train", config]).returncode == 0
+    succeed(["ig-dist", "train", config])
     run = tmp_path / "runs" / "damaged"
     (file,) = (run / "checkpoints/step_0000000050").glob("rank_*.safetensors")
     before = file.read_bytes()
     file.write_bytes(before[:-1])
-    done = run_command(["ig-dist", "train", config])
-    assert done.returncode == 0, done.stderr
+    done = succeed(["ig-dist", "train", config])
     assert "step_0000000050 is damaged" in done.stderr and "resume at step 40" in done.stdout
     assert file.read_bytes() == before

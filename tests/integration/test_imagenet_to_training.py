@@ -17,7 +17,7 @@ from ig_dist.storage.files import open_url
 from ig_dist.training.meter import batch_fingerprint
 from tests import imagenet_like
 from tests.autoencoders import save_vae
-from tests.conftest import run_command
+from tests.conftest import succeed
 from tests.forked import Process
 from tests.runs import metrics
 from tests.waiting import wait_until
@@ -131,11 +131,9 @@ def test_faults_while_encoding_and_training_cost_time_only(
     dest = f"s3://{bucket}/digits"
     fault_proxy.add(Fault("status503", share=0.05), Fault("reset", share=0.05), Fault("flip", share=0.05, method="PUT"))
     command = ["python", "data_prep/encode_latents.py", "--source", "digits", "--dest", dest]
-    done = run_command(command)
-    assert done.returncode == 0, done.stderr
+    succeed(command)
     config = tiny_config(data={"index": dest}, train={"steps": 60})
-    done = run_command(["ig-dist", "train", config])
-    assert done.returncode == 0, done.stderr
+    done = succeed(["ig-dist", "train", config])
     assert fault_proxy.log and "again in" in done.stdout
     lines = metrics(tmp_path / "runs" / "tiny")
     assert lines[-1]["storage_faults"] > 0 and json.dumps(lines)

@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 import ig_dist
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT, succeed
 
 NOTEBOOK = ROOT / "docs/notebook.ipynb"
 LENGTH, SHORT = "STEPS, IMAGES = 600, 500", "STEPS, IMAGES = 10, 70"
@@ -41,8 +41,7 @@ def test_the_notebook_shows_what_the_command_line_makes(tmp_path: Path, monkeypa
         kinds = [{name for output in one.outputs for name in output.get("data", {})} for one in (cell, before)]
         assert kinds[0] - {"image/jpeg"} == kinds[1] - {"image/jpeg"}, cell.source
     (cell,) = (cell for cell in cells if cell.source == SHOWN)
-    done = run_command(["ig-dist", "sample", "runs/notebook", *TYPED.split()], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = succeed(["ig-dist", "sample", "runs/notebook", *TYPED.split()], cwd=tmp_path)
     file = next(word for word in done.stdout.replace(",", " ").split() if word.endswith("samples.npz"))
     with np.load(tmp_path / file) as made:
         assert np.array_equal(np.asarray(picture(cell)), np.asarray(ig_dist.grid(made["arr_0"])))

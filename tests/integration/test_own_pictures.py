@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from ig_dist.data.index import read_index
 from ig_dist.features.images import index_images
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT, run_command, succeed
 from tests.encoding import contents, usually_named
 from tests.scoring import all_pictures
 
@@ -185,12 +185,12 @@ def test_running_again_does_nothing_and_changes_are_refused(place: Path, outputs
 def test_shards_do_not_depend_on_threads_or_on_an_interruption(place: Path, outputs: dict[str, str]) -> None:
     first, second = place / "first", place / "second"
     options = ["--samples-per-shard", "100", "--dest"]
-    assert run_command(encode(place, "--workers", "1", *options, str(first)), cwd=place).returncode == 0
+    succeed(encode(place, "--workers", "1", *options, str(first)), cwd=place)
     shutil.copytree(first, second)  # killed before the index was written
     (second / "index.json").unlink()
     (second / "shard-000002.tar").unlink()
     (second / "shard-000001.tar").write_bytes(b"half")
-    assert run_command(encode(place, "--workers", "5", *options, str(second)), cwd=place).returncode == 0
+    succeed(encode(place, "--workers", "5", *options, str(second)), cwd=place)
     assert contents(first) == usually_named(contents(second))
     assert len(list(first.glob("shard-*.tar"))) == 3
 
@@ -200,6 +200,5 @@ def test_grey_pictures_alone_are_stored_in_colour_too(tmp_path: Path) -> None:
         (tmp_path / "grey" / shape).mkdir(parents=True)
         draw(shape, 0).convert("L").save(tmp_path / "grey" / shape / "1.png")
     options = ["--source", str(tmp_path / "grey"), "--dest", str(tmp_path / "out"), "--image-size", "16"]
-    done = run_command(["python", "data_prep/encode_latents.py", *options])
-    assert done.returncode == 0, done.stderr
+    succeed(["python", "data_prep/encode_latents.py", *options])
     assert read_index(str(tmp_path / "out")).info.latent.shape == (3, 16, 16)

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.conftest import TINY, run_command
+from tests.conftest import TINY, run_command, succeed
 
 NUM = ["--num", "20", "--steps", "2", "sample.unit_size=20", "sample.batch_size=20"]
 
@@ -28,8 +28,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, digits_index: Path) -> Path:
     tree = {**TINY, "data": {**TINY["data"], "index": "data"}, "run": {"dir": "runs/a"}}
     tree |= {"train": {**TINY["train"], "steps": 4}, "checkpoint": {"every_steps": 2}}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
-    done = run_command(["ig-dist", "train", "tiny.yaml"], cwd=folder)
-    assert done.returncode == 0, done.stderr
+    succeed(["ig-dist", "train", "tiny.yaml"], cwd=folder)
     return folder
 
 
@@ -69,8 +68,7 @@ def test_weights_have_one_way_to_be_named(home: Path, tmp_path: Path) -> None:
     for number, source in enumerate((f"{run}@2", export, alone, checkpoints / "step_0000000002")):
         out = tmp_path / f"out{number}"
         more = [] if source != checkpoints / "step_0000000002" else [f"data.index={home}/data"]
-        done = run_command(["ig-dist", "sample", source, *NUM, "--out", out, *more], cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        succeed(["ig-dist", "sample", source, *NUM, "--out", out, *more], cwd=tmp_path)
         made.add((out / "unit_00000.safetensors").read_bytes())
     assert len(made) == 1
     refused(["sample", alone, "--evaluate"], "does not say what to hold its samples against", cwd=tmp_path)
@@ -98,20 +96,17 @@ def test_chosen_classes_and_a_picture_that_keeps_its_pixels(home: Path, tmp_path
 
 def test_a_copy_of_a_run_is_scored_and_swept_from_another_folder(home: Path, tmp_path: Path) -> None:
     run, copy = home / "runs/a", tmp_path / "copy"
-    done = run_command(["ig-dist", "sample", run, *NUM], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    succeed(["ig-dist", "sample", run, *NUM], cwd=tmp_path)
     shutil.copytree(run, copy)
     before = sorted(run.rglob("*"))
     for source in ("copy", "copy/samples", next(copy.glob("samples/*/samples.npz"))):  # there is one plan
         shutil.rmtree(copy / "evaluations", ignore_errors=True)
-        done = run_command(["ig-dist", "evaluate", source, "--json"], cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        done = succeed(["ig-dist", "evaluate", source, "--json"], cwd=tmp_path)
         (scores,) = (copy / "evaluations").glob("*.json")
         assert json.loads(scores.read_text()) == json.loads(done.stdout)
     sweep = ["ig-dist", "sweep", "copy", "--ig-scale", "1,2", "sample.num=20", "sample.steps=1"]
     for scales in ("1,2", "1,3"):
-        done = run_command([*sweep, "--ig-scale", scales], cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        succeed([*sweep, "--ig-scale", scales], cwd=tmp_path)
     assert len(list(copy.glob("sweeps/ig_scale-*/sweep.json"))) == 2  # both are kept
     assert sorted(run.rglob("*")) == before
     done = run_command(["ig-dist", "evaluate", "copy"], cwd=tmp_path)
@@ -130,8 +125,7 @@ def test_a_run_that_cannot_be_written(home: Path, tmp_path: Path) -> None:
         refused(["sample", run, *NUM], f"{run}/samples cannot be written", *mend, "sample.url", cwd=tmp_path)
         refused(["sweep", run], f"{run} cannot be written", *mend, cwd=tmp_path)
         refused(["sample", run, *NUM, "sample.url=/proc/x"], "sample.url /proc/x cannot be written", cwd=tmp_path)
-        done = run_command(["ig-dist", "sample", run, *NUM, "--out", out, "--evaluate"], cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        succeed(["ig-dist", "sample", run, *NUM, "--out", out, "--evaluate"], cwd=tmp_path)
         assert {"samples.npz", "samples.png", "plan.json"} <= {file.name for file in out.iterdir()}
         done = run_command(["ig-dist", "evaluate", out, "--json"], cwd=tmp_path)
         (scores,) = out.glob("????????????????.json")

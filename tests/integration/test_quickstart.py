@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import run_command
+from tests.conftest import succeed
 
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_the_best_scale_beats_unguided_and_lies_where_the_paper_has_it(tmp_path: Path) -> None:
-    done = run_command(["ig-dist", "quickstart", "--out", tmp_path], timeout=1700, env=None)
-    assert done.returncode == 0, done.stderr
+    done = succeed(["ig-dist", "quickstart", "--out", tmp_path], timeout=1700, env=None)
     assert "stopped: saved at step" in done.stderr and "resume at step" in done.stdout
     (sweep,) = tmp_path.glob("run/**/sweep.json")
     rows = json.loads(sweep.read_text())["rows"]

@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ig_dist import cli
-from tests.conftest import ROOT, TINY, run_command
+from tests.conftest import ROOT, TINY, succeed
 from tests.forked import finished, start
 from tests.integration.test_bad_input import call, snapshot
 from tests.scoring import EFFICIENTNET, noise, require_efficientnet
@@ -270,8 +270,7 @@ def test_two_processes_of_the_launcher_score_once(place: Place, capsys: pytest.C
     for file in place.plan.glob("*.pixel.safetensors"):
         file.unlink()
     command = ["python", "launchers/local.py", "--processes", "2", "--job", "evaluate", place.plan, "--json"]
-    done = run_command(command)
-    assert done.returncode == 0, done.stderr
+    done = succeed(command)
     assert json.loads(done.stdout) == expected
 
 

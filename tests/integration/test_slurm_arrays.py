@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ig_dist.slurm.record import folders
-from tests.conftest import run_command
+from tests.conftest import succeed
 from tests.runs import last_step
 from tests.slurm_cluster import SlurmCluster
 from tests.slurm_runs import TWO, launch, rank_on, same_run, starts, submit, wait_until, write_config
@@ -46,7 +46,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_an_encoding_with_killed_tasks(cluster: SlurmCluster, tmp_path: Path) -> None:
     encode = ["--source", "digits", "--tokenizer", "pixel", "--samples-per-shard", "100"]
     alone, dest, run = tmp_path / "alone", tmp_path / "dest", tmp_path / "job"
-    assert run_command(["python", "data_prep/encode_latents.py", *encode, "--dest", alone]).returncode == 0
+    succeed(["python", "data_prep/encode_latents.py", *encode, "--dest", alone])
     submit("--job", "encode", "--tasks", 3, "--folder", run, *encode, "--dest", dest)
     for node in cluster.nodes:
         wait_until(lambda node=node: has_rank(cluster, node), "no rank", run)  # type: ignore[misc]
@@ -66,7 +66,7 @@ def test_a_sampling_with_killed_and_stopped_tasks(
     for copy in (alone, run):
         shutil.copytree(uninterrupted(TRAINED), copy, ignore=shutil.ignore_patterns("slurm", "samples"))
     options = ["--num", "300", "--steps", "40", "--ig-scale", "1.5"]
-    assert run_command(["ig-dist", "sample", alone, *options]).returncode == 0
+    succeed(["ig-dist", "sample", alone, *options])
     job = submit("--job", "sample", "--tasks", 3, run, *options)
     wait_until(lambda: list(run.glob("samples/*/unit_*")), "no units", run)
     os.kill(rank_on(cluster, "node1"), signal.SIGKILL)
@@ -92,7 +92,7 @@ def test_an_evaluation_with_a_killed_task(
     monkeypatch.setenv("IG_DIST_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "run"
     shutil.copytree(uninterrupted(TRAINED), run, ignore=shutil.ignore_patterns("slurm", "samples"))
-    assert run_command(["ig-dist", "sample", run, "--num", "100", "sample.unit_size=10", "--evaluate"]).returncode == 0
+    succeed(["ig-dist", "sample", run, "--num", "100", "sample.unit_size=10", "--evaluate"])
     (plan,) = (file.parent for file in run.glob("samples/*/plan.json"))
     expected, whole = kept_scores(run), files(plan)
     shutil.rmtree(run / "evaluations")
@@ -113,7 +113,7 @@ def test_an_evaluation_with_a_killed_task(
 def test_a_reference_of_which_only_the_merge_is_left(cluster: SlurmCluster, digits_index: Path, tmp_path: Path) -> None:
     alone, out, folder = tmp_path / "alone.npz", tmp_path / "array.npz", tmp_path / "job"
     made = ["reference", digits_index, "--extractors", "pixel", "--out"]
-    assert run_command(["ig-dist", *made, alone]).returncode == 0
+    succeed(["ig-dist", *made, alone])
     job = submit("--job", "reference", "--tasks", 2, "--folder", folder, *made[1:], out)
     cluster.run("scancel", job)
     wait_until(lambda: not cluster.run("squeue", "-h"), "the jobs did not end", folder)

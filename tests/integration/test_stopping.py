@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests import forked
-from tests.conftest import run_command
+from tests.conftest import run_command, succeed
 from tests.waiting import wait_until
 
 
@@ -48,7 +48,7 @@ def test_ctrl_c_saves_and_every_end_says_how_to_go_on(tiny_config: Callable[...,
     code, _, errors = interrupted(forked.start(["sample", run, "--num", "1000000"], log), log, "0 of them are there")
     assert code == 130
     assert errors == "\nstopped: Ctrl-C; what is finished stays, run the same command again to go on\n"
-    assert run_command(["ig-dist", "sample", run, "--num", "16"]).returncode == 0
+    succeed(["ig-dist", "sample", run, "--num", "16"])
     done, as_json = run_command(["ig-dist", "plans", run]), run_command(["ig-dist", "plans", run, "--json"])
     assert done.returncode == as_json.returncode == 0, done.stderr + as_json.stderr
     (listed,) = [

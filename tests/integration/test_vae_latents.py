@@ -17,7 +17,7 @@ from ig_dist.autoencoders.tokenizers import get_tokenizer
 from ig_dist.data.index import SampleTable, read_index, write_index
 from ig_dist.data.shards import pack_shard, scan_shard
 from ig_dist.features.images import index_images
-from tests.conftest import run_command
+from tests.conftest import run_command, succeed
 from tests.scoring import all_pictures
 
 SAMPLES = 64
@@ -76,8 +76,7 @@ def test_a_run_on_moments(tiny_config: Callable[..., Path], tmp_path: Path) -> N
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "sample.tokenizer=PLACE" in refused.stderr
     assert not (tmp_path / "runs" / "tiny").exists()
     place = f"sample.tokenizer={moved}"
-    done = run_command(["ig-dist", "train", config, place])
-    assert done.returncode == 0, done.stderr
+    succeed(["ig-dist", "train", config, place])
     done = run_command(["ig-dist", "train", config, "log.sample_every_steps=0"])  # the key is free to change
     assert done.returncode == 0, done.stderr
 
@@ -86,16 +85,14 @@ def test_a_run_on_moments(tiny_config: Callable[..., Path], tmp_path: Path) -> N
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and str(vae) in refused.stderr
     plans = []
     for where in (moved, shutil.copytree(moved, tmp_path / "copy")):
-        done = run_command(["ig-dist", "sample", run, f"sample.tokenizer={where}", "sample.num=20"])
-        assert done.returncode == 0, done.stderr
+        succeed(["ig-dist", "sample", run, f"sample.tokenizer={where}", "sample.num=20"])
         (plan,) = (file.parent for file in run.glob("samples/*/plan.json"))
         plans.append(plan)
     assert plans[0] == plans[1]
     images = np.load(plan / "samples.npz")["arr_0"]
     assert images.shape == (20, 16, 16, 3) and images.std() > 0
 
-    done = run_command(["ig-dist", "evaluate", plan, "--json"])
-    assert done.returncode == 0, done.stderr
+    done = succeed(["ig-dist", "evaluate", plan, "--json"])
     protocol = json.loads(done.stdout)["protocol"]
     assert protocol["uint8_rule"] == "trunc(255 clip((x + 1) / 2, 0, 1))"
     assert protocol["tokenizer_sha256"] == index.info.tokenizer.sha256 and protocol["reference_images"] == SAMPLES

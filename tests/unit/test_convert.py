@@ -22,7 +22,7 @@ from ig_dist.export import read_info
 from ig_dist.models.dit import DiT, DiTConfig, initialize
 from ig_dist.models.presets import PRESETS
 from ig_dist.training.beginning import load_weights
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT, run_command, succeed
 from tests.foreign_shards import write_foreign
 from tests.unit.conftest import Run
 
@@ -113,8 +113,7 @@ def test_a_converted_golden_checkpoint_gives_the_published_numbers(file: str, na
     weights = {key.removeprefix("state_dict."): t for key, t in golden.items() if key.startswith("state_dict.")}
     torch.save({"ema": weights}, tmp_path / "published.pt")
     command = ["ig-dist", "convert", tmp_path / "published.pt", tmp_path / "ours", "--aux-depth", encoder_depth]
-    done = run_command([*command, "--num-heads", 4])
-    assert done.returncode == 0, done.stderr
+    done = succeed([*command, "--num-heads", 4])
     record = Conversion.model_validate_json((tmp_path / "ours/convert.json").read_bytes())
     assert record.published == name and f"sha256 {record.weights_sha256}" in done.stdout
     shown = " ".join(done.stdout.split())
@@ -127,8 +126,7 @@ def test_a_converted_golden_checkpoint_gives_the_published_numbers(file: str, na
     output = model(golden["forward.x_t"], t, golden["forward.labels"])
     for key, velocity in (("forward.velocity", output.velocity), ("forward.aux_velocity", output.aux_velocity)):
         torch.testing.assert_close(-velocity if reverse else velocity, golden[key], rtol=1e-5, atol=1e-5)
-    done = run_command(["ig-dist", "convert", tmp_path / "ours", tmp_path / "back.pt", "--json"])
-    assert done.returncode == 0, done.stderr
+    done = succeed(["ig-dist", "convert", tmp_path / "ours", tmp_path / "back.pt", "--json"])
     told = json.loads(done.stdout)
     assert (told["format"], told["parameters"]) == (name, record.parameters)
     assert told["written"] == str(tmp_path / "back.pt")
@@ -296,7 +294,7 @@ def test_converted_weights_are_sampled_from_like_a_run(tmp_path: Path, digits_in
     assert done.returncode == 0 and "8 images" in done.stdout, done.stderr
     done = run_command(["ig-dist", "sample", tmp_path / "run", *small, "--raw"])
     assert done.returncode == 2 and "holds exported weights, and only these" in done.stderr
-    assert run_command(["ig-dist", "report", tmp_path / "run"]).returncode == 0
+    succeed(["ig-dist", "report", tmp_path / "run"])
     page = (tmp_path / "run/report.html").read_text()
     assert "<dt>Published as</dt><dd>ig-sit</dd>" in page and 'id="training"' not in page
     assert "data:image/png;base64," in page  # of the samples
@@ -309,8 +307,7 @@ def test_converted_weights_are_sampled_from_like_a_run(tmp_path: Path, digits_in
 def test_a_tokenizer_with_a_scale_stands_for_an_index_and_ig_needs_a_head(tmp_path: Path) -> None:
     torch.save({"ema": weights_of_digits(aux_depth=None)}, tmp_path / "a.pt")
     convert_published(tmp_path / "a.pt", tmp_path / "run", published="repa", num_heads=2, tokenizer="pixel")
-    done = run_command(["ig-dist", "sample", tmp_path / "run", "sample.num=2", "sample.steps=1"])
-    assert done.returncode == 0, done.stderr
+    succeed(["ig-dist", "sample", tmp_path / "run", "sample.num=2", "sample.steps=1"])
     done = run_command(["ig-dist", "sample", tmp_path / "run", "--ig-scale", "1.4"])
     assert done.returncode == 2 and "no auxiliary head" in done.stderr
 

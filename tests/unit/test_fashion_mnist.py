@@ -21,7 +21,7 @@ from ig_dist.data.sources import Native, find_source, idx, native_format, refuse
 from ig_dist.encoding.run import choose_image_size, refuse_dest_in_source
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT, run_command, succeed
 
 IMAGES, LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
 
@@ -195,8 +195,7 @@ def test_the_options_that_pixels_take(tmp_path: Path) -> None:
 def test_a_small_folder_is_encoded(tmp_path: Path) -> None:
     folder, dest = write_pair(tmp_path / "mine", packed=True, classes=4), tmp_path / "data"
     command = ["python", "data_prep/encode_latents.py", "--source", folder, "--dest", dest]
-    done = run_command(command)
-    assert done.returncode == 0, done.stderr
+    succeed(command)
     index = read_index(str(dest))
     assert index.info.latent.shape == (1, 12, 12) and index.num_samples == 40
     assert (index.info.tokenizer.image_size, index.info.tokenizer.image_channels) == (12, 1)

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.scaling import COLUMNS, Costs, goodput, mean_time_to_failure, plan, stored_bytes
 from ig_dist.config.file import load_config
 from ig_dist.training.dry_run import GIB, IMAGENET_CLASSES, IMAGENET_IMAGES, SD_LATENT, dry_run
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT, succeed
 
 WIDE = ["train.global_batch_size=1024", "data.streams=512"]
 
@@ -30,8 +30,7 @@ def test_the_measured_failure_rates_are_kept() -> None:
 
 
 def test_the_plan_runs_at_small_size() -> None:
-    done = run_command(["python", "benchmarks/scaling.py", "--runs", "3"])
-    assert done.returncode == 0, done.stderr
+    done = succeed(["python", "benchmarks/scaling.py", "--runs", "3"])
     assert "4,003,647 steps of 256 images" in done.stdout and "512 GPUs: do not divide" in done.stdout
 
 
