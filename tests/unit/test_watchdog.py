@@ -187,7 +187,7 @@ def test_the_recorder_reads_what_ran(alone: None) -> None:
     recorder = Recorder()
     number = recorder.read(10.0).came["gloo 0"]
     torch_dist.broadcast(torch.ones(7, dtype=torch.int64), src=0)
-    assert recorder.read(10.0).came["gloo 0"] == number + 1
+    wait_until(lambda: recorder.read(10.0).came["gloo 0"] == number + 1)  # it is written down a moment later
     entry = recorder.records["gloo"]["entries"][-1]
     assert collectives._describe(entry) == (
         f"broadcast {number + 1} of group 0, default_pg, on gloo (Long [7]: 56 bytes)"
