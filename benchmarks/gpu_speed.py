@@ -237,7 +237,7 @@ def other_tests(case: Case) -> Found:
     os.environ["PYTEST_ADDOPTS"] = "-k 'not test_check'"
     sums: Counter[str] = Counter()
     for file in sorted((tally.ROOT / "gpu").glob("test_*.py")):  # a process for each: NCCL reads its settings once
-        sums += tally.run_tier(tally.ROOT, f"gpu/{file.name}")
+        sums += tally.run_tier(tally.ROOT, f"gpu/{file.name}")[0]
     assert not sums["failed"], f"{sums['failed']} failed: see the log"
     return dict(sums)
 

@@ -14,8 +14,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -29,46 +30,44 @@ def run_tiers(tiers: Sequence[str], root: Path = ROOT) -> int:
     sums: Counter[str] = Counter()
     times = []
     for group in tiers:
-        names = group.split("+")
+        first, *others = group.split("+")
         with ThreadPoolExecutor() as pool, tempfile.TemporaryDirectory() as folder:
-            places = [Path(folder, str(i)) for i in range(len(names))]
-            runs = [
-                pool.submit(run_tier, root, name, place, quiet=place is not places[0], beside=len(names) > 1)
-                for name, place in zip(names, places, strict=True)
-            ]
-            for name, place, run in zip(names, places, runs, strict=True):
+            files = {name: Path(folder, str(number)) for number, name in enumerate(others)}
+            # threads that wait spin: those of two processes slow each other many times
+            env = {"OMP_NUM_THREADS": "1"} if others else {}
+            runs = {name: pool.submit(run_tier, root, name, env, files.get(name)) for name in (first, *others)}
+            for name, run in runs.items():
                 print(f"=== {root.name}/{name}", flush=True)
-                found, seconds = run.result()
-                print((place / "said").read_text(encoding="utf-8", errors="replace"), end="", flush=True)
-                sums += found
+                counts, seconds = run.result()
+                if file := files.get(name):
+                    print(file.read_text(encoding="utf-8", errors="replace"), end="", flush=True)
+                sums += counts
                 times.append(f"{root.name}/{name:<20} {seconds:4.0f} s")
     print("=== time of each tier", *times, sep="\n")
     print(f"{sums['passed']} passed, {sums['failed']} failed, {sums['skipped']} skipped", flush=True)
     return int(sums["failed"] > 0)
 
 
-def run_tier(root: Path, tier: str, scratch: Path, *, quiet: bool, beside: bool) -> tuple[Counter[str], float]:
-    """How many tests of a tier passed, failed and were skipped, in which time; what pytest gives up counts as failure.
+def run_tier(
+    root: Path, tier: str, env: Mapping[str, str] | None = None, out: Path | None = None
+) -> tuple[Counter[str], float]:
+    """How many tests of a tier passed, failed and were skipped, and seconds; one that pytest gives up is a failure.
 
     Args:
         root: folder of the tiers.
         tier: its name, perhaps with an environment.
-        scratch: a folder to be made, for its output.
-        quiet: what it says goes to ``scratch/said``.
-        beside: whether another tier runs at the same time.
+        env: what is added to the environment.
+        out: file for what it says; None: where this process says it.
     """
     began = time.monotonic()
-    scratch.mkdir()
     folder, _, environment = tier.partition("@")
     python = root.parent / environment / "bin" / "python" if environment else sys.executable
-    report = scratch / "report.xml"
-    command = [str(python), "-m", "pytest", str(root / folder), f"--junitxml={report}"]
-    # threads that wait spin: those of two processes slow each other many times
-    env = {**os.environ, "OMP_NUM_THREADS": "1"} if beside else None
-    with (scratch / "said").open("w") as said:
-        out = said if quiet else None
-        code = subprocess.run(command, cwd=root.parent, env=env, stdout=out, stderr=out, check=False).returncode
-    suites = list(ElementTree.parse(report).iter("testsuite")) if report.exists() else []
+    with tempfile.TemporaryDirectory() as scratch, out.open("w") if out else nullcontext() as said:
+        report = Path(scratch, "report.xml")
+        command = [str(python), "-m", "pytest", str(root / folder), f"--junitxml={report}"]
+        environ = {**os.environ, **(env or {})}
+        code = subprocess.run(command, cwd=root.parent, env=environ, stdout=said, stderr=said, check=False).returncode
+        suites = list(ElementTree.parse(report).iter("testsuite")) if report.exists() else []
     keys = ("tests", "errors", "failures", "skipped")
     tests, errors, failures, skipped = (sum(int(suite.get(key, 0)) for suite in suites) for key in keys)
     failed = errors + failures
