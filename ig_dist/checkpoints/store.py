@@ -22,9 +22,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from ig_dist.checkpoints.manifest import MANIFEST as MANIFEST
-from ig_dist.checkpoints.manifest import folder_name, inspect
-from ig_dist.checkpoints.reading import Checkpoint as Checkpoint
+from ig_dist.checkpoints.manifest import MANIFEST, folder_name, inspect
+from ig_dist.checkpoints.reading import Checkpoint
 from ig_dist.config import Config
 from ig_dist.errors import ConfigError, DamagedError, DataError, IgDistError
 from ig_dist.parallel.agreement import meet

@@ -20,9 +20,9 @@ from ig_dist.storage.urls import is_local, once
 
 PART_BYTES = REQUEST_BYTES
 """What is larger is uploaded in parts of this size."""
+_MOST_PARTS = 10_000  # of one upload to S3
 _PARALLEL_PARTS = 4
 _SYNC_BYTES = 32 * 2**20
-MOST_PARTS = 10_000  # of one upload to S3
 
 
 def write_hashed(fs: Any, folder: str, prefix: str, chunks: Sequence[memoryview], patience: Patience) -> dict[str, Any]:
@@ -81,13 +81,13 @@ def write_stream(fs: Any, path: str, pieces: Iterable[memoryview], patience: Pat
     Raises:
         OSError: what is there afterwards is another writer's, or the upload was lost.
     """
-    part_bytes = max(PART_BYTES, -(-size // MOST_PARTS))
+    part_bytes = max(PART_BYTES, -(-size // _MOST_PARTS))
     if is_local(fs):
         write_durably(Path(path), pieces)
     elif size <= part_bytes:
         write_whole(fs, path, b"".join(pieces), patience)
     elif "s3" in fs.protocol:
-        written = upload_parts(fs, path, _cut(pieces, part_bytes), patience)
+        written = _upload_parts(fs, path, _cut(pieces, part_bytes), patience)
         if (there := retried(fs, path, lambda: fs.size(path), patience)) != written:
             raise OSError(f"{there} of {written} bytes are there")
     else:  # not tried again
@@ -162,7 +162,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(number)
 
 
-def upload_parts(fs: Any, path: str, bodies: Iterable[bytes], patience: Patience) -> int:
+def _upload_parts(fs: Any, path: str, bodies: Iterable[bytes], patience: Patience) -> int:
     """An upload to S3 in parts that are sent again one by one, some of them at a time; S3's single PUT ends at 5 GiB.
 
     All but the last have 5 MiB at least, they are 10,000 at most, and are taken one by one as they are sent.
@@ -180,10 +180,8 @@ def upload_parts(fs: Any, path: str, bodies: Iterable[bytes], patience: Patience
 
     def send(number: int, body: bytes) -> dict[str, Any]:
         part = {"PartNumber": number, "UploadId": upload}
-        return {
-            "PartNumber": number,
-            "ETag": call("upload_part", len(body), Body=body, ContentMD5=md5(body), **part)["ETag"],
-        }
+        sent = call("upload_part", len(body), Body=body, ContentMD5=md5(body), **part)
+        return {"PartNumber": number, "ETag": sent["ETag"]}
 
     try:
         under_way: list[Future[dict[str, Any]]] = []
