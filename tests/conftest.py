@@ -49,9 +49,12 @@ def run_command(command: Sequence[str], **options: Any) -> subprocess.CompletedP
     """Run a command in the checkout with this interpreter; ``ig-dist`` and ``python`` mean this one's.
 
     They are forked from a process that has imported everything: the imports alone would take a third of CI. Those with
-    an environment of their own, and other scripts than the doors to ``ig-dist``, start as a user would start them.
+    an environment of their own, and the measurement of a start, start as a user would start them.
     """
-    ours = command[0] == "ig-dist" or str(command[1]).startswith(("launchers/", "data_prep/"))
+    script = str(command[1])
+    ours = command[0] == "ig-dist" or (
+        script.startswith(("launchers/", "data_prep/", "benchmarks/")) and "startup" not in script
+    )
     if ours and options.keys() <= {"cwd", "timeout"}:
         head = forked.CLI if command[0] == "ig-dist" else ()
         return forked.run([*head, *command[1:]], options.get("cwd", ROOT), options.get("timeout", 300))
