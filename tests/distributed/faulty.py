@@ -176,5 +176,5 @@ if __name__ == "__main__":
     if MINE and KIND == "replaced":
         trainer.read_index = replaced
     if MINE and KIND == "unreadable":
-        ShardReader.read = unreadable  # type: ignore[method-assign]
+        ShardReader.read_ids = unreadable  # type: ignore[method-assign]
     cli.main()
