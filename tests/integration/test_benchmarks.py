@@ -66,7 +66,7 @@ def test_the_gpu_report_fails_with_a_check(tmp_path: Path) -> None:
     save_file(tensors, file, meta)
     only = ("--only", "fp32", "--only", "recompiles")
     done = run_command(
-        ["python", "benchmarks/gpu.py", "--out", tmp_path, "--numbers", numbers, *only, "--limit-s", "4"]
+        ["python", "benchmarks/gpu.py", "--out", tmp_path, "--numbers", numbers, *only, "--limit-s", "1.5"]
     )
     assert done.returncode == 1, done.stdout
     machine, wrong, slow = json.loads((tmp_path / "gpu.json").read_text())["rows"]

@@ -145,6 +145,16 @@ def cut(name: str, share: float) -> Harm:
     return lambda run: os.truncate(place(run, name), int(place(run, name).stat().st_size * share))
 
 
+def cut_in_a_key(share: float) -> Harm:
+    """Cut between two lines, a config would be whole, and go on."""
+
+    def harm(run: Path) -> None:
+        text = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(text[: text.index(":", int(len(text) * share))])
+
+    return harm
+
+
 def flip(name: str, share: float) -> Harm:
     def harm(run: Path) -> None:
         content = bytearray(place(run, name).read_bytes())
@@ -340,7 +350,7 @@ CASES: dict[str, tuple[Harm, str]] = {
             "of a number as folder": "run: {dir: 5}\n",
         }.items()
     },
-    **{f"config.yaml cut to {share}": (cut("config.yaml", share), "config") for share in (0.3, 0.52)},
+    **{f"config.yaml cut to {share}": (cut_in_a_key(share), "config") for share in (0.3, 0.52)},
     "config.yaml is a folder": (replace("config.yaml", Path.mkdir), "config.yaml"),
     "config.yaml is a FIFO": (replace("config.yaml", os.mkfifo), "config.yaml"),
     "config.yaml is a link to /dev/zero": (replace("config.yaml", link("/dev/zero")), "config.yaml"),
