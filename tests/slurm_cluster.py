@@ -140,6 +140,12 @@ class SlurmCluster:
         inside = '. "$0/mounts"; exec slurmctld -D'
         self._daemon("unshare", "--mount", "bash", "-c", inside, str(self.folder), name="slurmctld")
 
+    def controller_is_back(self) -> bool:
+        """Whether slurmctld answers; one that ended as it began (its port may not be free yet) is started again."""
+        if self._running["slurmctld"].poll() is not None:
+            self.start_controller()
+        return bool(self.run("squeue", "-h", check=False))
+
     def configure(self, **settings: object) -> None:
         """Write settings into slurm.conf; daemons that run read them after ``scontrol reconfigure``."""
         file = self.folder / "slurm.conf"

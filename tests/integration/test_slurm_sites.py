@@ -87,7 +87,7 @@ def test_the_status_of_a_job_that_is_held_and_of_one_whose_controller_is_away(
     cluster.start_controller()
     assert away.returncode == 0 and "SLURM does not answer" in away.stdout and "node1: runs" in away.stdout, away
     assert time.monotonic() - began < 50
-    wait_until(lambda: cluster.run("squeue", "-h", check=False), "the controller did not come back", run)
+    wait_until(cluster.controller_is_back, "the controller did not come back", run)
 
 
 @pytest.mark.full
