@@ -27,7 +27,7 @@ from torch._C._distributed_c10d import Store, TCPStore  # torch.distributed does
 from torch.distributed.rendezvous import rendezvous
 
 from ig_dist import __version__
-from ig_dist.errors import ConfigError, HangError, NodeError, first_line, listed
+from ig_dist.errors import ConfigError, HangError, LostPeerError, NodeError, first_line, listed
 from ig_dist.parallel.blame import blame
 from ig_dist.terminal import warn
 from ig_dist.this_process import Process, host
@@ -95,10 +95,11 @@ def meet_all(process: Process, device: torch.device, join_s: float) -> tuple[Sto
 
     Raises:
         HangError: some did not come.
+        LostPeerError: rank 0 ended meanwhile.
         ConfigError: they have different versions of something, or share a GPU.
         NodeError: some have no GPU, and others do.
     """
-    deadline, missing = timedelta(seconds=join_s), ""
+    deadline, missing, store = timedelta(seconds=join_s), "", None
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     keys = [f"ig_dist/{rank}" for rank in range(process.world_size)]
     try:
@@ -115,6 +116,8 @@ def meet_all(process: Process, device: torch.device, join_s: float) -> tuple[Sto
         store.wait([_VERDICT], deadline)
         verdict = _Verdict(*json.loads(store.get(_VERDICT)))
     except torch_dist.DistError as error:
+        if store is not None and isinstance(error, torch_dist.DistNetworkError):  # rank 0 was there, and is gone
+            raise LostPeerError(f"the process at {place}, rank 0, ended; its message says why") from None
         raise HangError(
             f"not all of the {process.world_size} processes came to {place} within {join_s:.0f} s (train.timeout_s)"
             f"{missing}: see what the others say, then start the job again ({first_line(error)})"

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed import TCPStore
 
-from ig_dist.errors import IgDistError
+from ig_dist.errors import IgDistError, LostPeerError
 from ig_dist.parallel import joining
 from ig_dist.parallel.joining import _Card, compare, open_files
+from ig_dist.this_process import this_process
 from tests.networks import enter, machines
 from tests.object_store import free_port
 
@@ -169,3 +172,24 @@ def test_the_address_that_others_reach_is_not_the_loopback() -> None:
     assert compare([CARD._replace(address=one) for one in addresses]).address == "10.0.0.2"
     assert compare([CARD._replace(address="::1")]).address == ""
     assert compare([CARD, CARD._replace(local_world_size=1)]).local_world_size == 2
+
+
+def _come_and_go(port: int) -> None:
+    """Be a rank 0 that ends when the other has come."""
+    store = TCPStore("127.0.0.1", port, 2, is_master=True, wait_for_workers=False)
+    store.wait(["ig_dist/1"])
+    os._exit(1)
+
+
+def test_a_first_rank_that_ends_meanwhile_is_lost_and_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    first = multiprocessing.get_context("forkserver").Process(target=_come_and_go, args=(port,), daemon=True)
+    first.start()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    me = this_process(environment=environment)
+    with pytest.raises(LostPeerError, match="rank 0, ended; its message says why"):
+        joining.meet_all(me, torch.device("cpu"), 60.0)
+    first.join(10)
