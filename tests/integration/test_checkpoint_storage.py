@@ -290,7 +290,7 @@ def test_a_run_on_a_full_disk_ends_with_exit_code_4(tiny_config: Write, tmp_path
     assert [p.name for p in (tmp_path / "runs/full/export").iterdir()] == ["step_0000000010_ema_0.99"]
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(30, marks=[pytest.mark.full, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("kills", [6, pytest.param(30, marks=[pytest.mark.full, pytest.mark.timeout(1800)])])
 def test_sigkill_within_a_save_leaves_no_trace(
     tiny_config: Write, tmp_path: Path, url: str, fault_proxy: FaultProxy, kills: int
 ) -> None:

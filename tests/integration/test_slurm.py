@@ -184,7 +184,12 @@ def test_cancel_leaves_no_process_and_resume_goes_on(
 ) -> None:
     whole = uninterrupted(STEPS)
     config, run = write_config(tmp_path, digits_index), tmp_path / "run"
+    began = time.monotonic()
     job = submit(*TWO, "--config", config, "--then", "sample --num 16", "--tasks", 1)
+    wait_until(lambda: last_step(run), "no steps", run)
+    seconds = time.monotonic() - began
+    print(f"from the command to the first step: {seconds:.1f} s")
+    assert seconds < 30
     wait_until(lambda: last_step(run) >= 10, "no steps", run)
     rank = rank_on(cluster, "node2")
     os.kill(rank, signal.SIGSTOP)  # or it might be done before the next command asks
