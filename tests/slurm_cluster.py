@@ -36,6 +36,7 @@ PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "munged", *slurm_
 SEARCH = f"{os.environ.get('PATH', '')}:/usr/bin:/usr/sbin:/sbin"
 START_SECONDS = 60.0
 CLIENT_SECONDS = 30.0  # clients wait for ever, or for a minute, on a cluster that is gone
+SAVE_SECONDS = 6.0  # the controller saves its state every 5 s
 KILL_WAIT_S = 5
 GPUS_PER_NODE, CPUS_PER_NODE = 2, 8
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,15 +137,14 @@ class SlurmCluster:
         self.stop()
 
     def start_controller(self) -> None:
-        """Start slurmctld, again after `kill_controller`."""
+        """Start slurmctld."""
         inside = '. "$0/mounts"; exec slurmctld -D'
         self._daemon("unshare", "--mount", "bash", "-c", inside, str(self.folder), name="slurmctld")
 
-    def controller_is_back(self) -> bool:
-        """Whether slurmctld answers; one that ended as it began (its port may not be free yet) is started again."""
-        if self._running["slurmctld"].poll() is not None:
-            self.start_controller()
-        return bool(self.run("squeue", "-h", check=False))
+    def restart_controller(self) -> None:
+        """Start slurmctld again, after `kill_controller`; returns when it answers."""
+        self.start_controller()
+        self._until(lambda: "UP" in self.run("scontrol", "ping", check=False), "the controller did not come back")
 
     def configure(self, **settings: object) -> None:
         """Write settings into slurm.conf; daemons that run read them after ``scontrol reconfigure``."""
@@ -153,7 +153,8 @@ class SlurmCluster:
         file.write_text("\n".join([*(f"{name}={value}" for name, value in settings.items()), *lines]) + "\n")
 
     def kill_controller(self) -> None:
-        """SIGKILL of slurmctld."""
+        """SIGKILL of slurmctld, once it has written down what it knows: it forgets jobs of its last 5 s."""
+        time.sleep(SAVE_SECONDS)
         self._kill("slurmctld")
 
     def start_node(self, node: str) -> None:

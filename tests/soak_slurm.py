@@ -59,12 +59,9 @@ def node_lost(job: Job, *, noticed: bool) -> None:
 
 
 def controller_killed(job: Job) -> None:
-    time.sleep(6)  # it writes down what runs every few seconds
     job.cluster.kill_controller()
     time.sleep(job.draw.uniform(0.2, 4.0))
-    job.cluster.start_controller()
-    while "UP" not in job.cluster.run("scontrol", "ping", check=False):
-        time.sleep(0.1)
+    job.cluster.restart_controller()
 
 
 def requeued(job: Job) -> None:
