@@ -23,23 +23,13 @@ BRANCHES: tuple[Branch, ...] = ("conditional", "null")
 
 @dataclass(frozen=True)
 class GuidanceTerm:
-    """One guidance: weak + scale * (strong - weak) for times in `interval`.
+    """One guidance: weak + scale * (strong - weak) for times in `interval`."""
 
-    Attributes:
-        kind: "ig" (weak: auxiliary head), "auto" (weak: second model) or "cfg" (weak: null label).
-        scale: 1 switches the term off.
-        interval: (low, high) in time, both ends included; t = 0 is data, t = 1 is noise.
-        branches: of "ig" and "auto": whether they guide the prediction for the label, the one for the null label
-            that CFG needs, or both.
-        channels: how many of the velocity's leading channels it guides; None: all. The original SiT and LightningDiT
-            guide three.
-    """
-
-    kind: Kind
-    scale: float
-    interval: tuple[float, float] = (0.0, 1.0)
-    branches: Literal["both", "conditional", "null"] = "both"
-    channels: int | None = None
+    kind: Kind  # "ig" (weak: auxiliary head), "auto" (weak: second model) or "cfg" (weak: null label)
+    scale: float  # 1 switches the term off
+    interval: tuple[float, float] = (0.0, 1.0)  # in time, both ends included; t = 0 is data, t = 1 is noise
+    branches: Literal["both", "conditional", "null"] = "both"  # of "ig" and "auto": which predictions they guide
+    channels: int | None = None  # so many leading ones; None: all. The original SiT and LightningDiT guide three
 
     def __post_init__(self) -> None:
         if self.kind not in ("ig", "cfg", "auto"):
@@ -114,51 +104,38 @@ def guided_velocity(
     if any(term.kind == "auto" for term in terms) and weak_model is None:
         raise ValueError("guidance asks for 'auto' but there is no second model; give one, or remove the term")
     labels_of: dict[Branch, Tensor] = {"conditional": labels, "null": torch.full_like(labels, model.null_label)}
-    batches = {chosen: torch.cat([labels_of[branch] for branch in chosen]) for chosen in (BRANCHES[:1], BRANCHES[1:])}
-    batches[BRANCHES] = torch.cat([labels_of[branch] for branch in BRANCHES])
+    choices = (BRANCHES[:1], BRANCHES[1:], BRANCHES)
+    batches = {chosen: torch.cat([labels_of[branch] for branch in chosen]) for chosen in choices}
 
-    def predict(
-        asked: GuidableModel, x: Tensor, t: float, branches: tuple[Branch, ...], *, with_aux: bool
-    ) -> DiTOutput:
-        many = torch.cat([x] * len(branches)) if len(branches) > 1 else x
+    def acting(kind: Kind, branches: tuple[Branch, ...], t: float) -> dict[Branch, GuidanceTerm]:
+        return {branch: term for branch in branches for term in terms if term.acts(kind, branch, t)}
+
+    def predict(asked: GuidableModel, x: Tensor, t: float, branches: tuple[Branch, ...], with_aux: bool) -> DiTOutput:
+        many = torch.cat([x.float()] * len(branches)) if len(branches) > 1 else x.float()
         times = torch.full((len(many),), t, dtype=torch.float32, device=x.device)
         return asked(many, times, batches[branches], with_aux=with_aux)
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        cfg = _term_at(terms, "cfg", "conditional", t)
+        cfg = acting("cfg", BRANCHES[:1], t).get("conditional")
         branches = BRANCHES if cfg else BRANCHES[:1]
-        ig = _terms_at(terms, "ig", branches, t)
-        output = predict(model, x.float(), t, branches, with_aux=bool(ig))
-
+        ig, auto = acting("ig", branches, t), acting("auto", branches, t)
+        output = predict(model, x, t, branches, bool(ig))
         dtype = torch.promote_types(x.dtype, torch.float32)
         strong = dict(zip(branches, output.velocity.to(dtype).chunk(len(branches)), strict=True))
         guided = dict(strong)
-        if output.aux_velocity is not None:
+        if ig and output.aux_velocity is not None:
             weak = dict(zip(branches, output.aux_velocity.to(dtype).chunk(len(branches)), strict=True))
             for branch, term in ig.items():
                 guided[branch] = term.guide(guided[branch], strong[branch], weak[branch])
-        acting = _terms_at(terms, "auto", branches, t)
-        if acting and weak_model is not None:
-            second = predict(weak_model, x.float(), t, tuple(acting), with_aux=False).velocity.to(dtype)
-            for (branch, term), other in zip(acting.items(), second.chunk(len(acting)), strict=True):
+        if auto and weak_model is not None:
+            second = predict(weak_model, x, t, tuple(auto), False).velocity.to(dtype)
+            for (branch, term), other in zip(auto.items(), second.chunk(len(auto)), strict=True):
                 guided[branch] = term.guide(guided[branch], strong[branch], other)
         if cfg is None:
             return guided["conditional"]
         return cfg.guide(guided["conditional"], guided["conditional"], guided["null"])
 
     return velocity
-
-
-def _terms_at(
-    terms: Sequence[GuidanceTerm], kind: Kind, branches: Sequence[Branch], t: float
-) -> dict[Branch, GuidanceTerm]:
-    """The term of the kind that is on in each branch; none where none is."""
-    found = {branch: _term_at(terms, kind, branch, t) for branch in branches}
-    return {branch: term for branch, term in found.items() if term is not None}
-
-
-def _term_at(terms: Sequence[GuidanceTerm], kind: Kind, branch: Branch, t: float) -> GuidanceTerm | None:
-    return next((term for term in terms if term.acts(kind, branch, t)), None)
 
 
 def check_overlap(terms: Sequence[GuidanceTerm]) -> None:

@@ -27,12 +27,8 @@ def ig_loss(
 ) -> Losses:
     """Return the squared velocity errors of both heads, averaged over C, H, W in float32, and the cosine loss.
 
-    Args:
-        output: the model's predictions, (B, C, H, W); any float dtype.
-        velocity: (B, C, H, W) target.
-        aux_weight: lambda, the weight of the auxiliary head; without that head `aux` is zero.
-        cosine_weight: weight of the final head's cosine loss; at 0 it is not computed, and `cosine` is zero.
-        final_target: the final head's target where it is another one, see `accelerated_target`.
+    The target is `velocity`, for the final head `final_target` where there is one, see `accelerated_target`. Without
+    an auxiliary head `aux` is zero; with a `cosine_weight` of 0 `cosine` is not computed, and zero.
     """
     target = velocity if final_target is None else final_target
     final = _mean_square(output.velocity, target)
@@ -43,11 +39,7 @@ def ig_loss(
 
 
 def head_difference(output: DiTOutput) -> Tensor:
-    """Return v_final - v_aux, (B, C, H, W) float32, cut off from the gradient.
-
-    Raises:
-        ValueError: the model has no auxiliary head.
-    """
+    """Return v_final - v_aux, (B, C, H, W) float32, cut off from the gradient; ValueError where there is no v_aux."""
     if output.aux_velocity is None:
         raise ValueError("the difference of the heads needs an auxiliary head; train with model.aux_depth")
     return output.velocity.detach().float() - output.aux_velocity.detach().float()
@@ -56,10 +48,7 @@ def head_difference(output: DiTOutput) -> Tensor:
 def accelerated_target(velocity: Tensor, difference: Tensor, weight: Tensor) -> Tensor:
     """Return v + w sg(v_final - v_aux), the final head's target of arXiv 2512.24176, section 6.
 
-    Args:
-        velocity: (B, C, H, W) target.
-        difference: (B, C, H, W), of `head_difference`; of the same forward or of an average of the weights.
-        weight: (B,), w of each sample.
+    The difference is that of the same forward, or of an average of the weights; weight (B,) has the w of each sample.
     """
     return velocity + weight.to(velocity.dtype).reshape(-1, *[1] * (velocity.dim() - 1)) * difference.detach()
 

@@ -15,7 +15,7 @@ Source: SiT, arXiv 2401.08740, section 2, with the time as stated above.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,21 +50,12 @@ class Path:
         if self.kind == "linear":
             one = torch.ones_like(t) if isinstance(t, Tensor) else 1.0
             return Coefficients(1.0 - t, t, -one, one)
-        angle = t * (math.pi / 2)
-        if isinstance(angle, Tensor):
-            cos, sin = torch.cos(angle), torch.sin(angle)
-            return Coefficients(cos, sin, -math.pi / 2 * sin, math.pi / 2 * cos)
-        cos_t, sin_t = math.cos(angle), math.sin(angle)
-        return Coefficients(cos_t, sin_t, -math.pi / 2 * sin_t, math.pi / 2 * cos_t)
+        of: Any = torch if isinstance(t, Tensor) else math
+        cos, sin = of.cos(t * (math.pi / 2)), of.sin(t * (math.pi / 2))
+        return Coefficients(cos, sin, -math.pi / 2 * sin, math.pi / 2 * cos)
 
     def interpolate(self, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (x_t, velocity), the model's input and its target, in the dtype of `latents`.
-
-        Args:
-            latents: (B, C, H, W), normalised.
-            noise: (B, C, H, W), standard normal.
-            t: (B,) in [0, 1].
-        """
+        """Return (x_t, velocity), the model's input and target: of normalised latents and noise (B, ...), at t (B,)."""
         alpha, sigma, alpha_dot, sigma_dot = self._broadcast(t, latents)
         return alpha * latents + sigma * noise, alpha_dot * latents + sigma_dot * noise
 
@@ -72,12 +63,7 @@ class Path:
         """Return the score, grad log p_t(x_t), from the velocity (SiT, arXiv 2401.08740, section 2).
 
         Numerator and denominator are multiplied by alpha', which is 0 at t = 0 on the cosine path. The score
-        itself is undefined at t = 0, where sigma is 0.
-
-        Args:
-            velocity: (B, C, H, W).
-            x_t: (B, C, H, W).
-            t: one float for all samples, or (B,), in (0, 1].
+        itself is undefined at t = 0, where sigma is 0. t is one float for all samples, or (B,).
         """
         alpha, sigma, alpha_dot, sigma_dot = self._broadcast(t, x_t)
         return (alpha * velocity - alpha_dot * x_t) / (sigma * (alpha_dot * sigma - alpha * sigma_dot))
@@ -115,13 +101,8 @@ def resolve_shift(shift: float | Literal["latent_dimension"], latent_shape: Sequ
 
 
 def logit_normal(normal: Tensor, mean: float, std: float) -> Tensor:
-    """Return t = sigmoid(mean + std * normal) in float64 (arXiv 2403.03206, section 3.1).
+    """Return t = sigmoid(mean + std * normal) in float64, of standard normal draws (arXiv 2403.03206, section 3.1).
 
     A mean above 0 spends more time near noise (t = 1).
-
-    Args:
-        normal: standard normal draws.
-        mean: mu, of the logit.
-        std: s, of the logit.
     """
     return torch.sigmoid(mean + std * normal.double())

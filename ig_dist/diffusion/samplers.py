@@ -1,8 +1,8 @@
 """Samplers: flat functions that carry a state from noise (t = 1) to data (t = 0).
 
-Each takes a velocity function (x, t) -> velocity, the initial state, and the times to visit as Python floats.
-The state keeps the dtype of `x` (float64 is the published choice); noise is given from outside.
-`SOLVERS`, at the end, is the table of those that a plan can name.
+Each takes a velocity function (x, t) -> velocity, the state x (B, C, H, W) at t = 1, and the times to visit as Python
+floats, the first of them 1; it returns the state at the last one, 0. The state keeps the dtype of `x` (float64 is the
+published choice); noise is given from outside. `SOLVERS`, at the end, is the table of those that a plan can name.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 from ig_dist.diffusion.path import Path, shift_time
 
 VelocityFn = Callable[[Tensor, float], Tensor]
-NoiseFn = Callable[[int, Tensor], Tensor]
+NoiseFn = Callable[[int, Tensor], Tensor]  # (step index, x) -> standard normal noise of x's shape
 
 
 def time_grid(steps: int, shift: float = 1.0) -> list[float]:
@@ -23,7 +23,8 @@ def time_grid(steps: int, shift: float = 1.0) -> list[float]:
 
     Each unshifted time is the float nearest to its fraction, so an interval end such as 0.7 is met exactly.
     """
-    _check_steps(steps)
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; a sampler needs at least 1")
     return [shift_time((steps - i) / steps, shift) for i in range(steps + 1)]
 
 
@@ -32,46 +33,26 @@ def sde_grid(steps: int, last: float = 0.04) -> list[float]:
 
     The score blows up at t = 0, so the last step is one long mean step (SiT, arXiv 2401.08740).
     """
-    _check_steps(steps)
-    if not 0.0 < last < 1.0:
-        raise ValueError(f"last is {last}; the last stochastic time must lie between 0 and 1")
+    if steps < 1 or not 0.0 < last < 1.0:
+        raise ValueError(f"steps is {steps}, which must be at least 1, and last {last}, between 0 and 1")
     times = [1.0 - (1.0 - last) * i / (steps - 1) for i in range(1, steps - 1)]
     return [1.0, *times, last, 0.0] if steps > 1 else [1.0, 0.0]
 
 
 @torch.no_grad()
-def euler(
-    velocity_fn: VelocityFn,
-    x: Tensor,
-    timesteps: Sequence[float],
-) -> Tensor:
-    """Integrate dx = v dt by Euler's method, order 1; one evaluation a step.
-
-    Args:
-        velocity_fn: (x, t) -> velocity.
-        x: (B, C, H, W), the state at timesteps[0].
-        timesteps: the times to visit.
-
-    Returns:
-        The state at timesteps[-1].
-    """
+def euler(velocity_fn: VelocityFn, x: Tensor, timesteps: Sequence[float]) -> Tensor:
+    """Integrate dx = v dt by Euler's method, order 1; one evaluation a step."""
     for t, t_next in pairwise(timesteps):
         x = (x + (t_next - t) * velocity_fn(x, t)).to(x.dtype)
     return x
 
 
 @torch.no_grad()
-def heun(
-    velocity_fn: VelocityFn,
-    x: Tensor,
-    timesteps: Sequence[float],
-    *,
-    correct_last_step: bool = True,
-) -> Tensor:
+def heun(velocity_fn: VelocityFn, x: Tensor, timesteps: Sequence[float], *, correct_last_step: bool = True) -> Tensor:
     """Integrate dx = v dt by Heun's method, order 2 (Karras et al., arXiv 2206.00364, algorithm 1).
 
     Two evaluations a step. `correct_last_step=False` makes the last step an Euler step, as the published
-    SiT sampler does. Arguments and result otherwise as for `euler`.
+    SiT sampler does.
     """
     last = len(timesteps) - 2
     for i, (t, t_next) in enumerate(pairwise(timesteps)):
@@ -86,25 +67,12 @@ def heun(
 
 @torch.no_grad()
 def euler_maruyama(
-    velocity_fn: VelocityFn,
-    x: Tensor,
-    timesteps: Sequence[float],
-    path: Path,
-    noise_fn: NoiseFn,
+    velocity_fn: VelocityFn, x: Tensor, timesteps: Sequence[float], path: Path, noise_fn: NoiseFn
 ) -> Tensor:
     """Integrate the reverse SDE dx = (v - t s) dt + sqrt(2 t) dw (SiT, arXiv 2401.08740, section 2).
 
-    One evaluation a step; no noise in the last step. s is the score that `path` gives for the velocity.
-
-    Args:
-        velocity_fn: (x, t) -> velocity.
-        x: (B, C, H, W), the state at timesteps[0].
-        timesteps: the times to visit, see `sde_grid`; only the last may be 0.
-        path: the path that the model was trained on.
-        noise_fn: (step index, x) -> standard normal noise of x's shape.
-
-    Returns:
-        The state at timesteps[-1].
+    One evaluation a step; no noise in the last step. s is the score that `path`, which the model was trained on, gives
+    for the velocity. The times are those of `sde_grid`; only the last may be 0.
     """
     last = len(timesteps) - 2
     for i, (t, t_next) in enumerate(pairwise(timesteps)):
@@ -121,18 +89,9 @@ def euler_maruyama(
 def dopri5(velocity_fn: VelocityFn, x: Tensor, *, rtol: float = 1e-3, atol: float = 1e-6) -> Tensor:
     """Integrate dx = v dt from t = 1 to 0 by Dormand and Prince's method, order 5, with torchdiffeq's step control.
 
-    The error is controlled over the whole batch, as in the published SiT sampler: a sample depends, within the
-    tolerance, on the batch that it is in, and the evaluations can only be counted while it runs. The last step ends at
-    t = 0; torchdiffeq alone would step beyond it, where there is no model, and interpolate.
-
-    Args:
-        velocity_fn: (x, t) -> velocity.
-        x: (B, C, H, W), the state at t = 1.
-        rtol: tolerance relative to the state; the default is SiT's.
-        atol: absolute tolerance; the default is SiT's.
-
-    Returns:
-        The state at t = 0.
+    The error is controlled over the whole batch, as in the published SiT sampler, whose tolerances the defaults are: a
+    sample depends, within the tolerance, on the batch that it is in, and the evaluations can only be counted while it
+    runs. The last step ends at t = 0; torchdiffeq alone would step beyond it, where there is no model, and interpolate.
     """
     from torchdiffeq import odeint  # it imports scipy's solvers
 
@@ -149,23 +108,15 @@ def dopri5(velocity_fn: VelocityFn, x: Tensor, *, rtol: float = 1e-3, atol: floa
     return solution[-1]
 
 
-def _check_steps(steps: int) -> None:
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; a sampler needs at least 1")
-
-
 SolverName = Literal["euler", "heun", "euler_maruyama", "dopri5"]
 
 
 class Solver(NamedTuple):
     """A solver as a plan asks for it."""
 
-    settings: tuple[str, ...]
-    """Fields of the plan that it takes, by these names; a score's protocol tells them."""
-    solve: Callable[..., Tensor]
-    """(velocity_fn, x, path, noise_fn, **settings) -> the state at t = 0."""
-    evaluations: Callable[..., int]
-    """(**settings) -> evaluations of the velocity for an image."""
+    settings: tuple[str, ...]  # fields of the plan that it takes, by these names; a score's protocol tells them
+    solve: Callable[..., Tensor]  # (velocity_fn, x, path, noise_fn, **settings) -> the state at t = 0
+    evaluations: Callable[..., int]  # (**settings) -> evaluations of the velocity for an image
 
 
 SOLVERS: dict[SolverName, Solver] = {
