@@ -14,14 +14,18 @@ from torch import Tensor, nn
 
 from ig_dist import rng
 from ig_dist.models.layers import (
-    Block,
-    FinalLayer,
+    Attention,
     LabelEmbedder,
+    Mlp,
     MlpKind,
+    ModulatedNorm,
     NormKind,
     PatchEmbed,
+    Rope,
     RotaryTable,
+    SwiGLU,
     TimestepEmbedder,
+    mlp_width,
     rotary_table,
     sincos_pos_embed,
 )
@@ -101,6 +105,46 @@ class DiTConfig:
         return self.hidden_size // self.num_heads
 
 
+class Block(nn.Module):
+    """A transformer block on tokens (B, T, D), by a condition (B, D): adaLN-zero (DiT, section 3.2)."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        width, norm = config.hidden_size, config.norm
+        self.norm1 = ModulatedNorm(norm, width)
+        self.attn = Attention(width, config.num_heads, norm if config.qk_norm else None)
+        self.norm2 = ModulatedNorm(norm, width)
+        mlp = Mlp if config.mlp == "gelu" else SwiGLU
+        self.mlp = mlp(width, mlp_width(config.mlp, width, config.mlp_ratio))
+        self.num_modulations = 6 if config.modulation_shift else 4
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.num_modulations * width))
+
+    def forward(self, x: Tensor, condition: Tensor, rope: Rope | None) -> Tensor:
+        modulation = self.adaLN_modulation(condition).chunk(self.num_modulations, dim=1)
+        if self.num_modulations == 6:
+            shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+        else:
+            shift_msa = shift_mlp = None
+            scale_msa, gate_msa, scale_mlp, gate_mlp = modulation
+        x = x + gate_msa.unsqueeze(1) * self.attn(self.norm1(x, shift_msa, scale_msa), rope)
+        return x + gate_mlp.unsqueeze(1) * self.mlp(self.norm2(x, shift_mlp, scale_mlp))
+
+
+class FinalLayer(nn.Module):
+    """A prediction head: tokens (B, T, D) to patches (B, T, patch_size^2 * out_channels)."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.norm_final = ModulatedNorm(config.norm, width)
+        self.linear = nn.Linear(width, config.patch_size**2 * config.out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
+        return self.linear(self.norm_final(x, shift, scale))
+
+
 class DiTOutput(NamedTuple):
     """Predicted velocities, (B, C, H, W) each; the second is None where there is no auxiliary head, or none was run."""
 
@@ -127,21 +171,9 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(config.num_classes, width)
         self.register_buffer("pos_embed", _position_table(config))
         self.feat_rope = RotaryTable(config.head_width, config.grid_size) if config.rope else None
-        self.blocks = nn.ModuleList(
-            Block(
-                width,
-                config.num_heads,
-                config.mlp_ratio,
-                config.norm,
-                config.mlp,
-                qk_norm=config.qk_norm,
-                modulation_shift=config.modulation_shift,
-            )
-            for _ in range(config.depth)
-        )
-        head = (width, config.patch_size, config.out_channels, config.norm)
-        self.final_layer = FinalLayer(*head)
-        self.aux_layer = None if config.aux_depth is None else FinalLayer(*head)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config)
+        self.aux_layer = None if config.aux_depth is None else FinalLayer(config)
 
     @property
     def null_label(self) -> int:
@@ -154,13 +186,9 @@ class DiT(nn.Module):
         return self.config.aux_depth is not None
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor, *, with_aux: bool = True) -> DiTOutput:
-        """Predict the velocity at (x_t, t).
+        """Predict the velocity at x_t (B, C, H, W) and t (B,), kept in float32 up to the embedding's MLP.
 
-        Args:
-            x_t: (B, C, H, W) noised latents.
-            t: (B,) times in [0, 1]; kept in float32 up to the embedding's MLP.
-            labels: (B,) int64 in 0..num_classes, num_classes being the null label.
-            with_aux: run the auxiliary head, where there is one.
+        ``labels``, (B,) int64, are 0..num_classes, the last the null label. ``with_aux``: run the auxiliary head too.
         """
         x = self.x_embedder(x_t) + self.pos_embed
         if self.residual is not None:
@@ -199,10 +227,9 @@ def count_parameters(model: DiT) -> int:
 def initialize(model: DiT, seed: int) -> None:
     """Set every parameter from (seed, its name) and rebuild `pos_embed`, in place, on the model's device.
 
-    SiT's published scheme: Xavier uniform on linear weights and on the flattened patch kernel, normal(0.02)
-    on the label table and the time MLP, zero biases, zero adaLN modulations and zero output linears; norms start as
-    the identity. LightningDiT leaves its auxiliary head as drawn. It also completes a model that was built on the
-    meta device and then given memory by `to_empty`.
+    SiT's published scheme: Xavier uniform on linear weights and on the flattened patch kernel, normal(0.02) on the
+    label table and the time MLP, zero biases, zero adaLN modulations and zero output linears; norms start as the
+    identity. LightningDiT leaves its auxiliary head as drawn. The model may come from the meta device (by `to_empty`).
     """
     config = model.config
     model.pos_embed.copy_(_position_table(config))

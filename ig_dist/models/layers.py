@@ -9,8 +9,7 @@ from torch.nn.functional import gelu, layer_norm, linear, rms_norm, scaled_dot_p
 
 NormKind = Literal["layernorm", "rmsnorm"]
 MlpKind = Literal["gelu", "swiglu"]
-Rope = tuple[Tensor, Tensor]
-"""Cosines, and sines of which every other one is negative, (T, head width) each."""
+Rope = tuple[Tensor, Tensor]  # cosines, and sines of which every other one is negative, (T, head width) each
 
 
 def sincos_pos_embed(width: int, grid_size: int) -> Tensor:
@@ -30,7 +29,7 @@ class RotaryTable(nn.Module):
     """Angles of the 2-D rotary embedding (RoFormer, arXiv 2104.09864; in two dimensions as in EVA-02, 2303.11331).
 
     The first half of a head's width turns by the row and the second by the column, neighbours in pairs. Like the
-    sine-cosine table it is a persistent buffer: stored and loaded with the weights.
+    sine-cosine table it is a persistent buffer: stored and loaded with the weights. It is called once for all blocks.
     """
 
     freqs_cos: Tensor
@@ -43,7 +42,6 @@ class RotaryTable(nn.Module):
         self.register_buffer("freqs_sin", sin)
 
     def forward(self) -> Rope:
-        """What `rotate` needs, made once for all blocks."""
         even, odd = self.freqs_sin[:, ::2], self.freqs_sin[:, 1::2]
         return self.freqs_cos, torch.stack([-even, odd], dim=-1).flatten(-2)
 
@@ -68,7 +66,7 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 
 
 class AffineNorm(nn.Module):
-    """LayerNorm with weight and bias, or RMSNorm with weight.
+    """LayerNorm with weight and bias, or RMSNorm with weight, along the last dimension.
 
     Under autocast both are rounded to its type, as the other weights are: FSDP2 gathers them so, and engines agree.
     """
@@ -82,15 +80,13 @@ class AffineNorm(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if kind == "layernorm" else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x of unit variance or mean square along its last dimension, scaled and shifted."""
         out = _normalised(self.kind, x, self.eps) * _rounded(self.weight)
         return out if self.bias is None else out + _rounded(self.bias)
 
 
 def _normalised(kind: NormKind, x: Tensor, eps: float) -> Tensor:
     normalise = layer_norm if kind == "layernorm" else rms_norm
-    out: Tensor = normalise(x, x.shape[-1:], eps=eps)
-    return out
+    return normalise(x, x.shape[-1:], eps=eps)
 
 
 def _rounded(weight: Tensor) -> Tensor:
@@ -101,7 +97,7 @@ def _rounded(weight: Tensor) -> Tensor:
 
 
 class ModulatedNorm(nn.Module):
-    """LayerNorm without weights, or RMSNorm with its weight; then scaled and shifted by vectors of the sample."""
+    """LayerNorm without weights, or RMSNorm with its weight; then scaled (by 1 + scale, (B, D)) and shifted."""
 
     weight: nn.Parameter | None
 
@@ -111,7 +107,6 @@ class ModulatedNorm(nn.Module):
         self.register_parameter("weight", nn.Parameter(torch.ones(width)) if kind == "rmsnorm" else None)
 
     def forward(self, x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
-        """Return tokens (B, T, D) from tokens, by vectors (B, D); without weight, scale 0 and shift 0 only norm."""
         normalised = _normalised(self.kind, x, 1e-6)
         factor = (1 + scale).unsqueeze(1)
         if self.weight is not None:  # not of the tokens: it costs no pass over them, forward or backward
@@ -126,7 +121,6 @@ class PatchConv(nn.Conv2d):
     """
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Return the tokens, contiguous."""
         batch, channels, height, width = latents.shape
         patch = self.kernel_size[0]
         patches = latents.reshape(batch, channels, height // patch, patch, width // patch, patch).permute(
@@ -143,9 +137,7 @@ class PatchEmbed(nn.Module):
         self.proj = PatchConv(in_channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Return the tokens."""
-        tokens: Tensor = self.proj(latents.to(self.proj.weight.dtype))
-        return tokens
+        return self.proj(latents.to(self.proj.weight.dtype))
 
 
 class TimestepEmbedder(nn.Module):
@@ -158,15 +150,11 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(self.frequency_size, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        """Return the embedding."""
         half = self.frequency_size // 2
         exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t.float()[:, None] * torch.exp(-math.log(10000.0) * exponents)
         frequencies = torch.cat([angles.cos(), angles.sin()], dim=1)
-        first = self.mlp[0]
-        assert isinstance(first, nn.Linear)
-        embedding: Tensor = self.mlp(frequencies.to(first.weight.dtype))
-        return embedding
+        return self.mlp(frequencies.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -177,9 +165,7 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, labels: Tensor) -> Tensor:
-        """Return the embedding."""
-        embedding: Tensor = self.embedding_table(labels)
-        return embedding
+        return self.embedding_table(labels)
 
 
 class Attention(nn.Module):
@@ -193,7 +179,6 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rope: Rope | None) -> Tensor:
-        """Return the attended tokens."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
         # cut before it is turned: backward then joins the gradients where qkv's lies, without a copy
@@ -202,8 +187,7 @@ class Attention(nn.Module):
         if rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
         attended = scaled_dot_product_attention(query.to(value.dtype), key.to(value.dtype), value)
-        out: Tensor = self.proj(attended.transpose(1, 2).reshape(batch, tokens, width))
-        return out
+        return self.proj(attended.transpose(1, 2).reshape(batch, tokens, width))
 
 
 def _head_norm(kind: NormKind | None, width: int) -> nn.Module:
@@ -220,9 +204,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the tokens."""
-        out: Tensor = self.fc2(gelu(self.fc1(x), approximate="tanh"))
-        return out
+        return self.fc2(gelu(self.fc1(x), approximate="tanh"))
 
 
 class SwiGLU(nn.Module):
@@ -234,64 +216,11 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the tokens."""
         gate, values = self.w12(x).chunk(2, dim=-1)
-        out: Tensor = self.w3(silu(gate) * values)
-        return out
+        return self.w3(silu(gate) * values)
 
 
 def mlp_width(kind: MlpKind, width: int, ratio: float) -> int:
     """Hidden width: two thirds for SwiGLU, which has three matrices instead of two."""
     hidden = int(width * ratio)
     return hidden if kind == "gelu" else int(2 / 3 * hidden)
-
-
-class Block(nn.Module):
-    """A transformer block conditioned by adaLN-zero (DiT, section 3.2)."""
-
-    def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        mlp_ratio: float,
-        norm: NormKind,
-        mlp: MlpKind,
-        *,
-        qk_norm: bool,
-        modulation_shift: bool,
-    ) -> None:
-        super().__init__()
-        self.norm1 = ModulatedNorm(norm, width)
-        self.attn = Attention(width, num_heads, norm if qk_norm else None)
-        self.norm2 = ModulatedNorm(norm, width)
-        self.mlp = (Mlp if mlp == "gelu" else SwiGLU)(width, mlp_width(mlp, width, mlp_ratio))
-        self.num_modulations = 6 if modulation_shift else 4
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.num_modulations * width))
-
-    def forward(self, x: Tensor, condition: Tensor, rope: Rope | None) -> Tensor:
-        """Return tokens (B, T, D) from tokens (B, T, D), the condition (B, D) and the angles of the positions."""
-        modulation = self.adaLN_modulation(condition).chunk(self.num_modulations, dim=1)
-        if self.num_modulations == 6:
-            shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        else:
-            shift_msa = shift_mlp = None
-            scale_msa, gate_msa, scale_mlp, gate_mlp = modulation
-        x = x + gate_msa.unsqueeze(1) * self.attn(self.norm1(x, shift_msa, scale_msa), rope)
-        x = x + gate_mlp.unsqueeze(1) * self.mlp(self.norm2(x, shift_mlp, scale_mlp))
-        return x
-
-
-class FinalLayer(nn.Module):
-    """A prediction head: tokens (B, T, D) to patches (B, T, patch_size^2 * out_channels)."""
-
-    def __init__(self, width: int, patch_size: int, out_channels: int, norm: NormKind) -> None:
-        super().__init__()
-        self.norm_final = ModulatedNorm(norm, width)
-        self.linear = nn.Linear(width, patch_size**2 * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Return the patches."""
-        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
-        out: Tensor = self.linear(self.norm_final(x, shift, scale))
-        return out
