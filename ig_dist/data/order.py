@@ -132,13 +132,8 @@ class SampleOrder:
         return epoch * whole + max(0, -((stream - epoch * extra) // self.streams))
 
     def _segment_start(self, stream: int, epoch: int) -> int:
-        """Where the stream's segment begins on the epoch's line."""
-        whole, extra = divmod(self.num_samples, self.streams)
-
-        def extras_below(count: int) -> int:  # of the first `count` extras ever dealt, those of streams < stream
-            return count // self.streams * stream + min(count % self.streams, stream)
-
-        return stream * whole + extras_below((epoch + 1) * extra) - extras_below(epoch * extra)
+        """Where the stream's segment begins on the epoch's line: after those of the streams before it."""
+        return sum(self._samples_before(c, epoch + 1) - self._samples_before(c, epoch) for c in range(stream))
 
     def _epoch_layout(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The epoch's shards in order, and where each begins on the line (one more entry: N)."""
