@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -79,67 +79,63 @@ def verify_shards(
         sizes = list_sizes(fs, path)
     except OSError as error:
         raise unreadable(fs, path, error) from None
+    firsts = np.cumsum([0, *(shard.samples for shard in info.shards)])
+    owners = {shard.sha256: shard.name for shard in info.shards}
+    reader = None
+    if fast and table is not None:
+        reader = ShardReader(ShardIndex(folder, info, table, ""), "skip", patience=patience)
+        chosen = firsts[:-1] + np.random.default_rng(seed).integers(np.diff(firsts))
+
+    def read_whole(found: ShardCheck, number: int, hears: Callable[[int], None]) -> list[str]:
+        shard, size = info.shards[number], sizes[found.name]
+        try:
+            content = read_shard(fs, f"{path}/{found.name}", size, info.latent, info.keys, patience, hears)
+        except OSError as error:
+            return [f"cannot be read ({error.strerror or first_line(error)})"]
+        found.bytes_read, found.sums = size, None if content.problem else content.sums
+        if content.sha256 == shard.sha256:
+            return _differences(content, shard.samples, table, int(firsts[number]))
+        if content.sha256 in owners:
+            return [f"holds the bytes of {owners[content.sha256]}"]
+        said = f"sha256 is {content.sha256[:12]}..., the index says {shard.sha256[:12]}..."
+        return [said, *_differences(content, shard.samples, table, int(firsts[number]))]
+
+    def check(number: int) -> ShardCheck:
+        name, expected = info.shards[number].name, info.shards[number].bytes
+        found, size = ShardCheck(name), sizes.get(name)
+        if size is None:
+            found.problems.append("is missing")
+        elif size != expected:
+            found.problems.append(f"has {size} bytes, the index says {expected}")
+        if fast:
+            if reader and not found.problems:
+                _read_one(found, reader, int(chosen[number]), info.latent.flips)
+            advance(1)
+        elif size is not None:  # once more what is wrong: it may have suffered on the way
+            found.problems += read_whole(found, number, advance) and read_whole(found, number, lambda _: None)
+        return found
+
     total = len(info.shards) if fast else sum(sizes.get(shard.name, 0) for shard in info.shards)
     with progress("verify", total, "shards" if fast else "bytes") as advance:
-        if fast:
-            check = _fast_check(ShardIndex(folder, info, table, ""), seed, patience) if table is not None else None
-        else:
-            check = _full_check(fs, path, info, table, patience, advance)
-
-        def work(number: int) -> ShardCheck:
-            name, expected = info.shards[number].name, info.shards[number].bytes
-            found = ShardCheck(name)
-            if name not in sizes:
-                found.problems.append("is missing")
-            elif sizes[name] != expected:
-                found.problems.append(f"has {sizes[name]} bytes, the index says {expected}")
-            if check and name in sizes and not (fast and found.problems):
-                check(found, number, sizes[name])
-            if fast:
-                advance(1)
-            return found
-
-        shards = in_parallel(work, range(len(info.shards)), workers, patience.stop)
-    known = {shard.name for shard in info.shards} | _BESIDE
-    drift = None
-    lengths = {len(v) for v in (*vars(info.statistics).values(), info.latent.shift, info.latent.scale)}
-    if lengths == {info.latent.shape[0]} and all(shard.sums is not None and not shard.problems for shard in shards):
+        shards = in_parallel(check, range(len(info.shards)), workers, patience.stop)
+    channels, drift, index_problems = info.latent.shape[0], None, list[str]()
+    if {len(v) for v in (*vars(info.statistics).values(), info.latent.shift, info.latent.scale)} != {channels}:
+        index_problems.append(f"statistics, shift and scale are not of {channels} channels")
+    elif not fast and not any(shard.problems for shard in shards):
         drift = _drift(info, [shard.sums for shard in shards if shard.sums])
-    verdict = Verdict(shards, sorted(sizes.keys() - known), drift, _index_problems(info, table, drift))
-    if lengths != {info.latent.shape[0]}:
-        verdict.index_problems.append(f"statistics, shift and scale are not of {info.latent.shape[0]} channels")
-    return verdict
+    orphans = sizes.keys() - {shard.name for shard in info.shards} - _BESIDE
+    return Verdict(shards, sorted(orphans), drift, _index_problems(info, table, drift) + index_problems)
 
 
-def _full_check(
-    fs: Any, path: str, info: IndexFile, table: SampleTable | None, patience: Patience, advance: Callable[[int], None]
-) -> Callable[[ShardCheck, int, int], None]:
-    """A check that reads a whole shard; what is wrong once more, for it may have suffered on the way."""
-    owners = {shard.sha256: shard.name for shard in info.shards}
-    firsts = np.cumsum([0, *(shard.samples for shard in info.shards)])
-
-    def check(found: ShardCheck, number: int, size: int) -> None:
-        shard, problems = info.shards[number], list[str]()
-        for hears in (advance, lambda _: None):
-            try:
-                content = read_shard(fs, f"{path}/{shard.name}", size, info.latent, info.keys, patience, hears)
-            except OSError as error:
-                found.problems.append(f"cannot be read ({error.strerror or first_line(error)})")
-                return
-            if content.sha256 != shard.sha256 and content.sha256 in owners:
-                problems = [f"holds the bytes of {owners[content.sha256]}"]
-            else:
-                problems = _differences(content, shard.samples, table, int(firsts[number]))
-                if content.sha256 != shard.sha256:
-                    said = f"sha256 is {content.sha256[:12]}..., the index says {shard.sha256[:12]}..."
-                    problems.insert(0, said)
-            if not problems:
-                break
-        found.bytes_read = size
-        found.sums = None if content.problem else content.sums
-        found.problems += problems
-
-    return check
+def _read_one(found: ShardCheck, reader: ShardReader, sample: int, flips: bool) -> None:
+    """Check one sample of a shard."""
+    for flipped in [False, True] if flips else [False]:
+        stored, good = reader.read_ids(sample, sample + 1, flipped=flipped)
+        found.bytes_read += stored.nbytes
+        if not good[0]:
+            found.problems.append(f"sample {sample} has another CRC")
+        elif not np.isfinite(stored).all():
+            found.problems.append(f"sample {sample} has NaN or infinity")
 
 
 def _differences(content: ShardContent, samples: int, table: SampleTable | None, first: int) -> list[str]:
@@ -165,26 +161,6 @@ def _differences(content: ShardContent, samples: int, table: SampleTable | None,
 
 def _samples(count: int) -> str:
     return f"{count} sample{'s' if count > 1 else ''}"
-
-
-def _fast_check(index: ShardIndex, seed: int, patience: Patience) -> Callable[[ShardCheck, int, int], None]:
-    """A check that reads one sample of a shard."""
-    reader = ShardReader(index, "skip", patience=patience)
-    sizes = index.shard_sizes
-    chosen = np.random.default_rng(seed).integers(sizes)
-
-    def check(found: ShardCheck, number: int, _size: int) -> None:
-        place = int(chosen[number])
-        sample = int(index.first_ids[number]) + place
-        for flipped in [False, True] if index.info.latent.flips else [False]:
-            stored, good = reader.read_ids(sample, sample + 1, flipped=flipped)
-            found.bytes_read += stored.nbytes
-            if not good[0]:
-                found.problems.append(f"sample {sample} has another CRC")
-            elif not np.isfinite(stored).all():
-                found.problems.append(f"sample {sample} has NaN or infinity")
-
-    return check
 
 
 def _drift(info: IndexFile, parts: list[ChannelSums]) -> Drift:
