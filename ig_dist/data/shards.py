@@ -7,6 +7,7 @@ import math
 import re
 import tarfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import IO, Any, NamedTuple
 
@@ -120,7 +121,7 @@ def scan_shard(
         if key in parts[suffix]:
             raise ConfigError(f"sample {key} has two {suffix}: keys must differ")
         if suffix == label_suffix:
-            parts[suffix][key] = _label(member.name, member.data)
+            parts[suffix][key] = class_number(member.data, member.name)
             continue
         array = locate_array(member)
         if (array.shape, array.dtype) != (shape, dtype):
@@ -134,6 +135,14 @@ def scan_shard(
             key = min(found.keys() ^ latents.keys())
             raise ConfigError(f"sample {key} has no {latent_suffix if key in found else suffix}")
     return [SampleRow(offset, labels[key], crc32, *flips.get(key, ())) for key, (offset, crc32) in latents.items()]
+
+
+def class_number(data: bytes, name: str, remedy: str = "") -> int:
+    """The label that a file holds."""
+    with suppress(ValueError):
+        if abs(label := int(data)) < _MOST_LABELS:
+            return label
+    raise ConfigError(f"{name} holds {data[:20]!r}, not a class number{remedy}")
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -178,12 +187,3 @@ def _npy(array: NDArray[Any]) -> bytes:
     file = io.BytesIO()
     np.lib.format.write_array(file, array, version=(1, 0), allow_pickle=False)
     return file.getvalue()
-
-
-def _label(name: str, data: bytes) -> int:
-    try:
-        if abs(label := int(data)) < _MOST_LABELS:
-            return label
-    except ValueError:
-        pass
-    raise ConfigError(f"{name} holds {data[:20]!r}, not a class number")

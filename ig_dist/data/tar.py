@@ -56,34 +56,29 @@ def read_tar(file: IO[bytes], begin: int = 0, end: int = _LARGEST, *, skip: bool
         if header is None:
             _refuse_more(file, position, end)
             return
-        if header.kind == tarfile.GNUTYPE_SPARSE:
-            raise DamagedTar(f"holds {header.name} as a sparse file", _SPARSE)
-        length = 0 if header.kind in _WITHOUT_DATA else header.size if size is None else size
+        own_name, kind, own_size = header
+        if kind == tarfile.GNUTYPE_SPARSE:
+            raise DamagedTar(f"holds {own_name} as a sparse file", _SPARSE)
+        length = 0 if kind in _WITHOUT_DATA else own_size if size is None else size
         at, after, data = position, position + length + -length % _BLOCK, b""
-        if skip and header.kind not in _NAMING:
+        if skip and kind not in _NAMING:
             position = min(file.seek(min(after, _LARGEST)), end)
         else:
             data = file.read(min(length, end - at))
             position += len(data) + len(file.read(min(-length % _BLOCK, end - at - len(data))))
         if position != after:
-            raise DamagedTar(f"is cut off at byte {position}, within {name or header.name}")
-        if header.kind in _NAMING:
-            new_name, new_size = _overrides(header.kind, data, at)
+            raise DamagedTar(f"is cut off at byte {position}, within {name or own_name}")
+        if kind in _NAMING:
+            new_name, new_size = _overrides(kind, data, at)
             name, size = new_name or name, size if new_size is None else new_size
-        elif header.kind not in _UNNAMED:
-            if header.kind in _REGULAR:
-                yield Member(name or header.name, at, length, data)
+        elif kind not in _UNNAMED:
+            if kind in _REGULAR:
+                yield Member(name or own_name, at, length, data)
             name, size = None, None
 
 
-class _Header(NamedTuple):
-    name: str
-    kind: bytes
-    size: int
-
-
-def _header(block: bytes, position: int, *, first: bool) -> _Header | None:
-    """The header in a block; None: the zeros that end a tar. The fields are those of POSIX ustar."""
+def _header(block: bytes, position: int, *, first: bool) -> tuple[str, bytes, int] | None:
+    """Name, kind and size in a header, as POSIX ustar has them; None: the zeros that end a tar."""
     if first and block.startswith(_COMPRESSED):
         raise DamagedTar(
             "is compressed, so nothing in it can be read by its place", "unpack it (gunzip, bunzip2, unxz, unzstd)"
@@ -108,7 +103,7 @@ def _header(block: bytes, position: int, *, first: bool) -> _Header | None:
         name = block[345:500].split(b"\0", 1)[0] + b"/" + name
     if kind == tarfile.AREGTYPE and name.endswith(b"/"):
         kind = tarfile.DIRTYPE
-    return _Header(name.decode(errors="surrogateescape"), kind, number)
+    return name.decode(errors="surrogateescape"), kind, number
 
 
 def _overrides(kind: bytes, data: bytes, begin: int) -> tuple[str | None, int | None]:

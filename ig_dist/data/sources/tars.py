@@ -9,14 +9,13 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from ig_dist.data.classes import class_words, imagenet_classes
-from ig_dist.data.shards import split_name
+from ig_dist.data.shards import class_number, split_name
 from ig_dist.data.sources.source import ByteRange, Listed, Source, listed_source
 from ig_dist.data.tar import DamagedTar, Member, read_tar
 from ig_dist.errors import ConfigError
@@ -126,7 +125,8 @@ def _list_shard(tar: TarFile) -> list[Listed]:
     with Path(tar.path).open("rb") as file:
         for key, picture in pictures.items():
             file.seek(labels[key].offset)
-            label = _label(file.read(min(labels[key].size, _MOST_LABEL)), f"{key}.{LABEL} of {tar.name}")
+            data = file.read(min(labels[key].size, _MOST_LABEL))
+            label = class_number(data, f"--source: {key}.{LABEL} of {tar.name}", ": mend the label")
             where = ByteRange(tar.path, picture.offset, picture.size)
             listed.append(Listed(f"{tar.name}/{picture.name}", label, where))
     return listed
@@ -180,10 +180,3 @@ def members(tar: TarFile) -> Iterator[Member]:
 
 def _sorted_members(tar: TarFile) -> list[Member]:
     return sorted(members(tar))
-
-
-def _label(data: bytes, where: str) -> int:
-    with suppress(ValueError):
-        if len(data) < _MOST_LABEL:
-            return int(data)
-    raise ConfigError(f"--source: {where} holds {data[:20]!r}, not a class number: mend the label")
