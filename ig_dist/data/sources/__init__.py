@@ -17,13 +17,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from braceexpand import braceexpand
-from rich.filesize import decimal
 
 from ig_dist.data.sources.folders import folder_source, kaggle_source
 from ig_dist.data.sources.idx import NAMED, find_idx, idx_native, idx_source
-from ig_dist.data.sources.parquet import parquet_classes, parquet_rows, parquet_to_tar
-from ig_dist.data.sources.source import DIGITS, Found, Native, Source, digits, source_name
-from ig_dist.data.sources.spool import SourceFile, copy_tar, file_version, spool, spool_folder
+from ig_dist.data.sources.source import DIGITS, Found, Native, Source, digits
+from ig_dist.data.sources.spool import SourceFile, file_version, spooled_source
 from ig_dist.data.sources.tars import TarFile, tar_source
 from ig_dist.errors import ConfigError, first_line
 from ig_dist.storage.faults import PATIENCE, Patience
@@ -100,29 +98,12 @@ def refuse_missing(src: str) -> None:
 
 def _file_source(src: str, files: Sequence[SourceFile], spool_base: str | None, patience: Patience) -> Found:
     """Tars or parquet files; local tars are read in place, all others through copies."""
-    local, is_parquet = is_local(files[0].fs), files[0].name.endswith(".parquet")
+    is_parquet = files[0].name.endswith(".parquet")
     what = f"{'parquet' if is_parquet else 'tars'} {PurePosixPath(src.rstrip('/')).name}"
-    if local and not is_parquet:
-        kind, source = tar_source([TarFile(file.path, file.name) for file in files], what)
-        return Found(kind, source.name, lambda: source)
-    names = parquet_classes(files[0], patience) if is_parquet else None
-    if local:
-        entries = parquet_rows(files, patience)
-    else:  # a column of each of several hundred remote files takes minutes; the store's own version says as much
-        entries = [(f"{file.name} {file.version}", file.size, 0) for file in files]
-    name, copy = source_name(what, entries, len(entries)), parquet_to_tar if is_parquet else copy_tar
-
-    def opened(chosen: Sequence[SourceFile], into: Path, *, whole: bool) -> Source:
-        copies = spool(chosen, into, copy, patience)
-        tars = [TarFile(str(path), file.name) for path, file in zip(copies, chosen, strict=True)]
-        return tar_source(tars, what, name=name, names=names, whole=whole)[1]
-
-    def open_part(scratch: str) -> tuple[Source, float]:
-        return opened(files[:1], Path(scratch), whole=False), files[0].size / total
-
-    total, folder = sum(file.size for file in files), spool_folder(files, spool_base)
-    kind = f"{len(files)} {'parquet files' if is_parquet else 'tars'}, {decimal(total)}, read from copies in {folder}"
-    return Found(f"{kind} (delete them afterwards)", name, lambda: opened(files, folder, whole=True), open_part)
+    if not is_local(files[0].fs) or is_parquet:
+        return spooled_source(what, files, spool_base, patience)
+    kind, source = tar_source([TarFile(file.path, file.name) for file in files], what)
+    return Found(kind, source.name, lambda: source)
 
 
 def _files_in_folder(folder: Path) -> list[SourceFile]:

@@ -51,74 +51,20 @@ def find_idx(src: str) -> IdxPair | None:
         ConfigError: the files of the name are nowhere, or there are images without labels.
     """
     if src in NAMED:
-        for folder in _places():
-            pair = _pair(folder, NAMED[src], src, FASHION_CLASSES)
-            if pair is not None:
+        given = os.environ.get(ROOT_VARIABLE)
+        roots = [*([Path(given).expanduser()] if given else []), Path.home() / ".cache/ig_dist/datasets", DEBIAN]
+        places = [root / "fashion-mnist" for root in roots]
+        for folder in places:
+            if pair := _pair(folder, NAMED[src], src, FASHION_CLASSES):
                 return pair
         files = ", ".join(f"{part}-{kind}.gz" for part in ("train", "t10k") for kind in (_IMAGES, _LABELS))
         raise ConfigError(
-            f"--source {src}: its files are in none of {', '.join(map(str, _places()))}: put {files} of Fashion-MNIST"
+            f"--source {src}: its files are in none of {', '.join(map(str, places))}: put {files} of Fashion-MNIST"
             " (or the same unpacked) into one of them, or on Debian: apt-get install dataset-fashion-mnist;"
             f" ${ROOT_VARIABLE} names another place"
         )
     folder = Path(src.removeprefix("file://"))
     return _pair(folder, "train", f"IDX files of {folder.resolve().name}", None) if folder.is_dir() else None
-
-
-def idx_native(pair: IdxPair) -> Native:
-    """Side and channels of the images, from the header alone.
-
-    Raises:
-        ConfigError: they are not square, or the file is damaged.
-    """
-    _, height, width = _read(pair.images, 3, header_only=True)[0]
-    if height != width:
-        raise ConfigError(f"--source: {pair.images} holds images of {height} x {width}: only square ones are encoded")
-    return Native(height, 1)
-
-
-def idx_source(pair: IdxPair) -> Found:
-    """The images with their labels, read whole: they are small.
-
-    Raises:
-        ConfigError: a file is damaged, or does not fit the other.
-    """
-    native = idx_native(pair)
-    shape, pixels = _read(pair.images, 3)
-    (count,), labels = _read(pair.labels, 1)
-    if count != shape[0]:
-        raise ConfigError(
-            f"--source: {pair.images} has {shape[0]} images, {pair.labels.name} {count} labels: these are not of one"
-            " data set, fetch both again"
-        )
-    classes = len(pair.class_names or ()) or int(labels.max()) + 1
-    if labels.max() >= classes:
-        raise ConfigError(f"--source: {pair.labels} has label {labels.max()}, not 0 to {classes - 1}: fetch it again")
-    empty = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
-    if len(empty):
-        raise ConfigError(
-            f"--source: {len(empty)} of the {classes} classes of {pair.labels} have no image (the first: {empty[0]}):"
-            " labels must count from 0 without gaps"
-        )
-    digest = hashlib.sha256(b"%d %d %d\n" % shape)
-    digest.update(pixels.data)
-    digest.update(labels.data)
-    source = array_source(
-        f"{pair.what}, 2 files, sha256 {digest.hexdigest()}",
-        pixels.reshape(*shape, 1),
-        labels,
-        classes,
-        list(pair.class_names) if pair.class_names else None,
-    )
-    kind = f"{count} grey images of {native.size} x {native.size} in {classes} classes, {pair.images}"
-    return Found(kind, source.name, lambda: source)
-
-
-def _places() -> list[Path]:
-    """Where the files of a name are looked for, in this order."""
-    given = os.environ.get(ROOT_VARIABLE)
-    roots = [*([Path(given).expanduser()] if given else []), Path.home() / ".cache/ig_dist/datasets", DEBIAN]
-    return [root / "fashion-mnist" for root in roots]
 
 
 def _pair(folder: Path, part: str, what: str, class_names: tuple[str, ...] | None) -> IdxPair | None:
@@ -133,32 +79,78 @@ def _pair(folder: Path, part: str, what: str, class_names: tuple[str, ...] | Non
     return IdxPair(images, labels, what, class_names)
 
 
-def _read(path: Path, dimensions: int, *, header_only: bool = False) -> tuple[tuple[int, ...], NDArray[np.uint8]]:
-    """Shape and numbers of an IDX file of uint8."""
+def idx_native(pair: IdxPair) -> Native:
+    """Side and channels of the images.
+
+    Raises:
+        ConfigError: they are not square, or the file is damaged.
+    """
+    return Native(_images(pair).shape[1], 1)
+
+
+def idx_source(pair: IdxPair) -> Found:
+    """The images with their labels, read whole: they are small.
+
+    Raises:
+        ConfigError: a file is damaged, or does not fit the other.
+    """
+    images, labels = _images(pair), _read(pair.labels, 1)
+    count, size, _ = images.shape
+    if count != len(labels):
+        raise ConfigError(
+            f"--source: {pair.images} has {count} images, {pair.labels.name} {len(labels)} labels: these are not of"
+            " one data set, fetch both again"
+        )
+    classes = len(pair.class_names or ()) or int(labels.max()) + 1
+    if labels.max() >= classes:
+        raise ConfigError(f"--source: {pair.labels} has label {labels.max()}, not 0 to {classes - 1}: fetch it again")
+    empty = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
+    if len(empty):
+        raise ConfigError(
+            f"--source: {len(empty)} of the {classes} classes of {pair.labels} have no image (the first: {empty[0]}):"
+            " labels must count from 0 without gaps"
+        )
+    digest = hashlib.sha256(b"%d %d %d\n" % images.shape)
+    digest.update(images.reshape(-1).data)
+    digest.update(labels.data)
+    name, words = f"{pair.what}, 2 files, sha256 {digest.hexdigest()}", pair.class_names
+    source = array_source(name, images[..., None], labels, classes, list(words) if words else None)
+    kind = f"{count} grey images of {size} x {size} in {classes} classes, {pair.images}"
+    return Found(kind, name, lambda: source)
+
+
+def _images(pair: IdxPair) -> NDArray[np.uint8]:
+    images = _read(pair.images, 3)
+    _, height, width = images.shape
+    if height != width:
+        raise ConfigError(f"--source: {pair.images} holds images of {height} x {width}: only square ones are encoded")
+    return images
+
+
+def _read(path: Path, dimensions: int) -> NDArray[np.uint8]:
+    """The numbers in an IDX file of uint8."""
     header_bytes = 4 + 4 * dimensions
     try:
         with path.open("rb") as raw:
             packed = raw.read(2) == _GZIP  # whatever its name says: browsers unpack, and keep the name
             raw.seek(0)
             with gzip.open(raw) if packed else raw as file:
-                data = file.read(header_bytes)
-                if not header_only and len(data) == header_bytes:  # no more than may be in it, whatever it unpacks to
-                    count = math.prod(struct.unpack(f">{dimensions}I", data[4:]))
-                    data += file.read(min(count + 1, _MOST_TIMES * path.stat().st_size))
+                header, data = file.read(header_bytes), b""
+                if len(header) == header_bytes:  # no more than may be in it, whatever it unpacks to
+                    count = math.prod(struct.unpack(f">{dimensions}I", header[4:]))
+                    data = file.read(min(count + 1, _MOST_TIMES * path.stat().st_size))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ConfigError(f"--source: {path} is damaged ({error}): fetch it again") from None
     except OSError as error:
         raise ConfigError(f"--source: {path} cannot be read ({error.strerror}): make it readable") from None
-    if data[:4] != bytes((0, 0, _UINT8, dimensions)) or len(data) < header_bytes:
+    if header[:4] != bytes((0, 0, _UINT8, dimensions)) or len(header) < header_bytes:
         what = "images (3 dimensions)" if dimensions == 3 else "labels (1 dimension)"
-        raise ConfigError(f"--source: {path} is no IDX file of {what} of bytes, it begins with {data[:4].hex(' ')!r}")
-    shape = struct.unpack(f">{dimensions}I", data[4:header_bytes])
+        raise ConfigError(f"--source: {path} is no IDX file of {what} of bytes, it begins with {header[:4].hex(' ')!r}")
+    shape = struct.unpack(f">{dimensions}I", header[4:])
     if not all(shape):
         raise ConfigError(f"--source: {path} is empty, its header says {' x '.join(map(str, shape))}: fetch it again")
-    numbers = np.frombuffer(data, np.uint8, offset=header_bytes)
-    if not header_only and len(numbers) != math.prod(shape):
+    if len(data) != count:
         raise ConfigError(
-            f"--source: {path} has {len(numbers)} bytes of numbers where its header says {math.prod(shape)}:"
-            " fetch it again"
+            f"--source: {path} has {len(data)} bytes of numbers where its header says {count}: fetch it again"
         )
-    return shape, numbers
+    return np.frombuffer(data, np.uint8).reshape(shape)
