@@ -9,9 +9,9 @@ the same bytes. Damage is found by the reader, which checks every sample that it
 from __future__ import annotations
 
 import errno
+import tempfile
 import threading
 import time
-import uuid
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,20 +42,18 @@ class BlockCache:
             raise ConfigError(f"data.cache_dir {self._folder} is a link: remove it, or choose another folder")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_whole(LOCAL, str(self._folder / f"{uuid.uuid4().hex}.probe"), b"probe")
+            with tempfile.TemporaryFile(dir=self._folder) as probe:
+                probe.write(b"probe")
         except OSError as error:
             if error.errno not in _FULL:
                 raise ConfigError(
                     f"data.cache_dir {folder}: {error.strerror}: choose a folder on a local disk that you may write"
                 ) from None
             self._stop_keeping(error)  # what is there already still serves
-        finally:
-            for probe in self._folder.glob("*.probe"):
-                probe.unlink(missing_ok=True)
-            for left in self._folder.glob("*.tmp"):  # of killed processes: writing a block takes no time
-                with suppress(OSError):
-                    if time.time() - left.stat().st_mtime > _LEFT_S:
-                        left.unlink()
+        for left in self._folder.glob("*.tmp"):  # of killed processes: writing a block takes no time
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > _LEFT_S:
+                    left.unlink()
         # offsets and names are known: a shard's last byte counts, its tar padding does too
         self.shards = int(np.searchsorted(np.cumsum([shard.bytes for shard in index.info.shards]), cap, side="right"))
         """Number of the first ones, whose blocks are kept."""
@@ -71,13 +69,12 @@ class BlockCache:
 
     def _stop_keeping(self, error: OSError) -> None:
         with self._lock:
-            said, self.full = self.full, True
-        if said:
-            return
-        console.print(
-            f"data.cache_dir {self._folder}: {error.strerror}: goes on without keeping more;"
-            " free space, or lower data.cache_bytes"
-        )
+            if not self.full:
+                console.print(
+                    f"data.cache_dir {self._folder}: {error.strerror}: goes on without keeping more;"
+                    " free space, or lower data.cache_bytes"
+                )
+            self.full = True
 
     def drop(self, shard: int, block: int) -> None:
         """Forget a block that turned out damaged."""

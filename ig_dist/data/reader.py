@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
@@ -22,8 +21,10 @@ from ig_dist.storage.files import REQUEST_BYTES, open_url, read_range
 from ig_dist.storage.urls import full_url, is_local
 
 Samples = NDArray[Any]
-SPOT = np.dtype([("shard", np.int64), ("offset", np.int64), ("crc", np.uint32), ("id", np.int64), ("label", np.int64)])
-"""Where a sample lies: its shard, and its first byte there; what it must be, and is."""
+SPOT = np.dtype(
+    [("shard", "i8"), ("offset", "i8"), ("crc", "u4"), ("id", "i8"), ("label", "i8"), ("epoch", "i8"), ("place", "i8")]
+)
+"""Where a sample lies: its shard, and its first byte there; what it must be, and is. Last, what streams note of it."""
 Spots = NDArray[np.void]
 
 _READ_AGAIN = 5  # a link that flips a bit in every fifth request condemns one sample in 16,000
@@ -48,13 +49,6 @@ class _File:
     def __del__(self) -> None:
         if self.number >= 0:
             os.close(self.number)
-
-
-class _Memory(threading.local):
-    """A thread's own, for what has just been read: new memory would cost the kernel as much as the reading."""
-
-    def __init__(self) -> None:
-        self.room = np.empty(_ROOM, np.uint8).data
 
 
 class _Rows:
@@ -122,7 +116,6 @@ class ShardReader:
         self._request_bytes = request_bytes
         self._kept = cache.shards if cache else 0  # the first shards, whose blocks the cache keeps
         self._open = lru_cache(_FILES_OPEN)(self._open_file)
-        self._memory = _Memory()
 
     def read_ids(self, start: int, stop: int, *, flipped: bool = False) -> tuple[Samples, NDArray[np.bool_]]:
         """Samples of consecutive ids, ``start`` to ``stop`` (exclusive), of one shard or several, and which are good.
@@ -146,7 +139,7 @@ class ShardReader:
     def find(self, shard: int, start: int, stop: int, flipped: NDArray[np.bool_]) -> Spots:
         """Where samples ``start`` to ``stop`` (exclusive) of a shard lie; ``flipped``: (n,) bool, which mirrored."""
         first = int(self._first_id[shard])
-        table, spots = self.table[first + start : first + stop], np.empty(stop - start, SPOT)
+        table, spots = self.table[first + start : first + stop], np.zeros(stop - start, SPOT)
         spots["shard"], spots["id"], spots["label"] = shard, np.arange(first + start, first + stop), table.label
         spots["offset"], spots["crc"] = table.offset, table.crc32
         if table.flip_offset is not None and table.flip_crc32 is not None:
@@ -168,31 +161,25 @@ class ShardReader:
         left = []
         for number, (shard, offset, crc, *_) in enumerate(spots.tolist()):
             row, block = rows[number], offset // self._request_bytes if shard < self._kept else 0
-            damaged = False
             with suppress(OSError):  # there is no such block yet: not all of it is worth while for one sample
                 file = self._open(shard, block)
                 if os.preadv(file.number, [row], offset - file.begin) == len(row) and zlib_ng.crc32(row) == crc:
                     continue
-                damaged = len(list(self._blocks(shard, offset, offset + self.sample_bytes))) == 1  # else it lies in two
-            left.append((number, damaged))
+            left.append(number)
 
-        def again(item: tuple[int, bool]) -> bool:
-            number, damaged = item
-            return bool(self.read_run(spots[[number]], [rows[number]], fresh=damaged, keep=damaged)[0])
+        def again(number: int) -> bool:
+            return bool(self.read_run(spots[[number]], [rows[number]], keep=False)[0])
 
         good = in_parallel(again, left, _AT_ONCE, self.patience.stop)
-        return [number for (number, _), whole in zip(left, good, strict=True) if not whole]
+        return [number for number, whole in zip(left, good, strict=True) if not whole]
 
-    def read_run(
-        self, spots: Spots, rows: Sequence[memoryview], *, fresh: bool = False, keep: bool = True
-    ) -> NDArray[np.bool_]:
+    def read_run(self, spots: Spots, rows: Sequence[memoryview], *, keep: bool = True) -> NDArray[np.bool_]:
         """Read samples of one shard that lie together with few requests, into a row each.
 
         Args:
             spots: where they lie.
             rows: one for each.
-            fresh: what the cache has of them is read from the source again.
-            keep: the cache keeps what is read from the source.
+            keep: the cache keeps what is read from the source; it always does in place of what is damaged in it.
 
         Returns:
             Which are good.
@@ -204,18 +191,18 @@ class ShardReader:
                 offsets = spots["offset"][part]
                 begin, end = int(offsets[0]), int(offsets[-1]) + self.sample_bytes
                 filling = _Rows((offsets - begin).tolist(), [rows[number] for number in part])
-                self._bytes(int(spots["shard"][0]), begin, end, filling, fresh or attempt > 0, keep)
+                self._bytes(int(spots["shard"][0]), begin, end, filling, fresh=attempt > 0, keep=keep or attempt > 0)
                 good[part] = spots["crc"][part] == filling.crcs
             left = left[~good[left]]
             if not len(left):
                 break
-        for shard, offset, _, sample, _ in spots[left].tolist():
+        for spot in spots[left]:
             if self._on_corrupt == "fail":
                 raise DataError(
-                    f"{self._url(shard)}: sample {sample} at byte {offset} is damaged (its CRC differs): restore the"
-                    " shard, or train without such samples (data.on_corrupt=skip)"
+                    f"{self._url(spot['shard'])}: sample {spot['id']} at byte {spot['offset']} is damaged (its CRC"
+                    " differs): restore the shard, or train without such samples (data.on_corrupt=skip)"
                 )
-            self.quarantined.add(sample)
+            self.quarantined.add(int(spot["id"]))
         return good
 
     def warm(self, spots: Spots) -> bool:
@@ -225,14 +212,12 @@ class ShardReader:
             Whether it does: not where there is no file on a disk, nor where the kernel does not keep what it reads (as
             with some network file systems), or does not say so.
         """
-        shard, offsets, room = int(spots["shard"][0]), spots["offset"], self._memory.room
+        shard, offsets, room = int(spots["shard"][0]), spots["offset"], np.empty(_ROOM, np.uint8).data
         begin, end = int(offsets.min()), int(offsets.max()) + self.sample_bytes
         try:
             for block, start, stop in self._blocks(shard, begin, end):
-                if shard < self._kept and not self._has(shard, block):
-                    if not self._cache or self._cache.full:
-                        return False
-                    self._fetch(shard, block)
+                if shard < self._kept and not self._cached(shard, block, fetch=True):
+                    return False
                 file = self._open(shard, block)
                 os.preadv(file.number, [room[:1]], start - file.begin)
                 os.preadv(file.number, [room[:1]], start - file.begin, os.RWF_NOWAIT)  # raises if it is not in memory
@@ -257,44 +242,38 @@ class ShardReader:
         for block in range(begin // size, -(-end // size)):
             yield block, max(begin, block * size), min(end, (block + 1) * size)
 
-    def _bytes(self, shard: int, begin: int, end: int, filling: _Rows, fresh: bool, keep: bool) -> None:
+    def _bytes(self, shard: int, begin: int, end: int, filling: _Rows, *, fresh: bool, keep: bool) -> None:
         """Fill rows from bytes of a shard: by way of the cache where it keeps them."""
         if shard >= self._kept or not self._cache:
             self._request(shard, begin, end, filling)
             return
         for block, start, stop in self._blocks(shard, begin, end):
-            first = block * self._request_bytes
-            if fresh and keep:
+            if fresh:
                 self._cache.drop(shard, block)
                 self._open.cache_clear()
-            if not fresh and self._has(shard, block):
+            if self._cached(shard, block, fetch=keep):
                 data = np.empty(stop - start, np.uint8).data
                 with suppress(OSError):  # what is missing has another CRC
-                    os.preadv(self._open(shard, block).number, [data], start - first)
+                    os.preadv(self._open(shard, block).number, [data], start - block * self._request_bytes)
                 filling.take(data)
                 del data  # before the next block comes
-            elif keep and not self._cache.full:
-                filling.take(self._fetch(shard, block)[start - first : stop - first])
             else:
                 self._request(shard, start, stop, filling)
 
-    def _fetch(self, shard: int, block: int) -> memoryview:
-        """A block from the storage, which the cache keeps."""
+    def _cached(self, shard: int, block: int, *, fetch: bool) -> bool:
+        """Whether the cache has a block; with ``fetch`` it is brought there, if there is room."""
+        with suppress(OSError):
+            return bool(self._open(shard, block))
+        if not (fetch and self._cache and not self._cache.full):
+            return False
         begin, size = self._block(shard, block)
-        data = self._request(shard, begin, begin + size)
-        if self._cache:
-            self._cache.put(shard, block, data)
-        return data
+        self._cache.put(shard, block, self._request(shard, begin, begin + size))
+        return self._cached(shard, block, fetch=False)
 
     def _block(self, shard: int, block: int) -> tuple[int, int]:
         """Where a block begins in its shard, and its bytes."""
         begin = block * self._request_bytes
         return begin, min(self._request_bytes, self._index.info.shards[shard].bytes - begin)
-
-    def _has(self, shard: int, block: int) -> bool:
-        with suppress(OSError):
-            return bool(self._open(shard, block))
-        return False
 
     def _open_file(self, shard: int, block: int) -> _File:
         if self._cache and shard < self._kept:
@@ -306,7 +285,7 @@ class ShardReader:
     def _request(self, shard: int, begin: int, end: int, filling: _Rows | None = None) -> memoryview:
         """Read bytes of a shard from the storage: into rows as they come, or else into new memory."""
         path = f"{self._path}/{self._index.info.shards[shard].name}"
-        taking: dict[str, Any] = {"into": self._memory.room, "taken": filling.take} if filling else {}
+        taking: dict[str, Any] = {"into": np.empty(_ROOM, np.uint8).data, "taken": filling.take} if filling else {}
         try:
             return read_range(self._fs, path, begin, end, self.patience, **taking)
         except FileNotFoundError:

@@ -59,11 +59,8 @@ class _Window:
     """A window under way. Its samples are numbered in the order in which they are seen."""
 
     window: Window
-    spots: Spots  # (n,)
-    places: NDArray[np.int64]  # (n,)
-    """Where in the cursor's memory each is held; -1: it is not, and must be picked."""
+    spots: Spots  # (n,); "place": where in the cursor's memory each is held; -1: it is not, and must be picked
     todo: deque[NDArray[np.int64]]  # parts that nobody reads yet: samples that lie together in a shard
-    unread: int  # samples of these parts, and of those that are being read
 
 
 class _Part(NamedTuple):
@@ -78,7 +75,7 @@ class _Part(NamedTuple):
 class _Cursor:
     """A stream's place: the window in use, the one after it, and what is held of both.
 
-    Samples are given out (``number``) <= held (``places``) <= being read (``coming``) <= found (``windows``, ``next``).
+    Samples are given out (``number``) <= held ("place") <= being read (``coming``) <= found (``windows``).
     ``find`` finds the window that holds a sample, ``do`` runs a function in a reader thread. ``capacity`` samples may
     be held, whose memory is not used before.
     """
@@ -92,66 +89,58 @@ class _Cursor:
         capacity: int,
     ) -> None:
         self._reader, self._find, self._do, self._number = reader, find, do, number
-        self._windows: deque[_Window] = deque()
-        self._next: Future[_Window] | None = do(partial(find, number))
+        self._windows: deque[Future[_Window]] = deque([do(partial(find, number))])
         self._coming: deque[_Part] = deque()
         self._memory = np.empty((capacity, reader.sample_bytes), np.uint8)
         self._rows, self._free = reader.rows(self._memory), list(range(capacity))
 
-    def take(self, count: int, *, read: bool) -> Iterator[tuple[_Window, slice]]:
-        """Where the next ``count`` samples are: in one or several windows; ``read``: which have been read."""
-        while count:
-            window = self._in_use(read)
-            start = self._number - window.window.first
-            taken = min(count, window.window.stop - self._number)
-            yield window, slice(start, start + taken)
-            self._number, count = self._number + taken, count - taken
+    def take(self, spots: Spots, rows: NDArray[np.uint8], *, read: bool) -> None:
+        """The spots of the next samples; of those that are held the bytes, (n, bytes), and they are held no longer.
 
-    def give(self, places: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
-        """Copy samples that are held into rows, (n, bytes), and hold them no longer."""
-        held = places >= 0
-        if held.any():
-            np.take(self._memory, places, axis=0, out=rows, mode="clip")  # what is not held is yet to come
-            self._free += places[held].tolist()
+        ``read``: it waits until the windows that they are in have been read.
+        """
+        row = 0
+        while row < len(spots):
+            window = self._in_use()
+            while read and (window.todo or any(part.of is window for part in self._coming)):
+                self.ahead()
+                if self._coming:
+                    self._take_part()
+            here = window.spots[self._number - window.window.first :][: len(spots) - row]
+            to = slice(row, row + len(here))
+            spots[to], places = here, here["place"]
+            held = places >= 0
+            if held.any():
+                np.take(self._memory, places, axis=0, out=rows[to], mode="clip")  # what is not held is yet to come
+                self._free += places[held].tolist()
+            self._number, row = self._number + len(here), to.stop
 
     def ahead(self) -> None:
         """Begin to read all that there is room for, of the window in use, then of the next."""
         while self._coming and self._coming[0].good.done():
             self._take_part()
-        self._drop_used()
-        while True:
-            last = self._windows[-1] if self._windows else None
-            if last and last.todo:
-                if len(last.todo[0]) > len(self._free):
-                    return
-                samples = last.todo.popleft()
-                places, self._free = self._free[: len(samples)], self._free[len(samples) :]
-                self._coming.append(_Part(last, samples, places, self._do(partial(self._read, last, samples, places))))
-            elif len(self._windows) < 2:
-                self._next = self._next or self._do(partial(self._find, last.window.stop if last else self._number))
-                if not self._next.done():
-                    return
-                self._open_next()
-            else:
-                return
+        window = self._in_use()
+        if self._begin(window):
+            if len(self._windows) == 1:
+                self._windows.append(self._do(partial(self._find, window.window.stop)))
+            if self._windows[1].done():
+                self._begin(self._windows[1].result())
 
-    def _in_use(self, read: bool) -> _Window:
-        self._drop_used()
-        if not self._windows:
-            self._open_next()
-        while read and self._windows[0].unread:
-            self.ahead()
-            if self._coming:
-                self._take_part()
-        return self._windows[0]
+    def _begin(self, window: _Window) -> bool:
+        """Begin to read the parts of a window that there is room for; whether these are all."""
+        while window.todo and len(window.todo[0]) <= len(self._free):
+            samples = window.todo.popleft()
+            places, self._free = self._free[: len(samples)], self._free[len(samples) :]
+            self._coming.append(_Part(window, samples, places, self._do(partial(self._read, window, samples, places))))
+        return not window.todo
 
-    def _drop_used(self) -> None:
-        while self._windows and self._windows[0].window.stop == self._number:
+    def _in_use(self) -> _Window:
+        """The window that holds the next sample."""
+        if self._windows[0].result().window.stop == self._number:
             self._windows.popleft()
-
-    def _open_next(self) -> None:
-        self._windows.append(self._next.result() if self._next else self._find(self._number))
-        self._next = None
+            if not self._windows:
+                self._windows.append(self._do(partial(self._find, self._number)))
+        return self._windows[0].result()
 
     def _read(self, window: _Window, samples: NDArray[np.int64], places: list[int]) -> NDArray[np.bool_] | None:
         spots = window.spots[samples]
@@ -162,9 +151,8 @@ class _Cursor:
         window, samples, places, coming = self._coming.popleft()
         good, kept = coming.result(), np.array(places)
         holds = np.zeros(len(samples), bool) if good is None else good & (samples >= self._number - window.window.first)
-        window.places[samples[holds]] = kept[holds]
+        window.spots["place"][samples[holds]] = kept[holds]
         self._free += kept[~holds].tolist()
-        window.unread -= len(samples)
 
 
 class BatchStream:
@@ -233,28 +221,22 @@ class BatchStream:
             self._order.window_samples, self._order.streams, self._order.num_samples, latent.stored_bytes
         )
         begin = self._start * per_stream
-        streams = [_Cursor(self.reader, partial(self._find, one), self._do, begin, capacity) for one in self._streams]
-        rows = len(streams) * per_stream
+        cursors = [_Cursor(self.reader, partial(self._find, one), self._do, begin, capacity) for one in self._streams]
+        rows = len(cursors) * per_stream
         for number in itertools.count(self._start):
             # what goes to the device: pinned, it is copied there while the processor does something else
             tensors = _new((rows, *latent.stored_shape), latent.dtype), _new((rows,), "int64"), _new((rows,), "int64")
             latents, labels, positions = (tensor.numpy() for tensor in tensors)
             stored, memory = latents.view(np.uint8).reshape(rows, -1), self.reader.rows(latents)
-            spots, places, epochs = np.empty(rows, SPOT), np.empty(rows, np.int64), np.empty(rows, np.int64)
-            taken, row = list[tuple[_Window, int, int]](), 0
-            for stream in streams:
-                # the first batch waits for no window
-                for window, part in stream.take(per_stream, read=number > self._start):
-                    to = slice(row, row + part.stop - part.start)
-                    taken.append((window, part.start, row))
-                    spots[to], places[to], epochs[to] = window.spots[part], window.places[part], window.window.epoch
-                    stream.give(places[to], stored[to])
-                    row = to.stop
-            picked = np.flatnonzero(places < 0).tolist()
+            spots = np.empty(rows, SPOT)
+            for row, cursor in zip(range(0, rows, per_stream), cursors, strict=True):
+                mine = slice(row, row + per_stream)
+                cursor.take(spots[mine], stored[mine], read=number > self._start)  # the first batch waits for no window
+            picked = np.flatnonzero(spots["place"] < 0).tolist()
             damaged = self.reader.pick(spots[picked], [memory[row] for row in picked])
             for bad in (picked[which] for which in damaged):
-                window, sample, row = next(one for one in reversed(taken) if one[2] <= bad)
-                spots[bad] = self._stand_in(window, sample + bad - row, memory[bad])
+                stream, sample = divmod(bad, per_stream)
+                spots[bad] = self._stand_in(self._streams[stream], number * per_stream + sample, memory[bad])
             labels[:] = spots["label"]
             first = number * self._order.global_batch_size + self._streams.start * per_stream
             positions[:] = np.arange(first, first + rows)
@@ -263,10 +245,10 @@ class BatchStream:
                 labels=tensors[1],
                 ids=torch.from_numpy(spots["id"].copy()),
                 positions=tensors[2],
-                epochs=torch.from_numpy(epochs),
+                epochs=torch.from_numpy(spots["epoch"].copy()),
             )
-            for stream in streams:
-                stream.ahead()
+            for cursor in cursors:
+                cursor.ahead()
 
     def _do(self, work: Callable[[], T]) -> Future[T]:
         """Do something in a reader thread; without these, at once."""
@@ -287,12 +269,14 @@ class BatchStream:
             parts = (lie[start : start + self._part] for start in range(0, len(lie), self._part))
             todo += [left for part in parts if len(left := part[part >= number - window.first])]
             at += len(lie)
-        places = np.full(at, -1)
-        return _Window(window, np.concatenate(spots)[window.permutation], places, todo, sum(map(len, todo)))
+        in_order = np.concatenate(spots)[window.permutation]
+        in_order["epoch"], in_order["place"] = window.epoch, -1
+        return _Window(window, in_order, todo)
 
-    def _stand_in(self, window: _Window, sample: int, row: memoryview) -> Any:
-        """The spot of the next good sample of a window, around, in place of a damaged one."""
-        count = len(window.spots)
+    def _stand_in(self, stream: int, number: int, row: memoryview) -> Any:
+        """In place of a damaged sample of a stream: the spot of the next good one of its window, around."""
+        window = self._find(stream, number)
+        count, sample = len(window.spots), number - window.window.first
         for other in (*range(sample + 1, count), *range(sample)):
             if not len(self.reader.pick(window.spots[[other]], [row])):
                 return window.spots[other]
