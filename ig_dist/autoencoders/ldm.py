@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,13 +60,9 @@ def ldm_settings(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
             raise ConfigError(f"{where}: {name} has shape {tuple(tensors[name].shape)}, it should be a convolution's")
         return tensors[name].shape[0], tensors[name].shape[1]
 
-    widths, levels = [channels("encoder.down.0.block.0.conv1.weight")[0]], 1
-    while f"encoder.down.{levels}.block.0.conv1.weight" in tensors:
-        widths.append(channels(f"encoder.down.{levels}.block.0.conv1.weight")[0])
-        levels += 1
-    layers = 1
-    while f"encoder.down.0.block.{layers}.conv1.weight" in tensors:
-        layers += 1
+    levels = next(i for i in count(1) if f"encoder.down.{i}.block.0.conv1.weight" not in tensors)
+    layers = next(i for i in count(1) if f"encoder.down.0.block.{i}.conv1.weight" not in tensors)
+    widths = [channels(f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(levels)]
     down = ["Attn" * (f"encoder.down.{i}.attn.0.q.weight" in tensors) + "DownEncoderBlock2D" for i in range(levels)]
     up = ["Attn" * (f"decoder.up.{i}.attn.0.q.weight" in tensors) + "UpDecoderBlock2D" for i in range(levels)]
     return {

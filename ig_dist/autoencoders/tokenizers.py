@@ -1,12 +1,13 @@
 """What a tokenizer is, and tokenizers by name: ``pixel`` (small images are their own latents), and the autoencoders.
 
-The weights of these lie in a folder or file (``weights.py``); they run on diffusers (``vae.py``), which is imported
-when the first of them is asked for.
+The weights of these are at a path, in the tokenizers' folder, or in the Hugging Face cache and hub; they run on
+diffusers (``vae.py``), which is imported when the first of them is asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,11 +17,30 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ig_dist.autoencoders.weights import canonical_name, find_weights
 from ig_dist.data.index import LatentInfo, TokenizerInfo
-from ig_dist.errors import ConfigError
+from ig_dist.errors import ConfigError, nearest
+from ig_dist.storage.hub import HubWeights, weights_root
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]  # tf32 is of GPUs, see `ig_dist.arithmetic`, and fp32 elsewhere
+
+FOLDER_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+"""What diffusers' ``AutoencoderKL.save_pretrained`` writes."""
+VA_VAE = "va-vae-f16d32"
+PUBLISHED = [
+    *(
+        HubWeights("tokenizer", f"stabilityai/{short}", short, f"stabilityai/{short}", FOLDER_FILES, "vae")
+        for short in ("sd-vae-ft-ema", "sd-vae-ft-mse")
+    ),
+    HubWeights(
+        "tokenizer",
+        VA_VAE,
+        VA_VAE,
+        "hustvl/vavae-imagenet256-f16d32-dinov2",
+        ("vavae-imagenet256-f16d32-dinov2.pt",),
+        "vae",
+    ),
+]
+"""A user may give the name, which stands in an index, or the folder's. The hub is not asked for ``VA_VAE``."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +104,30 @@ def get_tokenizer(name: str, *, device: str | torch.device = "cpu", precision: P
     """
     if name == "pixel":
         return PIXEL
-    return _load(canonical_name(name), find_weights(name), str(device), precision)
+    return _load(*_find_weights(name), str(device), precision)
+
+
+def _find_weights(name: str) -> tuple[str, Path]:
+    """A tokenizer's name as it stands in an index, and the folder or file with its weights.
+
+    Looked for in this order: the path ``name``, then ``name`` in the tokenizers' folder, then, for the Stable Diffusion
+    autoencoders, the Hugging Face cache and hub (which downloads into it).
+    """
+    known = next((p for p in PUBLISHED if name in (p.name, p.folder)), None)
+    root, full = weights_root("tokenizer"), known.name if known else name
+    inside = [known.name, known.folder] if known else [name]
+    for place in [Path(name).expanduser(), *(root / folder for folder in inside)]:
+        if name and os.path.exists(place):  # noqa: PTH110  (raises nothing, also of a name too long)
+            return full, place
+    if known is None:
+        near = nearest(name, ["pixel", *(p.name for p in PUBLISHED), *(p.folder for p in PUBLISHED)], n=3)
+        raise ConfigError(
+            f"unknown tokenizer {name!r}: no such path, nothing of that name in {root};"
+            f" the nearest names are {', '.join(map(repr, near))}"
+        )
+    if known.name == VA_VAE:
+        raise known.not_found(f"it is not in {root / known.folder}")
+    return full, known.fetch()
 
 
 @lru_cache(maxsize=4)

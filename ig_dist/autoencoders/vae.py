@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ig_dist.arithmetic import arithmetic
 from ig_dist.autoencoders.ldm import ldm_name, ldm_settings, read_checkpoint
-from ig_dist.autoencoders.tokenizers import Precision, Tokenizer
-from ig_dist.autoencoders.weights import FOLDER_FILES, PUBLISHED
-from ig_dist.errors import ConfigError, first_line
+from ig_dist.autoencoders.tokenizers import FOLDER_FILES, PUBLISHED, Precision, Tokenizer
+from ig_dist.errors import ConfigError, first_line, listed
 from ig_dist.storage.tensor_files import read_safetensors
 from ig_dist.terminal.extras import imported
 
@@ -68,7 +67,7 @@ def load_vae(name: str, weights: Path, device: torch.device, precision: Precisio
         side = images.shape[1:3]
         if images.ndim != 4 or images.shape[3] != config.in_channels or any(s % downsample or not s for s in side):
             raise ConfigError(
-                f"images of shape {'x'.join(map(str, images.shape[1:]))}: tokenizer {name} takes {config.in_channels}"
+                f"images of shape {_by(images.shape[1:])}: tokenizer {name} takes {config.in_channels}"
                 f" channels and sides that are multiples of {downsample}: choose another --image-size or tokenizer"
             )
         pixels = images.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
@@ -82,7 +81,7 @@ def load_vae(name: str, weights: Path, device: torch.device, precision: Precisio
     def decode(latents: Tensor) -> Tensor:
         if latents.ndim != 4 or latents.shape[1] != config.latent_channels:
             raise ConfigError(
-                f"latents of shape {'x'.join(map(str, latents.shape[1:]))}: tokenizer {name} decodes"
+                f"latents of shape {_by(latents.shape[1:])}: tokenizer {name} decodes"
                 f" {config.latent_channels} channels: use the tokenizer that encoded the data"
             )
         with _inference(device, precision):
@@ -172,28 +171,27 @@ def _build(
             model = autoencoder(**settings)
     except Exception as error:  # whatever meaningless settings make diffusers raise
         raise ConfigError(f"{where} has settings that make no autoencoder: {first_line(error)}") from None
-    weights: dict[str, Tensor] = {}
-    wrong: dict[str, list[str]] = {"missing": [], "unexpected": [], "of another shape": []}
-    for name, expected in model.state_dict().items():
-        stored = stored_name(name)
-        tensor = tensors.get(stored)
-        if tensor is None:
-            wrong["missing"].append(stored)
-        elif tensor.shape == expected.shape or tensor.shape == (*expected.shape, 1, 1):  # linear, or as a convolution
-            weights[name] = tensor.float().reshape(expected.shape).contiguous()
-        else:
-            shapes = ("x".join(map(str, shape)) for shape in (tensor.shape, expected.shape))
-            wrong["of another shape"].append("{} ({} instead of {})".format(stored, *shapes))
-    wrong["unexpected"] = sorted(map(str, tensors.keys() - {stored_name(name) for name in model.state_dict()}))
+    expected = {stored_name(name): (name, tensor.shape) for name, tensor in model.state_dict().items()}
+    known = {name: (tensors[name].shape, shape) for name, (_, shape) in expected.items() if name in tensors}
+    wrong = {
+        "missing": [name for name in expected if name not in tensors],
+        "unexpected": sorted(map(str, tensors.keys() - expected.keys())),
+        "of another shape": [
+            f"{name} ({_by(stored)} instead of {_by(shape)})"
+            for name, (stored, shape) in known.items()
+            if stored not in (shape, (*shape, 1, 1))  # a linear layer may be stored as a convolution
+        ],
+    }
     if any(wrong.values()):
-        lists = [
-            f"{len(names)} {what}: {', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''}"
-            for what, names in wrong.items()
-            if names
-        ]
-        raise ConfigError(f"{where} does not fit its autoencoder: {'; '.join(lists)}: download or save it again")
+        lists = "; ".join(f"{len(names)} {what}: {listed(names, LISTED)}" for what, names in wrong.items() if names)
+        raise ConfigError(f"{where} does not fit its autoencoder: {lists}: download or save it again")
+    weights = {name: tensors[stored].float().reshape(shape).contiguous() for stored, (name, shape) in expected.items()}
     model.load_state_dict(weights, assign=True)
     return model
+
+
+def _by(shape: torch.Size) -> str:
+    return "x".join(map(str, shape))
 
 
 def _hash(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:

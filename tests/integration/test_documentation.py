@@ -202,7 +202,7 @@ def check_program(program: str, words: list[str], place: Path) -> None:
         case "tensorboard", ["--logdir", folder]:
             assert any((place / folder).iterdir())
         case "hf", ["download", repository, file, "--local-dir", folder]:
-            code = (ROOT / "ig_dist/autoencoders/weights.py").read_text()
+            code = (ROOT / "ig_dist/autoencoders/tokenizers.py").read_text()
             assert repository in code and file in code and folder.startswith("~/.cache/ig_dist/tokenizers/")
         case "python", [script, *_]:
             compile((ROOT / script).read_text(), script, "exec")

