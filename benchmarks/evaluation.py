@@ -31,11 +31,11 @@ from ig_dist.evaluation.references import Reference
 from ig_dist.evaluation.scores import Scores
 from ig_dist.features.extractors.extractor import Extractor
 from ig_dist.features.features import FeatureFiles
-from ig_dist.features.images import ImageSet, Pictures, plan_images
+from ig_dist.features.images import ImageSet, plan_images
 from ig_dist.models.dit import DiTConfig
 from ig_dist.plans.plan import Plan
-from ig_dist.plans.units import Samples, Unit, write_unit
-from ig_dist.sampling.collecting import NPZ_NAME, write_samples_npz
+from ig_dist.plans.samples import Pictures, Samples, write_unit
+from ig_dist.sampling.run import NPZ_NAME, write_samples_npz
 from ig_dist.terminal import console, run_app
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "kid")
@@ -110,7 +110,7 @@ def make(folder: Path, num: int) -> None:
         numbers = drawn.plan.unit(number)
         images = np.frombuffer(random.bytes(len(numbers) * SIDE * SIDE * 3), np.uint8).reshape(-1, SIDE, SIDE, 3)
         labels = np.arange(numbers.start, numbers.stop) % 1000
-        write_unit(drawn.url, number, Unit(images, labels, np.zeros((len(numbers), 3), np.int64)))
+        write_unit(drawn.url, number, Pictures(images, labels, np.zeros((len(numbers), 3), np.int64)))
     write_features(plan_images(drawn), 1)
     write_features(real(folder), 2)
 

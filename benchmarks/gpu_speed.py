@@ -33,7 +33,7 @@ from benchmarks.synthetic import build_model, export_info, synthetic_info
 from ig_dist.autoencoders.tokenizers import PIXEL, Tokenizer
 from ig_dist.config import Config
 from ig_dist.plans.plan import Plan
-from ig_dist.plans.units import Samples
+from ig_dist.plans.samples import Samples
 from ig_dist.sampling.generate import generate_units
 from ig_dist.sampling.solving import Models, Sampler
 from ig_dist.terminal import console

@@ -44,12 +44,12 @@ from ig_dist.diffusion.samplers import euler
 from ig_dist.encoding.gather import gather
 from ig_dist.encoding.records import Dest, Ledger, ShardRecord, record_name
 from ig_dist.encoding.settings import Settings, shard_name
-from ig_dist.features.features import FeatureFiles, pack
-from ig_dist.features.images import Pictures, plan_images
+from ig_dist.features.features import FeatureFiles
+from ig_dist.features.images import plan_images
 from ig_dist.models.dit import count_parameters
 from ig_dist.parallel.dist import Dist
-from ig_dist.plans.units import Unit, existing, unit_name
-from ig_dist.sampling.collecting import write_samples_npz
+from ig_dist.plans.samples import Pictures, existing, unit_name
+from ig_dist.sampling.run import write_samples_npz
 from ig_dist.storage.files import open_url
 from ig_dist.terminal import console, run_app
 
@@ -217,12 +217,9 @@ def units(folder: Path) -> Measured:
         files = FeatureFiles(images, [extractor])
         for i in range(number):
             labels = np.arange(i * A_UNIT, (i + 1) * A_UNIT) % 1000
-            unit = Unit(pictures, labels, np.zeros((A_UNIT, 3), np.int64))
+            unit = Pictures(pictures, labels, np.zeros((A_UNIT, 3), np.int64))
             Path(path, unit_name(i)).write_bytes(safetensors.numpy.save(unit._asdict()))
-            features = pack(
-                images, i, extractor, Pictures(pictures, labels), {"pool": np.ones((A_UNIT, 8), np.float32)}
-            )
-            Path(files._file(i, extractor.name)).write_bytes(features)
+            files.write(i, extractor, Pictures(pictures, labels), {"pool": np.ones((A_UNIT, 8), np.float32)})
         yield (
             number,
             {

@@ -31,7 +31,7 @@ from ig_dist.data.index import TokenizerInfo
 from ig_dist.features.extractors.extractor import Extractor, get_extractor
 from ig_dist.models.dit import DiT, initialize
 from ig_dist.plans.plan import Plan, image_numbers
-from ig_dist.plans.units import Samples
+from ig_dist.plans.samples import Samples
 from ig_dist.sampling.generate import generate_units
 from ig_dist.sampling.solving import Models, Sampler
 from ig_dist.terminal import run_app

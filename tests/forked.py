@@ -23,7 +23,7 @@ from types import SimpleNamespace
 
 from ig_dist import cli
 from ig_dist.launching import ranks
-from ig_dist.sampling import collecting
+from ig_dist.sampling import run as sampling_run
 
 ROOT = Path(__file__).resolve().parents[1]
 CLI = ("-m", "ig_dist.cli")
@@ -175,7 +175,7 @@ def _run(arguments: list[str], environment: dict[str, str], before: Callable[[],
 
 def _slow_down(slow_s: float) -> None:
     Path.replace = _slowly(Path.replace, slow_s)  # type: ignore[method-assign]
-    collecting.read_unit = _slowly(collecting.read_unit, slow_s)  # type: ignore[attr-defined]
+    sampling_run.read_unit = _slowly(sampling_run.read_unit, slow_s)  # type: ignore[attr-defined]
 
 
 def _slowly(function: Callable[..., object], slow_s: float) -> Callable[..., object]:

@@ -17,9 +17,10 @@ from ig_dist.autoencoders.tokenizers import PIXEL
 from ig_dist.config.sampling import GuidanceConfig
 from ig_dist.export import ExportInfo
 from ig_dist.features.extractors.extractor import Extractor, get_extractor
-from ig_dist.features.images import ImageSet, Pictures
+from ig_dist.features.images import ImageSet
 from ig_dist.models.dit import DiT, DiTConfig, initialize
 from ig_dist.plans.plan import Plan
+from ig_dist.plans.samples import Pictures
 from ig_dist.sampling.solving import Models
 
 EFFICIENTNET = "efficientnet_lite0"

@@ -22,8 +22,7 @@ from ig_dist.features.extractors.extractor import EXTRACTORS, Extractor, get_ext
 from ig_dist.features.features import FeatureFiles, make_features
 from ig_dist.features.images import find_images, npz_images
 from ig_dist.features.moments import Moments, streamed_moments
-from ig_dist.features.npz import NpzFile, open_npz
-from ig_dist.features.npz_writing import Streamed, write_npz
+from ig_dist.features.npz import NpzFile, Streamed, open_npz, write_npz
 from ig_dist.run_dir import replace_text
 from ig_dist.storage.files import open_url, read_file
 from ig_dist.storage.urls import LOCAL

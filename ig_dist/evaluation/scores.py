@@ -19,7 +19,7 @@ from ig_dist.export import ExportInfo, ModelInfo
 from ig_dist.features.features import Features
 from ig_dist.features.moments import streamed_moments
 from ig_dist.plans.plan import Plan
-from ig_dist.plans.units import Samples
+from ig_dist.plans.samples import Samples
 from ig_dist.run_dir import replace_text
 from ig_dist.terminal import warn
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ig_dist.errors import DataError
 from ig_dist.features.extractors.extractor import Extractor
-from ig_dist.features.images import UNIT_SIZE, ImageSet, Pictures
-from ig_dist.plans.units import make_folder, write_file
+from ig_dist.features.images import UNIT_SIZE, ImageSet
+from ig_dist.plans.samples import Pictures, write_file
 from ig_dist.storage.files import open_url, read_range
 from ig_dist.terminal.progress import progress
 from ig_dist.this_process import this_process
@@ -40,44 +40,12 @@ def feature_name(number: int, extractor: str) -> str:
     return f"unit_{number:05d}.{extractor}.safetensors"
 
 
-def pack(
-    images: ImageSet,
-    number: int,
-    extractor: Extractor,
-    pictures: Pictures,
-    features: Mapping[str, Tensor | NDArray[Any]],
-) -> bytes:
-    """The content of a unit's feature file: features, labels and work, and what they belong to."""
-    tensors: dict[str, NDArray[Any]] = {key: torch.as_tensor(value).cpu().numpy() for key, value in features.items()}
-    for name in ("labels", "work"):
-        if (values := getattr(pictures, name)) is not None:
-            tensors[name] = values
-    named = {dtype: name for name, dtype in _DTYPES.items()}
-    told = {
-        **_belongs(images, number, extractor),
-        "images_sha256": _sha256(pictures.images),
-        "tensors": {name: [named[v.dtype.name], [*v.shape], _sha256(v)] for name, v in tensors.items()},
-    }
-    told["sha256"] = _sha256_of(told)
-    return safetensors.numpy.save(tensors, metadata={_KEY: json.dumps(told, sort_keys=True)})
-
-
 def _sha256(values: NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
 
 
 def _sha256_of(told: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def _belongs(images: ImageSet, number: int, extractor: Extractor) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "images": images.identity,
-        "unit": [number, images.unit_size],
-        "extractor": extractor.name,
-        "extractor_sha256": extractor.sha256,
-    }
 
 
 @dataclass
@@ -116,36 +84,48 @@ class FeatureFiles:
 
     def missing(self, number: int) -> list[Extractor]:
         """The extractors whose features of a unit are not there, or belong to something else."""
-        return [extractor for extractor in self.extractors.values() if not self._fits(number, extractor)]
+        return [extractor for extractor in self.extractors.values() if self._header(number, extractor) is None]
 
-    def make(self, number: int, pictures: Pictures | None = None) -> None:
-        """Make what is missing of a unit; ``pictures``: its images, where they are at hand."""
-        for extractor in self.missing(number):
-            pictures = pictures or self.images.read(self.images.unit(number))
-            self.write(number, extractor, pictures, extractor(pictures.images))
+    def make(self, number: int) -> None:
+        """Make what is missing of a unit."""
+        if missing := self.missing(number):
+            pictures = self.images.read(self.images.unit(number))
+            for extractor in missing:
+                self.write(number, extractor, pictures, extractor(pictures.images))
 
     def write(
         self, number: int, extractor: Extractor, pictures: Pictures, features: Mapping[str, Tensor | NDArray[Any]]
     ) -> None:
-        """Write the features of a unit."""
-        data = pack(self.images, number, extractor, pictures, features)
-        make_folder(self._fs, self._path)
+        """Write the features of a unit, with its labels and work, and what they belong to."""
+        tensors = {key: torch.as_tensor(value).cpu().numpy() for key, value in features.items()}
+        tensors |= {name: values for name in ("labels", "work") if (values := getattr(pictures, name)) is not None}
+        named = {dtype: name for name, dtype in _DTYPES.items()}
+        told = {
+            **self._belongs(number, extractor),
+            "images_sha256": _sha256(pictures.images),
+            "tensors": {name: [named[v.dtype.name], [*v.shape], _sha256(v)] for name, v in tensors.items()},
+        }
+        told["sha256"] = _sha256_of(told)
+        data = safetensors.numpy.save(tensors, metadata={_KEY: json.dumps(told, sort_keys=True)})
         write_file(self._fs, self._file(number, extractor.name), data)
 
     def read(self, number: int, extractor: str, tensor: str) -> NDArray[Any] | None:
         """One tensor of a unit's features, verified; None where the set has no such thing (labels, work)."""
         chosen = self.extractors[extractor]
+        file = self._file(number, chosen.name)
         for _ in range(_TRIES):
-            try:
-                return self._read(number, chosen, tensor)
-            except FileNotFoundError:
-                self.make(number)
-            except _Unfit:
-                self.unfit.add((number, chosen.name))
-                with contextlib.suppress(FileNotFoundError):  # another process found the same
-                    self._fs.rm_file(self._file(number, chosen.name))
-                self.make(number)
-        raise DataError(f"{self._file(number, chosen.name)} does not stay as it is written: mend the storage")
+            with contextlib.suppress(FileNotFoundError):  # another process found it damaged
+                if header := self._header(number, chosen):
+                    if tensor not in header.tensors:
+                        return None
+                    dtype, shape, sha256 = header.told["tensors"][tensor]
+                    data = read_range(self._fs, file, *header.tensors[tensor])
+                    if hashlib.sha256(data).hexdigest() == sha256:
+                        return np.frombuffer(data, _DTYPES[dtype]).reshape(shape)
+                    self.unfit.add((number, chosen.name))
+                    self._fs.rm_file(file)
+            self.make(number)
+        raise DataError(f"{file} does not stay as it is written: mend the storage")
 
     def has(self, extractor: str, tensor: str) -> bool:
         """Whether there is such a tensor; labels and work are not known of all images."""
@@ -174,62 +154,59 @@ class FeatureFiles:
         """Hash over the hashes of the units of the first ``num`` images."""
         extractor, digest = next(iter(self.extractors.values())), hashlib.sha256()
         for number in range(-(-num // self.images.unit_size)):
-            digest.update(bytes.fromhex(self._header(number, extractor)[0]["images_sha256"]))
+            header = self._header(number, extractor)
+            assert header is not None
+            digest.update(bytes.fromhex(header.told["images_sha256"]))
         return digest.hexdigest()
 
     def _file(self, number: int, extractor: str) -> str:
         return f"{self._path}/{feature_name(number, extractor)}"
 
-    def _fits(self, number: int, extractor: Extractor) -> bool:
-        try:
-            self._header(number, extractor)
-        except FileNotFoundError:
-            return False
-        except _Unfit:
-            self.unfit.add((number, extractor.name))
-            return False
-        return True
+    def _belongs(self, number: int, extractor: Extractor) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "images": self.images.identity,
+            "unit": [number, self.images.unit_size],
+            "extractor": extractor.name,
+            "extractor_sha256": extractor.sha256,
+        }
 
-    def _header(self, number: int, extractor: Extractor) -> tuple[dict[str, Any], dict[str, Any], int]:
-        """What the file says of itself, its tensors, and where these begin."""
+    def _header(self, number: int, extractor: Extractor) -> _Header | None:
+        """What a unit's file says of itself; None: it is not there, or is unfit and counted as such."""
         path = self._file(number, extractor.name)
-        size = self._fs.size(path)
         try:
+            size = self._fs.size(path)
             head = bytes(read_range(self._fs, path, 0, min(size, _HEADER_BYTES)))
-            length = int.from_bytes(head[:8], "little")
-            if 8 + length > size:
-                raise _Unfit
-            if 8 + length > len(head):
-                head = bytes(read_range(self._fs, path, 0, 8 + length))
-            tensors = json.loads(head[8 : 8 + length])
-            told = json.loads(tensors.pop("__metadata__")[_KEY])
+            begin = 8 + int.from_bytes(head[:8], "little")
+            if len(head) < begin <= size:
+                head = bytes(read_range(self._fs, path, 0, begin))
+            entries = json.loads(head[8:begin])
+            told = json.loads(entries.pop("__metadata__")[_KEY])
             sha256 = told.pop("sha256")
-            listed = {name: [entry["dtype"], entry["shape"]] for name, entry in tensors.items()}
-            end = max(entry["data_offsets"][1] for entry in tensors.values())
+            listed = {name: [entry["dtype"], entry["shape"]] for name, entry in entries.items()}
+            offsets = {name: entry["data_offsets"] for name, entry in entries.items()}
             fits = (
                 sha256 == _sha256_of(told)
-                and all(told[key] == value for key, value in _belongs(self.images, number, extractor).items())
+                and all(told[key] == value for key, value in self._belongs(number, extractor).items())
                 and listed == {name: entry[:2] for name, entry in told["tensors"].items()}
-                and size == 8 + length + end
+                and all(0 <= first <= last for first, last in offsets.values())
+                and size == begin + max(last for _, last in offsets.values())
             )
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise _Unfit from None
-        if not fits:
-            raise _Unfit
-        return told, tensors, 8 + length
-
-    def _read(self, number: int, extractor: Extractor, tensor: str) -> NDArray[Any] | None:
-        told, tensors, begin = self._header(number, extractor)
-        if tensor not in tensors:
+        except FileNotFoundError:
             return None
-        dtype, shape, sha256 = told["tensors"][tensor]
-        first, last = tensors[tensor]["data_offsets"]
-        if not 0 <= first <= last:
-            raise _Unfit
-        data = read_range(self._fs, self._file(number, extractor.name), begin + first, begin + last)
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise _Unfit
-        return np.frombuffer(data, _DTYPES[dtype]).reshape(shape)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            fits = False
+        if not fits:
+            self.unfit.add((number, extractor.name))
+            return None
+        return _Header(told, {name: (begin + first, begin + last) for name, (first, last) in offsets.items()})
+
+
+class _Header(NamedTuple):
+    """Of a feature file."""
+
+    told: dict[str, Any]
+    tensors: dict[str, tuple[int, int]]  # where each lies in the file
 
 
 Features = FeatureFiles | HeldFeatures  # what scores read
@@ -254,7 +231,3 @@ def make_features(
         for number in sorted(lacking, key=lambda number: (number - first) % units):
             files.make(number)  # unless another worker has made it meanwhile
             advance(sizes[number])
-
-
-class _Unfit(Exception):  # noqa: N818  (a verdict on one file)
-    """A feature file that is damaged or belongs to something else."""

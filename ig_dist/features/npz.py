@@ -1,7 +1,8 @@
-"""ADM's files of pictures: an npz that is read without its whole in memory.
+"""ADM's files of pictures: an npz that is read, and written, without its whole in memory.
 
 ``arr_0`` is uint8 (N, H, W, channels), ``arr_1`` the labels; a reference has mean and covariance of features as ``mu``,
-``sigma``, ``mu_s`` and ``sigma_s`` besides. ``npz_writing.py`` writes them.
+``sigma``, ``mu_s`` and ``sigma_s`` besides. Ours are stored, not compressed: ADM's evaluator reads them as a stream,
+and a slice of pictures is a range of bytes.
 """
 
 from __future__ import annotations
@@ -11,36 +12,42 @@ import errno
 import hashlib
 import io
 import math
+import shutil
 import struct
+import time
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import IO, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import numpy as np
+from fsspec.spec import AbstractBufferedFile
 from numpy.typing import NDArray
 
 from ig_dist.errors import ConfigError, DataError
-from ig_dist.storage.faults import unreadable
+from ig_dist.storage.faults import PATIENCE, Patience, unreadable
 from ig_dist.storage.files import REQUEST_BYTES, open_url, read_range
-from ig_dist.storage.urls import is_file
+from ig_dist.storage.urls import full_url, is_file, is_local
+from ig_dist.storage.writes import write_stream
 
 MAX_WHOLE_BYTES = 2**30
 """The most that ``NpzFile.array`` reads into memory: labels of a hundred million pictures, any covariance."""
-
-_READ_BYTES = 2**20
+STALE_S = 3600.0
+_READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _MOST_TIMES = 100  # that pictures are larger than the file which they are compressed in
+_HEADER_BYTES = 2**10  # more than what stands around an array in the file
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """One array of a file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    stored: bool  # not compressed: ``NpzFile.rows`` can read a slice of it
+    stored: bool  # not compressed
     fortran_order: bool
     start: int  # of the data: in the file where it is stored, else in the decompressed member
     crc: int
@@ -60,6 +67,7 @@ class NpzFile:
     path: str
     size: int
     members: Mapping[str, Member]
+    _compressed: dict[str, IO[bytes]] = field(default_factory=dict, init=False)  # arrays, as far as they were read
 
     @property
     def fingerprint(self) -> str:
@@ -68,40 +76,33 @@ class NpzFile:
         return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Rows ``start`` to ``stop`` (exclusive) of a stored array; nothing else is read, and no CRC is checked."""
-        member = self.member(name)
-        if not member.stored or member.fortran_order:
-            raise ConfigError(
-                f"{name} of {self.url} is compressed or in Fortran order, and can only be read from its beginning: save"
-                " it with numpy.savez"
-            )
-        start, stop, _ = slice(start, stop).indices(member.shape[0])
-        shape = (max(0, stop - start), *member.shape[1:])
-        row_bytes = math.prod(member.shape[1:]) * member.dtype.itemsize
-        first = member.start + start * row_bytes
-        data = _read(self.fs, self.path, first, first + shape[0] * row_bytes)
-        return np.frombuffer(data, dtype=member.dtype).reshape(shape)
+        """Rows ``start`` to ``stop`` (exclusive) of an array.
 
-    def batches(self, name: str, size: int) -> Iterator[NDArray[Any]]:
-        """The whole array from its beginning, ``size`` rows at a time, also where it is compressed."""
+        Of a stored one nothing else is read, and no CRC is checked. A compressed one is read forwards: rows are cheap
+        where they are asked for in order.
+        """
         member = self.member(name)
         if member.fortran_order:
             raise ConfigError(f"{name} of {self.url} is in Fortran order: save numpy.ascontiguousarray of it")
-        with self._opened(name) as file:
-            for start in range(0, member.shape[0], size):
-                batch = np.empty((min(size, member.shape[0] - start), *member.shape[1:]), member.dtype)
-                self._fill(name, file, batch)
-                yield batch
+        start, stop, _ = slice(start, stop).indices(member.shape[0])
+        shape = (max(0, stop - start), *member.shape[1:])
+        row_bytes = math.prod(member.shape[1:]) * member.dtype.itemsize
+        first, size = member.start + start * row_bytes, shape[0] * row_bytes
+        if member.stored:
+            return np.frombuffer(_read(self.fs, self.path, first, first + size), member.dtype).reshape(shape)
+        with self._told_if_damaged(name):
+            file = self._compressed[name] = self._compressed.get(name) or self._opened(name)
+            file.seek(first)
+            return np.frombuffer(file.read(size), member.dtype).reshape(shape)
 
     def array(self, name: str) -> NDArray[Any]:
         """A whole array, such as labels or a covariance."""
         member = self.member(name)
         if member.nbytes > MAX_WHOLE_BYTES:
             raise ConfigError(f"{name} of {self.url} has {member.nbytes / 1e9:.1f} GB, too much to be read at once")
-        array = np.empty(member.shape, member.dtype, order="F" if member.fortran_order else "C")
-        with self._opened(name) as file:
-            self._fill(name, file, array.T if member.fortran_order else array)
-        return array
+        with self._told_if_damaged(name), self._opened(name) as file:
+            array: NDArray[Any] = np.lib.format.read_array(file)
+            return array
 
     def member(self, name: str) -> Member:
         """What is known of an array."""
@@ -109,27 +110,15 @@ class NpzFile:
             raise ConfigError(f"{self.url} has no {name}, it has {', '.join(sorted(self.members)) or 'nothing'}")
         return self.members[name]
 
-    @contextlib.contextmanager
-    def _opened(self, name: str) -> Iterator[IO[bytes]]:
-        """The bytes of an array, read once."""
-        with (
-            _file(self.fs, self.path, self.size, REQUEST_BYTES // 4) as raw,
-            zipfile.ZipFile(raw) as archive,
-            archive.open(f"{name}.npy") as file,
-        ):
-            _read_npy_header(file)
-            yield file
+    def _opened(self, name: str) -> IO[bytes]:
+        file = _Ranges(self.fs, self.path, size=self.size, block_size=REQUEST_BYTES // 4)
+        return zipfile.ZipFile(file).open(f"{name}.npy")
 
-    def _fill(self, name: str, file: IO[bytes], array: NDArray[Any]) -> None:
-        view, done = array.reshape(-1).view(np.uint8), 0
+    @contextlib.contextmanager
+    def _told_if_damaged(self, name: str) -> Iterator[None]:
         try:
-            while done < len(view):
-                data = file.read(min(len(view) - done, _READ_BYTES))
-                if not data:
-                    raise EOFError("it ends too early")
-                view[done : done + len(data)] = np.frombuffer(data, np.uint8)
-                done += len(data)
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            yield
+        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
             raise DataError(f"{name} of {self.url} is damaged ({error}): restore the file") from None
 
 
@@ -150,7 +139,7 @@ def open_npz(url: str, what: str = "npz", *, images: bool = True) -> NpzFile:
             raise ConfigError(f"{what} {url} is no file: give an npz")
         if entry["size"] is None:
             raise ConfigError(f"{what} {url}: the server does not tell its size: download it and use the copy")
-        with _file(fs, path, entry["size"], 2**16) as file, zipfile.ZipFile(file) as archive:
+        with _Ranges(fs, path, size=entry["size"], block_size=2**16) as file, zipfile.ZipFile(file) as archive:
             members = {
                 info.filename.removesuffix(".npy"): _member(f"{info.filename} of {url}", file, archive, info)
                 for info in archive.infolist()
@@ -168,10 +157,12 @@ def open_npz(url: str, what: str = "npz", *, images: bool = True) -> NpzFile:
     return npz
 
 
-def _member(what: str, file: io.BufferedReader, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Member:
+def _member(what: str, file: IO[bytes], archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Member:
     try:
         with archive.open(info) as data:
-            shape, fortran_order, dtype = _read_npy_header(data)
+            if (version := np.lib.format.read_magic(data)) not in _READ_HEADER:
+                raise ValueError(f"npy version {version}")
+            shape, fortran_order, dtype = _READ_HEADER[version](data)
             start = data.tell()
     except (ValueError, NotImplementedError, RuntimeError, EOFError, SyntaxError, tokenize.TokenError) as error:
         raise ConfigError(f"{what} is no array that can be read ({' '.join(str(error).split())})") from None
@@ -185,15 +176,6 @@ def _member(what: str, file: io.BufferedReader, archive: zipfile.ZipFile, info: 
         file.seek(info.header_offset + 26)
         start += info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
     return Member(shape, dtype, stored, fortran_order, start, info.CRC)
-
-
-def _read_npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(file)
-    raise ValueError(f"npy version {version}")
 
 
 def _check_images(npz: NpzFile) -> None:
@@ -215,39 +197,111 @@ def _check_images(npz: NpzFile) -> None:
         raise ConfigError(f"arr_0 of {npz.url} is in Fortran order: save numpy.ascontiguousarray of it")
 
 
-def _read(fs: Any, path: str, start: int, stop: int, into: memoryview | None = None) -> memoryview:
+def _read(fs: Any, path: str, start: int, stop: int) -> memoryview:
     try:
-        return read_range(fs, path, start, stop, into=into)
+        return read_range(fs, path, start, stop)
     except OSError as error:
         raise unreadable(fs, path, error) from None
 
 
-def _file(fs: Any, path: str, size: int, buffer: int) -> io.BufferedReader:
-    return io.BufferedReader(_Ranges(fs, path, size), buffer)
-
-
-class _Ranges(io.RawIOBase):
+class _Ranges(AbstractBufferedFile):  # type: ignore[misc]
     """A file of any storage as Python has them, by reads that outlast the storage's faults."""
 
-    def __init__(self, fs: Any, path: str, size: int) -> None:
-        self._fs, self._path, self._size, self._position = fs, path, size, 0
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return bytes(_read(self.fs, self.path, start, end))
 
-    def readable(self) -> bool:
+    def seek(self, loc: int, whence: int = io.SEEK_SET) -> int:
+        try:
+            return int(super().seek(loc, whence))
+        except ValueError as error:  # before the beginning: zipfile looks there, and expects what files say
+            raise OSError(str(error)) from None
+
+
+class Streamed(NamedTuple):
+    """An array whose content comes in pieces."""
+
+    shape: tuple[int, ...]
+    dtype: str  # such as ``uint8``
+    chunks: Callable[[], Iterable[NDArray[Any]]]
+    """Called once: its content in order, cut along the first axis in whatever way."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the array."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def write_npz(fs: Any, path: str, arrays: Mapping[str, Streamed], patience: Patience = PATIENCE) -> None:
+    """Write an npz that is whole or not there, in the memory of a few chunks. Same arrays, same bytes, in their order.
+
+    Raises:
+        DataError: no space for it, found before the first byte where the disk tells; or the storage failed.
+    """
+    size = sum(array.nbytes + _HEADER_BYTES for array in arrays.values())
+
+    def no_space(free: str) -> DataError:
+        return DataError(
+            f"{path} takes {size / 1e9:.2f} GB, and {free}: make room or choose another place, then run again"
+        )
+
+    if is_local(fs):
+        folder, name = Path(path).parent, Path(path).name
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_stale(folder, f"{name}.*.tmp")
+        if (free := shutil.disk_usage(folder).free) < size:
+            raise no_space(f"its disk has {free / 1e9:.2f} GB free")
+    try:
+        write_stream(fs, path, _zipped(arrays), patience, size=size)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise no_space("its disk or quota is full") from None
+        raise DataError(f"{full_url(fs, path)}: {error}: run again") from None
+
+
+def _zipped(arrays: Mapping[str, Streamed]) -> Iterator[memoryview]:
+    """The bytes of the file: what zipfile writes to a stream that cannot seek."""
+    sink = _Sink()
+    with zipfile.ZipFile(sink, "w") as archive:
+        for name, array in arrays.items():
+            entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            entry.create_system, entry.external_attr = 3, 0o644 << 16
+            descr, missing = np.lib.format.dtype_to_descr(np.dtype(array.dtype)), array.nbytes
+            with archive.open(entry, "w", force_zip64=True) as member:  # always: one layout, whatever the size
+                header = {"descr": descr, "fortran_order": False, "shape": array.shape}
+                np.lib.format.write_array_header_1_0(member, header)
+                for chunk in array.chunks():
+                    if chunk.dtype != np.dtype(array.dtype):
+                        raise ValueError(f"{name}: a chunk is {chunk.dtype}, not {array.dtype}")
+                    if chunk.nbytes:
+                        member.write(np.ascontiguousarray(chunk).data.cast("B"))
+                        missing -= chunk.nbytes
+                        yield from sink.taken()
+            if missing:
+                raise ValueError(f"{name}: its chunks have {-missing:+d} bytes against its shape {array.shape}")
+    yield from sink.taken()
+
+
+class _Sink(io.RawIOBase):
+    """Takes what zipfile writes. It tells no position, so zipfile writes a stream."""
+
+    def __init__(self) -> None:
+        self._pieces: list[memoryview] = []
+
+    def writable(self) -> bool:
         return True
 
-    def seekable(self) -> bool:
-        return True
+    def write(self, data: Any) -> int:
+        self._pieces.append(memoryview(data))
+        return len(data)
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        if base + offset < 0:
-            raise OSError(errno.EINVAL, "before the file's beginning")
-        self._position = base + offset
-        return self._position
+    def taken(self) -> list[memoryview]:
+        pieces, self._pieces = self._pieces, []
+        return pieces
 
-    def readinto(self, into: Any) -> int:
-        count = max(0, min(len(into), self._size - self._position))
-        if count:
-            _read(self._fs, self._path, self._position, self._position + count, memoryview(into).cast("B"))
-            self._position += count
-        return count
+
+def remove_stale(folder: Path, pattern: str) -> None:
+    """Remove old parts of files, by processes that were killed; one at work writes all the time."""
+    for left in folder.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # another process does the same
+            if time.time() - left.stat().st_mtime > STALE_S:
+                left.unlink()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
@@ -15,7 +17,6 @@ from ig_dist.config.describe import plan_name
 from ig_dist.config.sampling import GuidanceConfig
 from ig_dist.data.classes import class_words, find_classes
 from ig_dist.data.index import read_index_file
-from ig_dist.diffusion.guidance import GuidanceTerm
 from ig_dist.diffusion.path import resolve_shift
 from ig_dist.diffusion.samplers import SOLVERS, SolverName
 from ig_dist.errors import ConfigError, IgDistError
@@ -73,10 +74,6 @@ class Plan(BaseModel):
         """Units of ``unit_size`` images; the last one may be smaller."""
         return -(-self.num // self.unit_size)
 
-    def terms(self) -> list[GuidanceTerm]:
-        """Guidance as the samplers take it."""
-        return [term.to_term() for term in self.guidance]
-
     def unit(self, number: int) -> range:
         """Image numbers of a unit."""
         return range(number * self.unit_size, min((number + 1) * self.unit_size, self.num))
@@ -107,6 +104,11 @@ class Plan(BaseModel):
         else:
             chosen = integers(self.seed, Purpose.SAMPLE_LABEL, images, 1)[:, 0] * count >> 32
         return torch.tensor(self.classes, device=images.device)[chosen] if self.classes else chosen
+
+    def unit_labels(self, number: int) -> NDArray[np.int64]:
+        """Class of each image of a unit."""
+        labels: NDArray[np.int64] = self.image_labels(image_numbers(self.unit(number))).numpy()
+        return labels
 
     def describe(self) -> str:
         """The plan in a few words; the last one names it, so that no two plans are described alike."""
@@ -143,15 +145,19 @@ def make_plan(config: Config, info: ModelInfo, weights_sha256: str, weak: Export
                 f"sample.weak_model {config.sample.weak_model}: it never saw the null label, which cfg asks of it:"
                 " give its auto term branches=conditional"
             )
-    asked = config.sample.model_dump(include=Plan.model_fields.keys() - {"time_shift", "classes"})
+    sample = config.sample
+    try:
+        classes = find_classes(sample.classes, info.classes, _words(config, info)) if sample.classes else []
+    except ConfigError as error:
+        raise ConfigError(f"sample.classes: {error}") from None
     return Plan(
-        **asked,
+        **sample.model_dump(include=Plan.model_fields.keys() - {"time_shift", "classes"}),
         num_classes=len(info.classes),
-        time_shift=resolve_shift(config.sample.time_shift, info.latent.shape),
+        time_shift=resolve_shift(sample.time_shift, info.latent.shape),
         guidance=tuple(guidance),
         weights_sha256=weights_sha256,
         weak_sha256=weak.weights_sha256 if auto and weak is not None else None,
-        classes=tuple(_classes(config, info)),
+        classes=tuple(classes),
     )
 
 
@@ -168,14 +174,6 @@ def _words(config: Config, info: ModelInfo) -> list[str] | None:
         return read_index_file(config.data.index)[1].class_names
     except IgDistError:  # names will do
         return None
-
-
-def _classes(config: Config, info: ModelInfo) -> list[int]:
-    asked = config.sample.classes
-    try:
-        return find_classes(asked, info.classes, _words(config, info)) if asked else []
-    except ConfigError as error:
-        raise ConfigError(f"sample.classes: {error}") from None
 
 
 def _check_weak(weak: ExportInfo, info: ModelInfo, config: Config) -> None:

@@ -1,28 +1,106 @@
-"""Folders of samples: what one says of itself, and which there are of a run."""
+"""A plan's folder: the units that workers write into it, what it says of itself, and which there are of a run.
+
+A unit is a piece of a plan that one worker makes and writes whole, one file each. No locks: its bytes are a function of
+(plan, unit), so two workers that make the same one write the same file.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from ig_dist.config import Config
 from ig_dist.config.file import load_run
 from ig_dist.config.paths import moved_path
 from ig_dist.config.sampling import EvaluateConfig
-from ig_dist.errors import ConfigError, IgDistError
+from ig_dist.errors import ConfigError, DataError, IgDistError
 from ig_dist.export import INFO_NAME, UNKNOWN_DATA, ExportInfo
 from ig_dist.plans.plan import Plan
-from ig_dist.plans.units import Samples, existing, unit_name, write_file
-from ig_dist.storage.files import open_url, read_file
-from ig_dist.storage.urls import LOCAL
+from ig_dist.storage.files import list_sizes, open_url, read_file, write_whole
+from ig_dist.storage.urls import LOCAL, full_url
 from ig_dist.terminal import console
 
 PLAN_NAME = "plan.json"
+
+
+class Pictures(NamedTuple):
+    """Images, and what is known of each; of a plan's unit it is all known."""
+
+    images: NDArray[np.uint8]  # (N, H, W, channels)
+    labels: NDArray[np.int64] | None = None  # (N,)
+    work: NDArray[np.int64] | None = None
+    """(N, 3): velocity evaluations, and forward passes of the model and of the second one."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Where the images of a plan are, and all that a score's protocol needs."""
+
+    plan: Plan
+    info: ExportInfo
+    url: str
+    uint8_rule: str  # how decoded values became uint8
+    tokenizer: str = ""  # where the tokenizer was found; empty: under its name in the index
+    weak: ExportInfo | None = None  # of the second model, where guidance has an auto term
+
+
+def unit_name(number: int) -> str:
+    """Name of the file with a unit's images."""
+    return f"unit_{number:05d}.safetensors"
+
+
+def write_unit(url: str, number: int, unit: Pictures) -> None:
+    """Write a unit, see ``write_file``."""
+    fs, path = open_url(url, "sample.url")
+    write_file(fs, f"{path}/{unit_name(number)}", safetensors.numpy.save(unit._asdict()))
+
+
+def write_file(fs: Any, path: str, data: bytes) -> None:
+    """Write a file, whole or not at all, into a folder that need not exist."""
+    try:
+        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        write_whole(fs, path, data)
+    except OSError as error:
+        raise DataError(
+            f"{full_url(fs, path)} cannot be written ({error.strerror or error}): make room or choose another place,"
+            " then run the same command again; what is there is kept"
+        ) from None
+
+
+def read_unit(plan: Plan, url: str, number: int) -> Pictures:
+    """One unit."""
+    fs, path = open_url(url, "sample.url")
+    file, num = f"{path}/{unit_name(number)}", len(plan.unit(number))
+    try:
+        found = safetensors.numpy.load(read_file(fs, file))
+        images, labels, work = found["images"], found["labels"], found["work"]
+    except FileNotFoundError:
+        raise DataError(
+            f"{url}: the images of unit {number} of {plan.num_units} are not there: run the same sampling again (with"
+            " sample.keep_images=true, where they were dropped)"
+        ) from None
+    except (KeyError, TypeError, ValueError, safetensors.SafetensorError):
+        raise DataError(f"{full_url(fs, file)} is damaged: delete it and run the same sampling again") from None
+    kinds = [(values.dtype.name, values.shape[:1], values.ndim) for values in (images, labels, work)]
+    expected = [("uint8", (num,), 4), ("int64", (num,), 1), ("int64", (num,), 2)]
+    if kinds != expected or ((labels < 0) | (labels >= plan.num_classes)).any():
+        raise DataError(f"{full_url(fs, file)} is of another plan: delete it and run the same sampling again")
+    return Pictures(images, labels, work)
+
+
+def existing(fs: Any, path: str) -> Collection[str]:
+    """Names of the files in a plan's folder, whoever wrote them."""
+    fs.invalidate_cache()
+    return list_sizes(fs, path).keys()
 
 
 def samples_url(config: Config) -> str:
@@ -46,23 +124,31 @@ class _PlanFile(BaseModel):
     tokenizer: str
     evaluate: EvaluateConfig
 
+    def with_places(self, place: Callable[[str], str]) -> _PlanFile:
+        """The same with its paths as a function gives them."""
+        weights = {name: place(where) for name, where in self.evaluate.weights.items()}
+        evaluate = self.evaluate.model_copy(update={"reference": place(self.evaluate.reference), "weights": weights})
+        return self.model_copy(update={"tokenizer": place(self.tokenizer), "evaluate": evaluate})
+
 
 def write_plan(samples: Samples, config: Config) -> None:
     """Write ``plan.json``; the samples are finished."""
     fs, path = open_url(samples.url, "sample.url")
-    weights = {name: _absolute(place) for name, place in config.evaluate.weights.items()}
     told = _PlanFile(
         plan=samples.plan,
         export=samples.info,
         run=str(Path(config.run.dir).absolute()),
         weak=samples.weak,
         uint8_rule=samples.uint8_rule,
-        tokenizer=_absolute(samples.tokenizer),
-        evaluate=config.evaluate.model_copy(
-            update={"reference": _absolute(reference_of(config)), "weights": weights},
-        ),
-    )
+        tokenizer=samples.tokenizer,
+        evaluate=config.evaluate.model_copy(update={"reference": reference_of(config)}),
+    ).with_places(_absolute)
     write_file(fs, f"{path}/{PLAN_NAME}", json.dumps(told.model_dump(mode="json"), indent=1).encode())
+
+
+def _absolute(place: str) -> str:
+    """A path that holds from any folder; a URL or a name as it is."""
+    return str(Path(place).absolute()) if place and "://" not in place and Path(place).exists() else place
 
 
 def read_samples(url: str) -> tuple[Samples, Path, EvaluateConfig]:
@@ -84,13 +170,9 @@ def read_samples(url: str) -> tuple[Samples, Path, EvaluateConfig]:
     run, above = Path(told.run), Path(url).absolute().parent
     if "://" not in url and above.name == "samples" and (above.parent / "config.yaml").is_file():
         run = above.parent
-
-    def now(place: str) -> str:
-        return moved_path(place, told.run, run) if told.run else place
-
-    weights = {name: now(place) for name, place in told.evaluate.weights.items()}
-    evaluate = told.evaluate.model_copy(update={"reference": now(told.evaluate.reference), "weights": weights})
-    return Samples(told.plan, told.export, url, told.uint8_rule, now(told.tokenizer), told.weak), run, evaluate
+    if told.run:
+        told = told.with_places(lambda place: moved_path(place, told.run, run))
+    return Samples(told.plan, told.export, url, told.uint8_rule, told.tokenizer, told.weak), run, told.evaluate
 
 
 def is_run(folder: Path) -> bool:
@@ -120,7 +202,7 @@ def find_samples(src: str) -> str | None:
         ConfigError: it has none, or several, which are listed.
     """
     fs, path = open_url(src, "SAMPLES", web=False)
-    if fs.exists(f"{path}/{PLAN_NAME}") or unit_name(0) in existing(fs, path):
+    if any(fs.exists(f"{path}/{name}") for name in (PLAN_NAME, unit_name(0))):
         return src
     folder = Path(src)
     if folder.name == "samples.npz" and (folder.parent / PLAN_NAME).is_file():
@@ -131,15 +213,14 @@ def find_samples(src: str) -> str | None:
         run, place = folder.parent, src
     else:
         return None
-    found = [listed for listed in _listed(place, run) if listed.plan]
+    found = [(url, plan) for url, plan, *_ in _listed(place, run) if plan]
     if not found:
         raise ConfigError(f"{src} holds no finished samples (no {PLAN_NAME}): make them with `ig-dist sample {run}`")
     if len(found) > 1:
-        for listed in found:
-            assert listed.plan is not None
-            console.print(f"{listed.url}: {listed.images} images, {listed.plan.describe()}")
+        for url, plan in found:
+            console.print(f"{url}: {plan.num} images, {plan.describe()}")
         raise ConfigError(f"{src} holds the samples of {len(found)} plans: name the folder of one, see above")
-    return found[0].url
+    return found[0][0]
 
 
 def _listed(url: str, run: Path) -> Iterator[Listed]:
@@ -164,8 +245,3 @@ def _scores(file: Path) -> dict[str, float]:
         return {str(name): float(value) for name, value in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
-
-
-def _absolute(place: str) -> str:
-    """A path that holds from any folder; a URL or a name as it is."""
-    return str(Path(place).absolute()) if place and "://" not in place and Path(place).exists() else place

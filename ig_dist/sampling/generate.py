@@ -18,16 +18,14 @@ from torch import Tensor
 
 from ig_dist.features.extractors.extractor import Extractor
 from ig_dist.features.features import FeatureFiles
-from ig_dist.features.images import Pictures, plan_images
+from ig_dist.features.images import plan_images
 from ig_dist.plans.plan import Plan, image_numbers
-from ig_dist.plans.units import Samples, Unit, Work, existing, make_folder, read_unit, unit_name, write_unit
+from ig_dist.plans.samples import Pictures, Samples, existing, read_unit, unit_name, write_unit
 from ig_dist.sampling.solving import Models, Sampler
 from ig_dist.storage.background import in_background
 from ig_dist.storage.files import open_url
 
 R = TypeVar("R")
-Made = tuple[Tensor, NDArray[np.int64], Work]
-"""Of a unit: images (N, H, W, channels) uint8 on the device, labels and work."""
 
 
 def generate_units(
@@ -48,15 +46,20 @@ def generate_units(
     finished images of the unit in hand, 0 between units.
     """
     plan, (fs, path) = samples.plan, open_url(samples.url, "sample.url")
-    make_folder(fs, path)
     sampler, files = Sampler(models, plan), FeatureFiles(plan_images(samples), extractors)
     beside = _Beside(sampler.device)
 
-    def write(unit: Made, number: int, made: Sequence[tuple[Extractor, dict[str, Tensor]]], write_images: bool) -> None:
+    def write(
+        number: int,
+        images: Tensor,
+        work: NDArray[np.int64] | None,
+        made: Sequence[tuple[Extractor, dict[str, Tensor]]],
+        write_images: bool,
+    ) -> None:
         with beside.alone():
-            pictures = Pictures(unit[0].cpu().numpy(), *unit[1:])
+            pictures = Pictures(images.cpu().numpy(), plan.unit_labels(number), work)
             if write_images:
-                write_unit(samples.url, number, Unit(pictures.images, *unit[1:]))
+                write_unit(samples.url, number, pictures)
             for extractor, features in made:
                 files.write(number, extractor, pictures, features)
 
@@ -67,13 +70,13 @@ def generate_units(
         write_images = not has_images and (keep_images or number == 0 or not extractors)
         if missing or write_images:
             if has_images:
-                images, labels, work = read_unit(plan, samples.url, number)
-                unit: Made = torch.from_numpy(images), labels, work
+                found = read_unit(plan, samples.url, number)
+                images, work = torch.from_numpy(found.images), found.work
             else:
-                unit = solve_unit(sampler, number, beside, on_progress)
-            features = [(extractor, beside(extractor, unit[0])) for extractor in missing]
+                images, work = solve_unit(sampler, number, beside, on_progress)
+            made = [(extractor, beside(extractor, images)) for extractor in missing]
             writing.result()  # one unit at most waits for the storage
-            writing = in_background(partial(write, unit, number, features, write_images))
+            writing = in_background(partial(write, number, images, work, made, write_images))
         on_progress(0)
     writing.result()
     return files
@@ -103,21 +106,20 @@ class _Beside:
 def solve_unit(
     sampler: Sampler,
     number: int,
-    beside: Callable[..., Tensor] = lambda function, *arguments: function(*arguments),
+    beside: _Beside | None = None,
     on_progress: Callable[[int], None] = lambda images: None,
-) -> Made:
-    """One unit, batch by batch."""
-    plan, images, work = sampler.plan, [], []
+) -> tuple[Tensor, NDArray[np.int64]]:
+    """Images of a unit on the device, and the work of each, batch by batch."""
+    plan, images, work, beside = sampler.plan, [], [], beside or _Beside(torch.device("cpu"))
     for batch in sampler.batches(number):
         latents, took = sampler.solve(image_numbers(batch.solved))
         images.append(beside(sampler.decode, latents[: len(batch.kept)]))
-        work.append(np.tile(np.array(took), (len(batch.kept), 1)))
+        work += [took] * len(batch.kept)
         on_progress(batch.kept.stop - plan.unit(number).start)
-    labels = plan.image_labels(image_numbers(plan.unit(number))).numpy()
-    return beside(lambda *parts: torch.cat(parts), *images), labels, np.concatenate(work)
+    return beside(lambda *parts: torch.cat(parts), *images), np.array(work)
 
 
-def make_unit(models: Models, plan: Plan, number: int) -> Unit:
+def make_unit(models: Models, plan: Plan, number: int) -> Pictures:
     """One unit, not written."""
-    images, labels, work = solve_unit(Sampler(models, plan), number)
-    return Unit(images.cpu().numpy(), labels, work)
+    images, work = solve_unit(Sampler(models, plan), number)
+    return Pictures(images.cpu().numpy(), plan.unit_labels(number), work)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Collection, Iterable, Sequence
-from pathlib import Path
 from typing import Any, SupportsIndex, overload
 
 import numpy as np
@@ -33,11 +32,8 @@ class Images(list[Image.Image]):
     @overload
     def __getitem__(self, index: slice) -> Images: ...
     def __getitem__(self, index: SupportsIndex | slice) -> Image.Image | Images:
-        return (
-            Images(super().__getitem__(index), self.labels[index])
-            if isinstance(index, slice)
-            else super().__getitem__(index)
-        )
+        found: Any = super().__getitem__(index)
+        return Images(found, self.labels[index]) if isinstance(index, slice) else found
 
     def grid(self, columns: int | None = None, side: int | None = None) -> Image.Image:
         """All of them in one picture, see ``ig_dist.grid``."""
@@ -66,26 +62,22 @@ def grid(
     first: Any = images[0] if len(images) else None
     if isinstance(first, list | tuple) or getattr(first, "ndim", 0) == 4:
         rows = [_pictures(row) for row in images]
-        columns = max(map(len, rows))
     else:
         pictures = _pictures(images)
         columns = columns or (8 if len(pictures) > LONGEST_ROW else max(1, len(pictures)))
         rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
-        columns = min(columns, len(pictures))
     sizes = {picture.size for row in rows for picture in row}
     if len(sizes) != 1:
         raise ValueError(f"images of one size are laid out in a grid, these are of {sorted(sizes) or 'none'}")
     width, height = sizes.pop()
-    longer = max(width, height)
-    scale = side / longer if side else max(1, SMALLEST_SIDE // longer)
+    scale = side / max(width, height) if side else max(1, SMALLEST_SIDE // max(width, height))
     width, height = round(width * scale), round(height * scale)
-    size = columns * (width + GAP) - GAP, len(rows) * (height + GAP) - GAP
+    size = max(map(len, rows)) * (width + GAP) - GAP, len(rows) * (height + GAP) - GAP
     whole = Image.new(rows[0][0].mode, size, color="white")
     sampling = Image.Resampling.NEAREST if scale == int(scale) else Image.Resampling.LANCZOS
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
-            enlarged = picture.resize((width, height), sampling)
-            whole.paste(enlarged, (x * (width + GAP), y * (height + GAP)))
+            whole.paste(picture.resize((width, height), sampling), (x * (width + GAP), y * (height + GAP)))
     return whole
 
 
@@ -103,11 +95,6 @@ def png(picture: Image.Image) -> bytes:
 
 def _pictures(images: Any) -> list[Image.Image]:
     return list(images) if len(images) and isinstance(images[0], Image.Image) else pil_images(np.asarray(images))
-
-
-def save_grid(rows: Sequence[tuple[str, NDArray[np.uint8]]], file: Path, title: str) -> None:
-    """One row of images (N, H, W, channels) for each name, one below the other, as PNG."""
-    pictures_in_rows([(name, images, ()) for name, images in rows], title).save(file)
 
 
 def pictures_in_rows(

@@ -61,12 +61,7 @@ def load_second(config: Config, device: torch.device) -> tuple[DiT, ExportInfo]:
 
 
 class Sampler:
-    """Makes the images of a plan; what its batches share is made once.
-
-    Attributes:
-        plan: what the images depend on.
-        device: where they are made.
-    """
+    """Makes the images of a plan; what its batches share is made once."""
 
     def __init__(self, models: Models, plan: Plan) -> None:
         self.plan, self.device = plan, models.model.pos_embed.device
@@ -88,12 +83,7 @@ class Sampler:
         plan = self.plan
         ids, labels = (column.to(self.device, non_blocking=True) for column in (numbers, plan.image_labels(numbers)))
         counted, weak = _Counted(self._model), None if self._weak is None else _Counted(self._weak)
-        guided, evaluations = guided_velocity(counted, labels, plan.terms(), weak), 0
-
-        def velocity(x: Tensor, t: float) -> Tensor:
-            nonlocal evaluations
-            evaluations += 1
-            return guided(x, t)
+        velocity = guided_velocity(counted, labels, [term.to_term() for term in plan.guidance], weak)
 
         def noise(step: int, x: Tensor) -> Tensor:
             return self._noise(ids, torch.full((), step, device=self.device))
@@ -101,8 +91,8 @@ class Sampler:
         x = normal(plan.seed, Purpose.SAMPLE_NOISE, ids, self._info.latent.shape).to(STATES[plan.state])
         with arithmetic(plan.precision, self.device):
             x = SOLVERS[plan.solver].solve(velocity, x, Path(self._info.path), noise, **plan.solver_settings)
-        forwards = [0 if model is None else model.rows // len(numbers) for model in (counted, weak)]
-        return x, (evaluations, forwards[0], forwards[1])
+        weak_rows = 0 if weak is None else weak.rows
+        return x, (counted.calls, counted.rows // len(numbers), weak_rows // len(numbers))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, H, W, channels) uint8 of the model's latents (B, C, H, W)."""
@@ -151,13 +141,13 @@ def decode(tokenizer: Tokenizer, latents: Tensor, affine: Affine) -> Tensor:
 
 
 class _Counted:
-    """A model, and the rows that went through it."""
+    """A model, how often it was called (once for each velocity), and the rows that went through it."""
 
     def __init__(self, model: DiT) -> None:
-        self._model, self.rows = model, 0
+        self._model, self.calls, self.rows = model, 0, 0
         self.null_label, self.has_aux_head = model.null_label, model.has_aux_head
 
     def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor, *, with_aux: bool = True) -> DiTOutput:
-        self.rows += len(labels)
+        self.calls, self.rows = self.calls + 1, self.rows + len(labels)
         output: DiTOutput = self._model(x_t, t, labels, with_aux=with_aux)
         return output

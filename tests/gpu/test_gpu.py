@@ -13,7 +13,7 @@ from benchmarks.gpu_cases import Case, NotHereError
 from benchmarks.gpu_checks import CHECKS
 from ig_dist.evaluation.metrics import precision_recall
 from ig_dist.features.extractors.extractor import get_extractor
-from ig_dist.plans.units import Samples, read_unit
+from ig_dist.plans.samples import Samples, read_unit
 from ig_dist.sampling.generate import generate_units, make_unit
 from ig_dist.training import preflight
 from ig_dist.training.meter import OwnWork

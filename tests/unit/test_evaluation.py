@@ -24,9 +24,9 @@ from ig_dist.features.features import FeatureFiles
 from ig_dist.features.images import plan_images
 from ig_dist.plans.plan import Plan
 from ig_dist.plans.plan import make_plan as plan_of
-from ig_dist.plans.units import Samples, read_unit, unit_name, write_unit
-from ig_dist.sampling.collecting import write_pngs, write_samples_npz
+from ig_dist.plans.samples import Samples, read_unit, unit_name, write_unit
 from ig_dist.sampling.generate import generate_units, make_unit
+from ig_dist.sampling.run import write_pngs, write_samples_npz
 from ig_dist.sampling.solving import Sampler
 from tests.scoring import make_plan, pixel, quadrants, tiny_models
 

@@ -9,8 +9,7 @@ from torch.nn import functional
 
 from ig_dist.features.extractors import efficientnet as module
 from ig_dist.features.extractors.efficientnet import EfficientNetLite0, preprocess
-from ig_dist.features.extractors.extractor import Extractor, get_extractor
-from ig_dist.features.extractors.layers import fold_norms, load_tensors
+from ig_dist.features.extractors.extractor import Extractor, fold_norms, get_extractor, load_tensors
 from ig_dist.features.extractors.weights import PUBLISHED, find_weights
 from ig_dist.storage.tensor_files import read_torch_file
 from tests.extractors import need

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ig_dist.features.extractors import inception as module
-from ig_dist.features.extractors.extractor import get_extractor
+from ig_dist.features.extractors.extractor import fold_norms, get_extractor
 from ig_dist.features.extractors.inception import DIMENSIONS, Inception, preprocess, tf1_bilinear
-from ig_dist.features.extractors.layers import fold_norms
 from tests.extractors import random_inception
 
 # at PLACES of the pictures of 32 and of 350 pixels

@@ -27,8 +27,7 @@ from ig_dist.evaluation.references import open_reference
 from ig_dist.evaluation.tables import print_plans, print_result
 from ig_dist.export import find_run, load_export
 from ig_dist.features import npz
-from ig_dist.plans.samples import is_run, list_plans, read_samples
-from ig_dist.plans.units import read_unit, unit_name
+from ig_dist.plans.samples import is_run, list_plans, read_samples, read_unit, unit_name
 from ig_dist.report.page import write_report
 from ig_dist.slurm.control import cancel
 from ig_dist.slurm.record import Folder, Submission, World

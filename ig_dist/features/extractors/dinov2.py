@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ig_dist.errors import ConfigError, first_line
-from ig_dist.features.extractors.extractor import Extractor
-from ig_dist.features.extractors.layers import channels_first
+from ig_dist.features.extractors.extractor import Extractor, channels_first
 from ig_dist.terminal.extras import imported
 
 SIDE = 224

@@ -7,14 +7,12 @@ torch weights, which were converted from TensorFlow: convolutions pad as its SAM
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, relu6
 
-from ig_dist.features.extractors.extractor import Extractor
-from ig_dist.features.extractors.layers import channels_first, load_network
+from ig_dist.features.extractors.extractor import Extractor, channels_first, load_network
 
 SIDE = 224
 DIMENSIONS = {"pool": 1280, "logits": 1000}
@@ -24,25 +22,15 @@ PREPROCESSING = (
 )
 
 
-class Stage(NamedTuple):
-    """Blocks alike; the stride is the first one's."""
-
-    repeats: int
-    kernel: int
-    stride: int
-    expansion: int
-    channels: int
-
-
 STEM_CHANNELS, HEAD_CHANNELS = 32, 1280
-STAGES = (
-    Stage(1, 3, 1, 1, 16),
-    Stage(2, 3, 2, 6, 24),
-    Stage(2, 5, 2, 6, 40),
-    Stage(3, 3, 2, 6, 80),
-    Stage(3, 5, 1, 6, 112),
-    Stage(4, 5, 2, 6, 192),
-    Stage(1, 3, 1, 6, 320),
+STAGES = (  # blocks, kernel, stride of the first one, expansion, channels
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
 )
 
 
@@ -68,15 +56,13 @@ def same_padded(x: Tensor, conv: nn.Conv2d) -> Tensor:
 class Block(nn.Module):
     """Inverted bottleneck: expand, filter each channel, project; the input is added where shapes allow."""
 
-    def __init__(self, inputs: int, stage: Stage, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
-        inner = inputs * stage.expansion
-        self.expands = stage.expansion != 1
-        self.adds = stride == 1 and inputs == stage.channels
+        inner, self.expands, self.adds = inputs * expansion, expansion != 1, stride == 1 and inputs == outputs
         if self.expands:
             self._expand_conv, self._bn0 = _conv(inputs, inner), _norm(inner)
-        self._depthwise_conv, self._bn1 = _conv(inner, inner, stage.kernel, stride, groups=inner), _norm(inner)
-        self._project_conv, self._bn2 = _conv(inner, stage.channels), _norm(stage.channels)
+        self._depthwise_conv, self._bn1 = _conv(inner, inner, kernel, stride, groups=inner), _norm(inner)
+        self._project_conv, self._bn2 = _conv(inner, outputs), _norm(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same with other C, H, W."""
@@ -93,10 +79,10 @@ class EfficientNetLite0(nn.Module):
         super().__init__()
         self._conv_stem, self._bn0 = _conv(3, STEM_CHANNELS, 3, 2), _norm(STEM_CHANNELS)
         blocks, channels = [], STEM_CHANNELS
-        for stage in STAGES:
-            for i in range(stage.repeats):
-                blocks.append(Block(channels, stage, stage.stride if i == 0 else 1))
-                channels = stage.channels
+        for repeats, kernel, stride, expansion, outputs in STAGES:
+            for i in range(repeats):
+                blocks.append(Block(channels, outputs, kernel, stride if i == 0 else 1, expansion))
+                channels = outputs
         self._blocks = nn.ModuleList(blocks)
         self._conv_head, self._bn1 = _conv(channels, HEAD_CHANNELS), _norm(HEAD_CHANNELS)
         self._fc = nn.Linear(HEAD_CHANNELS, DIMENSIONS["logits"])

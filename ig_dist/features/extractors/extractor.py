@@ -1,4 +1,4 @@
-"""What an extractor is, and the table of those that there are."""
+"""What an extractor is, the table of those that there are, and what their networks share."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ig_dist.arithmetic import arithmetic
-from ig_dist.errors import ConfigError, nearest
+from ig_dist.errors import ConfigError, listed, nearest
 from ig_dist.features.extractors.weights import PUBLISHED, Published, check_hash, find_weights
+from ig_dist.storage.tensor_files import read_torch_file
 
 PIXEL_RULE = "pixels / 127.5 - 1, flattened (H, W, C)"
 MOST_PIXELS = 4096
@@ -91,18 +94,15 @@ def get_extractor(
         allow_other: take weights that are not the published ones; the extractor's name then ends in their hash.
 
     Raises:
-        ConfigError: unknown name, weights that are not there, are damaged or not the published ones, or a package that
-            is not installed.
+        ConfigError: no such extractor, or its weights are not to be had.
     """
     if name not in EXTRACTORS:
         near = nearest(name, EXTRACTORS)
         raise ConfigError(f"unknown extractor {name!r}: did you mean {near[0]!r}? There are {', '.join(EXTRACTORS)}")
     known = EXTRACTORS[name]
-    if known is None:
-        if weights:
-            raise ConfigError(f"extractor {name} has no weights: leave out {weights!r}")
-        return _load(name, Path(), str(device), allow_other)
-    return _load(name, find_weights(known, weights), str(device), allow_other)
+    if known is None and weights:
+        raise ConfigError(f"extractor {name} has no weights: leave out {weights!r}")
+    return _load(name, Path() if known is None else find_weights(known, weights), str(device), allow_other)
 
 
 @lru_cache(maxsize=4)
@@ -133,3 +133,54 @@ def _pixels(images: Tensor) -> dict[str, Tensor]:
             " encode them smaller (--image-size) to score them"
         )
     return {"pool": (images.to(torch.float32) / 127.5 - 1.0).flatten(1)}
+
+
+# --- what the networks share
+
+
+def channels_first(images: Tensor, name: str) -> Tensor:
+    """Images (B, H, W, 1 or 3) as (B, 1 or 3, H, W)."""
+    if images.shape[3] not in (1, 3):
+        raise ConfigError(
+            f"images with {images.shape[3]} channels: extractor {name} takes grey and RGB ones; convert them first"
+        )
+    return images.permute(0, 3, 1, 2)
+
+
+def load_network(network: nn.Module, weights: Path, what: str, device: torch.device) -> nn.Module:
+    """A network on its device, ready for use, with the weights of a file in the public names."""
+    load_tensors(network, read_torch_file(weights), weights, what)
+    fold_norms(network.eval().requires_grad_(False))
+    return network.to(device)
+
+
+def fold_norms(network: nn.Module) -> None:
+    """Multiply each batch norm's scale into the convolution before it: the same function, less passes over memory.
+
+    The weights are laid out with the channels last, and so is what follows: up to 3 times faster on a CPU.
+    """
+    for module in list(network.modules()):
+        for (conv_name, conv), (norm_name, norm) in pairwise(list(module.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                fused = fuse_conv_bn_eval(conv, norm)
+                fused.weight.data = fused.weight.data.contiguous(memory_format=torch.channels_last)
+                setattr(module, conv_name, fused)
+                setattr(module, norm_name, nn.Identity())
+
+
+def load_tensors(module: nn.Module, tensors: object, path: Path, what: str) -> None:
+    """Give a network the tensors of a file. Counters of training batches may lack."""
+    expected = {k: v for k, v in module.state_dict().items() if not k.endswith("num_batches_tracked")}
+    found = tensors if isinstance(tensors, Mapping) else {}
+    found = {k: v for k, v in found.items() if isinstance(v, Tensor) and not str(k).endswith("num_batches_tracked")}
+    wrong = {
+        "without": [k for k in expected if k not in found],
+        "with the unknown": [k for k in found if k not in expected],
+        "with other shapes of": [k for k in expected if k in found and found[k].shape != expected[k].shape],
+    }
+    if any(wrong.values()):
+        parts = [f"{how} {listed(list(map(str, keys)), most=4)}" for how, keys in wrong.items() if keys]
+        raise ConfigError(
+            f"{path} does not hold the weights of {what}: it is {' and '.join(parts)}; give the right file"
+        )
+    module.load_state_dict(found, strict=False)

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, max_pool2d, relu_
 
-from ig_dist.features.extractors.extractor import Extractor
-from ig_dist.features.extractors.layers import channels_first, load_network
+from ig_dist.features.extractors.extractor import Extractor, channels_first, load_network
 
 SIDE = 299
 CLASSES = 1008
@@ -93,19 +92,9 @@ def _side_by_side(forks: Sequence[ConvNorm], x: Tensor) -> Tensor:
     return torch.cat([fork(x) for fork in forks], dim=1)
 
 
-def average_pool(x: Tensor) -> Tensor:
-    """Mean over 3 x 3, of the pixels that there are: padding is not counted."""
-    return avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def max_pool(x: Tensor) -> Tensor:
-    """Maximum over 3 x 3, same size."""
-    return max_pool2d(x, 3, stride=1, padding=1)
-
-
-def halving_pool(x: Tensor) -> Tensor:
-    """Maximum over 3 x 3, every second position, no padding."""
-    return max_pool2d(x, 3, stride=2)
+average_pool = partial(avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+max_pool = partial(max_pool2d, kernel_size=3, stride=1, padding=1)
+halving_pool = partial(max_pool2d, kernel_size=3, stride=2)
 
 
 def _chain(name: str, *sizes: tuple[int, int, int], stride: int = 1) -> list[Step]:
@@ -125,16 +114,6 @@ def _block_35(channels: int, pooled: int) -> Mixed:
     )
 
 
-def _to_17() -> Mixed:
-    """From 35 x 35 to 17 x 17: Mixed_6a."""
-    return Mixed(
-        288,
-        [Conv("branch3x3", 384, 3, 3, stride=2)],
-        _chain("branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3), stride=2),
-        [halving_pool],
-    )
-
-
 def _block_17(inner: int) -> Mixed:
     """At 17 x 17: Mixed_6b to 6e."""
     return Mixed(
@@ -143,16 +122,6 @@ def _block_17(inner: int) -> Mixed:
         _chain("branch7x7", (inner, 1, 1), (inner, 1, 7), (192, 7, 1)),
         _chain("branch7x7dbl", (inner, 1, 1), (inner, 7, 1), (inner, 1, 7), (inner, 7, 1), (192, 1, 7)),
         [average_pool, Conv("branch_pool", 192)],
-    )
-
-
-def _to_8() -> Mixed:
-    """From 17 x 17 to 8 x 8: Mixed_7a."""
-    return Mixed(
-        768,
-        _chain("branch3x3", (192, 1, 1), (320, 3, 3), stride=2),
-        _chain("branch7x7x3", (192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3), stride=2),
-        [halving_pool],
     )
 
 
@@ -181,12 +150,22 @@ class Inception(nn.Module):
         self.Mixed_5b = _block_35(192, 32)
         self.Mixed_5c = _block_35(256, 64)
         self.Mixed_5d = _block_35(288, 64)
-        self.Mixed_6a = _to_17()
+        self.Mixed_6a = Mixed(
+            288,
+            [Conv("branch3x3", 384, 3, 3, stride=2)],
+            _chain("branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3), stride=2),
+            [halving_pool],
+        )
         self.Mixed_6b = _block_17(128)
         self.Mixed_6c = _block_17(160)
         self.Mixed_6d = _block_17(160)
         self.Mixed_6e = _block_17(192)
-        self.Mixed_7a = _to_8()
+        self.Mixed_7a = Mixed(
+            768,
+            _chain("branch3x3", (192, 1, 1), (320, 3, 3), stride=2),
+            _chain("branch7x7x3", (192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3), stride=2),
+            [halving_pool],
+        )
         self.Mixed_7b = _block_8(1280, average_pool)
         self.Mixed_7c = _block_8(2048, max_pool)
         self.fc = nn.Linear(2048, CLASSES)
