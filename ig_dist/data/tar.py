@@ -40,11 +40,11 @@ class Member(NamedTuple):
     data: bytes
 
 
-def read_tar(file: IO[bytes], begin: int = 0, end: int = _LARGEST, *, skip: bool = False) -> Iterator[Member]:
+def read_tar(file: IO[bytes], begin: int = 0, end: int = _LARGEST, *, most: int = _LARGEST) -> Iterator[Member]:
     """The regular files of a tar (ustar, pax, GNU), in order. The file is read once, from front to back, to its end.
 
-    The tar lies at bytes ``begin`` to ``end`` of the file, which stands at its first. ``skip`` passes over the data,
-    which are not given: ``end`` is known then, and the file can seek.
+    The tar lies at bytes ``begin`` to ``end`` of the file, which stands at its first. Data of more than ``most`` bytes
+    are passed over, and not given: ``end`` is known then, and the file can seek.
 
     Raises:
         DamagedTar: at the first byte that does not fit.
@@ -61,7 +61,7 @@ def read_tar(file: IO[bytes], begin: int = 0, end: int = _LARGEST, *, skip: bool
             raise DamagedTar(f"holds {own_name} as a sparse file", _SPARSE)
         length = 0 if kind in _WITHOUT_DATA else own_size if size is None else size
         at, after, data = position, position + length + -length % _BLOCK, b""
-        if skip and kind not in _NAMING:
+        if length > most and kind not in _NAMING:
             position = min(file.seek(min(after, _LARGEST)), end)
         else:
             data = file.read(min(length, end - at))

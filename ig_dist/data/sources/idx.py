@@ -41,7 +41,6 @@ class IdxPair(NamedTuple):
     images: Path
     labels: Path
     what: str  # begins the source's name
-    class_names: tuple[str, ...] | None  # in words, where known
 
 
 def find_idx(src: str) -> IdxPair | None:
@@ -55,7 +54,7 @@ def find_idx(src: str) -> IdxPair | None:
         roots = [*([Path(given).expanduser()] if given else []), Path.home() / ".cache/ig_dist/datasets", DEBIAN]
         places = [root / "fashion-mnist" for root in roots]
         for folder in places:
-            if pair := _pair(folder, NAMED[src], src, FASHION_CLASSES):
+            if pair := _pair(folder, NAMED[src], src):
                 return pair
         files = ", ".join(f"{part}-{kind}.gz" for part in ("train", "t10k") for kind in (_IMAGES, _LABELS))
         raise ConfigError(
@@ -64,10 +63,10 @@ def find_idx(src: str) -> IdxPair | None:
             f" ${ROOT_VARIABLE} names another place"
         )
     folder = Path(src.removeprefix("file://"))
-    return _pair(folder, "train", f"IDX files of {folder.resolve().name}", None) if folder.is_dir() else None
+    return _pair(folder, "train", f"IDX files of {folder.resolve().name}") if folder.is_dir() else None
 
 
-def _pair(folder: Path, part: str, what: str, class_names: tuple[str, ...] | None) -> IdxPair | None:
+def _pair(folder: Path, part: str, what: str) -> IdxPair | None:
     images, labels = (
         next((file for name in (f"{part}-{kind}", f"{part}-{kind}.gz") if (file := folder / name).is_file()), None)
         for kind in (_IMAGES, _LABELS)
@@ -76,7 +75,7 @@ def _pair(folder: Path, part: str, what: str, class_names: tuple[str, ...] | Non
         return None
     if labels is None:
         raise ConfigError(f"--source: {images} has no {part}-{_LABELS} (or .gz) beside it: add it")
-    return IdxPair(images, labels, what, class_names)
+    return IdxPair(images, labels, what)
 
 
 def idx_native(pair: IdxPair) -> Native:
@@ -101,7 +100,8 @@ def idx_source(pair: IdxPair) -> Found:
             f"--source: {pair.images} has {count} images, {pair.labels.name} {len(labels)} labels: these are not of"
             " one data set, fetch both again"
         )
-    classes = len(pair.class_names or ()) or int(labels.max()) + 1
+    words = list(FASHION_CLASSES) if pair.what in NAMED else None
+    classes = len(words) if words else int(labels.max()) + 1
     if labels.max() >= classes:
         raise ConfigError(f"--source: {pair.labels} has label {labels.max()}, not 0 to {classes - 1}: fetch it again")
     empty = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
@@ -113,8 +113,8 @@ def idx_source(pair: IdxPair) -> Found:
     digest = hashlib.sha256(b"%d %d %d\n" % images.shape)
     digest.update(images.reshape(-1).data)
     digest.update(labels.data)
-    name, words = f"{pair.what}, 2 files, sha256 {digest.hexdigest()}", pair.class_names
-    source = array_source(name, images[..., None], labels, classes, list(words) if words else None)
+    name = f"{pair.what}, 2 files, sha256 {digest.hexdigest()}"
+    source = array_source(name, images[..., None], labels, classes, words)
     kind = f"{count} grey images of {size} x {size} in {classes} classes, {pair.images}"
     return Found(kind, name, lambda: source)
 

@@ -110,8 +110,7 @@ def _list_shard(tar: TarFile) -> list[Listed]:
     Raises:
         ConfigError: a picture without a class, or with two; a label that is no number.
     """
-    pictures: dict[str, Member] = {}
-    labels: dict[str, Member] = {}
+    pictures, labels = dict[str, Member](), dict[str, Member]()
     for member in members(tar):
         key, suffix = split_name(member.name)
         suffix = suffix.removeprefix(".")
@@ -122,13 +121,9 @@ def _list_shard(tar: TarFile) -> list[Listed]:
     if lonely is not None:
         raise ConfigError(f"--source: sample {lonely} of {tar.name} has no .{LABEL}: each picture needs its class")
     listed = []
-    with Path(tar.path).open("rb") as file:
-        for key, picture in pictures.items():
-            file.seek(labels[key].offset)
-            data = file.read(min(labels[key].size, _MOST_LABEL))
-            label = class_number(data, f"--source: {key}.{LABEL} of {tar.name}", ": mend the label")
-            where = ByteRange(tar.path, picture.offset, picture.size)
-            listed.append(Listed(f"{tar.name}/{picture.name}", label, where))
+    for key, picture in pictures.items():
+        label = class_number(labels[key].data, f"--source: {key}.{LABEL} of {tar.name}", ": mend the label")
+        listed.append(Listed(f"{tar.name}/{picture.name}", label, ByteRange(tar.path, picture.offset, picture.size)))
     return listed
 
 
@@ -161,7 +156,7 @@ def number_classes(labels: Sequence[int], names: list[str] | None, *, whole: boo
 
 
 def members(tar: TarFile) -> Iterator[Member]:
-    """The regular files in a tar, without their data; offsets are those in the file that holds it.
+    """The regular files in a tar, with data that may be a label; offsets are those in the file that holds it.
 
     Raises:
         ConfigError: no tar, a compressed one, or one that ends early.
@@ -171,7 +166,7 @@ def members(tar: TarFile) -> Iterator[Member]:
             end = file.seek(0, io.SEEK_END)
             end = end if tar.size is None else min(tar.offset + tar.size, end)
             file.seek(tar.offset)
-            yield from read_tar(file, tar.offset, end, skip=True)
+            yield from read_tar(file, tar.offset, end, most=_MOST_LABEL)
     except DamagedTar as error:
         raise ConfigError(f"--source: {tar.name} is not a readable tar ({error}): {error.remedy}") from None
     except OSError as error:
