@@ -97,6 +97,12 @@ def nearest(name: str, known: Iterable[str], n: int = 1, least: float = 0.0) -> 
     return difflib.get_close_matches(name, list(dict.fromkeys(known)), n=n, cutoff=least)
 
 
+def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
+    """The error of a name that is none of those that are known."""
+    known = list(known)
+    return ConfigError(f"{what} {name!r}: did you mean {nearest(name, known)[0]!r}? There are {', '.join(known)}")
+
+
 def first_line(error: BaseException) -> str:
     """What an error of a library says, in a line; its kind, where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,13 +1,12 @@
 """Export: the weights that sampling reads, as safetensors with all that is needed to use them."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import re
 import shutil
-import tempfile
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +14,7 @@ import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ig_dist.checkpoints.manifest import MANIFEST
+from ig_dist.checkpoints.manifest import MANIFEST, Count
 from ig_dist.checkpoints.reading import Checkpoint
 from ig_dist.checkpoints.store import CheckpointStore, checkpoint_store
 from ig_dist.config import Config
@@ -24,6 +23,7 @@ from ig_dist.data.index import LatentInfo, ShardIndex, TokenizerInfo, read_index
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.models.dit import DiT, DiTConfig, load_model
 from ig_dist.parallel.dist import Dist
+from ig_dist.run_dir import Identity
 from ig_dist.storage.writable import CACHE_VARIABLE, cache_folder, why_unwritable
 
 WEIGHTS_NAME = "model.safetensors"
@@ -32,6 +32,16 @@ MOST_INFO_BYTES = 2**26  # it names all classes
 UNKNOWN_DATA = "unknown"
 """``data.index`` of an export that has no run."""
 ALONE = Dist(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
+
+
+class Meta(BaseModel):
+    """What a training stores beside the tensors of a checkpoint."""
+
+    images_seen: Count
+    optimizer_steps: Count
+    config: dict[str, Any]
+    index_sha256: str
+    run: Identity = Identity("")
 
 
 class ModelInfo(BaseModel):
@@ -70,53 +80,29 @@ def model_info(config: Config, index: ShardIndex) -> ModelInfo:
     )
 
 
-def export_run(config: Config, *, ema: float | None = None, raw: bool = False, step: int | None = None) -> Path:
-    """Export a checkpoint of a run; what is exported already is left as it is.
+def export_checkpoint(checkpoint: Checkpoint, config: Config, *, ema: float | None = None, raw: bool = False) -> Path:
+    """Export a checkpoint of a run, into the cache where the run cannot be written; the folder, once it is whole.
 
-    A folder that ``ig-dist convert`` made holds weights instead of checkpoints: it is an export itself.
-
-    Args:
-        config: the run's.
-        ema: decay of the average; None: the first of ``ema.decays``.
-        raw: export the weights themselves instead.
-        step: of the checkpoint; None: the newest whole one.
-
-    Returns:
-        The folder that holds ``model.safetensors`` and ``export.json``.
+    Its average of decay ``ema`` (None: the first of ``ema.decays``), or with ``raw`` the weights themselves.
 
     Raises:
-        ConfigError: the run has no checkpoint, or no such average.
+        ConfigError: the run has no such average, another index, or no place that can be written.
     """
-    converted = Path(config.run.dir)
-    if (converted / INFO_NAME).is_file():
-        if raw or ema is not None or step is not None:
-            raise ConfigError(f"{converted} holds converted weights, and only these: leave out --ema, --raw and steps")
-        return converted
-    store = checkpoint_store(config)
-    checkpoint = store.latest(ALONE) if step is None else store.at(step, ALONE)
-    if checkpoint is None:
-        raise ConfigError(f"{config.run.dir} has no checkpoint: train it first with `ig-dist train`")
-    return export_checkpoint(checkpoint, config, ema=ema, raw=raw)
-
-
-def export_checkpoint(checkpoint: Checkpoint, config: Config, *, ema: float | None = None, raw: bool = False) -> Path:
-    """Export one checkpoint of a run, of one that cannot be written into the cache; otherwise as ``export_run``."""
     meta, saved = _saved(checkpoint)
     if not raw and ema is None:
         ema = saved.ema.decays[0]
     if ema is not None and ema not in saved.ema.decays:
         raise ConfigError(f"--ema {ema}: the run has averages with decay {saved.ema.decays}; choose one, or --raw")
     name = f"step_{checkpoint.step:010d}_" + ("raw" if ema is None else f"ema_{ema}")
-    folder = Path(config.run.dir) / "export" / name
-    if _exported_from(folder) == checkpoint.sha256:
-        return folder
-    if why_unwritable(folder):  # another's run
-        folder = cache_folder() / "export" / checkpoint.sha256[:16] / name
+    own, cached = Path(config.run.dir) / "export" / name, cache_folder() / "export" / checkpoint.sha256[:16] / name
+    for folder in (own, cached):
         if _exported_from(folder) == checkpoint.sha256:
             return folder
+        if not why_unwritable(folder):  # or it is another's run
+            break
 
     index = read_index(config.data.index)
-    if index.sha256 != meta["index_sha256"]:
+    if index.sha256 != meta.index_sha256:
         raise ConfigError(
             f"the index at {index.folder} is not the one that {checkpoint.url} was trained on: restore it"
         )
@@ -128,40 +114,48 @@ def export_checkpoint(checkpoint: Checkpoint, config: Config, *, ema: float | No
         **dict(model_info(saved, index)),
         ema=ema,
         step=checkpoint.step,
-        images_seen=meta["images_seen"],
+        images_seen=meta.images_seen,
         checkpoint_sha256=checkpoint.sha256,
         weights_sha256=hashlib.sha256(packed).hexdigest(),
     )
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and _exported_from(folder) != checkpoint.sha256:
+            shutil.rmtree(folder)
+        with whole_folder(folder) as building:
+            (building / WEIGHTS_NAME).write_bytes(packed)
+            (building / INFO_NAME).write_text(info.model_dump_json(indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise ConfigError(
-            f"{folder.parent} cannot be written ({error.strerror}): set {CACHE_VARIABLE} to a folder that can"
-        ) from None
-    building = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
-    (building / WEIGHTS_NAME).write_bytes(packed)
-    (building / INFO_NAME).write_text(info.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    if folder.exists() and _exported_from(folder) != info.checkpoint_sha256:
-        shutil.rmtree(folder)
-    try:
-        building.rename(folder)
-    except OSError:  # another worker exported the same bytes first
-        shutil.rmtree(building)
+        if _exported_from(folder) != checkpoint.sha256:  # nor has another worker exported the same bytes first
+            said = f"{folder.parent} cannot be written ({error.strerror})"
+            raise ConfigError(f"{said}: set {CACHE_VARIABLE} to a folder that can") from None
     return folder
 
 
-def _saved(checkpoint: Checkpoint) -> tuple[dict[str, Any], Config]:
-    """What a training stored beside the tensors, and its config.
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of this one at the end; after an error nothing is left.
 
     Raises:
-        ConfigError: it is no training's.
+        OSError: there is one with files already, or it cannot be written.
     """
-    meta = checkpoint.meta
-    kinds = {"config": dict, "images_seen": int, "index_sha256": str}
-    for key, kind in kinds.items():
-        if not isinstance(meta.get(key), kind):
-            raise ConfigError(f"{checkpoint.url} does not say its {key}: give a checkpoint of `ig-dist train`")
-    return meta, saved_config(meta["config"], checkpoint.url)
+    building = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    building.mkdir(parents=True)
+    try:
+        yield building
+        building.rename(folder)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def _saved(checkpoint: Checkpoint) -> tuple[Meta, Config]:
+    """What a training stored beside the tensors, and its config; ConfigError where it is no training's."""
+    try:
+        meta = Meta.model_validate(checkpoint.meta)
+    except ValidationError as error:
+        key = error.errors(include_url=False, include_input=False)[0]["loc"][0]
+        raise ConfigError(f"{checkpoint.url} does not say its {key}: give a checkpoint of `ig-dist train`") from None
+    return meta, saved_config(meta.config, checkpoint.url)
 
 
 def _exported_from(folder: Path) -> str | None:
@@ -232,9 +226,9 @@ def find_weights(
     Args:
         source: a run (its newest checkpoint), RUN@STEP, a checkpoint's folder, an export's, or one that ``ig-dist
             convert`` made.
-        ema: as for ``export_run``, which ``raw`` and ``step`` go to as well.
+        ema: as for ``export_checkpoint``, as is ``raw``.
         raw: see ``ema``.
-        step: see ``ema``.
+        step: of the checkpoint, before that of ``source``.
         overrides: ``a.b=c`` for the config.
         config: one that ``find_run`` gave, with more changes.
 
@@ -242,13 +236,16 @@ def find_weights(
         ConfigError: no weights there, or none of that average or step.
     """
     theirs, run, named = find_run(source, overrides)
-    config = config or theirs
-    folder = Path(source)
+    config, folder, step = config or theirs, Path(source), named if step is None else step
     if (folder / INFO_NAME).is_file():
         if raw or ema is not None or step is not None:
             raise ConfigError(f"{folder} holds exported weights, and only these: leave out --ema, --raw and steps")
         return Weights(config, folder, run)
-    return Weights(config, export_run(config, ema=ema, raw=raw, step=named if step is None else step), run)
+    store = checkpoint_store(config)
+    checkpoint = store.latest(ALONE) if step is None else store.at(step, ALONE)
+    if checkpoint is None:
+        raise ConfigError(f"{config.run.dir} has no checkpoint: train it first with `ig-dist train`")
+    return Weights(config, export_checkpoint(checkpoint, config, ema=ema, raw=raw), run)
 
 
 def find_run(source: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Path | None, int | None]:
@@ -271,7 +268,9 @@ def find_run(source: str | Path, overrides: Sequence[str] = ()) -> tuple[Config,
         return config_of(read_info(folder), str(folder), UNKNOWN_DATA, overrides), None, None
     if saved:
         step, url = int(saved[1]), str(folder.absolute().parent)
-        tree = _saved(CheckpointStore(url).at(step, ALONE))[1].model_dump(mode="json")
+        checkpoint = CheckpointStore(url).at(step, ALONE)
+        assert checkpoint is not None  # it would have been said
+        tree = _saved(checkpoint)[1].model_dump(mode="json")
         tree = {**tree, "run": {**tree["run"], "dir": url}, "checkpoint": {**tree["checkpoint"], "url": url}}
         return config_from_tree(apply_overrides(tree, overrides), source=str(folder)), None, step
     run, at, step_text = str(source).rpartition("@")

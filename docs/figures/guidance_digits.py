@@ -31,7 +31,7 @@ from ig_dist.config.file import load_config, with_guidance
 from ig_dist.evaluation.metrics import frechet_distance
 from ig_dist.evaluation.references import Reference, open_reference
 from ig_dist.evaluation.scores import Scores, score_plan
-from ig_dist.export import export_run
+from ig_dist.export import find_weights
 from ig_dist.features.extractors.extractor import get_extractor
 from ig_dist.features.moments import streamed_moments
 from ig_dist.sampling.run import sample_run
@@ -98,7 +98,7 @@ def scored(kind: str, seed: int, folder: Path) -> dict[str, dict[str, float]]:
         ROOT / "configs/digits.yaml", [*SMALL, *KINDS[kind], data, f"run.dir={run}", f"run.seed={seed}"]
     )
     train(config)
-    export = export_run(config)
+    export = find_weights(config.run.dir, config=config).export
     return {json.dumps(point): score(config, export, point) for point in points_of(kind)}
 
 

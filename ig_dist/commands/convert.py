@@ -1,7 +1,5 @@
 """``ig-dist convert``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
@@ -32,8 +30,8 @@ def convert(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Convert published weights (SiT, REPA, IG, LightningDiT) to ours, or ours back; nothing in a file is run."""
-    from ig_dist.convert.checks import known_format
+    """Convert published weights (SiT, REPA, IG, LightningDiT). To ours, or ours back; nothing in a file is run."""
+    from ig_dist.convert.formats import known_format
     from ig_dist.convert.published import convert_back, convert_published
 
     published = None if format is None else known_format(format)
@@ -52,25 +50,14 @@ def convert(
             latent_stats=latent_stats,
         )
     if as_json:
-        return print_json(
-            {
-                "format": done.published,
-                "model": done.describe(),
-                "parameters": done.parameters,
-                "weights_sha256": done.weights_sha256,
-                "difference": done.difference,
-                "written": str(dest),
-            }
-        )
+        told = {"format": done.published, "model": done.describe(), "written": str(dest)}
+        return print_json({**told, **done.model_dump(include={"parameters", "weights_sha256", "difference"})})
     console.print(f"{done.published}: {done.describe()}")
     console.print(f"{done.parameters:,} parameters, sha256 {done.weights_sha256}")
     console.print(
         "self-check: converting back gives the same bits; velocities at t = 0.25 and 0.75 are finite and differ from"
         f" those of the untouched weights in their own time by {done.difference:g}"
     )
-    if source.is_dir():
-        console.print(f"written: {dest}")
-    elif (dest / "config.yaml").is_file():
-        console.print(f"written: {dest}; sample from it with `ig-dist sample {dest}`")
-    else:
-        console.print(f"written: {dest}; train on from it with train.init_from={dest}")
+    use = f"; train on from it with train.init_from={dest}" if dest.is_dir() else ""
+    use = f"; sample from it with `ig-dist sample {dest}`" if (dest / "config.yaml").is_file() else use
+    console.print(f"written: {dest}{use}")

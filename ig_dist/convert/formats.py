@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from ig_dist.errors import unknown
 from ig_dist.models.dit import DiTConfig
 from ig_dist.models.presets import PRESETS
 
@@ -20,6 +21,14 @@ FROM_NOISE = ("sit", "lightningdit", "ig-lightningdit")
 """Formats whose time runs from noise to data."""
 _AUX, _THEIR_AUX = "aux_layer.", "final_layer_xr."
 _PROJECTORS = "projectors."  # REPA's, of training only
+
+
+def known_format(text: str) -> Format:
+    """A format by its name; ConfigError with the nearest where there is none."""
+    for name in FORMATS:
+        if name == text:
+            return name
+    raise unknown("--format", text, FORMATS)
 
 
 def read_format(weights: Mapping[str, Tensor], given: Format | None) -> Format:

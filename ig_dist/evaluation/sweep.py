@@ -21,7 +21,7 @@ from ig_dist.config.file import with_guidance
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.references import Reference, open_reference
 from ig_dist.evaluation.scores import Scores, score_plan
-from ig_dist.export import export_run, load_export, read_info
+from ig_dist.export import find_weights, load_export, read_info
 from ig_dist.features.images import ImageSet
 from ig_dist.plans.asking import Interval
 from ig_dist.plans.plan import class_names, make_plan
@@ -82,7 +82,7 @@ def sweep_run(
         seeds: of each point.
         target: the score that the best point has; None: the first of ``evaluate.metrics``.
         halving: all points on few images, then the better half on twice as many, and so on: the best has all images.
-        weights: gives the export of an average and a step; None: ``export_run``.
+        weights: gives the export of an average and a step; None: ``find_weights`` of the run.
         out: folder of samples, scores and the sweep; None: the run.
 
     Raises:
@@ -97,7 +97,7 @@ def sweep_run(
     if reason := why_unwritable(place):
         raise ConfigError(f"{place} cannot be written ({reason}): give --out FOLDER, one that can")
     # once: a run that goes on meanwhile must not change the weights between points
-    export = weights or (lambda ema, step: export_run(config, ema=ema, step=step))
+    export = weights or (lambda ema, step: find_weights(config.run.dir, ema=ema, step=step, config=config).export)
     emas, steps = (dict.fromkeys(values) for values in zip(*((point.ema, point.step) for point in grid), strict=True))
     exports = {key: export(*key) for key in product(emas, steps)}
     config = config if out is None else config.model_copy(update={"run": config.run.model_copy(update={"dir": out})})

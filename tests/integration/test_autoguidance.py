@@ -17,7 +17,7 @@ from ig_dist.autoencoders.tokenizers import PIXEL
 from ig_dist.config.file import load_run
 from ig_dist.diffusion.samplers import heun, time_grid
 from ig_dist.errors import ConfigError
-from ig_dist.export import export_run, find_weights, load_export
+from ig_dist.export import find_weights, load_export
 from ig_dist.plans.plan import make_plan
 from ig_dist.rng import Purpose, normal
 from tests.conftest import TINY, run_command, succeed
@@ -48,7 +48,7 @@ def sample(runs: Path, *options: str) -> tuple[dict[str, Any], dict[str, np.ndar
 
 def transcribed(runs: Path, weak: str, scale: float) -> np.ndarray:
     """Karras et al., arXiv 2406.02507, equation 3: v_weak + w (v - v_weak), in two lines."""
-    model, _ = load_export(export_run(load_run(runs / "run")), torch.device("cpu"))
+    model, _ = load_export(find_weights(runs / "run").export, torch.device("cpu"))
     second, _ = load_export(find_weights(weak).export, torch.device("cpu"))
     numbers = torch.arange(24)
 
@@ -120,7 +120,7 @@ def test_a_sweep_over_its_scale(runs: Path) -> None:
 
 @pytest.mark.parametrize("what", ["latents", "classes", "loss.path", "tokenizer"])
 def test_a_second_model_of_other_data_is_refused(runs: Path, what: str) -> None:
-    _, info = load_export(export_run(load_run(runs / "run")), torch.device("cpu"))
+    _, info = load_export(find_weights(runs / "run").export, torch.device("cpu"))
     other = {
         "latents": {"latent": info.latent.model_copy(update={"scale": [2.0]})},
         "classes": {"classes": [*info.classes[:-1], "ten"]},
