@@ -1,7 +1,5 @@
 """The run directory: who may use it, and whether it belongs to this config."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json
@@ -14,12 +12,14 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from ig_dist.config import Config
 from ig_dist.config.file import flat, read_groups
 from ig_dist.config.paths import absolute_paths, moved_paths
 from ig_dist.errors import ConfigError, listed
+from ig_dist.storage.files import write_whole
+from ig_dist.storage.urls import LOCAL
 from ig_dist.terminal import console
 from ig_dist.this_process import LOCK_WAIT_VARIABLE, host
 
@@ -67,18 +67,16 @@ class Identity(NamedTuple):
     parent: str = ""  # of the run that it was forked from
 
 
-def new_identity(parent: str = "") -> Identity:
+def new_identity() -> Identity:
     """That of a run that begins."""
-    return Identity(uuid.uuid4().hex[:16], parent)
+    return Identity(uuid.uuid4().hex[:16])
 
 
 def read_identity(path: Path) -> Identity:
     """That of the run in a folder; empty where none can be read."""
-    with contextlib.suppress(OSError, ValueError, RecursionError, TypeError):
+    with contextlib.suppress(OSError, ValidationError):
         if (path / IDENTITY_NAME).is_file():
-            found = Identity(**json.loads((path / IDENTITY_NAME).read_bytes()[:MOST_IDENTITY_BYTES]))
-            if all(isinstance(part, str) for part in found):
-                return found
+            return TypeAdapter(Identity).validate_json((path / IDENTITY_NAME).read_bytes()[:MOST_IDENTITY_BYTES])
     return Identity("")
 
 
@@ -132,15 +130,13 @@ def _check_kinds(path: Path) -> None:
             lock, which would be written over.
     """
     for name in (CONFIG_NAME, IDENTITY_NAME, LOCK_NAME, *FILES):
-        for file in (path / name, path / f"{name}.tmp"):
-            if file.exists() and not file.is_file():
-                raise ConfigError(f"run.dir: {file} is not a file: move it away")
+        if (path / name).exists() and not (path / name).is_file():
+            raise ConfigError(f"run.dir: {path / name} is not a file: move it away")
     for name in FOLDERS:
         if (path / name).exists() and not (path / name).is_dir():
             raise ConfigError(f"run.dir: {path / name} is not a folder: move it away")
-    for name in (LOCK_NAME, f"{CONFIG_NAME}.tmp", f"{IDENTITY_NAME}.tmp"):
-        if (path / name).is_symlink():
-            raise ConfigError(f"run.dir: {path / name} is a link, whose target would be written over: remove it")
+    if (path / LOCK_NAME).is_symlink():
+        raise ConfigError(f"run.dir: {path / LOCK_NAME} is a link, whose target would be written over: remove it")
 
 
 def _locked(lock: IO[bytes], wait_s: float) -> bool:
@@ -198,7 +194,5 @@ def refuse_other_config(what: str, differ: Sequence[str], *, force: bool) -> Non
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """Write a local file whole or not at all."""
+    write_whole(LOCAL, str(path), text.encode())

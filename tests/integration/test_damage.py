@@ -356,9 +356,9 @@ CASES: dict[str, tuple[Harm, str]] = {
     "config.yaml is a link to /dev/zero": (replace("config.yaml", link("/dev/zero")), "config.yaml"),
     "config.yaml of 64 GiB": (replace("config.yaml", sparse), "config.yaml"),
     "config.yaml is gone": (lambda run: (run / "config.yaml").unlink(), "goes on"),
-    "config.yaml.tmp is a folder": (lambda run: (run / "config.yaml.tmp").mkdir(), "config.yaml.tmp"),
+    "config.yaml.tmp is a folder": (lambda run: (run / "config.yaml.tmp").mkdir(), "goes on"),
     "config.yaml.tmp is there": (lambda run: (run / "config.yaml.tmp").write_text("x"), "goes on"),
-    "config.yaml.tmp is a link": (lambda run: (run / "config.yaml.tmp").symlink_to(run / "victim"), "is a link"),
+    "config.yaml.tmp is a link": (lambda run: (run / "config.yaml.tmp").symlink_to(run / "victim"), "goes on"),
     # run.json
     **{
         f"run.json is {name}": (write("run.json", content), "goes on")
