@@ -3,8 +3,6 @@
 How files and overrides become a ``Config`` is in ``file.py``.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Self
 
@@ -104,7 +102,7 @@ class Config(Group):
         """The terms as the samplers take them."""
         return [term.to_term() for term in self.guidance]
 
-    def with_data(self, latent_shape: tuple[int, int, int], num_classes: int) -> Config:
+    def with_data(self, latent_shape: tuple[int, int, int], num_classes: int) -> Self:
         """A copy whose model has the shapes of the data.
 
         Raises:

@@ -1,7 +1,5 @@
 """The scores by name: which features each one is of, and which way is better."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 

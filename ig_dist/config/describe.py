@@ -1,10 +1,9 @@
 """Guidance and sampling plans in words, for all that name one: plans, tables, charts, the report."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ig_dist.diffusion.samplers import SOLVERS
 from ig_dist.errors import listed
 
 KINDS = {"ig": "IG", "cfg": "CFG", "auto": "autoguidance"}
@@ -28,18 +27,12 @@ def guidance_name(terms: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plan_name(digest: str, plan: Mapping[str, Any], step: int | None = None) -> str:
-    """A sampling plan in words; its hash is the last of them, so that no two plans are named alike.
-
-    Args:
-        digest: the plan's hash.
-        plan: its values; those that are not there or as usual are not told.
-        step: of the weights.
-    """
+    """A sampling plan in words, but for values as usual; its hash is the last, so that no two plans are named alike."""
     classes, compiled = plan.get("classes") or (), plan.get("compile", "auto")
     usual = {"precision": ("", "fp32"), "state": ("state in ", "fp64"), "decode_precision": ("decoded in ", "fp32")}
     parts = [
         guidance_name(plan["guidance"]),
-        str(plan["solver"]) if plan["solver"] == "dopri5" else f"{plan['solver']} {plan['steps']}",
+        f"{plan['solver']} {plan['steps']}" if "steps" in SOLVERS[plan["solver"]].settings else plan["solver"],
         f"time shift {plan['time_shift']:.3g}" if plan.get("time_shift", 1) != 1 else "",
         "" if plan.get("correct_last_step", True) else "last step not corrected",
         f"classes {listed(list(map(str, classes)), 6)}" if classes else "",

@@ -4,8 +4,6 @@ Precedence: the defaults < the YAML file < ``a.b=c`` on the command line. Unknow
 name.
 """
 
-from __future__ import annotations
-
 import shlex
 import types
 import typing
@@ -148,15 +146,8 @@ def config_from_tree(tree: dict[str, Any], source: str) -> Config:
 
 
 def saved_config(tree: dict[str, Any], where: str) -> Config:
-    """The config that stands in a checkpoint.
-
-    Raises:
-        ConfigError: it has what this version does not know.
-    """
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{where} was saved by another version of ig-dist, use that one: {_explain(error)}") from None
+    """The config that stands in a checkpoint; ConfigError where it has what this version does not know."""
+    return config_from_tree(tree, f"{where} was saved by another version of ig-dist, use that one")
 
 
 def _refuse_credentials(node: Any, path: list[str]) -> None:
@@ -169,36 +160,32 @@ def _refuse_credentials(node: Any, path: list[str]) -> None:
 
 
 def apply_overrides(tree: dict[str, Any], overrides: typing.Sequence[str]) -> dict[str, Any]:
-    """Set ``a.b=c`` on a nested mapping (list items by number); values are YAML."""
-    tree = yaml.safe_load(yaml.safe_dump(tree))  # an independent copy in plain types
+    """A nested mapping in which ``a.b=c`` are set (list items by number); values are YAML."""
     for override in overrides:
         key, separator, text = override.partition("=")
-        parts = key.split(".")
-        if not separator or not all(parts):
+        if not separator or not all(key.split(".")):
             raise ConfigError(f"override {override!r} is not of the form group.key=value{_hint(override)}")
         try:
             value = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"override {key}: value {text!r} is not valid YAML: {_one_line(error)}") from None
-        node: Any = tree
-        for depth, part in enumerate(parts):
-            last = depth == len(parts) - 1
-            if isinstance(node, list):
-                if not part.isdecimal() or int(part) >= len(node):
-                    where = ".".join(parts[:depth])
-                    raise ConfigError(f"override {key}: {where} has items 0 to {len(node) - 1}, not {part!r}")
-                slot: Any = int(part)
-            elif isinstance(node, dict):
-                slot = part
-            else:
-                raise ConfigError(f"override {key}: {'.'.join(parts[:depth])} is a value, it has no key {part!r}")
-            if last:
-                node[slot] = value
-            else:
-                if isinstance(node, dict) and node.get(slot) is None:
-                    node[slot] = {}
-                node = node[slot]
+        tree = _replaced(tree, key.split("."), value)
     return tree
+
+
+def _replaced(node: Any, key: list[str], value: Any, depth: int = 0) -> Any:
+    """A copy of a node, which stands so deep in a tree, in which the value stands at the key."""
+    if depth == len(key):
+        return value
+    part, said = key[depth], f"override {'.'.join(key)}: {'.'.join(key[:depth])}"
+    if isinstance(node, list):
+        if not part.isdecimal() or int(part) >= len(node):
+            raise ConfigError(f"{said} has items 0 to {len(node) - 1}, not {part!r}")
+        i = int(part)
+        return [*node[:i], _replaced(node[i], key, value, depth + 1), *node[i + 1 :]]
+    if not isinstance(node, dict | None):
+        raise ConfigError(f"{said} is a value, it has no key {part!r}")
+    return {**(node or {}), part: _replaced((node or {}).get(part), key, value, depth + 1)}
 
 
 def flat(groups: Mapping[str, Any], above: str = "") -> dict[str, Any]:

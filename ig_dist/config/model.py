@@ -1,12 +1,10 @@
 """The model's group."""
 
-from __future__ import annotations
-
 from typing import Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import PositiveInt, model_validator
 
-from ig_dist.config.types import Group, Positive
+from ig_dist.config.types import Group
 from ig_dist.errors import nearest
 from ig_dist.models.dit import DiTConfig
 from ig_dist.models.presets import PRESETS, Preset
@@ -18,15 +16,15 @@ class ModelConfig(Group):
     preset: str | None = None
     """One of the published sizes: SiT-S, -B, -L or -XL with patch /2, /4 or /8 (``SiT-XL/2``); LightningDiT-B, -L, -XL,
     -1p0B or -1p6B with /1 or /2."""
-    depth: Positive | None = None
+    depth: PositiveInt | None = None
     """Number of transformer blocks."""
-    hidden_size: Positive | None = None
+    hidden_size: PositiveInt | None = None
     """Width of the residual stream."""
-    num_heads: Positive | None = None
+    num_heads: PositiveInt | None = None
     """Attention heads per block."""
-    patch_size: Positive | None = None
+    patch_size: PositiveInt | None = None
     """Side of a patch, in latent pixels."""
-    aux_depth: Positive | None = None
+    aux_depth: PositiveInt | None = None
     """The auxiliary head reads the output of this many blocks; null: no auxiliary head, no Internal Guidance."""
     time_input: Literal["t", "one_minus_t"] = "t"
     """What enters the time embedding: our t (0 = data), or 1 - t for weights trained the other way round."""
@@ -44,11 +42,11 @@ class ModelConfig(Group):
     """Heads predict twice the channels, of which the first half is the velocity (the original SiT)."""
     aux_init: Literal["zero", "xavier"] | None = None
     """Initial weights of the auxiliary head: zero (SiT), or drawn (LightningDiT)."""
-    input_size: Positive | None = None
+    input_size: PositiveInt | None = None
     """Side of the latent. Taken from the data index when null."""
-    in_channels: Positive | None = None
+    in_channels: PositiveInt | None = None
     """Channels of the latent. Taken from the data index when null."""
-    num_classes: Positive | None = None
+    num_classes: PositiveInt | None = None
     """Number of classes. Taken from the data index when null."""
 
     @model_validator(mode="after")

@@ -4,8 +4,6 @@
 for at the same place relative to the run; what lies in the run directory is always the run's own.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path

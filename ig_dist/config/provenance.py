@@ -5,8 +5,6 @@ them: the same training elsewhere gives the same checkpoints. What cannot be fou
 run.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -1,13 +1,19 @@
 """Groups that say how is sampled and scored."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+)
 
 from ig_dist.config.catalogue import check_metrics, check_weights
-from ig_dist.config.types import Finite, Fraction, Group, NonNegative, Positive, PositiveFloat, Seed, Url
+from ig_dist.config.types import Fraction, Group, Seed, Url
 from ig_dist.diffusion.guidance import GuidanceTerm
 from ig_dist.diffusion.samplers import SOLVERS, SolverName
 
@@ -18,13 +24,13 @@ class GuidanceConfig(Group):
     kind: Literal["ig", "cfg", "auto"]
     """ig: Internal Guidance (weak head to final head). cfg: classifier-free guidance (null label to label). auto:
     autoguidance (the second model ``sample.weak_model`` to the model)."""
-    scale: Finite
+    scale: float
     """Extrapolation scale; 1 is no guidance."""
     interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     """Times t at which the term is on, both ends included (t = 1 is noise)."""
     branches: Literal["both", "conditional", "null"] = "both"
     """Of ig and auto: guide the prediction for the label, the one for the null label that cfg needs, or both."""
-    channels: Positive | None = None
+    channels: PositiveInt | None = None
     """Guide so many leading channels of the latents, and leave the others as they are: the original SiT guides 3 of 4,
     the original LightningDiT 3 of 32. null: all."""
 
@@ -42,7 +48,7 @@ class GuidanceConfig(Group):
 class SampleConfig(Group):
     """How images are made: the plan."""
 
-    num: Positive = 50_000
+    num: PositiveInt = 50_000
     """Number of images."""
     labels: Literal["balanced", "random"] = "balanced"
     """balanced: image i has class i mod num_classes; random: drawn uniformly."""
@@ -53,7 +59,7 @@ class SampleConfig(Group):
     """Image i depends on (this seed, i) only."""
     solver: SolverName = "heun"
     """euler_maruyama solves the SDE, the others the ODE; dopri5 is adaptive."""
-    steps: Positive = 32
+    steps: PositiveInt = 32
     """Steps of the solver (n + 1 points in time); dopri5 chooses its own."""
     time_shift: PositiveFloat | Literal["latent_dimension"] = 1.0
     """Of euler and heun: S > 1 makes shorter steps near noise, S < 1 near data, as ``loss.time_shift`` does with times
@@ -66,10 +72,10 @@ class SampleConfig(Group):
     """Of dopri5: absolute tolerance."""
     weak_model: str = ""
     """Second model of ``auto`` guidance: a run (RUN, or RUN@STEP for an earlier checkpoint) or an export folder."""
-    batch_size: Positive = 64
+    batch_size: PositiveInt = 64
     """Images at a time, at most: a unit is cut into equal batches. Where blocks are compiled the last batch of a plan
     is filled up with images that would come next, and are not kept."""
-    unit_size: Positive = 512
+    unit_size: PositiveInt = 512
     """Images per unit, the piece of work that one worker claims and writes whole."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Arithmetic of the model. tf32 (of GPUs; fp32 elsewhere) is that of the published samplers."""
@@ -86,7 +92,7 @@ class SampleConfig(Group):
     """Folder, file or name of the tokenizer where it is not found under the name in the index."""
     keep_images: bool = True
     """false: a unit's features stand for its images, of which only the first unit keeps some to look at; no npz."""
-    png: NonNegative = 0
+    png: NonNegativeInt = 0
     """Write the first so many images as single PNG files too."""
     keys_of: ClassVar = {
         key: ("solver", *(name for name, solver in SOLVERS.items() if key in solver.settings))
@@ -110,9 +116,9 @@ class EvaluateConfig(Group):
     downloaded once."""
     protocol: Literal["adm", "torch-fidelity"] = "adm"
     """Whose rules hold where evaluators differ: the inception score's blocks, and the distances of precision."""
-    training_num: Positive = 5000
+    training_num: PositiveInt = 5000
     """Images of a score while training, see ``log.score_every_steps``."""
-    training_steps: Positive = 16
+    training_steps: PositiveInt = 16
     """Steps of Heun that make them."""
 
     @field_validator("metrics")

@@ -1,24 +1,18 @@
 """Groups that say how a run trains."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
-
-from ig_dist.config.types import (
-    Decay,
-    Finite,
-    Fraction,
-    Group,
-    Interval,
-    NonNegative,
+from pydantic import (
+    Field,
     NonNegativeFloat,
-    Positive,
+    NonNegativeInt,
     PositiveFloat,
-    Seed,
-    Url,
+    PositiveInt,
+    field_validator,
+    model_validator,
 )
+
+from ig_dist.config.types import Decay, Fraction, Group, Interval, Seed, Url
 
 
 class RunConfig(Group):
@@ -39,7 +33,7 @@ class AccelerationConfig(Group):
     """w; 0: off."""
     source: Literal["same_forward", "ema"] = "same_forward"
     """Whose difference of the heads: the forward pass that is trained, or the first EMA, which costs a forward more."""
-    start_step: NonNegative = 0
+    start_step: NonNegativeInt = 0
     """Steps of the run before it begins."""
     interval: Interval = (0.0, 1.0)
     """Times t at which it acts, both ends included (t = 1 is noise)."""
@@ -56,7 +50,7 @@ class LossConfig(Group):
     """Weight of 1 - cos(v_final, v) over channels, of the final head; LightningDiT has 1."""
     time: Literal["uniform", "logit_normal"] = "uniform"
     """Distribution of the training times: uniform, or sigmoid(``time_mean`` + ``time_std`` n) for n normal."""
-    time_mean: Finite = 0.0
+    time_mean: float = 0.0
     """Of logit_normal: above 0 more of the times are near noise (t = 1)."""
     time_std: PositiveFloat = 1.0
     """Of logit_normal."""
@@ -74,17 +68,17 @@ class DataConfig(Group):
 
     index: Url = ""
     """``index.json`` of the latent shards, or its folder: a path or any fsspec URL."""
-    streams: Positive = 32
+    streams: PositiveInt = 32
     """Independent streams of samples. The world size must divide it: it fixes the order for every world size."""
-    window_samples: Positive = 1024
+    window_samples: PositiveInt = 1024
     """Samples are shuffled within windows of this many consecutive ones (shards are shuffled globally)."""
-    window_bytes: Positive = 16 * 2**30
+    window_bytes: PositiveInt = 16 * 2**30
     """Bound on the memory of all windows of one node, in bytes."""
-    workers: NonNegative = 2
+    workers: NonNegativeInt = 2
     """Reader threads per process; 0: the thread that assembles batches reads too. The order does not depend on it."""
     on_corrupt: Literal["fail", "skip"] = "fail"
     """A damaged sample ends the run, or is replaced by the next good one of its window and counted."""
-    validation_shards: NonNegative = 0
+    validation_shards: NonNegativeInt = 0
     """The last shards of the index are never trained on: the validation loss is measured on them."""
     posterior: Literal["draw", "stored_sample", "mean"] | None = None
     """Of shards that store mean and std: a fresh ``draw`` at every access, or the ``mean``; of others the
@@ -93,7 +87,7 @@ class DataConfig(Group):
     """Mirror half of the images, anew in every epoch; for shards encoded with --flips."""
     cache_dir: str = ""
     """Folder on a local disk of the node that keeps shards once read, shared by its processes. Empty: none."""
-    cache_bytes: Positive = 64 * 2**30
+    cache_bytes: PositiveInt = 64 * 2**30
     """Bound on what is kept in ``cache_dir``, in bytes."""
     stall_s: PositiveFloat = 60.0
     """A request to the storage (32 MiB at most) that takes longer is made again."""
@@ -104,13 +98,13 @@ class DataConfig(Group):
 class TrainConfig(Group):
     """Length, batch and precision."""
 
-    steps: Positive | None = None
+    steps: PositiveInt | None = None
     """Optimizer steps of the whole run. Give exactly one of ``steps`` and ``epochs``."""
     epochs: PositiveFloat | None = None
     """Passes over the data of the whole run."""
-    global_batch_size: Positive = 256
+    global_batch_size: PositiveInt = 256
     """Images a step, over all ranks and micro-batches."""
-    accumulation: Positive = 1
+    accumulation: PositiveInt = 1
     """Micro-batches a step on each rank."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of forward and backward; weights, moments and EMAs are fp32 always, and fp32 is never TF32."""
@@ -124,13 +118,13 @@ class TrainConfig(Group):
     """torch.compile each block, and the draws of a micro-batch, to the same bits."""
     activation_checkpointing: bool = False
     """Keep only the inputs of each block and compute it again in backward: less memory, a third more work."""
-    max_nonfinite_steps: Positive = 20
+    max_nonfinite_steps: PositiveInt = 20
     """End the run (exit code 3) after this many non-finite steps in a row; each is skipped and counted."""
     init_from: str = ""
     """Export folder or safetensors file whose weights a new run begins with; a missing auxiliary head is added."""
     peak_tflops: PositiveFloat | None = None
     """Peak of one device for MFU, in TFLOP/s; null: known GPUs are looked up, others report no MFU."""
-    timeout_s: Positive = 600
+    timeout_s: PositiveInt = 600
     """A rank that makes no progress for this long ends the run (exit code 5). The first step of a start, and what is
     seldom done, may take three times as long; a wait for a storage has the storage's own deadline on top."""
 
@@ -169,7 +163,7 @@ class OptimizerConfig(Group):
     (of whose table 0.1% is left after 680 epochs, beside RoPE). false: the table is constant."""
     grad_clip: PositiveFloat | None = 1.0
     """Global gradient norm is clipped to this; null: no clipping."""
-    warmup_steps: NonNegative = 0
+    warmup_steps: NonNegativeInt = 0
     """Linear warm-up from 0."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after warm-up."""
@@ -208,7 +202,7 @@ class EngineConfig(Group):
     reshard_after_forward: bool | None = None
     """Of fsdp2: free a block's weights after its forward and gather them again for its backward (null: true); false
     keeps them, which costs memory and saves communication."""
-    replicate: Positive = 1
+    replicate: PositiveInt = 1
     """Of fsdp2 (HSDP): cut the state over the ranks of a group only, and hold it in so many groups of neighbours;
     typically the number of machines. More memory than 1, and weights no longer cross the network."""
     zero_stage: Literal[1, 2, 3] | None = None
@@ -225,13 +219,13 @@ class CheckpointConfig(Group):
 
     url: Url = ""
     """Folder of the checkpoints: a path or any fsspec URL. Empty: ``checkpoints`` in the run directory."""
-    every_steps: Positive = 5000
+    every_steps: PositiveInt = 5000
     """Steps between checkpoints; one is always written at the end."""
-    keep_last: Positive = 2
+    keep_last: PositiveInt = 2
     """The newest checkpoints that are kept."""
-    keep_every: NonNegative = 0
+    keep_every: NonNegativeInt = 0
     """Also keep every checkpoint whose step is a multiple of this; 0: none."""
-    export_every: NonNegative = 0
+    export_every: NonNegativeInt = 0
     """Export every so many checkpoints, as ``ig-dist export`` does; 0: only the one at the end of the run."""
     retry_s: PositiveFloat = 600.0
     """Requests to the storage that fail are made again for this long. Then that save is given up and the run goes on;
@@ -241,11 +235,11 @@ class CheckpointConfig(Group):
 class LogConfig(Group):
     """What is written while training."""
 
-    every_steps: Positive = 100
+    every_steps: PositiveInt = 100
     """Steps between lines of ``metrics.jsonl``, TensorBoard points and progress."""
-    sample_every_steps: NonNegative = 0
+    sample_every_steps: NonNegativeInt = 0
     """Steps between sample grids of the first EMA in TensorBoard; 0: none."""
-    score_every_steps: NonNegative = 0
+    score_every_steps: NonNegativeInt = 0
     """Steps between scores of the first EMA, of ``evaluate.training_num`` images by ``evaluate.metrics``; 0: none."""
-    validate_every_steps: NonNegative = 0
+    validate_every_steps: NonNegativeInt = 0
     """Steps between validation losses of the first EMA on ``data.validation_shards``; 0: none."""

@@ -1,7 +1,5 @@
 """What fields of the config may hold, and what its groups share."""
 
-from __future__ import annotations
-
 import json
 from typing import Annotated, Any, ClassVar, Self
 
@@ -28,12 +26,7 @@ def _ascending(interval: tuple[float, float]) -> tuple[float, float]:
     return interval
 
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Interval = Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)]
@@ -43,7 +36,9 @@ Url = Annotated[str, AfterValidator(_known_protocol)]
 class Group(BaseModel):
     """Fields with their descriptions; unknown keys are refused, and keys of a choice that was not made."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
     keys_of: ClassVar[dict[str, tuple[str, ...]]] = {}
     """Keys that mean something for some values of another key only: that key, and its values."""
 
