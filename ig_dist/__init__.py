@@ -12,29 +12,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ig_dist.api import load, sample, sweep, train, write_report
-    from ig_dist.config import Config
-    from ig_dist.encoding.run import encode
-    from ig_dist.errors import IgDistError
-    from ig_dist.evaluation.evaluate import evaluate
-    from ig_dist.pipeline import Pipeline
-    from ig_dist.sampling.pictures import grid
+    from ig_dist.api import load as load
+    from ig_dist.api import sample as sample
+    from ig_dist.api import sweep as sweep
+    from ig_dist.api import train as train
+    from ig_dist.api import write_report as write_report
+    from ig_dist.config import Config as Config
+    from ig_dist.encoding.run import encode as encode
+    from ig_dist.errors import IgDistError as IgDistError
+    from ig_dist.evaluation.evaluate import evaluate as evaluate
+    from ig_dist.pipeline import Pipeline as Pipeline
+    from ig_dist.sampling.pictures import grid as grid
 
 __version__ = "0.1.0"
-__all__ = [
-    "Config",
-    "IgDistError",
-    "Pipeline",
-    "encode",
-    "evaluate",
-    "grid",
-    "load",
-    "sample",
-    "sweep",
-    "train",
-    "write_report",
-]
-
 _PLACES = {
     "Config": "config",
     "IgDistError": "errors",
@@ -48,6 +38,7 @@ _PLACES = {
     "train": "api",
     "write_report": "api",
 }
+__all__ = list(_PLACES)
 
 
 def __getattr__(name: str) -> Any:

@@ -26,14 +26,10 @@ BROKEN = ("uncorrectable", "hardware", "busy or unavailable", "no CUDA-capable d
 _TAKEN = ("busy or unavailable", "in use", "out of memory")
 DEVICE_VARIABLE = "IG_DIST_DEVICE"
 _NO_CUDA = ": ask SLURM for GPUs (--gpus-per-node), install a PyTorch that is built for them, or say IG_DIST_DEVICE=cpu"
+_OR_LAUNCH = ", or use ig-dist launch or torchrun"
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _MPI = {
-    "mpirun": (
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
+    "mpirun": tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
     "mpiexec": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH's and Intel's
 }
 
@@ -81,14 +77,14 @@ def this_process(
     rank, world_size, local_rank, local_world_size = (other if one is None else one for one, other in both)
     world_size = 1 if world_size is None else world_size
     if rank is None and world_size > 1:
-        raise ConfigError(f"WORLD_SIZE is {world_size}, and RANK is not set: use ig-dist launch or torchrun")
+        raise ConfigError(f"WORLD_SIZE is {world_size}, and RANK is not set: unset it{_OR_LAUNCH}")
     for name, number, of, count in (
         ("RANK", rank, "WORLD_SIZE", world_size),
         ("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_world_size),
         ("LOCAL_WORLD_SIZE", local_world_size and local_world_size - 1, "WORLD_SIZE", world_size),
     ):
         if number is not None and count is not None and number >= count:
-            raise ConfigError(f"{name} does not fit {of} ({count}): unset both, or use ig-dist launch or torchrun")
+            raise ConfigError(f"{name} does not fit {of} ({count}): unset both{_OR_LAUNCH}")
     if worker is not None:
         match = re.fullmatch(r"(\d+)/(\d+)", worker)
         if not match or not int(match[1]) < int(match[2]):
@@ -104,9 +100,7 @@ def this_process(
 def _told(environment: Mapping[str, str], names: tuple[str, ...]) -> _Told:
     for name in names:
         if not environment.get(name, "0").isdecimal():
-            raise ConfigError(
-                f"{name} is {environment[name]!r}, no number: unset it, or use ig-dist launch or torchrun"
-            )
+            raise ConfigError(f"{name} is {environment[name]!r}, no number: unset it{_OR_LAUNCH}")
     return _Told(*(int(environment[name]) if name in environment else None for name in names))
 
 

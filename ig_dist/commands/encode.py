@@ -1,11 +1,9 @@
-"""Encode images into WebDataset shards of latents, with an index.
+"""``ig-dist encode``: images to WebDataset shards of latents, with an index.
 
 Images are shuffled globally by the seed; shard k is made of places k S to (k + 1) S of that order. Any number of
 processes may run the same command, on one machine or many: each makes shards that are missing. A shard is written
 whole or not at all, the index last: after an interruption run the same command again.
 """
-
-from __future__ import annotations
 
 import signal
 import sys
@@ -55,35 +53,16 @@ def encode(
     dry_run: Annotated[bool, flag("--dry-run", "Say what it will take; write nothing.")] = False,
     processes: Annotated[int, option("N", "With --dry-run: hours for so many.", "--processes", "--gpus", min=1)] = 1,
 ) -> None:
-    """Encode images into WebDataset shards of latents, with an index. Run it again, or on more machines, at will."""
+    """Make shards of latents from images, with an index. Run it again, or on more machines, at will."""
+    given = locals()  # they are those of the work, by the same names
     from ig_dist.encoding.run import encode as run_encoding
 
     signal.signal(signal.SIGTERM, stop)
-    run_encoding(
-        source,
-        dest,
-        tokenizer,
-        image_size=image_size,
-        flips=flips,
-        store=store,
-        precision=precision,
-        seed=seed,
-        samples_per_shard=samples_per_shard,
-        max_rejected=max_rejected,
-        workers=workers,
-        batch_size=batch_size,
-        worker=worker,
-        spool=spool,
-        dry_run=dry_run,
-        processes=processes,
-    )
+    run_encoding(**given)
 
 
 def stop(number: int, frame: FrameType | None) -> None:
     """A signal ends this process; the shard that is being written is still finished, where the storage takes it."""
-    print(
-        f"stopped: {signal.Signals(number).name}; finished shards stay, run the same command again",
-        file=sys.stderr,
-        flush=True,
-    )
+    said = f"stopped: {signal.Signals(number).name}; finished shards stay, run the same command again"
+    print(said, file=sys.stderr, flush=True)
     raise SystemExit(75)

@@ -1,22 +1,11 @@
 """``ig-dist evaluate``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ig_dist.commands.options import (
-    AsJson,
-    ImageSize,
-    Metrics,
-    Weights,
-    argument,
-    option,
-    places,
-    print_json,
-)
+from ig_dist.commands.options import AsJson, ImageSize, Metrics, Weights, argument, option, places, print_json
 from ig_dist.errors import ConfigError
 from ig_dist.terminal import console, is_main_process
 

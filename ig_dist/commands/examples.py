@@ -1,7 +1,5 @@
 """Commands that the help of each verb shows, and the line about a wrong command line."""
 
-from __future__ import annotations
-
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "": ("ig-dist quickstart", "ig-dist train digits", "ig-dist sample runs/digits --ig-scale 1.4 --num 64"),
     "quickstart": ("ig-dist quickstart", "ig-dist quickstart --short --out elsewhere"),

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 from ig_dist.commands.options import WORKERS, Workers, flag, option
 from ig_dist.errors import ConfigError
@@ -31,28 +32,24 @@ TOLD = {
 """What a tokenizer tells of the shards, and is needed where its weights are not."""
 
 
-class Normalisation(NamedTuple):
-    """The model sees (latent - shift) * scale: a number for all channels or one for each; None: by the statistics."""
+Scaling = dict[str, list[float] | None]
+"""Shift and scale: the model sees (latent - shift) * scale. A number for all channels or one for each; None: by the
+statistics."""
 
-    shift: list[float] | None
-    scale: list[float] | None
-    said: tuple[str, str] = ("--shift", "--scale")
-    """The options that say them."""
 
-    def check(self, channels: int) -> None:
-        """Raise ConfigError unless there is one number for all channels, or one for each."""
-        for name, numbers in zip(self.said, self[:2], strict=True):
-            if numbers and len(numbers) not in (1, channels):
-                raise ConfigError(f"{name} has {len(numbers)} numbers, the latents have {channels} channels")
+def check_channels(wanted: Scaling, channels: int, said: str | None = None) -> None:
+    """Raise ConfigError unless there is one number for all channels, or one for each; ``said``: the option."""
+    for name, numbers in wanted.items():
+        if numbers and len(numbers) not in (1, channels):
+            option = said or f"--{name}"
+            raise ConfigError(f"{option} has {len(numbers)} numbers, the latents have {channels} channels")
 
-    def of(self, latent: LatentInfo, raw: Statistics) -> LatentInfo:
-        """The latents with their shift and scale; ``raw`` are the statistics of what is stored."""
-        inverse = [1 / std if std > 0 else 1.0 for std in raw.std]
-        chosen = {
-            name: by_statistics if numbers is None else numbers * (latent.shape[0] // len(numbers))
-            for name, numbers, by_statistics in (("shift", self.shift, raw.mean), ("scale", self.scale, inverse))
-        }
-        return latent.model_copy(update=chosen)
+
+def scaled(latent: LatentInfo, wanted: Scaling, raw: Statistics) -> LatentInfo:
+    """The latents with their shift and scale; ``raw`` are the statistics of what is stored."""
+    by_statistics = {"shift": raw.mean, "scale": [1 / std if std > 0 else 1.0 for std in raw.std]}
+    each = {name: numbers and numbers * (latent.shape[0] // len(numbers)) for name, numbers in wanted.items()}
+    return latent.model_copy(update={name: each[name] or by_statistics[name] for name in by_statistics})
 
 
 def known_tokenizer(name: str, sha256: str | None, others: Mapping[str, object]) -> Tokenizer | None:
@@ -82,32 +79,17 @@ def known_tokenizer(name: str, sha256: str | None, others: Mapping[str, object])
     return tokenizer
 
 
-def coefficients(option: str, text: str | None, tokenizer: Tokenizer | None) -> list[float] | None:
+def coefficients(option: str, text: str | None, by_tokenizer: float | None) -> list[float] | None:
     """What ``--shift`` or ``--scale`` says, or else the tokenizer."""
-    if text == "statistics":
+    if text == "statistics" or (text is None and by_tokenizer is None):
         return None
-    if text is not None:
-        try:
-            numbers = [float(part) for part in text.split(",")]
-        except ValueError:
-            numbers = []
-        if not numbers or not all(map(math.isfinite, numbers)) or (option == "--scale" and 0 in numbers):
-            raise ConfigError(f"{option} {text!r}: give a number, one per channel separated by commas, or `statistics`")
-        return numbers
-    if tokenizer is None or tokenizer.scale is None:
-        return None
-    return [tokenizer.scale if option == "--scale" else 0.0]
-
-
-def choose_image_size(given: int | None, shape: tuple[int, int, int], tokenizer: Tokenizer | None) -> int:
-    """Side of the images that the latents were made of."""
-    told = tokenizer and shape[1] * tokenizer.downsample
-    if tokenizer and given is not None and given // tokenizer.downsample != shape[1]:
-        raise ConfigError(
-            f"--image-size {given}: tokenizer {tokenizer.name} makes latents of side {shape[1]} from images of side"
-            f" {told}: leave it out"
-        )
-    return given or told or 0
+    try:
+        numbers = [float(part) for part in str(by_tokenizer if text is None else text).split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(map(math.isfinite, numbers)) or (option == "--scale" and 0 in numbers):
+        raise ConfigError(f"{option} {text!r}: give a number, one per channel separated by commas, or `statistics`")
+    return numbers
 
 
 def read_class_names(url: str) -> tuple[list[str], list[str] | None]:
@@ -184,16 +166,16 @@ def index(
         raise ConfigError("--renormalise needs --latent-stats FILE, or both --shift and --scale")
     if latent_stats is not None and (shift, scale) != (None, None):
         raise ConfigError("--latent-stats says what --shift and --scale say: leave them out")
-    others: dict[str, object] = {"--shift": shift, "--scale": scale, "--image-size": image_size, "--kind": kind}
+    others = {"--shift": shift or latent_stats, "--scale": scale or latent_stats, "--image-size": image_size}
+    encoder = None if renormalise else known_tokenizer(tokenizer, tokenizer_sha256, {**others, "--kind": kind})
+    told = None if encoder is None else encoder.scale
+    shifts = coefficients("--shift", shift, None if told is None else 0.0)
+    wanted: Scaling = {"shift": shifts, "scale": coefficients("--scale", scale, told)}
+    said = None if latent_stats is None else "--latent-stats"
     if latent_stats is not None:
-        others |= {"--shift": latent_stats, "--scale": latent_stats}
-    encoder = None if renormalise else known_tokenizer(tokenizer, tokenizer_sha256, others)
-    if latent_stats is None:
-        wanted = Normalisation(coefficients("--shift", shift, encoder), coefficients("--scale", scale, encoder))
-    else:
-        wanted = Normalisation(*read_latent_stats(latent_stats), said=("--latent-stats", "--latent-stats"))
+        wanted = read_latent_stats(latent_stats)._asdict()
     if renormalise:
-        return change_normalisation(shards, wanted)
+        return change_normalisation(shards, wanted, said)
     names, words = (None, None) if class_names is None else read_class_names(class_names)
     keys = KeyInfo(latent=latent_key, flip=flip_key or "latent_flip.npy", label=label_key)
     if len({keys.latent, keys.flip, keys.label}) < 3:
@@ -206,11 +188,16 @@ def index(
     patience = Patience()
     dtype, shape, has_flip = first_sample(found, keys, patience)
     latent = describe(dtype, shape, bool(flip_key) or (has_flip and flip_key is None), kind, encoder)
-    wanted.check(latent.shape[0])
-    side = choose_image_size(image_size, latent.shape, encoder)
+    check_channels(wanted, latent.shape[0], said)
+    side = image_size or (latent.shape[1] * encoder.downsample if encoder else 0)
+    if encoder and side // encoder.downsample != latent.shape[1]:
+        raise ConfigError(
+            f"--image-size {side}: tokenizer {encoder.name} makes latents of side {latent.shape[1]} from images of side"
+            f" {latent.shape[1] * encoder.downsample}: leave it out"
+        )
     described, raw, table = read_shards(found, latent, keys, workers, patience)
     classes = choose_classes(described, table, names, num_classes)
-    latent = wanted.of(latent, raw)
+    latent = scaled(latent, wanted, raw)
     info = {
         "source": source or PurePosixPath(found.folder).name,
         "seed": 0,
@@ -228,35 +215,39 @@ def index(
         "statistics": normalised(raw, latent),
         "shards": described,
     }
-    try:
+    with writing_to(folder):
         write_index(folder, info, table)
-    except OSError as error:
-        raise ConfigError(f"the index cannot be written to {folder} ({error}): the folder must be writable") from None
-    for line in summary(folder, info, table):
-        console.print(line)
+    print_summary(folder, info, table)
 
 
-def change_normalisation(url: str, wanted: Normalisation) -> None:
+def change_normalisation(url: str, wanted: Scaling, said: str | None) -> None:
     """Give an index that is there another shift and scale; no shard is read, and nothing else is changed."""
     from ig_dist.data.index import read_index_file, write_index_file
     from ig_dist.data.statistics import as_stored, normalised
 
     folder, info, sha256 = read_index_file(url, "--shards")
-    wanted.check(info.latent.shape[0])
+    check_channels(wanted, info.latent.shape[0], said)
     kept = f"index.{sha256[:12]}.json"
     raw = as_stored(info.statistics, info.latent)
-    latent = wanted.of(info.latent, raw)
+    latent = scaled(info.latent, wanted, raw)
     seen = normalised(raw, latent)
-    try:
+    with writing_to(folder):
         write_index_file(folder, info, name=kept)  # to the byte: runs know it by its hash
         write_index_file(folder, info.model_copy(update={"latent": latent, "statistics": seen}))
-    except OSError as error:
-        raise ConfigError(f"the index cannot be written to {folder} ({error}): the folder must be writable") from None
     console.print(f"as the model sees them now, {seen_by_the_model(seen)}")
     console.print(
         f"written: {folder}/index.json; runs that were trained on the one before need that: it is kept as {kept},"
         " copy it back over index.json for them"
     )
+
+
+@contextmanager
+def writing_to(folder: str) -> Iterator[None]:
+    """An index that cannot be written is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"the index cannot be written to {folder} ({error}): the folder must be writable") from None
 
 
 def seen_by_the_model(seen: Statistics) -> str:
@@ -265,16 +256,14 @@ def seen_by_the_model(seen: Statistics) -> str:
     return f"per channel: mean {mean}, std {std}"
 
 
-def summary(folder: str, info: dict[str, Any], table: SampleTable) -> list[str]:
-    """Lines that say what was indexed, and what to type next."""
-    latent = info["latent"]
-    counts = table.class_counts(len(info["classes"]))
+def print_summary(folder: str, info: dict[str, Any], table: SampleTable) -> None:
+    """Say what was indexed, and what to type next."""
+    latent, counts = info["latent"], table.class_counts(len(info["classes"]))
     empty = f", {(counts == 0).sum()} of them without a sample" if not counts.all() else ""
-    what = "moments" if latent.kind == "moments" else "latents"
-    flips = ", and those of the mirrored images" if latent.flips else ""
-    return [
+    what = ("moments" if latent.kind == "moments" else "latents") + ", and those of the mirrored images" * latent.flips
+    console.print(
         f"{len(table)} samples of {len(counts)} classes ({counts.min()} to {counts.max()} a class{empty}) in"
-        f" {len(info['shards'])} shards of {latent.dtype} {'x'.join(map(str, latent.shape))} {what}{flips}",
-        f"as the model sees them, {seen_by_the_model(info['statistics'])}",
-        f"written: {folder}/index.json; check it with: ig-dist verify {folder}",
-    ]
+        f" {len(info['shards'])} shards of {latent.dtype} {'x'.join(map(str, latent.shape))} {what}"
+    )
+    console.print(f"as the model sees them, {seen_by_the_model(info['statistics'])}")
+    console.print(f"written: {folder}/index.json; check it with: ig-dist verify {folder}")

@@ -1,7 +1,5 @@
 """Arguments and options that several verbs have, and how their texts are read."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

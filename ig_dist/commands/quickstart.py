@@ -1,7 +1,5 @@
 """The quickstart: the commands of a real run, one after the other, on real digits. Each is shown before it runs."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil
@@ -32,7 +30,7 @@ def quickstart(
     out: Annotated[Path, option("FOLDER", "For all that it makes.")] = Path("quickstart"),
     short: Annotated[bool, flag("--short", "A fifth of the training, a third of the images.")] = False,
 ) -> None:
-    """The whole system on real digits, in about six minutes on two cores."""
+    """Run the whole system on real digits, in about six minutes."""
     from ig_dist.config.file import load_run
 
     began = time.monotonic()
@@ -107,8 +105,7 @@ def _real_features(run: Path, *, short: bool) -> str:
             "The unguided samples and the best ones once more, now as a network trained on ImageNet sees them. The"
             " network has never seen digits of 8 x 8 pixels, so these numbers say less than they do for photographs.",
         )
-        _, rows = _newest_sweep(run)
-        best = min(rows, key=lambda row: float(row["scores"]["fd_pixel"]))
+        _, rows, best = _newest_sweep(run)
         num = ["--num", "300"] if short else []
         for row in (rows[0], best):
             _run(["ig-dist", "evaluate", str(run / "samples" / row["plans"][0]), "--metrics", metrics[known], *num])
@@ -121,26 +118,19 @@ FID, sFID, IS, precision, recall and KID need the weights of Inception, once (95
 
 
 def _conclude(run: Path, data: Path, seconds: float, more: str) -> None:
-    folder, rows = _newest_sweep(run)
-    rows = sorted(rows, key=lambda row: float(row["ig_scale"]))
-    best = min(rows, key=lambda row: float(row["scores"]["fd_pixel"]))
+    folder, rows, best = _newest_sweep(run)
     ratio = float(best["scores"]["fd_pixel"]) / float(rows[0]["scores"]["fd_pixel"])
     _say("Done", f"IG scale {best['ig_scale']:g} has {ratio:.2f} of the unguided distance. {seconds / 60:.1f} minutes.")
     typed, index = shlex.quote(str(run)), shlex.quote(f"data.index={data}")
     here = Path(sys.prefix) / "bin/activate"
     activate = "" if shutil.which("ig-dist") else f" (after `source {shlex.quote(str(here))}`)"
-    files = {
-        f"{run}/report.html": "all of it on one page: open it in a browser",
-        f"{folder}/grid.png": "digits at every scale, the same noise in every column",
-        f"{folder}/sweep.png": "distance against scale",
-        f"{folder}/sweep.json": "the scores and their protocol",
-    }
-    width = max(map(len, files))
-    shown = "\n".join(f"  {file:{width}}  {what}" for file, what in files.items())
     console.print(
         f"""
 Look at
-{shown}
+  {run}/report.html: all of it on one page, open it in a browser
+  {folder}/grid.png: digits at every scale, the same noise in every column
+  {folder}/sweep.png: distance against scale
+  {folder}/sweep.json: the scores and their protocol
   tensorboard --logdir {typed}/tensorboard
 
 Try next{activate}
@@ -152,10 +142,11 @@ Try next{activate}
     )
 
 
-def _newest_sweep(run: Path) -> tuple[Path, list[dict[str, Any]]]:
-    """The folder of the sweep that was written last, this quickstart's, and its points."""
+def _newest_sweep(run: Path) -> tuple[Path, list[dict[str, Any]], dict[str, Any]]:
+    """The folder of the sweep that was written last, this quickstart's, its points by scale, and the best one."""
     file = max(run.glob("sweeps/*/sweep.json"), key=lambda file: file.stat().st_mtime)
-    return file.parent, json.loads(file.read_text(encoding="utf-8"))["rows"]
+    rows = sorted(json.loads(file.read_text(encoding="utf-8"))["rows"], key=lambda row: float(row["ig_scale"]))
+    return file.parent, rows, min(rows, key=lambda row: float(row["scores"]["fd_pixel"]))
 
 
 def _sampling_precision() -> str:

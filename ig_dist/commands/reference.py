@@ -1,7 +1,5 @@
 """``ig-dist reference``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """``ig-dist report``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
@@ -10,10 +8,9 @@ from ig_dist.terminal import console
 
 
 def report(
-    run: Run,
-    out: Annotated[Path | None, option("FILE", "The HTML file; default: RUN/report.html.")] = None,
+    run: Run, out: Annotated[Path | None, option("FILE", "The HTML file; default: RUN/report.html.")] = None
 ) -> None:
-    """Write one HTML file of a run: curves, pictures, scores with their protocol, config."""
+    """Write one HTML file of a run: curves, pictures and scores."""
     from ig_dist.report.page import write_report
 
     console.print(f"written: {write_report(run, out)}")

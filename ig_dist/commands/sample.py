@@ -1,7 +1,5 @@
 """``ig-dist sample``."""
 
-from __future__ import annotations
-
 import shlex
 from typing import Annotated
 
@@ -44,7 +42,7 @@ def sample(
     score_if_fit: Annotated[bool, typer.Option("--evaluate-if-fit", hidden=True)] = False,
     out: Annotated[str | None, option("FOLDER", "Folder of these samples. Default: one of RUN/samples.")] = None,
 ) -> None:
-    """Make the images of a plan: one npz and a picture of some of them. Any number of processes may share the work."""
+    """Make images: an npz, and a picture of some of them. Any number of processes may share the work."""
     from ig_dist.evaluation.evaluate import refuse_unfit
     from ig_dist.export import find_run, find_weights
     from ig_dist.plans.asking import sample_config

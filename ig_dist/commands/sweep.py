@@ -1,7 +1,5 @@
 """``ig-dist sweep``."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from ig_dist.commands.options import (
@@ -46,7 +44,7 @@ def sweep(
     out: Annotated[str | None, option("FOLDER", "Folder of samples, scores and sweep. Default: the run.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a grid of guidance scales with common noise: table, sweep.json, plot and picture grid."""
+    """Score a grid of guidance scales with common noise. Result: a table, sweep.json, a plot and a picture grid."""
     from ig_dist import api
     from ig_dist.evaluation.tables import print_sweep
     from ig_dist.export import find_run

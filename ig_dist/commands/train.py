@@ -1,7 +1,5 @@
 """``ig-dist train``."""
 
-from __future__ import annotations
-
 import shlex
 from typing import Annotated
 

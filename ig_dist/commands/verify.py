@@ -42,20 +42,17 @@ def draw_picture(index: ShardIndex, verdict: Verdict, number: int, seed: int, fi
         decoded = index_images(index, place or "")
     except ConfigError as error:
         return f"no picture: {str(error).replace('sample.tokenizer', '--tokenizer')}"
-    sound = np.where([not shard.problems for shard in verdict.shards], index.shard_sizes, 0)
-    ends = np.cumsum(sound)
+    shard_of = np.repeat(np.arange(len(index.shard_sizes)), index.shard_sizes)
+    sound = np.flatnonzero(np.array([not shard.problems for shard in verdict.shards])[shard_of])
     images, labels = [], []
-    for place in np.random.default_rng(seed).choice(ends[-1], min(number, ends[-1]), replace=False):
-        shard = int(np.searchsorted(ends, place, side="right"))
-        sample = int(index.first_ids[shard] + place - (ends[shard] - sound[shard]))
+    for sample in map(int, np.random.default_rng(seed).choice(sound, min(number, len(sound)), replace=False)):
         try:
-            found = decoded.read(range(sample, sample + 1))
+            images.append(decoded.read(range(sample, sample + 1)).images[0])
         except StorageError:
             raise
         except DataError:  # --fast has not seen it
-            verdict.shards[shard].problems.append(f"sample {sample} has another CRC")
+            verdict.shards[shard_of[sample]].problems.append(f"sample {sample} has another CRC")
         else:
-            images.append(found.images[0])
             labels.append(str(index.table.label[sample]))
     if not images:
         return "no picture: no shard is sound"
@@ -102,29 +99,23 @@ def show(result: dict[str, Any]) -> None:
     def some(names: list[str]) -> str:
         return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
 
-    read, seconds = result["bytes_read"], result["seconds"]
-    rows = {
-        "shards": f"{result['shards']}, {len(result['damaged'])} of them damaged",
-        "samples": f"{result['samples']}",
-        "read": f"{read / 1e6:,.1f} MB in {seconds:.1f} s: {read / 1e6 / max(seconds, 1e-3):,.0f} MB/s"
-        + (" (one sample a shard)" if result["fast"] else ""),
-    }
+    table = Table("what", "found", show_header=False)
+    table.add_row("shards", f"{result['shards']}, {len(result['damaged'])} of them damaged")
+    table.add_row("samples", f"{result['samples']}")
+    megabytes, seconds, few = result["bytes_read"] / 1e6, result["seconds"], " (one sample a shard)" * result["fast"]
+    speed = f"{megabytes / max(seconds, 1e-3):,.0f} MB/s"
+    table.add_row("read", f"{megabytes:,.1f} MB in {seconds:.1f} s: {speed}{few}")
     if result["samples_per_class"]:
         low, high = result["samples_per_class"]
         empty = result["empty_classes"]
-        rows["classes"] = f"{result['classes']}, {low} to {high} samples each"
-        rows["classes"] += f"; {len(empty)} without any: {some(empty)}" if empty else ""
+        without = f"; {len(empty)} without any: {some(empty)}" if empty else ""
+        table.add_row("classes", f"{result['classes']}, {low} to {high} samples each{without}")
+    compared = "not compared: not every sample was read"
     if drift := result["drift"]:
-        rows["statistics"] = (
-            f"off the index's by at most {drift['mean']:.1g} std (means) and {drift['std']:.1g} (stds, relative);"
-            f" tolerance {drift['tolerance']:g}"
-        )
-    else:
-        rows["statistics"] = "not compared: not every sample was read"
-    rows["other files there"] = some(result["orphans"]) or "none"
-    table = Table("what", "found", show_header=False)
-    for key, value in rows.items():
-        table.add_row(key, value)
+        off = f"off the index's by at most {drift['mean']:.1g} std (means) and {drift['std']:.1g} (stds, relative)"
+        compared = f"{off}; tolerance {drift['tolerance']:g}"
+    table.add_row("statistics", compared)
+    table.add_row("other files there", some(result["orphans"]) or "none")
     console.print(table)
 
 

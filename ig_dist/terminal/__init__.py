@@ -1,7 +1,5 @@
 """The terminal: one console, and how errors and exit codes reach the user."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """The packages that not everyone needs: what each is for, and what is said where one is missing."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 import re

@@ -3,8 +3,6 @@
 The keys are read from the source of the config, since to import it takes seconds (torch).
 """
 
-from __future__ import annotations
-
 import ast
 import difflib
 from functools import cache

@@ -1,7 +1,5 @@
 """How far a command is: a bar on a terminal, else a line a minute; of several processes rank 0 shows it."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A command line that cannot be run: what is wrong with it, in one line, as of a wrong config key."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Iterable, Sequence
