@@ -88,13 +88,8 @@ def launch(
     if kubernetes is not None:
         from ig_dist.launching.kubernetes import manifest
 
-        nodes, processes = nodes or 1, processes or 8
-        tries = 8 if restarts is None else restarts
-        print(
-            manifest(kubernetes, job, arguments, nodes=nodes, processes=processes, restarts=tries, grace_s=grace),
-            end="",
-        )
-        return
+        size = {"nodes": nodes or 1, "processes": processes or 8, "restarts": 8 if restarts is None else restarts}
+        return print(manifest(kubernetes, job, arguments, **size, grace_s=grace), end="")
     from ig_dist.launching.node import this_node
     from ig_dist.launching.ranks import signals_passed_on
     from ig_dist.launching.supervisor import describe, supervise
@@ -104,4 +99,4 @@ def launch(
         tries = restarts if restarts is not None else 8 if node.nodes > 1 else 0
         if dry_run:
             return print(describe(program(job, arguments), node))
-        raise typer.Exit(supervise(program(job, arguments), node, restarts=tries, grace_s=grace, asked=asked))
+        raise typer.Exit(supervise(program(job, arguments), node, asked, restarts=tries, grace_s=grace))

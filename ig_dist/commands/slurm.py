@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -15,11 +16,10 @@ from ig_dist.commands.launch import CONTEXT, Launch
 from ig_dist.commands.options import AsJson, argument, complete_config, complete_keys, flag, option, print_json
 from ig_dist.errors import ConfigError, nearest
 from ig_dist.launching.jobs import JOBS, Job, refuse_verb
-from ig_dist.slurm.defaults import defaults_of, say_unused_variables
+from ig_dist.slurm.request import Request, defaults_of, say_unused_variables
 from ig_dist.terminal.usage import unknown_option
 
 DEFAULT = Path("sit_xl2_ig")
-VERBS = ("submit", "status", "cancel", "resume")
 
 
 class _Submitting(typer.core.TyperGroup):
@@ -30,7 +30,7 @@ class _Submitting(typer.core.TyperGroup):
         if args == ["--help"] or not (args or ctx.resilient_parsing):  # a shell that completes is resilient
             args = ["submit", "--help"]
         elif args and args[0] not in self.commands:
-            near = nearest(args[0], VERBS, least=0.75)
+            near = nearest(args[0], self.commands, least=0.75)
             if near and not Path(args[0]).exists():
                 raise ConfigError(f"unknown verb {args[0]!r} of ig-dist slurm; did you mean {near[0]!r}?")
             args = ["submit", *args]
@@ -59,7 +59,22 @@ def defaults(context: typer.Context) -> None:
         context.default_map = {"submit": defaults_of(names)}
 
 
+def _with_request(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose ``**options`` are the fields of a ``Request`` that have a help text: typer sees each of them."""
+    signature, hints = inspect.signature(command, eval_str=True), get_type_hints(Request, include_extras=True)
+    *own, _ = signature.parameters.values()
+    kind, defaults = inspect.Parameter.POSITIONAL_OR_KEYWORD, Request()
+    asked = [
+        inspect.Parameter(name, kind, default=getattr(defaults, name), annotation=hint)
+        for name, hint in hints.items()
+        if hasattr(hint, "__metadata__")
+    ]
+    command.__signature__ = signature.replace(parameters=[*own, *asked])  # type: ignore[attr-defined]
+    return command
+
+
 @app.command(cls=Launch, context_settings=CONTEXT, epilog=epilog("slurm submit"))
+@_with_request
 def submit(
     context: typer.Context,
     rest: Annotated[
@@ -70,7 +85,6 @@ def submit(
             autocompletion=lambda incomplete: [*complete_config(incomplete), *complete_keys(incomplete)],
         ),
     ] = None,
-    nodes: Annotated[str, option("N", "Nodes, or the fewest and the most: 4-8.")] = "1",
     job: Annotated[
         Job, option("JOB", f"What to run: {', '.join(JOBS)}; all but train are arrays of --tasks.")
     ] = Job.train,
@@ -78,52 +92,10 @@ def submit(
     tasks: Annotated[
         str | None, option("N", "Tasks of an array, a GPU each; 16%4: four at a time. Default: 8.")
     ] = None,
-    gpus_per_node: Annotated[int | None, option("N", "Default: all that a node has.", min=0)] = None,
-    tasks_per_node: Annotated[int | None, option("N", "Processes of a node without GPUs.", min=1)] = None,
-    cpus_per_gpu: Annotated[int | None, option("N", "Default: a node's CPUs over its GPUs.", min=1)] = None,
-    partition: Annotated[str | None, option("NAMES", "One, or several with commas. Default: the cluster's.")] = None,
-    account: Annotated[str | None, option("NAME", "Account to charge.")] = None,
-    qos: Annotated[str | None, option("NAME", "Quality of service.")] = None,
-    time: Annotated[str | None, option("TIME", "Of one start, D-HH:MM:SS. Default: the limit, at most a day.")] = None,
-    constraint: Annotated[str | None, option("NAMES", "Features that nodes must have.")] = None,
-    exclude: Annotated[str | None, option("NAMES", "Nodes not to use.")] = None,
-    mem: Annotated[str | None, option("SIZE", "Memory of a node. Default: all of it on whole nodes.")] = None,
-    signal_delay: Annotated[int, option("SECONDS", "So long before the time limit to stop and save.", min=10)] = 120,
-    setup: Annotated[
-        list[str] | None, option("COMMAND", "Shell line to run first, e.g. `module load cuda`. It must succeed.")
-    ] = None,
-    sbatch: Annotated[
-        list[str] | None, option("KEY=VALUE", "More for sbatch, e.g. reservation=maintenance. May be repeated.")
-    ] = None,
-    srun: Annotated[
-        list[str] | None, option("KEY=VALUE", "More for the srun of the processes, e.g. container-image=IMAGE.")
-    ] = None,
-    container: Annotated[
-        str | None, option("IMAGE", "Container of the processes: FILE.sif of Apptainer, or what pyxis takes.")
-    ] = None,
-    container_mounts: Annotated[
-        str | None, option("FOLDER", "What it sees, with commas; A:B for A at B. The run and this folder are among it.")
-    ] = None,
-    notify: Annotated[
-        str | None, option("COMMAND", "Run when the job is done or given up, with RUN, CODE and REASON set.")
-    ] = None,
-    then: Annotated[
-        list[str] | None,
-        option(
-            "JOB",
-            "What follows a training that is done, as arrays: sample, sweep or evaluate, with their options in"
-            " quotes. May be repeated.",
-        ),
-    ] = None,
-    max_failures: Annotated[
-        int, option("N", "Tries after failures in a row, without a new checkpoint between.", min=0)
-    ] = 8,
-    exclude_after: Annotated[
-        int, option("N", "Failures within a day after which the node to blame is not used; 0: never.", min=0)
-    ] = 2,
     folder: Annotated[Path | None, option("FOLDER", "Of a job without a run. Default: runs/JOB-NAME.")] = None,
     follow: Follow = False,
     dry_run: Annotated[bool, flag("--dry-run", "Print the batch script; submit nothing.")] = False,
+    **options: Any,
 ) -> None:
     """Start a job on a SLURM cluster, and keep it going until it is done.
 
@@ -143,7 +115,7 @@ def submit(
         if "folder" in typed:
             raise ConfigError("--folder is for arrays: a training has its folder in run.dir")
         _refuse_options(context, arguments)
-        if not then and "tasks" in typed:
+        if not options["then"] and "tasks" in typed:
             raise ConfigError("--tasks is for arrays, e.g. --job sample: give --nodes, or --tasks-per-node")
         if arguments and "=" not in arguments[0]:
             if config is not None:
@@ -153,17 +125,13 @@ def submit(
         raise ConfigError(f"--then follows a training: {job.value} is scored, or made, by itself")
     elif "config" in typed:
         raise ConfigError(f"--config is for --job train: {job.value} has arguments of its own")
-    elif nodes != "1":
+    elif options["nodes"] != "1":
         raise ConfigError(f"--nodes is for --job train: give --tasks, the number of GPUs that {job.value} at once")
     from ig_dist.slurm import start
-    from ig_dist.slurm.script import Request
 
     count, at_once = _tasks(tasks or "8")
     say_unused_variables()
-    given = {
-        name: value for name, value in context.params.items() if name in Request.model_fields and value is not None
-    }
-    request = Request(**{**given, "tasks": count, "at_once": at_once, "then": [text for text in then or [] if text]})
+    request = Request(**options, tasks=count, at_once=at_once)
     if job is Job.train:
         from ig_dist.config.file import load_config
 
@@ -213,7 +181,6 @@ def resume(
     """Submit a training again as it was, with the code as it is now, and what is typed changed."""
     from ig_dist.config.file import load_config
     from ig_dist.slurm import start, watch
-    from ig_dist.slurm.script import Request
     from ig_dist.terminal import console
 
     command: Any = typer.main.get_command(app)
@@ -223,19 +190,18 @@ def resume(
     _refuse_options(given, [run, *overrides])
     flags = {name: typed.pop(name, False) for name in ("follow", "dry_run")}
     for name in typed:
-        if not run or name not in Request.model_fields:
+        if not run or not hasattr(Request(), name):
             raise ConfigError(f"--{name.replace('_', '-')} is not for resume" if run else "RUN is missing")
     trainings = [found for found in watch.found_folders(Path(run)) if found[1].kind == "train"]
     if not trainings:
         raise ConfigError(f"{run} holds no training: type the command of the array again, it makes what is missing")
     last, submission = trainings[-1]
     watch.refuse_others(last, submission, Path(run))
-    if "then" in typed:
-        typed["then"] = [text for text in typed["then"] if text]
     if "tasks" in typed:
         typed["tasks"], typed["at_once"] = _tasks(typed["tasks"])
-        if not typed.get("then", submission.options.get("then")):
-            raise ConfigError("--tasks is of what follows a training: give --then too")
+    request = Request(**{**submission.options, **typed})
+    if "tasks" in typed and not request.then:
+        raise ConfigError("--tasks is of what follows a training: give --then too")
     # a submission that never began is not in the run's own, nor is a start by hand in that of the submission
     files = [folder.absolute() / "config.yaml" for folder in (Path(run), last.path)]
     newest = max((file for file in files if file.exists()), key=lambda file: file.stat().st_mtime, default=files[0])
@@ -248,7 +214,7 @@ def resume(
         os.chdir(submission.cwd)  # relative paths are meant from there
     except OSError as error:
         raise ConfigError(f"{submission.cwd}, where the job was submitted: {error.strerror}: submit it anew") from None
-    raise typer.Exit(start.training(Request(**{**submission.options, **typed}), config, **flags))
+    raise typer.Exit(start.training(request, config, **flags))
 
 
 def _tasks(text: str) -> tuple[int, int | None]:

@@ -1,15 +1,13 @@
-"""What comes after an exit code (docs/running.md): one table for SLURM, `ig-dist launch` and Kubernetes."""
+"""What comes after an exit code (docs/running.md): the same for SLURM, `ig-dist launch` and Kubernetes."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterable
-from enum import Enum
 
 from ig_dist.errors import (
     ConfigError,
     DataError,
-    HangError,
     NodeError,
     NonFiniteError,
     OutOfMemoryError,
@@ -17,48 +15,15 @@ from ig_dist.errors import (
     StorageError,
 )
 
+FINAL = (ConfigError.exit_code, NonFiniteError.exit_code, DataError.exit_code, OutOfMemoryError.exit_code)
+"""Another start would end in the same way."""
 STOPPED = Preempted.exit_code
+ASKED = (STOPPED, 128 + signal.SIGINT)  # Ctrl-C, on one of several machines
+"""Whoever stopped it starts it again."""
+ELSEWHERE = NodeError.exit_code  # another start may help on other machines
+LATER = StorageError.exit_code  # and that one after a pause that grows
+# all other codes, and signals, are tried again: kills, hangs, lost peers
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 600.0
-
-
-class After(Enum):
-    """What a job is given after it has ended."""
-
-    DONE = "done"
-    NEVER = "never"
-    """Nothing: it would end in the same way."""
-    ASKED = "asked"
-    """Whoever stopped it starts it again."""
-    ELSEWHERE = "elsewhere"
-    """Another start, on other machines."""
-    LATER = "later"
-    """Another start, after a pause that grows."""
-    AGAIN = "again"
-    """Another start."""
-
-
-_AFTER = {
-    0: After.DONE,
-    ConfigError.exit_code: After.NEVER,
-    NonFiniteError.exit_code: After.NEVER,
-    DataError.exit_code: After.NEVER,
-    HangError.exit_code: After.AGAIN,
-    NodeError.exit_code: After.ELSEWHERE,
-    OutOfMemoryError.exit_code: After.NEVER,
-    StorageError.exit_code: After.LATER,
-    STOPPED: After.ASKED,
-    128 + signal.SIGINT: After.ASKED,  # Ctrl-C, on one of several machines
-}
-
-
-def after(code: int) -> After:
-    """What comes after an exit code, or a negative number of a signal. Others are tried again: kills, lost peers."""
-    return _AFTER.get(code, After.AGAIN)
-
-
-def codes(what: After) -> tuple[int, ...]:
-    """The exit codes that are followed by this."""
-    return tuple(code for code, follows in _AFTER.items() if follows is what)
 
 
 def pause_s(failures: int) -> float:
@@ -78,6 +43,6 @@ def explaining(ended: Iterable[int]) -> int:
             return 3
         if code < 0 or code > 128:
             return 0
-        return {After.NEVER: 1, After.ASKED: 4}.get(after(code), 5 if code == 1 else 2)
+        return 1 if code in FINAL else 4 if code in ASKED else 5 if code == 1 else 2
 
     return min((code for code in ended if code), key=place, default=0)

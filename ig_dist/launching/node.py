@@ -27,12 +27,9 @@ class Node(NamedTuple):
 
     nodes: int = 1
     rank: int = 0
-    processes: int = 1
-    """On this machine, and on each other one."""
-    host: str = "127.0.0.1"
-    """The first machine."""
-    port: int = PORT
-    """Where the launchers meet."""
+    processes: int = 1  # on this machine, and on each other one
+    host: str = "127.0.0.1"  # the first machine
+    port: int = PORT  # where the launchers meet
 
 
 def this_node(
@@ -53,10 +50,10 @@ def this_node(
         said[NODES[0]], said[RANKS[0]] = said["WORLD_SIZE"], said["RANK"]
         said.setdefault(MASTERS[0], said["MASTER_ADDR"])
         said.setdefault("PET_MASTER_PORT", said["MASTER_PORT"])
-    every = nodes if nodes is not None else _agreed(said, NODES, "--nodes", _fixed)
+    every = nodes if nodes is not None else _agreed(said, NODES, "--nodes", _count)
     number = rank if rank is not None else None if every == 1 else _agreed(said, RANKS, "--node-rank", _whole)
     if processes is None:
-        processes = _agreed(said, PROCESSES, "--processes", _positive) or visible_gpus(environment) or 1
+        processes = _agreed(said, PROCESSES, "--processes", _count) or visible_gpus(environment) or 1
     if every is None and number:
         where = "--node-rank" if rank is not None else next(name for name in RANKS if name in said)
         raise ConfigError(f"{where} says that this is machine {number} of several, not of how many: give --nodes N")
@@ -102,16 +99,12 @@ def _whole(name: str, text: str) -> int | None:
     return int(text) if text else None
 
 
-def _fixed(name: str, text: str) -> int | None:
+def _count(name: str, text: str) -> int | None:
+    """None also of 0, as a machine without GPUs says, and of torchrun's `auto`, `gpu` and `cpu`."""
     low, _, high = text.partition(":")
     if high and low != high:
         raise ConfigError(f"{name}={text}: ig-dist launch runs on a fixed number of nodes, give --nodes N")
-    return _positive(name, low)
-
-
-def _positive(name: str, text: str) -> int | None:
-    """None also of 0, as a machine without GPUs says, and of torchrun's `auto`, `gpu` and `cpu`."""
-    return None if text in ("auto", "gpu", "cpu") else _whole(name, text) or None
+    return None if text in ("auto", "gpu", "cpu") else _whole(name, low) or None
 
 
 def _host_and_port(text: str) -> tuple[str, int]:

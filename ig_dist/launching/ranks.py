@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from ig_dist.errors import DataError, StorageError
-from ig_dist.launching.endings import STOPPED, After, after, explaining
+from ig_dist.launching.endings import ASKED, STOPPED, explaining
 from ig_dist.launching.node import Node
 
 GRACE_S = 10.0
@@ -33,12 +33,10 @@ class Asked:
     """What this process was told by signals, and passes on to the ranks."""
 
     def __init__(self) -> None:
-        self.number = 0
-        """The first signal; 0: none has come."""
+        self.number = 0  # the first signal; 0: none has come
         self.since = float("inf")
         self.ranks: list[subprocess.Popen[bytes]] = []
-        self.told = False
-        """Whether the ranks were told to stop before any signal came."""
+        self.told = False  # whether the ranks were told to stop before any signal came
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal. A second one goes through too: a rank that is saving then ends at once."""
@@ -84,14 +82,9 @@ def run_ranks(
 ) -> int:
     """Run ``python ARGUMENTS`` in each rank of this machine, to the end of all; the code that explains a failure, or 0.
 
-    Args:
-        arguments: of Python.
-        node: this machine.
-        port: where the ranks of all machines meet.
-        grace_s: for a save, after a signal or a rank's orderly end.
-        asked: the signals.
-        others_code: called again and again with the code that explains how ranks of this machine have ended, 0 until
-            then; that of other machines.
+    They meet those of all machines at ``port``, and have ``grace_s`` for a save, after a signal or a rank's orderly
+    end. ``others_code`` is called again and again with the code that explains how ranks of this machine have ended, 0
+    until then; it is that of other machines.
     """
     before = set(_children())
     ranks = asked.ranks = []
@@ -160,7 +153,7 @@ def _wait(
         reap(own)
         ended = [code for code in codes if code]
         others = others_code(explaining(ended))
-        if after(others) is After.ASKED:
+        if others in ASKED:
             asked.tell()
         for code in (*ended, *([others] if others else [])):
             allowed = grace_s if code in ORDERLY else GRACE_S
@@ -171,9 +164,6 @@ def _wait(
         time.sleep(POLL_S)
     late = [place for place, rank in enumerate(ranks) if rank.poll() is None]
     codes = [rank.returncode for rank in ranks]
-    for place in late:
-        ranks[place].kill()
-        ranks[place].wait()
     # What cannot speak for itself: who was killed from outside, and who did not end when another one had.
     first = node.rank * node.processes
     passed_on = {-TOLD: STOPPED} if asked.told else {}

@@ -9,7 +9,9 @@ a GPU waits for a peer that is dead until it times out.
 from __future__ import annotations
 
 import errno
+import json
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -18,31 +20,22 @@ from typing import Any, NamedTuple
 
 from ig_dist.errors import ConfigError, HangError
 from ig_dist.launching.endings import explaining
-from ig_dist.launching.line import Line, door, free_port
 from ig_dist.launching.node import Node
 from ig_dist.launching.ranks import POLL_S, Asked
 
-JOIN_S = 1800.0
-"""A machine may have to be made, and to fetch an image of many gigabytes."""
-PORT_S = 10.0
-"""The launcher of another job may be about to let go of it."""
-TWIN_S = 35.0
-"""A line to a machine that has vanished is closed within half a minute (line.py)."""
-LOST = 1
-"""The code of a machine that is gone: that of a rank that has lost its peer."""
+JOIN_S = 1800.0  # a machine may have to be made, and to fetch an image of many gigabytes
+PORT_S = 10.0  # the launcher of another job may be about to let go of it
+TWIN_S = 35.0  # a line to a machine that has vanished is closed within half a minute
+LONGEST = 65536  # bytes that a line may keep unread
+LOST = 1  # the code of a machine that is gone: that of a rank that has lost its peer
 
 
 class Next(NamedTuple):
     """What all launchers do after a start."""
 
-    code: int
-    """That explains how the start ended."""
+    code: int  # that explains how the start ended
     again: bool
     pause_s: float
-
-
-Decide = Callable[[int], Next]
-"""From the code of a start to what comes next."""
 
 
 class StoppedError(Exception):
@@ -52,11 +45,88 @@ class StoppedError(Exception):
         self.code = code
 
 
-class Together:
-    """A launcher among those of all machines; this one is of the only machine."""
+class Line:
+    """A connection between two launchers: each says words, with a value, and hears the other's newest of each.
 
-    def __init__(self, node: Node, asked: Asked, grace_s: float, decide: Decide) -> None:
+    It never waits for the other side, but for a few seconds where that takes nothing more.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(True)  # Python's own time-outs would make reading wait
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 5, 0))
+        # a machine may vanish without a word: then this is closed within half a minute
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4)):
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)
+        self._connection, self._unread = connection, b""
+        self._heard: dict[str, Any] = {}
+        self.closed = False
+
+    def heard(self, word: str) -> Any:
+        """The newest value of a word; None: never heard. What was said before the end of a connection counts."""
+        if not self.closed:
+            try:
+                while len(self._unread) <= LONGEST and (data := self._connection.recv(LONGEST, socket.MSG_DONTWAIT)):
+                    self._unread += data
+                self.close()  # its end, or a stranger
+            except BlockingIOError:
+                pass
+            except OSError:
+                self.close()
+            *lines, self._unread = self._unread.split(b"\n")
+            try:
+                for line in lines:
+                    self._heard.update(json.loads(line))
+            except (TypeError, ValueError, RecursionError):  # a stranger
+                self.close()
+        return self._heard.get(word)
+
+    def say(self, **words: Any) -> None:
+        """Say words, if somebody is still there."""
+        with suppress(OSError):
+            if not self.closed:
+                self._connection.sendall(json.dumps(words).encode() + b"\n")
+
+    def close(self) -> None:
+        """Hang up."""
+        self.closed = True
+        self._connection.close()
+
+
+def door(port: int) -> socket.socket:
+    """Where lines come in, over IPv6 too where there is such a thing; does not wait.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    try:
+        server = socket.create_server(("", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
+    except (OSError, ValueError):
+        server = socket.create_server(("", port), backlog=1024)
+    server.setblocking(False)
+    return server
+
+
+def free_port() -> int:
+    """A port that nobody has now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+class First:
+    """The launcher of the first machine, which the others come to; there may be none.
+
+    It waits for others ``grace_s`` once some ranks have ended; ``decide`` says after a start what comes next.
+    """
+
+    def __init__(self, node: Node, asked: Asked, grace_s: float, decide: Callable[[int], Next]) -> None:
         self._node, self._asked, self._grace_s, self._decide = node, asked, grace_s, decide
+        self._door: socket.socket | None = None
+        self._others: dict[int, Line] = {}
+        self._strangers: dict[Line, float] = {}  # who has not been let in yet, and since when
+        self._start, self._told = 0, False
 
     def begin(self) -> int:
         """The port of the next start's store, once all machines are there.
@@ -68,63 +138,19 @@ class Together:
         """
         if self._asked.number:
             raise StoppedError(self._asked.code)
-        return free_port("127.0.0.1")
-
-    def others(self, code: int) -> int:
-        """Tell the code that explains how ranks here have ended, 0 until one has failed; that of other machines."""
-        return 0
-
-    def end(self, code: int) -> Next:
-        """Tell how all ranks here have ended, wait for the others, and hear what comes next."""
-        return self._decide(code)
-
-    def close(self, code: int) -> None:
-        """Leave, with this code."""
-
-
-def join(node: Node, asked: Asked, grace_s: float, decide: Decide) -> Together:
-    """The launcher of this machine.
-
-    Args:
-        node: this machine.
-        asked: the signals.
-        grace_s: for how long ranks are waited for once some have ended.
-        decide: what comes next: by the first machine, or by one that has lost it.
-    """
-    kind = Together if node.nodes == 1 else _First if node.rank == 0 else _Other
-    return kind(node, asked, grace_s, decide)
-
-
-class _First(Together):
-    """The launcher of the first machine, which the others come to."""
-
-    def __init__(self, *about: Any) -> None:
-        super().__init__(*about)
-        self._door: socket.socket | None = None
-        self._others: dict[int, Line] = {}
-        self._strangers: dict[Line, float] = {}
-        """Who has not been let in yet, and since when."""
-        self._start, self._told = 0, False
-
-    def begin(self) -> int:
-        self._door = self._door or self._open()
         deadline = time.monotonic() + JOIN_S
-        while True:
-            self._others = {rank: line for rank, line in self._others.items() if line.heard("node") and not line.closed}
-            doubtful = [self._twin(line.heard("node")) for line in self._strangers]
-            missing = [str(rank) for rank in range(1, self._node.nodes) if rank not in self._others or rank in doubtful]
-            if not missing:
-                break
+        while missing := self._missing():
             self._let_in()
             _wait_on(self._asked, deadline, f"node {', '.join(missing)} did not come to {_place(self._node)}")
         self._start, self._told = self._start + 1, False
         port = free_port()
-        for line in self._others.values():
+        for line in self._lines():
             line.say(start=[self._start, port])
         return port
 
     def others(self, code: int) -> int:
-        theirs = explaining([self._code(line, "failing") or self._code(line, "ended") or 0 for line in self._lines()])
+        """Tell the code that explains how ranks here have ended, 0 until one has failed; that of other machines."""
+        theirs = explaining(code or 0 for code in [*self._said("failing"), *self._said("ended")])
         if (code or theirs) and not self._told:
             self._told = True
             for line in self._lines():
@@ -132,8 +158,9 @@ class _First(Together):
         return theirs
 
     def end(self, code: int) -> Next:
+        """Tell how all ranks here have ended, wait for the others, and decide what comes next."""
         deadline = float("inf")
-        while None in (ended := [self._code(line, "ended") for line in self._lines()]) and time.monotonic() < deadline:
+        while None in (ended := self._said("ended")) and time.monotonic() < deadline:
             told = code or _stopped(self._asked)
             if deadline == float("inf") and (self.others(told) or told):
                 deadline = time.monotonic() + 2 * self._grace_s  # each of them keeps to it by itself
@@ -144,6 +171,7 @@ class _First(Together):
         return what
 
     def close(self, code: int) -> None:
+        """Leave, with this code."""
         for line in (*self._lines(), *self._strangers):
             line.say(next=[self._start, code, False, 0.0])
             line.close()
@@ -165,13 +193,17 @@ class _First(Together):
     def _lines(self) -> list[Line]:
         return list(self._others.values())
 
-    def _code(self, line: Line, word: str) -> int | None:
-        """What a machine said of this start; None: nothing yet."""
-        start, code = line.heard(word) or (0, 0)
-        return int(code) if start == self._start else LOST if line.closed else None
+    def _said(self, word: str) -> list[int | None]:
+        return [_code(line, word, self._start) for line in self._lines()]
+
+    def _missing(self) -> list[str]:
+        """Machines that are not there, or that one which has come may be in place of."""
+        self._others = {rank: line for rank, line in self._others.items() if line.heard("node") and not line.closed}
+        doubtful = [self._twin(line.heard("node")) for line in self._strangers]
+        return [str(rank) for rank in range(1, self._node.nodes) if rank not in self._others or rank in doubtful]
 
     def _let_in(self) -> None:
-        assert self._door is not None
+        self._door = self._door or self._open()
         with suppress(OSError):  # nobody more, or one that has gone again
             while True:
                 self._strangers[Line(self._door.accept()[0])] = time.monotonic()
@@ -212,15 +244,16 @@ class _First(Together):
             line.close()
 
 
-class _Other(Together):
-    """The launcher of another machine than the first."""
+class Other:
+    """The launcher of another machine, as ``First``; it decides by itself where it has lost the first one."""
 
-    def __init__(self, *about: Any) -> None:
-        super().__init__(*about)
+    def __init__(self, node: Node, asked: Asked, grace_s: float, decide: Callable[[int], Next]) -> None:
+        self._node, self._asked, self._decide = node, asked, decide
         self._first: Line | None = None
         self._start, self._told = 0, False
 
     def begin(self) -> int:
+        """As that of the first one."""
         deadline = time.monotonic() + JOIN_S
         self._told = False
         while True:
@@ -238,14 +271,15 @@ class _Other(Together):
             _wait_on(self._asked, deadline, f"node 0 did not begin at {_place(self._node)}")
 
     def others(self, code: int) -> int:
+        """As those of the first one."""
         assert self._first is not None
         if code and not self._told:
             self._told = True
             self._first.say(failing=[self._start, code])
-        start, failing = self._first.heard("failing") or (0, 0)
-        return int(failing) if start == self._start else LOST if self._first.closed else 0
+        return _code(self._first, "failing", self._start) or 0
 
     def end(self, code: int) -> Next:
+        """Tell how all ranks here have ended, and hear what comes next."""
         assert self._first is not None
         self._first.say(ended=[self._start, code])
         while True:
@@ -258,6 +292,7 @@ class _Other(Together):
             time.sleep(POLL_S)
 
     def close(self, code: int) -> None:
+        """Leave."""
         if self._first is not None:
             self._first.close()
 
@@ -269,6 +304,12 @@ class _Other(Together):
         line.say(node=[self._node.nodes, self._node.rank, self._node.processes])
         self._start = 0
         return line
+
+
+def _code(line: Line, word: str, start: int) -> int | None:
+    """What another machine said of a start; None: nothing yet."""
+    said, code = line.heard(word) or (0, 0)
+    return int(code) if said == start else LOST if line.closed else None
 
 
 def _stopped(asked: Asked) -> int:

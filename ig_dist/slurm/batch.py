@@ -18,11 +18,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 from ig_dist.errors import IgDistError
 from ig_dist.launching.endings import STOPPED
@@ -31,7 +29,6 @@ from ig_dist.slurm.commands import SlurmError, host_names, minutes, queued, slur
 from ig_dist.slurm.holding import CutOff, end_ranks_here, lock_is_free
 from ig_dist.slurm.record import BLAME_NAME, SCRIPT_NAME, Folder, Submission, World, size
 from ig_dist.slurm.verdict import (
-    Next,
     bad_nodes,
     excluded,
     exit_codes,
@@ -63,7 +60,7 @@ class Job:
         """To stop: the time limit is near, or a user wants it."""
         self.ended = False
         """SLURM is ending the job, and knows what to do with it."""
-        self.srun: subprocess.Popen[str] | None = None
+        self.srun: subprocess.Popen[bytes] | None = None
         signal.signal(signal.SIGUSR2, self._stop)
         signal.signal(signal.SIGTERM, self._end)
         self.given = host_names(os.environ["SLURM_JOB_NODELIST"])
@@ -98,16 +95,19 @@ class Job:
         if self.asked:  # while nothing ran
             folder.add_event("end", code=STOPPED, reason="asked to stop", next="requeue")
             return self._requeue()
-        hosts = usable(self.given, bad_nodes(folder.events(), submission.exclude_after), submission)
-        world = submission.worlds[len(hosts)]
-        if idle := hosts[world.nodes :]:
-            used = f"{world.nodes} are used ({world.nodes * submission.tasks_per_node} processes)"
-            print(f"{len(hosts)} nodes, {used}: more do not divide data.streams. Idle: {', '.join(idle)}")
+        good = usable(self.given, bad_nodes(folder.events(), submission.exclude_after), submission)
+        world = submission.worlds[len(good)]
+        hosts, idle = good[: world.nodes], good[world.nodes :]
+        tasks = submission.tasks_per_node
+        if idle:
+            used = f"{world.nodes} are used ({world.nodes * tasks} processes)"
+            print(f"{len(good)} nodes, {used}: more do not divide data.streams. Idle: {', '.join(idle)}")
         start = f"{os.environ['SLURM_JOB_ID']}-{time.time_ns()}"
-        folder.add_event("start", nodes=hosts[: world.nodes], log=size(folder.batch_log()))
-        srun_code, first_error = self._run_ranks(hosts[: world.nodes], world, start)
-        if first_error == CutOff.REASON:
-            print(f"{first_error}: its ranks are ended")  # another start may have its history by now
+        before = size(folder.batch_log())
+        folder.add_event("start", nodes=hosts, log=before)
+        srun_code = self._run_ranks(hosts, world, start)
+        if srun_code is None:  # another start may have its history by now
+            print("this node was cut off from the others and from SLURM's controller: its ranks are ended")
             return 1
         if self.ended:
             if folder.cancelled or not _time_is_up():  # SLURM's own log line says why, see Folder.why
@@ -118,38 +118,38 @@ class Job:
             folder.add_event("end", code=None, reason=reason, next="requeue")
             return self._requeue()
         exits = folder.path / "exits" / start
-        codes = exit_codes(exits, world.nodes * submission.tasks_per_node)
+        codes = exit_codes(exits, world.nodes * tasks)
+        ended = re.search(r"^srun: error: (\S+: tasks? .+)", folder.said(before), re.MULTILINE)
+        first_error = ended[1].strip() if ended else ""
         verdict = judge(codes, srun_code, first_error, noted_failure(exits / BLAME_NAME))
-        blame = []
-        if verdict.next == "failed":
-            blame = nodes_to_blame(blamed(exits / BLAME_NAME), first_error, hosts, submission.tasks_per_node)
+        failed, cancelled = verdict.next == "failed", folder.cancelled and verdict.next != "done"
+        blame = nodes_to_blame(blamed(exits / BLAME_NAME), first_error, hosts, tasks) if failed else []
         shutil.rmtree(exits, ignore_errors=True)
-        cancelled = folder.cancelled and verdict.next != "done"
-        newest = self._newest_checkpoint() if cancelled or verdict.next == "failed" else None
         reason = verdict.reason
         if verdict.next == "requeue":
             reason = f"{'cancelled' if cancelled else _why_asked(submission)}: {reason}"
-        elif silent := silent_nodes(codes, hosts[: world.nodes], submission.tasks_per_node, verdict.reason):
+        elif silent := silent_nodes(codes, hosts, tasks, reason):
             reason = f"no word from {', '.join(silent)}: its processes or the network died ({reason})"
+        newest = self._newest_checkpoint() if cancelled or failed else None
         end = {"code": verdict.code, "reason": reason, "checkpoint": newest, "blame": blame}
         events = folder.events()
-        what = Next("stop", 0.0, []) if cancelled else what_next(verdict, end, events, self.given, submission)
-        folder.add_event("end", **end, next=what.step)
-        if what.new:
-            print(f"avoided from now on: {', '.join(what.new)} (--exclude-after {submission.exclude_after})")
-        print(f"{reason}: {_SAID[what.step]}" + (f" in {what.pause_s:.0f} s" if what.pause_s else ""))
-        if what.step in ("done", "stop"):
-            self._notify(verdict.code, reason)
-            if cancelled:
-                self._sleep(CANCEL_S)  # `cancel` ends the job, so that SLURM calls it cancelled
-            return verdict.code
-        if what.step == "requeue":
+        what = verdict._replace(next="stop") if cancelled else what_next(verdict, end, events, self.given, submission)
+        folder.add_event("end", **end, next=what.next)
+        if what.avoided:
+            print(f"avoided from now on: {', '.join(what.avoided)} (--exclude-after {submission.exclude_after})")
+        print(f"{reason}: {_SAID[what.next]}" + (f" in {what.pause_s:.0f} s" if what.pause_s else ""))
+        if what.next == "requeue":
             return self._requeue(what.pause_s)
-        self._sleep(what.pause_s)
-        return None
+        if what.next == "again":
+            self._sleep(what.pause_s)
+            return None
+        self._notify(verdict.code, reason)
+        if cancelled:
+            self._sleep(CANCEL_S)  # `cancel` ends the job, so that SLURM calls it cancelled
+        return verdict.code
 
-    def _run_ranks(self, hosts: list[str], world: World, start: str) -> tuple[int, str]:
-        """Run srun to its end; its exit code, and the first rank's end that it reported."""
+    def _run_ranks(self, hosts: list[str], world: World, start: str) -> int | None:
+        """Run srun to its end; its exit code, or None: it runs elsewhere, for this node is cut off."""
         submission = self.submission
         environment = {
             **os.environ,
@@ -160,13 +160,9 @@ class Job:
             "IG_DIST_ACCUMULATION": str(world.accumulation),
         }
         command = srun_command(self.folder, submission, hosts, start)
-        srun = self.srun = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
-        )
-        assert srun.stderr is not None
-        first: list[str] = []
-        reader = threading.Thread(target=_pass_on, args=(srun.stderr, first), daemon=True)
-        reader.start()
+        # what srun says goes where this process writes, and is read there
+        stderr = subprocess.STDOUT
+        srun = self.srun = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=stderr)
         if self.asked:  # before there was a srun to pass it on to
             srun.send_signal(signal.SIGUSR2)
         code, watch = None, CutOff(hosts)
@@ -176,12 +172,11 @@ class Job:
             if watch.is_cut_off():  # SLURM has started, or will start, the job elsewhere
                 end_ranks_here(self.folder.path)
                 srun.kill()
-                return 1, watch.REASON
+                return None
         if code is None:
-            return 128 + signal.SIGTERM, ""
-        reader.join(timeout=5)
+            return 128 + signal.SIGTERM
         self.srun = None
-        return (128 - code if code < 0 else code), (first[0] if first else "")
+        return 128 - code if code < 0 else code
 
     def _newest_checkpoint(self) -> int | None:
         """The newest checkpoint of a training; None: none, or not a training."""
@@ -275,14 +270,6 @@ def srun_command(folder: Folder, submission: Submission, hosts: list[str], start
         str(folder.path),
         start,
     ]
-
-
-def _pass_on(stream: IO[str], first: list[str]) -> None:
-    """Print what srun says, and keep the first rank's bad end."""
-    for line in stream:
-        print(line, end="")
-        if match := re.match(r"srun: error: (\S+: tasks? .+)", line):
-            first.append(match[1].strip())
 
 
 def _scontrol(*words: str) -> None:

@@ -63,8 +63,7 @@ class QueuedJob(NamedTuple):
     state: str
     reason: str
     nodes: str
-    begins: str = "N/A"
-    """When it began, or SLURM expects that it will; N/A: it does not know."""
+    begins: str = "N/A"  # when it began, or SLURM expects that it will; N/A: it does not know
 
     @property
     def active(self) -> bool:
@@ -73,8 +72,8 @@ class QueuedJob(NamedTuple):
 
 
 def queued(ids: Sequence[str], *, patience_s: float = CLIENT_SECONDS) -> list[QueuedJob]:
-    """Those of the jobs that SLURM still knows; an array's tasks one by one."""
-    if not ids:
+    """Those of the jobs that SLURM still knows; an array's tasks one by one. A job that has no id yet is not known."""
+    if not (ids := [one for one in ids if one]):
         return []
     try:
         which = ("--noheader", "--array", "--states=all", f"--jobs={','.join(ids)}")
@@ -101,15 +100,11 @@ def host_names(nodes: str) -> list[str]:
 class Partition(NamedTuple):
     """What the nodes have on which a job may run."""
 
-    name: str
-    """Several: with commas."""
+    name: str  # several: with commas
     gpus: int
-    cpus: int
-    """That jobs may have."""
-    minutes: int | None
-    """Time limit, the shortest of several; None: none."""
-    longest: int | None = None
-    """The longest."""
+    cpus: int  # that jobs may have
+    minutes: int | None  # time limit, the shortest of several; None: none
+    longest: int | None = None  # the longest
 
 
 class Node(NamedTuple):
@@ -120,8 +115,7 @@ class Node(NamedTuple):
     features: list[str]
     gpus: int
     cpus: int
-    threads: int
-    """Of a core."""
+    threads: int  # of a core
 
 
 def gpu_partitions() -> list[str]:
@@ -169,12 +163,11 @@ def partition(
 
 def _best(there: Sequence[Node], needed: int) -> tuple[int, int]:
     """The most GPUs that so many of the nodes have, and the CPUs that all of these have."""
-    counts = sorted({node.gpus for node in there}, reverse=True)
-    for gpus in counts:
-        enough = [node.cpus for node in there if node.gpus >= gpus]
-        if len(enough) >= needed:
-            return gpus, min(enough)
-    return (counts[0], min(node.cpus for node in there if node.gpus == counts[0])) if counts else (0, 1)
+    gpus = sorted((node.gpus for node in there), reverse=True)
+    if not gpus:
+        return 0, 1
+    most = gpus[needed - 1 if needed <= len(gpus) else 0]  # where there are too few, SLURM says so
+    return most, min(node.cpus for node in there if node.gpus >= most)
 
 
 def _fits(constraint: str | None, features: Sequence[str]) -> bool:

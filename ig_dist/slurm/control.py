@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from ig_dist.launching import endings
-from ig_dist.launching.endings import STOPPED, After
-from ig_dist.slurm.commands import QueuedJob, SlurmError, queued, slurm
+from ig_dist.launching.endings import FINAL, STOPPED
+from ig_dist.slurm.commands import SlurmError, queued, slurm
 from ig_dist.slurm.record import Folder, Submission
 from ig_dist.slurm.watch import advice, found_folders, state
 from ig_dist.terminal import console
 
-LOOK_S, ASK_S = 1.0, 15.0  # at files, and SLURM: its controller serves everybody
+LOOK_S, ASK_S = 0.5, 15.0  # at files, and SLURM, seldom in the end: its controller serves everybody
 CANCEL_S = 120.0
 
 
@@ -23,32 +21,29 @@ def cancel(run: Path) -> None:
     Raises:
         SlurmError: they did not end.
     """
-    active: list[Folder] = []
+    ids: list[str] = []
     saving: list[tuple[Folder, Submission]] = []
     for folder, submission in found_folders(run):
-        jobs = [job for job in queued([folder.id]) if job.active] if folder.id else []
+        jobs = [job for job in queued([folder.id]) if job.active]
         if jobs:
             folder.cancel()  # first, so that nothing is requeued meanwhile
-            active.append(folder)
+            ids.append(folder.id)
         if submission.kind == "train" and any(job.state == "RUNNING" for job in jobs):
             saving.append((folder, submission))
-    if not active:
+    if not ids:
         console.print(f"{run}: no job is queued or runs")
         return
-    ids = [folder.id for folder in active]
-    others = [folder.id for folder in active if folder.id not in [one.id for one, _ in saving]]
-    if others:
+    if others := [job for job in ids if job not in [folder.id for folder, _ in saving]]:
         slurm("scancel", *others)
     for folder, submission in saving:
         _let_save(folder, submission)
     slurm("scancel", *ids)
-    deadline = time.monotonic() + CANCEL_S
-    for pause in _pauses():
-        if not any(job.active for job in queued(ids)):
-            break
+    deadline, pause = time.monotonic() + CANCEL_S, LOOK_S
+    while any(job.active for job in queued(ids)):
         if time.monotonic() > deadline:
             raise SlurmError(f"job {', '.join(ids)} is still ending after {CANCEL_S:.0f} s: see squeue")
         time.sleep(pause)
+        pause = min(2 * pause, ASK_S)
     saved = [_newest(folder).get("checkpoint") for folder, _ in saving]
     steps = [f"saved at step {step}; " for step in saved if step is not None]
     console.print(f"cancelled: job {', '.join(ids)}; {''.join(steps)}go on with: ig-dist slurm resume {run}")
@@ -78,43 +73,33 @@ def _newest(folder: Folder) -> dict[str, object]:
     return (folder.events() or [{}])[-1]
 
 
-def _pauses() -> Iterator[float]:
-    """Between questions to SLURM: first short ones, in the end ``ASK_S``."""
-    pause = 0.5
-    while True:
-        yield pause
-        pause = min(2 * pause, ASK_S)
-
-
 def follow(folder: Folder, submission: Submission) -> int:
     """Print a job's logs as they are written, until it ends; its exit code. Ctrl-C leaves the job alone."""
     first = Folder(folder.path, "0" if submission.array else "")
-    files = [first.batch_log(), first.rank_log("0")]
-    places = dict.fromkeys(files, 0)
-    said, away, ended, asked, pauses, known = "", False, False, 0.0, _pauses(), 0
-    pause = next(pauses)
+    places = {first.batch_log(): 0, first.rank_log("0"): 0}
+    said, known, pause, ask_at, ended = "", 0, LOOK_S, 0.0, False
     try:
         while not ended:
             events = first.events()
-            over = bool(events) and events[-1].get("next") in ("done", "stop")
-            if len(events) != known or (over and pause > 1):  # ask at once, and often again
-                known, pauses, asked = len(events), _pauses(), 0.0
-            if time.monotonic() - asked > pause:
-                asked, pause = time.monotonic(), next(pauses)
-                jobs = _try(folder.id)
-                if jobs is None and not away:
-                    console.print("SLURM does not answer; asking again")
-                away = jobs is None
-                now = said if jobs is None else state(jobs)
+            if len(events) != known:  # ask at once, and often again
+                known, pause, ask_at = len(events), LOOK_S, 0.0
+            if time.monotonic() >= ask_at:
+                over = bool(events) and events[-1]["next"] in ("done", "stop")
+                pause = LOOK_S if over else min(2 * pause, ASK_S)
+                ask_at = time.monotonic() + pause
+                now, jobs = "SLURM does not answer; asking again", None
+                try:
+                    jobs = queued([folder.id])
+                    now, ended = state(jobs), not any(job.active for job in jobs)
+                except SlurmError:
+                    pass
                 if now != said:
-                    console.print(f"job {folder.id}: {now}")
-                    for text in advice(jobs or []):
-                        console.print(f"  {text}")
-                said, ended = now, jobs is not None and not any(job.active for job in jobs)
-            for file in files:
+                    console.print("\n  ".join([f"job {folder.id}: {now}", *advice(jobs or [])]))
+                said = now
+            for file in places:
                 places[file] += _print_from(file, places[file])
             if not ended:
-                time.sleep(min(LOOK_S, pause))
+                time.sleep(LOOK_S)
         return final_code(folder)
     except KeyboardInterrupt:
         console.print(f"\njob {folder.id} goes on; follow it with: ig-dist slurm status {submission.run} --follow")
@@ -125,14 +110,7 @@ def final_code(folder: Folder) -> int:
     """The exit code of a job that has ended: the worst of its tasks."""
     ends = [(task.events() or [{}])[-1].get("code") for task in folder.tasks()]  # a start has none
     codes = [1 if code is None else int(code) for code in ends]
-    return next((code for code in (*endings.codes(After.NEVER), 1, STOPPED) if code in codes), max(codes))
-
-
-def _try(job: str) -> list[QueuedJob] | None:
-    try:
-        return queued([job])
-    except SlurmError:
-        return None
+    return next((code for code in (*FINAL, 1, STOPPED) if code in codes), max(codes))
 
 
 def _print_from(file: Path, place: int) -> int:

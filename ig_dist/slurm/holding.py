@@ -62,8 +62,6 @@ class CutOff:
     controller's machine may be off; nor where one of both kinds did not answer at the start, as behind a firewall.
     """
 
-    REASON = "this node was cut off from the others and from SLURM's controller"
-
     def __init__(self, hosts: Sequence[str]) -> None:
         self._places: list[tuple[str, int]] = []
         self._next, self._missed = time.monotonic() + LOOK_S, 0

@@ -22,7 +22,7 @@ from ig_dist.terminal import MERGED_LATER, leave
 
 
 def main(folder: str, start: str) -> None:
-    """Run the job's commands as this rank."""
+    """Run the job's command as this rank."""
     number = os.environ["SLURM_PROCID"]
     exits = Path(folder) / "exits" / start
     task, local = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -42,7 +42,6 @@ def main(folder: str, start: str) -> None:
     # The trainer puts its own handler in its place. Until then nothing is lost, nor is it in jobs whose work is in
     # units that are written whole. SIGTERM is no such wish: srun sends it to the others when a rank has failed.
     signal.signal(signal.SIGUSR2, stop)
-    code = 1
     submission = Folder(Path(folder)).read()
     try:
         os.chdir(submission.cwd or ".")  # SLURM would go on in /tmp, and a container begins in a folder of its own
@@ -53,24 +52,18 @@ def main(folder: str, start: str) -> None:
         leave(ConfigError.exit_code)
     if submission.array:
         os.environ[MERGED_LATER] = "1"
-    for command in submission.commands:
-        code = run([part.replace(ACCUMULATION, os.environ["IG_DIST_ACCUMULATION"]) for part in command])
-        if code:
-            break
+    (command,) = submission.commands
+    code = run([part.replace(ACCUMULATION, os.environ["IG_DIST_ACCUMULATION"]) for part in command])
     note(code)
     # srun ends the other ranks when one ends badly; one that has saved and stopped has not: rank 0 may still be writing
     leave(0 if code == STOPPED else code)
 
 
 def run(arguments: list[str]) -> int:
-    """``python ARGUMENTS`` in this process; its exit code."""
-    module = arguments[0] == "-m"
-    sys.argv = arguments[1:] if module else arguments
+    """``python -m MODULE ...`` in this process; its exit code."""
+    sys.argv = arguments[1:]
     try:
-        if module:
-            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(arguments[0], run_name="__main__")
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:

@@ -44,32 +44,21 @@ class Submission(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     kind: Kind
-    commands: list[list[str]]
-    """What each rank runs, one after the other: Python's arguments."""
-    run: str
-    """The run directory, or the folder given for a job without one."""
-    cwd: str
-    """Relative paths are meant from here."""
+    commands: list[list[str]]  # one: Python's arguments in each rank
+    run: str  # the run directory, or the folder given for a job without one
+    cwd: str  # relative paths are meant from here
     tasks_per_node: int
     cpus_per_task: int | None
-    worlds: dict[int, World]
-    """By the number of nodes that SLURM gave."""
-    array: int = 0
-    """Tasks of the array; 0: no array."""
+    worlds: dict[int, World]  # by the number of nodes that SLURM gave
+    array: int = 0  # tasks of the array; 0: no array
     max_failures: int
-    exclude_after: int = 2
-    """Failures that a node is blamed for within a day, after which no start uses it; 0: never."""
+    exclude_after: int = 2  # failures that a node is blamed for within a day, after which no start uses it; 0: never
     signal_delay_s: int
-    options: dict[str, Any]
-    """What was typed, for `resume`."""
-    srun: dict[str, str | bool] = {}
-    """More options of srun."""
-    python: list[str] = []
-    """What starts Python for a rank, in a container; empty: the one that submitted."""
-    notify: str = ""
-    """Shell line that runs when the job is done or given up."""
-    hold: str = ""
-    """File whose lock a running job of this run holds; a start waits until it is free."""
+    options: dict[str, Any]  # what was typed, for `resume`
+    srun: dict[str, str | bool] = {}  # more options of srun
+    python: list[str] = []  # what starts Python for a rank, in a container; empty: the one that submitted
+    notify: str = ""  # shell line that runs when the job is done or given up
+    hold: str = ""  # file whose lock a running job of this run holds; a start waits until it is free
     hold_s: float = 600.0
     """How long: until a holder that lost its peers has noticed it, and the server of files that a machine is gone."""
 
@@ -81,16 +70,14 @@ class Event(BaseModel):
 
     event: str
     time: Time
-    log: NonNegativeInt = 0
-    """Bytes of the batch log before it."""
+    log: NonNegativeInt = 0  # bytes of the batch log before it
     nodes: list[str] = []
     blame: list[str] = []
     reason: str = ""
     next: str = ""
     code: int | None = None
     checkpoint: int | None = None
-    until: Time | None = None
-    """Of a wait."""
+    until: Time | None = None  # of a wait
 
 
 class Folder:
@@ -157,10 +144,14 @@ class Folder:
             events.append(event)
         return events if waits else [event for event in events if event["event"] in ("start", "end")]
 
+    def said(self, since: int, until: int | None = None) -> str:
+        """What SLURM, srun and the job's first process have written, by the bytes of their log."""
+        log = self.batch_log()
+        return log.read_bytes()[since:until].decode(errors="replace") if log.exists() else ""
+
     def why(self, start: dict[str, Any], until: int | None = None) -> str:
         """Why a start came to an end that it did not see itself, in SLURM's words."""
-        log = self.batch_log()
-        text = log.read_bytes()[start["log"] : until].decode(errors="replace") if log.exists() else ""
+        text = self.said(start["log"], until)
         found = re.findall(r"DUE TO (.+?)(?:, SEE .*)? \*\*\*", text)
         failed = re.findall(r"Node failure on (\S+)", text)
         if found:

@@ -1,80 +1,27 @@
-"""What is asked of SLURM, and the batch script that says it."""
+"""What is asked of SLURM where not all was said, and the batch script that says it.
+
+Ranks may run in a container: of pyxis, whose options srun has, or of Apptainer, which stands before Python.
+"""
 
 from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from ig_dist.errors import ConfigError, IgDistError
-from ig_dist.slurm.commands import Partition, gpu_partitions, minutes, partition
-from ig_dist.slurm.containers import check_lines
+from ig_dist.slurm.commands import Partition, gpu_partitions, minutes, partition, slurm
 from ig_dist.slurm.record import Folder, Submission
+from ig_dist.slurm.request import Request
 
 DAY = 24 * 60
 OWN = ("account", "constraint", "exclude", "gpus-per-node", "mem", "nodes", "partition", "qos", "time")
 ASSUMED = Partition("", gpus=8, cpus=96, minutes=None)  # a node of H100s, where SLURM cannot be asked
-
-
-class Request(BaseModel):
-    """What the user asked for; None: whatever is right for the cluster."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    nodes: str = "1"
-    gpus_per_node: int | None = None
-    tasks_per_node: int | None = None
-    cpus_per_gpu: int | None = None
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    time: str | None = None
-    constraint: str | None = None
-    exclude: str | None = None
-    mem: str | None = None
-    signal_delay: int = 120
-    setup: list[str] = []
-    sbatch: list[str] = []
-    srun: list[str] = []
-    container: str = ""
-    container_mounts: str = ""
-    notify: str = ""
-    then: list[str] = []
-    """Arrays that follow a training."""
-    max_failures: int = 8
-    exclude_after: int = 2
-    tasks: int = 0
-    at_once: int | None = None
-    """Tasks that run at a time; None: as many as SLURM gives."""
-    exclusive: bool = False
-    """Whole nodes; set by `complete` where all of their GPUs are asked for."""
-    on_cpus: bool = False
-    """No GPUs are wanted; set by `complete`."""
-    unknown_gpus: bool = False
-    """Nodes have GPUs of which SLURM knows nothing; set by `complete`."""
-
-    @property
-    def node_range(self) -> tuple[int, int]:
-        """The fewest and the most nodes.
-
-        Raises:
-            ConfigError: not N or A-B.
-        """
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", self.nodes)
-        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 1 <= low <= high:
-            raise ConfigError(f"--nodes {self.nodes!r}: give a number of nodes, or the fewest and the most, e.g. 4-8")
-        return low, high
-
-    @property
-    def ranks_per_node(self) -> int:
-        """One for each GPU, or as many as asked for where there are none."""
-        return self.gpus_per_node or self.tasks_per_node or 1
 
 
 def complete(request: Request, *, assume: bool = False) -> Request:
@@ -99,29 +46,25 @@ def complete(request: Request, *, assume: bool = False) -> Request:
         if not assume or "--partition" in str(error):
             raise
         found = ASSUMED
-    own, gpus = found.gpus if found else 0, request.gpus_per_node
+    own, gpus, processes = found.gpus if found else 0, request.gpus_per_node, request.tasks_per_node
     if gpus is None:
-        gpus = 0 if request.tasks_per_node else min(own, 1) if request.tasks else own  # a task of an array has one
-    filled: dict[str, Any] = {
-        "gpus_per_node": gpus,
-        "on_cpus": request.gpus_per_node == 0 or bool(request.tasks_per_node and not request.gpus_per_node),
-        # of any partition: the nodes are given whole, with what they have
-        "unknown_gpus": bool(found and request.gpus_per_node and not own) and not gpu_partitions(),
-        "exclusive": bool(own and gpus == own and not request.tasks),
-    }
+        gpus = 0 if processes else min(own, 1) if request.tasks else own  # a task of an array has one
+    whole = replace(request, gpus_per_node=gpus, exclusive=bool(own and gpus == own and not request.tasks))
+    whole.on_cpus = request.gpus_per_node == 0 or bool(processes and not request.gpus_per_node)
+    # of any partition: the nodes are given whole, with what they have
+    whole.unknown_gpus = bool(found and request.gpus_per_node and not own) and not gpu_partitions()
     if request.cpus_per_gpu is None and found:
-        filled["cpus_per_gpu"] = max(1, found.cpus // max(gpus or request.tasks_per_node or 1, own))
-    if request.mem is None and filled["exclusive"]:
-        filled["mem"] = "0"  # of an exclusive node, SLURM gives all CPUs and GPUs, but not all memory
+        whole.cpus_per_gpu = max(1, found.cpus // max(gpus or processes or 1, own))
+    if request.mem is None and whole.exclusive:
+        whole.mem = "0"  # of an exclusive node, SLURM gives all CPUs and GPUs, but not all memory
     limit, longest = (found.minutes, found.longest) if found else (None, None)
     if request.time is None:
-        filled["time"] = _duration(min(limit or DAY, DAY))
+        whole.time = _duration(min(limit or DAY, DAY))
     elif longest is not None and (minutes(request.time) or 2**31) > longest:
         raise ConfigError(
             f"--time {request.time} is more than partition {found.name if found else ''} gives, {_duration(longest)}:"
             " ask for less, the run goes on by itself in a new job"
         )
-    whole = request.model_copy(update=filled)
     given = minutes(whole.time or "")
     if given is not None and whole.signal_delay >= given * 60:
         raise ConfigError(
@@ -214,8 +157,16 @@ def _setup(request: Request, submission: Submission, folder: Path) -> list[str]:
         *([f"export CUDA_VISIBLE_DEVICES={visible}  # not SLURM's, but there"] if request.unknown_gpus else []),
         "# a link or a GPU that fails is named in the rank's log",
         "export NCCL_DEBUG=${NCCL_DEBUG:-WARN}",
-        *check_lines(submission.python),
+        *_check_program(submission.python),
     ]
+
+
+def _check_program(python: Sequence[str]) -> list[str]:
+    """A shell line that ends a start on a node that has not what starts the container."""
+    if python[:1] in ([], ["env"]):
+        return []
+    said = f"error: $SLURMD_NODENAME: no {python[0]} on PATH (--container): load its module, see --setup"
+    return [f'command -v {python[0]} > /dev/null || {{ echo "{said}" >&2; exit 2; }}']
 
 
 def checked(setup: Sequence[str]) -> list[str]:
@@ -231,3 +182,49 @@ def checked(setup: Sequence[str]) -> list[str]:
 def _duration(limit: int) -> str:
     days, rest = divmod(limit, DAY)
     return f"{days}-{rest // 60:02d}:{rest % 60:02d}:00"
+
+
+def in_container(request: Request, needed: Sequence[Path], source: Path) -> tuple[dict[str, str | bool], list[str]]:
+    """How ranks are started in an image: more options of srun; Python and what stands before it, none: as here.
+
+    The folders that are ``needed`` are there too, at their own place; ``source`` is the copy of the code.
+
+    Raises:
+        ConfigError: the image is not there, or is for pyxis, which srun does not know.
+    """
+    image, mounts = request.container, request.container_mounts
+    if not image:
+        if mounts:
+            raise ConfigError(f"--container-mounts {mounts}: name the image too, --container IMAGE")
+        return {}, []
+    file = Path(image)
+    if image.endswith((".sif", ".sqsh")) and not file.exists():
+        raise ConfigError(f"--container {image} does not exist: give a file, or a name in a registry")
+    # a folder of the node, and its place in the container
+    pairs = [part.split(":") if ":" in part else [part, part] for part in mounts.split(",") if part]
+
+    def inside(path: Path) -> bool:
+        return any(path.is_relative_to(pair[1]) for pair in pairs)
+
+    # without the code that is installed there: what was submitted is run, and an image may set variables of its own
+    python = sys.executable if inside(Path(sys.prefix)) else "python3"
+    own = ["env", f"PYTHONPATH={source}", "PYTHONSAFEPATH=1", python]
+    pairs += [[str(path)] * 2 for path in dict.fromkeys(needed) if not inside(path)]
+    bound, image = ",".join(":".join(pair) for pair in pairs), str(file.absolute()) if file.exists() else image
+    pyxis = False if image.endswith(".sif") or file.is_dir() else _srun_knows_pyxis()
+    if pyxis:
+        return {"container-image": image, "container-mounts": bound}, own
+    if not (image.endswith(".sif") or file.is_dir() or "://" in image):
+        raise ConfigError(
+            f"--container {image}: srun knows no --container-image here (no pyxis): give what Apptainer reads,"
+            " FILE.sif, a folder or docker://NAME"
+        )
+    program = "singularity" if shutil.which("singularity") and not shutil.which("apptainer") else "apptainer"
+    return {}, [program, "exec", *(["--nv"] if request.gpus_per_node else []), "--bind", bound, image, *own]
+
+
+def _srun_knows_pyxis() -> bool:
+    try:
+        return "--container-image" in slurm("srun", "--help")
+    except IgDistError:  # a dry run without SLURM
+        return True

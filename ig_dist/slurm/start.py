@@ -1,4 +1,4 @@
-"""Submitting: a training or an array as its record and its batch script, and what the user is told."""
+"""A training or an array as the jobs that are submitted for it, and what the user is told."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from ig_dist.config import Config
 from ig_dist.config.catalogue import check_metrics
@@ -15,14 +15,13 @@ from ig_dist.config.file import apply_overrides, config_from_tree
 from ig_dist.errors import ConfigError
 from ig_dist.launching.jobs import Job, job_folder, parsed, program
 from ig_dist.plans.samples import samples_url
-from ig_dist.slurm import submit as slurm
 from ig_dist.slurm.batch import srun_command
 from ig_dist.slurm.commands import gpu_partitions
-from ig_dist.slurm.containers import in_container
 from ig_dist.slurm.control import follow as follow_job
 from ig_dist.slurm.record import ACCUMULATION, Folder, Submission, World
-from ig_dist.slurm.script import Request, batch_script, complete, key_values
-from ig_dist.slurm.submit import Planned
+from ig_dist.slurm.request import Request
+from ig_dist.slurm.script import batch_script, complete, in_container, key_values
+from ig_dist.slurm.submit import Planned, check_training, new_folder, submit_all, worlds
 from ig_dist.terminal import console, warn
 
 FEW_IMAGES = 16  # of XL/2 a GPU: below, more is sent than computed (docs/scaling.md)
@@ -30,25 +29,25 @@ FOLLOWING = (Job.sample, Job.sweep, Job.evaluate)
 LOCK_WAIT_S, LEASE_S = 600.0, 120.0  # at least; until a server of files lets go of the locks of a machine that is gone
 
 
-def training(request: Request, config: Config, *, follow: bool, dry_run: bool) -> int:
+def training(asked: Request, config: Config, *, follow: bool, dry_run: bool) -> int:
     """Submit a training and what follows it, or print what would be; the exit code.
 
     Raises:
         ConfigError: the cluster, the run or the data do not allow it.
     """
     run = Path(config.run.dir).absolute()
-    path = slurm.new_folder(run)
-    asked = request
-    request = complete(asked.model_copy(update={"tasks": 0, "at_once": None}), assume=dry_run)
-    worlds = slurm.worlds(config, request)
-    command = ["-m", "ig_dist.cli", "train", f"{path}/config.yaml", f"train.accumulation={ACCUMULATION}"]
-    submission = _submission("train", command, run, path, request, asked, worlds=worlds, notify=request.notify)
-    submission.hold, submission.hold_s = f"{run}/.lock", max(LOCK_WAIT_S, config.train.timeout_s + LEASE_S)
-    jobs = [Planned(path, submission, request)]
+    path = new_folder(run)
+    request = complete(replace(asked, tasks=0, at_once=None), assume=dry_run)
+    command = program(Job.train, [f"{path}/config.yaml", f"train.accumulation={ACCUMULATION}"])
+    first = _planned("train", command, path, request, asked)
+    found = first.submission.worlds = worlds(config, request)
+    first.submission.hold = f"{run}/.lock"
+    first.submission.hold_s = max(LOCK_WAIT_S, config.train.timeout_s + LEASE_S)
+    jobs = [first]
     links = _following(asked.then, config, path.name)
     each = _of_one_gpu(asked, request, assume=dry_run) if links else request
     for number, (job, arguments) in enumerate(links, 1):
-        jobs += _array(each, asked, job, arguments, run, Path(f"{path}-{number}-{job.value}"), behind=len(jobs))
+        jobs += _array(each, asked, job, arguments, Path(f"{path}-{number}-{job.value}"), behind=len(jobs))
     if not (request.gpus_per_node or request.on_cpus):
         if request.partition is None and (those := gpu_partitions()):
             raise ConfigError(
@@ -64,25 +63,22 @@ def training(request: Request, config: Config, *, follow: bool, dry_run: bool) -
         _print_dry_run(jobs)
         code = 0
         try:
-            slurm.check_training(config, worlds)
+            check_training(config, found)
         except ConfigError as error:
             print(f"would be refused: {error}", file=sys.stderr)
             code = ConfigError.exit_code
-        _print_shares(request, config, worlds)
+        _print_shares(request, config, found)
         return code
-    slurm.refuse_active(run, "is in use by")
-    slurm.check_training(config, worlds)
-    with slurm.submitting(run):
-        slurm.refuse_active(run, "is in use by")  # one that was submitted meanwhile
-        slurm.submit_all(jobs, config)
-    for nodes, world in worlds.items():
+    check_training(config, found)
+    submit_all(jobs, run, "is in use by", config)
+    for nodes, world in found.items():
         if world.nodes < nodes:
             console.print(f"of {nodes} nodes {world.nodes} will be used: more do not divide data.streams")
     return _tell(jobs, f"tensorboard --logdir {run}/tensorboard", follow)
 
 
 def array(
-    request: Request, job: Job, arguments: Sequence[str], folder: Path | None, *, follow: bool, dry_run: bool
+    asked: Request, job: Job, arguments: Sequence[str], folder: Path | None, *, follow: bool, dry_run: bool
 ) -> int:
     """Submit an array, or print what would be; the exit code.
 
@@ -90,14 +86,12 @@ def array(
         ConfigError: the cluster does not allow it, or the job would refuse its arguments.
     """
     run = job_folder(job, arguments, folder)
-    if job in (Job.sample, Job.sweep) and not dry_run:
-        slurm.refuse_active(run, "changes its weights while it is trained by")
-    jobs = _array(complete(request, assume=dry_run), request, job, arguments, run.absolute(), slurm.new_folder(run))
+    jobs = _array(complete(asked, assume=dry_run), asked, job, arguments, new_folder(run))
     if dry_run:
         _print_dry_run(jobs)
         return 0
-    with slurm.submitting(run):
-        slurm.submit_all(jobs)
+    of_weights = job in (Job.sample, Job.sweep)
+    submit_all(jobs, run, "changes its weights while it is trained by" if of_weights else "")
     return _tell(jobs, "", follow)
 
 
@@ -135,63 +129,50 @@ def _following(texts: Sequence[str], config: Config, folder: str) -> list[tuple[
 
 
 def _array(
-    request: Request, asked: Request, job: Job, arguments: Sequence[str], run: Path, path: Path, *, behind: int = 0
+    request: Request, asked: Request, job: Job, arguments: Sequence[str], path: Path, *, behind: int = 0
 ) -> list[Planned]:
     """The array and the job that merges it, ``behind`` so many others, the last of which must have succeeded."""
-    alone = request.model_copy(
-        update={"gpus_per_node": min(request.gpus_per_node or 0, 1), "tasks_per_node": None, "tasks": 0}
-    )
-    typed = [*arguments, *(["--evaluate-if-fit"] if job is Job.sample else [])]
-    command, needs = program(job, typed), (("afterok", behind - 1),) if behind else ()
-    array = _submission(job.value, command, run, path, request, asked, array=request.tasks)
-    # it waits for all tasks, whatever became of them, and makes what is missing
-    after = Path(f"{path}-merge")
-    merge = _submission("merge", command, run, after, alone, asked, notify=request.notify)
+    alone = replace(request, gpus_per_node=min(request.gpus_per_node or 0, 1), tasks_per_node=None, tasks=0)
+    command = program(job, [*arguments, *(["--evaluate-if-fit"] if job is Job.sample else [])])
+    needs = [("afterok", behind - 1)] if behind else []
     return [
-        Planned(path, array, request, needs),
-        Planned(after, merge, alone, (*needs, ("afterany", behind))),
+        _planned(job.value, command, path, request, asked, after=needs),
+        # it waits for all tasks, whatever became of them, and makes what is missing
+        _planned("merge", command, Path(f"{path}-merge"), alone, asked, after=[*needs, ("afterany", behind)]),
     ]
 
 
-def _submission(
-    kind: str, command: list[str], run: Path, path: Path, request: Request, asked: Request, **more: Any
-) -> Submission:
-    one = {1: World(nodes=1, accumulation=1)}
-    places = (run, Path.cwd())
-    gpus, source = bool(request.gpus_per_node), path / "source"
-    srun, python = in_container(request.container, request.container_mounts, places, source, gpus=gpus)
-    return Submission(
+def _planned(
+    kind: str, command: list[str], path: Path, request: Request, asked: Request, after: Sequence[tuple[str, int]] = ()
+) -> Planned:
+    run, cwd = path.parent.parent, Path.cwd()
+    srun, python = in_container(request, (run, cwd), path / "source")
+    submission = Submission(
         kind=kind,
         commands=[command],
         run=str(run),
-        cwd=str(Path.cwd()),
+        cwd=str(cwd),
         tasks_per_node=request.ranks_per_node,
         cpus_per_task=request.cpus_per_gpu,
+        worlds={1: World(nodes=1, accumulation=1)},
+        array=request.tasks,
         python=python,
         max_failures=request.max_failures,
         exclude_after=request.exclude_after,
         signal_delay_s=request.signal_delay,
-        options=asked.model_dump(),
+        options=asdict(asked),
         srun={**srun, **key_values("--srun", request.srun)},
-        **{"worlds": one, **more},
+        notify="" if request.tasks else request.notify,
     )
+    return Planned(path, submission, request, after)
 
 
 def _of_one_gpu(asked: Request, training: Request, *, assume: bool) -> Request:
     """What each task of an array gets that follows a training."""
     one = None if training.gpus_per_node else 0
     sbatch = [re.sub(r"^(-*gres=gpu(?::[a-z]\w*)?)(:\d+)?$", r"\1:1", text) for text in asked.sbatch]
-    update = {"nodes": "1", "gpus_per_node": one, "tasks_per_node": None, "tasks": asked.tasks or 8, "sbatch": sbatch}
-    return complete(asked.model_copy(update=update), assume=assume)
-
-
-def _print_shares(request: Request, config: Config, worlds: dict[int, World]) -> None:
-    """How many images of a batch a process has on all nodes, and what that means where they are few."""
-    nodes, batch = max(world.nodes for world in worlds.values()), config.train.global_batch_size
-    share = batch // (nodes * request.ranks_per_node)
-    print(f"# of a batch of {batch}, a process has {share} images on {nodes} node{'s' * (nodes > 1)}")
-    if request.gpus_per_node and nodes > 1 and share < FEW_IMAGES:
-        print("#   so few that a step waits for the network; fewer nodes are hardly slower (docs/scaling.md)")
+    task = replace(asked, nodes="1", gpus_per_node=one, tasks_per_node=None, tasks=asked.tasks or 8, sbatch=sbatch)
+    return complete(task, assume=assume)
 
 
 def _tell(jobs: Sequence[Planned], watch: str, follow: bool) -> int:
@@ -214,6 +195,15 @@ def _tell(jobs: Sequence[Planned], watch: str, follow: bool) -> int:
     return follow_job(folder, first) if follow else 0
 
 
+def _print_shares(request: Request, config: Config, found: dict[int, World]) -> None:
+    """How many images of a batch a process has on all nodes, and what that means where they are few."""
+    nodes, batch = max(world.nodes for world in found.values()), config.train.global_batch_size
+    share = batch // (nodes * request.ranks_per_node)
+    print(f"# of a batch of {batch}, a process has {share} images on {nodes} node{'s' * (nodes > 1)}")
+    if request.gpus_per_node and nodes > 1 and share < FEW_IMAGES:
+        print("#   so few that a step waits for the network; fewer nodes are hardly slower (docs/scaling.md)")
+
+
 def _print_dry_run(jobs: Sequence[Planned]) -> None:
     ids = [job.submission.kind.upper() for job in jobs]
     for place, job in enumerate(jobs):
@@ -224,13 +214,12 @@ def _print_dry_run(jobs: Sequence[Planned]) -> None:
             print(f"# once {ids[place - 1]} has succeeded:")
         print(batch_script(job.request, submission, job.path, after=job.dependency(ids)))
         for nodes, world in submission.worlds.items():
-            ranks, commands = world.nodes * submission.tasks_per_node, [" ".join(one) for one in submission.commands]
+            ranks = world.nodes * submission.tasks_per_node
             if not merges:
                 task = f"each of {submission.array} tasks " if submission.array else ""
                 print(f"# {task}on {nodes} node{'s' * (nodes > 1)}, {ranks} process{'es' * (ranks > 1)}:")
                 hosts = ["<node>"] * world.nodes
                 text = " ".join(srun_command(Folder(job.path), submission, hosts, "<start>"))
                 print("#   " + text.replace(",".join(hosts), f"<the first {world.nodes}>"))
-            for command in commands:
-                arguments = command.replace(ACCUMULATION, str(world.accumulation))
-                print(f"# {'it alone' if merges else 'each process'}: python {arguments}")
+            arguments = " ".join(submission.commands[0]).replace(ACCUMULATION, str(world.accumulation))
+            print(f"# {'it alone' if merges else 'each process'}: python {arguments}")

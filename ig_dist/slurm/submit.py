@@ -23,7 +23,8 @@ from ig_dist.parallel.build import check_engine
 from ig_dist.run_dir import changed_keys
 from ig_dist.slurm.commands import SlurmError, queued, slurm
 from ig_dist.slurm.record import SCRIPT_NAME, Folder, Submission, World, folders
-from ig_dist.slurm.script import Request, batch_script
+from ig_dist.slurm.request import Request
+from ig_dist.slurm.script import batch_script
 
 # what SLURM's refusals are about, and the option that says it
 OPTIONS = {
@@ -40,16 +41,15 @@ OPTIONS = {
 
 
 class Planned(NamedTuple):
-    """One of the jobs."""
+    """A job that is to be submitted."""
 
     path: Path
     submission: Submission
     request: Request
-    after: tuple[tuple[str, int], ...] = ()
-    """What must have come before it: afterok or afterany, and the place of the other job among them."""
+    after: Sequence[tuple[str, int]]  # afterok or afterany, and the place among the jobs of what comes before it
 
     def dependency(self, ids: Sequence[str]) -> str:
-        """As sbatch takes it, with the ids of the others."""
+        """As sbatch takes it, with the ids of the jobs."""
         return ",".join(f"{how}:{ids[place]}" for how, place in self.after)
 
 
@@ -110,7 +110,7 @@ def check_training(config: Config, found: dict[int, World]) -> None:
 
 
 @contextmanager
-def submitting(run: Path) -> Iterator[None]:
+def _submitting(run: Path) -> Iterator[None]:
     """One submission of a run at a time.
 
     Raises:
@@ -134,9 +134,9 @@ def submitting(run: Path) -> Iterator[None]:
         raise
 
 
-def refuse_active(run: Path, why: str) -> None:
+def _refuse_active(run: Path, why: str) -> None:
     """Raise ConfigError if a training of the run is queued or runs."""
-    ids = [folder.id for folder, submission in folders(run) if submission.kind == "train" and folder.id]
+    ids = [folder.id for folder, submission in folders(run) if submission.kind == "train"]
     for job in queued(ids):
         if job.active:
             raise ConfigError(f"{run} {why} job {job.id} ({job.state}): follow or cancel that one, or wait")
@@ -147,21 +147,24 @@ def new_folder(run: Path) -> Path:
     return run.absolute() / "slurm" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
 
 
-def submit_all(jobs: Sequence[Planned], config: Config | None = None) -> None:
+def submit_all(jobs: Sequence[Planned], run: Path, why: str, config: Config | None = None) -> None:
     """Hand all of them to SLURM, or none; ``config`` is that of the training among them.
 
     Raises:
-        ConfigError: SLURM refuses one; nothing is submitted and nothing is left.
+        ConfigError: a training of the run is active, and ``why`` that matters; or SLURM refuses a job.
     """
     ids: list[str] = []
-    try:
-        for job in jobs:
-            ids.append(_submit(job, job.dependency(ids), config))
-    except ConfigError:
-        for job, number in zip(jobs, ids, strict=False):
-            slurm("scancel", number)
-            shutil.rmtree(job.path)
-        raise
+    with _submitting(run):
+        if why:
+            _refuse_active(run, why)
+        try:
+            for job in jobs:
+                ids.append(_submit(job, job.dependency(ids), config))
+        except ConfigError:
+            for job, number in zip(jobs, ids, strict=False):
+                slurm("scancel", number)
+                shutil.rmtree(job.path)
+            raise
 
 
 def _submit(job: Planned, after: str, config: Config | None) -> str:
@@ -177,14 +180,13 @@ def _submit(job: Planned, after: str, config: Config | None) -> str:
         for check in (["--test-only"], ["--parsable"]):
             answer = slurm("sbatch", *check, str(script))
         folder.id = job_id(answer)
-    except SlurmError as error:
+    except BaseException as error:
         shutil.rmtree(job.path)
+        if not isinstance(error, SlurmError):
+            raise
         options = [option for word, option in OPTIONS.items() if word in str(error).lower()]
         remedy = f"change {options[0]}" if options else "see its options with --help"
         raise ConfigError(f"SLURM refuses: {error}; {remedy}") from None
-    except BaseException:
-        shutil.rmtree(job.path)
-        raise
     return folder.id
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ig_dist.launching import endings
-from ig_dist.launching.endings import STOPPED, After
+from ig_dist.launching.endings import FINAL, STOPPED
 from ig_dist.slurm.record import Submission
 
 BLAME_S = 86_400.0
@@ -18,20 +18,11 @@ BLAME_S = 86_400.0
 class Verdict(NamedTuple):
     """What comes after a start, and why."""
 
-    next: str
-    """done, requeue (asked to stop), failed (to be tried again) or stop."""
+    next: str  # done, stop, again (in this allocation) or requeue; of `judge` also failed, which `what_next` decides
     code: int
     reason: str
-
-
-class Next(NamedTuple):
-    """What is done now."""
-
-    step: str
-    """done, stop, again (in this allocation) or requeue."""
-    pause_s: float
-    new: list[str]
-    """Nodes that are not used from now on."""
+    pause_s: float = 0.0
+    avoided: Sequence[str] = ()  # nodes that are not used from now on
 
 
 def exit_codes(exits: Path, ranks: int) -> dict[int, int | None]:
@@ -41,17 +32,10 @@ def exit_codes(exits: Path, ranks: int) -> dict[int, int | None]:
 
 
 def judge(codes: Mapping[int, int | None], srun_code: int, first_error: str, failure: str = "") -> Verdict:
-    """What the exit codes of all ranks say together.
-
-    Args:
-        codes: by rank; None: it left none.
-        srun_code: of srun itself.
-        first_error: the first rank's end that srun reported.
-        failure: what the first rank that failed said of it.
-    """
+    """What the exit codes of all ranks say, with the first end that srun reported, and what that rank said of it."""
     if all(code == 0 for code in codes.values()):
         return Verdict("done", 0, "done")
-    for code in endings.codes(After.NEVER):  # another rank's loss of its peer, or its death by srun, is only an echo
+    for code in FINAL:  # another rank's loss of its peer, or its death by srun, is only an echo
         who = [rank for rank, found in codes.items() if found == code]
         if who:
             told = f" ({failure})" if failure else ""
@@ -71,22 +55,23 @@ def what_next(
     events: Sequence[Mapping[str, Any]],
     given: Sequence[str],
     submission: Submission,
-) -> Next:
+) -> Verdict:
     """What follows a start that has just ended, with its newest ``checkpoint`` and the nodes to ``blame``.
 
     ``events`` came before it, ``given`` are the nodes that SLURM gave.
     """
-    failures = failures_in_a_row(events, end["checkpoint"])
     if verdict.next != "failed":
-        return Next(verdict.next, 0.0, [])
+        return verdict
+    failures = failures_in_a_row(events, end["checkpoint"])
     if failures >= submission.max_failures:
-        return Next("stop", 0.0, [])
+        return verdict._replace(next="stop")
     now = {"event": "end", "time": time.time(), **end}
     bad = bad_nodes([*events, now], submission.exclude_after)
     if new := sorted(bad & set(end["blame"])):
-        return Next("requeue" if bad & set(usable(given, bad, submission)) else "again", 0.0, new)
+        elsewhere = bad & set(usable(given, bad, submission))
+        return verdict._replace(next="requeue" if elsewhere else "again", avoided=new)
     step = "requeue" if failures % 2 else "again"  # other nodes may help where the same ones did not
-    return Next(step, endings.pause_s(failures), [])
+    return verdict._replace(next=step, pause_s=endings.pause_s(failures))
 
 
 def failures_in_a_row(events: Sequence[Mapping[str, Any]], checkpoint: int | None) -> int:

@@ -51,9 +51,9 @@ def found_folders(run: Path) -> list[tuple[Folder, Submission]]:
 def to_follow(run: Path) -> tuple[Folder, Submission]:
     """The first of a run's submissions that waits or runs, or else the newest."""
     found = found_folders(run)
-    active = [job.id for job in queued([folder.id for folder, _ in found if folder.id]) if job.active]
-    numbers = {number.partition("_")[0] for number in active}
-    return next((one for one in found if one[0].id in numbers), found[-1])
+    jobs = queued([folder.id for folder, _ in found])
+    active = {job.id.partition("_")[0] for job in jobs if job.active}
+    return next((one for one in found if one[0].id in active), found[-1])
 
 
 def refuse_others(folder: Folder, submission: Submission, run: Path) -> None:
@@ -135,7 +135,7 @@ def describe(run: Path) -> dict[str, Any]:
 def _ask(folder: Folder) -> tuple[list[QueuedJob] | None, str]:
     """What SLURM says of a submission, and in words; None: it does not answer, but the history is in files."""
     try:
-        jobs = queued([folder.id] if folder.id else [], patience_s=PATIENCE_S)
+        jobs = queued([folder.id], patience_s=PATIENCE_S)
     except IgDistError as error:
         return None, f"unknown, SLURM does not answer ({error}); what is in files:"
     return jobs, state(jobs)

@@ -40,6 +40,7 @@ from ig_dist.data.reader import ShardReader
 from ig_dist.data.stream import BatchStream
 from ig_dist.errors import DataError
 from ig_dist.launching.node import Node
+from ig_dist.launching.ranks import signals_passed_on
 from ig_dist.launching.supervisor import supervise
 from ig_dist.training import learner, trainer, watchdog
 from ig_dist.training.meter import Meter
@@ -155,7 +156,8 @@ def slow_get(self: BatchStream, timeout_s: float | None = None) -> Any:
 
 if __name__ == "__main__":
     if "RANK" not in os.environ:
-        sys.exit(supervise(["-m", "tests.distributed.faulty", "train", *sys.argv[1:]], Node(processes=2)))
+        with signals_passed_on() as asked:
+            sys.exit(supervise(["-m", "tests.distributed.faulty", "train", *sys.argv[1:]], Node(processes=2), asked))
     learner.training_loss = training_loss
     BatchStream.get = slow_get  # type: ignore[method-assign]
     if KIND in ("stall", "stalls"):

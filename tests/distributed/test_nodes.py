@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ig_dist.launching.line import free_port
+from ig_dist.launching.together import free_port
 from tests import forked
 from tests.conftest import succeed
 from tests.runs import final_tensors, last_step, local, metrics
@@ -27,7 +27,7 @@ def begin(config: Path, port: int, rank: int, *options: str) -> forked.Process:
 def test_a_killed_rank_starts_all_nodes_again_and_leaves_no_trace(tiny_config: Write, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"train": {"steps": 30}, "checkpoint": {"every_steps": 7}}
     whole, killed = (tiny_config(name, **settings) for name in ("whole", "killed"))
-    run, port = tmp_path / "runs" / "killed", free_port("127.0.0.1")
+    run, port = tmp_path / "runs" / "killed", free_port()
     launchers = [begin(killed, port, rank, "--restarts", "2") for rank in (0, 1)]
     wait_until(lambda: last_step(run) >= 10, *launchers)
     (victim,) = children(launchers[1])
@@ -44,7 +44,7 @@ def test_a_killed_rank_starts_all_nodes_again_and_leaves_no_trace(tiny_config: W
 
 
 def test_a_signal_to_one_node_saves_and_stops_all(tiny_config: Write, tmp_path: Path) -> None:
-    run, port = tmp_path / "runs" / "stopped", free_port("127.0.0.1")
+    run, port = tmp_path / "runs" / "stopped", free_port()
     config = tiny_config("stopped", train={"steps": 100000}, checkpoint={"every_steps": 100000})
     launchers = [begin(config, port, rank, "--restarts", "2") for rank in (0, 1)]
     wait_until(lambda: last_step(run) >= 5, *launchers)

@@ -15,7 +15,7 @@ from ig_dist.cli import app
 from ig_dist.commands.launch import launch
 from ig_dist.errors import ConfigError
 from ig_dist.launching.jobs import Job
-from ig_dist.launching.kubernetes import failure_rules, manifest
+from ig_dist.launching.kubernetes import manifest
 from ig_dist.launching.node import this_node
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +69,7 @@ def test_pods_find_one_another_and_run_the_job_that_was_asked_for() -> None:
 
 
 def test_rules_follow_the_exit_codes() -> None:
-    fail, disrupted, stopped = failure_rules()
+    fail, disrupted, stopped = documents(["digits", "data.streams=8"])["Job"]["spec"]["podFailurePolicy"]["rules"]
     assert (fail["action"], fail["onExitCodes"]["values"]) == ("FailJob", [2, 3, 4, 7])
     assert (stopped["action"], stopped["onExitCodes"]["values"]) == ("Ignore", [75])
     assert disrupted == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}

@@ -22,9 +22,9 @@ import pytest
 from ig_dist.errors import ConfigError
 from ig_dist.launching import together
 from ig_dist.launching.endings import explaining
-from ig_dist.launching.line import Line, free_port
 from ig_dist.launching.node import Node, this_node
 from ig_dist.launching.ranks import Asked
+from ig_dist.launching.together import Line, free_port
 from tests.waiting import alive, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +39,8 @@ ranks.GRACE_S, ranks.HELPERS_S, endings.FIRST_PAUSE_S, together.JOIN_S = 0.5, 0.
 together.TWIN_S, together.PORT_S = 1.0, given.pop("port_s", 30.0)
 body, where = given.pop("body"), node.Node(**given.pop("node"))
 try:
-    sys.exit(supervisor.supervise(["-c", body], where, **given))
+    with ranks.signals_passed_on() as asked:
+        sys.exit(supervisor.supervise(["-c", body], where, asked, **given))
 except IgDistError as error:
     terminal.say(error)
     sys.exit(error.exit_code)
@@ -161,7 +162,7 @@ def test_what_ranks_leave_behind_is_ended_and_let_go_of(tmp_path: Path) -> None:
 def test_a_mistake_on_one_machine_ends_all(tmp_path: Path) -> None:
     """The ranks of the other do not find out by themselves, as in a collective of NCCL."""
     body = "sys.exit(2) if RANK else time.sleep(60)"
-    for launcher in machines(tmp_path, body, range(2), free_port("127.0.0.1"), restarts=2):
+    for launcher in machines(tmp_path, body, range(2), free_port(), restarts=2):
         errors = launcher.communicate(timeout=20)[1]
         assert launcher.returncode == 2 and "again" not in errors, errors
 
@@ -169,7 +170,7 @@ def test_a_mistake_on_one_machine_ends_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_machine_that_is_lost_may_come_back(tmp_path: Path, lost: int) -> None:
     body = "Path(f'up{RANK}').touch(); time.sleep(0 if Path('back').exists() else 60)"
-    port = free_port("127.0.0.1")
+    port = free_port()
     launchers = machines(tmp_path, body, range(2), port, restarts=1)
     until(tmp_path, "up0", "up1")
     launchers[lost].kill()
@@ -184,14 +185,14 @@ def test_a_machine_that_is_lost_may_come_back(tmp_path: Path, lost: int) -> None
 
 def test_a_machine_may_be_replaced_before_it_is_known_to_be_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(together, "TWIN_S", 60.0)
-    port = free_port("127.0.0.1")
+    port = free_port()
 
     def comes(rank: int) -> Line:
         line = Line(socket.create_connection(("127.0.0.1", port)))
         line.say(node=[3, rank, 1])
         return line
 
-    first = together.join(Node(3, port=port), Asked(), 1.0, lambda code: together.Next(code, False, 0.0))
+    first = together.First(Node(3, port=port), Asked(), 1.0, lambda code: together.Next(code, False, 0.0))
     with ThreadPoolExecutor(1) as pool:
         begun = pool.submit(first.begin)
         while True:
@@ -227,7 +228,7 @@ def test_a_port_that_is_taken_may_become_free(tmp_path: Path) -> None:
 def test_a_machine_that_is_asked_to_stop_stops_all(tmp_path: Path, stopped: int, done: bool) -> None:
     """Also ranks that would not find out by themselves, and by a launcher whose own are done."""
     body = f"Path(f'up{{RANK}}').touch(); time.sleep(0 if {done} and RANK == {stopped} else 60)"
-    launchers = machines(tmp_path, body, range(2), free_port("127.0.0.1"), restarts=2)
+    launchers = machines(tmp_path, body, range(2), free_port(), restarts=2)
     until(tmp_path, "up0", "up1")
     time.sleep(0.5)
     launchers[stopped].terminate()
@@ -246,7 +247,7 @@ while not asked:
 time.sleep(2)
 sys.exit(75)
 """
-    launchers = machines(tmp_path, saves, range(2), free_port("127.0.0.1"))
+    launchers = machines(tmp_path, saves, range(2), free_port())
     until(tmp_path, "up0", "up1")
     launchers[0].terminate()
     until(tmp_path, "told")
@@ -269,11 +270,8 @@ def test_a_signal_comes_before_the_gpus_are_known(tmp_path: Path) -> None:
 
 
 def test_machines_that_were_not_started_alike_or_do_not_come_are_said(tmp_path: Path) -> None:
-    three = {"nodes": 3, "port": free_port("127.0.0.1")}
-    lone = [
-        launched(tmp_path, "", node={"nodes": 2, "rank": rank, "port": free_port("127.0.0.1")}, join_s=0.2)
-        for rank in (0, 1)
-    ]
+    three = {"nodes": 3, "port": free_port()}
+    lone = [launched(tmp_path, "", node={"nodes": 2, "rank": rank, "port": free_port()}, join_s=0.2) for rank in (0, 1)]
     first = launched(tmp_path, "", node={**three, "rank": 0})
     same = [launched(tmp_path, "", node={**three, "rank": 1}) for _ in range(2)]
     other = launched(tmp_path, "", node={**three, "rank": 2, "processes": 2})

@@ -24,13 +24,12 @@ from ig_dist.launching.endings import STOPPED
 from ig_dist.launching.jobs import Job, job_folder
 from ig_dist.slurm import watch
 from ig_dist.slurm.commands import Partition, QueuedJob, SlurmError, minutes, partition
-from ig_dist.slurm.defaults import defaults_of
 from ig_dist.slurm.holding import CutOff, lock_is_free
 from ig_dist.slurm.record import Folder, Submission, World
-from ig_dist.slurm.script import Request, batch_script, checked, complete
+from ig_dist.slurm.request import Request, defaults_of
+from ig_dist.slurm.script import batch_script, checked, complete
 from ig_dist.slurm.submit import job_id, worlds
 from ig_dist.slurm.verdict import (
-    Next,
     Verdict,
     bad_nodes,
     excluded,
@@ -86,11 +85,11 @@ def test_a_rank_that_srun_ends_was_not_asked_to_stop(tmp_path: Path, number: int
     """SIGTERM is what the others get when one has failed; taken for a wish, a failure would be tried for ever."""
     script, ready = tmp_path / "job.py", tmp_path / "ready"
     script.write_text(f"import pathlib, time\npathlib.Path({str(ready)!r}).touch()\ntime.sleep(60)")
-    Folder(tmp_path).write(submission(commands=[[str(script)]]))
+    Folder(tmp_path).write(submission(commands=[["-m", "job"]]))
     ids = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "LOCAL_WORLD_SIZE": "1", "SLURMD_NODENAME": "a"}
     rank = subprocess.Popen(
         [sys.executable, "-m", "ig_dist.slurm.rank", str(tmp_path), "s"],
-        env={**os.environ, **ids, "IG_DIST_ACCUMULATION": "1"},
+        env={**os.environ, **ids, "PYTHONPATH": str(tmp_path), "IG_DIST_ACCUMULATION": "1"},
     )
     wait_until(ready.exists, rank)
     rank.send_signal(number)
@@ -102,7 +101,7 @@ def test_failures_are_tried_again_in_place_and_elsewhere_and_not_for_ever() -> N
     def step(verdict: Verdict, failures: int, most: int) -> str:
         before = {"event": "end", "time": 0.0, "code": 1, "next": "again"}
         end = {"checkpoint": None, "blame": []}
-        return what_next(verdict, end, [before] * failures, ["a", "b"], submission(max_failures=most)).step
+        return what_next(verdict, end, [before] * failures, ["a", "b"], submission(max_failures=most)).next
 
     failed = Verdict("failed", 1, "")
     assert [step(failed, failures, 3) for failures in range(5)] == ["again", "requeue", "again", "stop", "stop"]
@@ -144,17 +143,17 @@ def test_a_node_that_is_to_blame_again_is_not_used() -> None:
     end = {"code": 1, "reason": failed.reason, "checkpoint": 0, "blame": ["node2"]}
     before = {"event": "end", "time": time.time() - 3600, "next": "again", **end}
     three = ["node1", "node2", "node3"]
-    assert what_next(failed, end, [], three, job) == Next("again", 5.0, [])
-    assert what_next(failed, end, [before], three, job) == Next("again", 0.0, ["node2"])
-    assert what_next(failed, end, [before], three[:2], job) == Next("requeue", 0.0, ["node2"])
-    assert what_next(failed, {**end, "blame": ["node1"]}, [before], three, job).new == []
-    assert what_next(failed, end, [{**before, "time": time.time() - 90_000}], three, job).new == []
+    assert what_next(failed, end, [], three, job) == failed._replace(next="again", pause_s=5.0)
+    assert what_next(failed, end, [before], three, job) == failed._replace(next="again", avoided=["node2"])
+    assert what_next(failed, end, [before], three[:2], job) == failed._replace(next="requeue", avoided=["node2"])
+    assert what_next(failed, {**end, "blame": ["node1"]}, [before], three, job).avoided == ()
+    assert what_next(failed, end, [{**before, "time": time.time() - 90_000}], three, job).avoided == ()
     never = job.model_copy(update={"exclude_after": 0})
-    assert what_next(failed, end, [before], three, never) == Next("requeue", 10.0, [])
+    assert what_next(failed, end, [before], three, never) == failed._replace(next="requeue", pause_s=10.0)
     last = job.model_copy(update={"max_failures": 1})
-    assert what_next(failed, end, [before], three, last) == Next("stop", 0.0, [])
+    assert what_next(failed, end, [before], three, last) == failed._replace(next="stop")
     done = Verdict("done", 0, "done")
-    assert what_next(done, end, [before], three, job) == Next("done", 0.0, [])
+    assert what_next(done, end, [before], three, job) == done
 
     assert nodes_to_blame({3, 2}, "node3: task 4: Killed", three, 2) == ["node2"]  # the job knows better than srun
     assert nodes_to_blame((), "node3: task 4: Killed", three, 2) == ["node3"]
@@ -301,7 +300,7 @@ def test_a_time_of_the_cluster_file_is_no_number_of_base_60(tmp_path: Path, monk
     file.write_text("time: 12:00:00\nnodes: 2\nfollow: true\n")
     monkeypatch.setenv("IG_DIST_CLUSTER", str(file))
     found = defaults_of(["time", "nodes", "follow"])
-    assert (found["time"], found["nodes"], found["follow"]) == ("12:00:00", "2", True)
+    assert (found["time"], found["nodes"], found["follow"]) == ("12:00:00", "2", "true")
 
 
 def test_a_node_is_not_cut_off_where_nobody_answered_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,11 +455,18 @@ def test_no_task_of_an_array_does_what_one_process_alone_does(tmp_path: Path, ar
         "said += ' shows' * is_first_process() + ' merges' * is_main_process()\n"
         f"pathlib.Path({str(tmp_path / 'said')!r}).write_text(said)"
     )
-    Folder(tmp_path).write(submission(kind="evaluate", commands=[[str(script)]], array=array))
+    Folder(tmp_path).write(submission(kind="evaluate", commands=[["-m", "job"]], array=array))
     ids = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "LOCAL_WORLD_SIZE": "1", "SLURMD_NODENAME": "a"}
     subprocess.run(
         [sys.executable, "-m", "ig_dist.slurm.rank", str(tmp_path), "s"],
-        env={**os.environ, **ids, "SLURM_ARRAY_TASK_ID": "0", "WORLD_SIZE": "3", "IG_DIST_ACCUMULATION": "1"},
+        env={
+            **os.environ,
+            **ids,
+            "SLURM_ARRAY_TASK_ID": "0",
+            "WORLD_SIZE": "3",
+            "PYTHONPATH": str(tmp_path),
+            "IG_DIST_ACCUMULATION": "1",
+        },
         check=True,
     )
     assert (tmp_path / "said").read_text() == said
