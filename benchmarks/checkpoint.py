@@ -62,7 +62,7 @@ class Ours:
 
     def restore(self) -> None:
         """As a start does."""
-        checkpoint = self.store.latest(ALONE, keep=True)
+        checkpoint = self.store.find(ALONE, keep=True)
         assert checkpoint is not None and len(Loaded(checkpoint, ALONE).whole("model")) == len(self.pieces)
 
 

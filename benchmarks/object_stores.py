@@ -58,20 +58,19 @@ def ours(endpoint: str) -> Client:
     from ig_dist.storage.files import open_url, read_range, write_whole
     from ig_dist.storage.writes import create_file, write_stream
 
-    patience = Patience(stall_s=STALL_S, deadline_s=30)
-    fs, root = open_url(f"s3://{BUCKET}", "bucket", patience)
+    fs, root = open_url(f"s3://{BUCKET}", "bucket", Patience(stall_s=STALL_S, deadline_s=30))
 
     def put(key: str, data: bytes) -> None:
         pieces = [memoryview(data)[at : at + 32 * MIB] for at in range(0, len(data), 32 * MIB)]
         if len(pieces) > 1:
-            write_stream(fs, f"{root}/{key}", pieces, patience, size=len(data))
+            write_stream(fs, f"{root}/{key}", pieces, size=len(data))
         else:
-            write_whole(fs, f"{root}/{key}", data, patience)
+            write_whole(fs, f"{root}/{key}", data)
 
     return Client(
-        lambda start, stop: read_range(fs, f"{root}/{OBJECT}", start, stop, patience),
+        lambda start, stop: read_range(fs, f"{root}/{OBJECT}", start, stop),
         put,
-        lambda key, data: create_file(fs, f"{root}/{key}", data, patience),
+        lambda key, data: create_file(fs, f"{root}/{key}", data),
     )
 
 

@@ -94,7 +94,7 @@ def save(url: str, config: str, dist: Dist) -> Times:
 def go_on(url: str, config: str, dist: Dist) -> Times:
     """From the newest checkpoint, as a start does."""
     began = _together(url, dist)
-    checkpoint = CheckpointStore(url).latest(dist, keep=True)
+    checkpoint = CheckpointStore(url).find(dist, keep=True)
     assert checkpoint is not None
     torch_dist.barrier()
     read = time.perf_counter()

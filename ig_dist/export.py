@@ -242,7 +242,7 @@ def find_weights(
             raise ConfigError(f"{folder} holds exported weights, and only these: leave out --ema, --raw and steps")
         return Weights(config, folder, run)
     store = checkpoint_store(config)
-    checkpoint = store.latest(ALONE) if step is None else store.at(step, ALONE)
+    checkpoint = store.find(ALONE, step)
     if checkpoint is None:
         raise ConfigError(f"{config.run.dir} has no checkpoint: train it first with `ig-dist train`")
     return Weights(config, export_checkpoint(checkpoint, config, ema=ema, raw=raw), run)
@@ -268,7 +268,7 @@ def find_run(source: str | Path, overrides: Sequence[str] = ()) -> tuple[Config,
         return config_of(read_info(folder), str(folder), UNKNOWN_DATA, overrides), None, None
     if saved:
         step, url = int(saved[1]), str(folder.absolute().parent)
-        checkpoint = CheckpointStore(url).at(step, ALONE)
+        checkpoint = CheckpointStore(url).find(ALONE, step)
         assert checkpoint is not None  # it would have been said
         tree = _saved(checkpoint)[1].model_dump(mode="json")
         tree = {**tree, "run": {**tree["run"], "dir": url}, "checkpoint": {**tree["checkpoint"], "url": url}}

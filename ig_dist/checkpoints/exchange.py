@@ -7,9 +7,10 @@ good. A rank that has itself read what it wants, as when as many ranks go on wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ Wanted = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint whose bytes the ranks hold in memory, each its share (``CheckpointStore.latest(keep=True)``)."""
+    """A checkpoint whose bytes the ranks hold in memory, each its share (``CheckpointStore.find(keep=True)``)."""
 
     checkpoint: Checkpoint
     dist: Dist
@@ -48,11 +49,7 @@ class Loaded:
         return self.parts(group, whole)
 
     def parts(self, group: str, shards: Mapping[str, Piece]) -> dict[str, Tensor]:
-        """This rank's shards of the tensors of a group (``exp_avg``, ``ema/0.9999``), on its device. COLLECTIVE.
-
-        Raises:
-            DataError: the checkpoint has no such tensor.
-        """
+        """This rank's shards of the tensors of a group (``exp_avg``, ``ema/0.9999``), on its device. COLLECTIVE."""
         dtypes = {name: DTYPE_NAMES[self.checkpoint.entry(f"{group}/{name}")["dtype"]] for name in shards}
         wanted = {}
         for name, (_, first, data) in shards.items():
@@ -73,7 +70,7 @@ class Loaded:
                     flat[part.tensor][at : at + len(cut)].copy_(data[cut.start : cut.stop] if alike else data)
         return {n: found[f"{group}/{n}"].view(dtypes[n]).view(shard.data.shape) for n, shard in shards.items()}
 
-    def _rounds(self, group: str) -> Iterator[list[list[int]]]:
+    def _rounds(self, group: str) -> Iterable[Sequence[list[int]]]:
         """The parts of a group, by number, that each rank sends at a time; the same on all ranks."""
         parts, world = self.checkpoint.parts, self.dist.world_size
         queues: list[list[int]] = [[] for _ in range(world)]
@@ -83,8 +80,8 @@ class Loaded:
         # each rank begins elsewhere: else all might send to the same one first
         starts = [len(queue) * owner // world for owner, queue in enumerate(queues)]
         queues = [queue[start:] + queue[:start] for queue, start in zip(queues, starts, strict=True)]
-        while any(queues):
-            yield [_take(queue, parts, max(PART_BYTES, _ROUND_BYTES // world)) for queue in queues]
+        most = max(PART_BYTES, _ROUND_BYTES // world)
+        return zip_longest(*(_in_turn(queue, parts, most) for queue in queues), fillvalue=[])
 
     @cached_property
     def _own(self) -> dict[str, list[int]]:
@@ -161,11 +158,14 @@ def _wanted_of(part: Part, wanted: Wanted) -> range:
     return range(max(begin - part.at, 0), min(end - part.at, part.size))
 
 
-def _take(queue: list[int], parts: list[Part], most: int) -> list[int]:
-    """Take parts from the front, up to so many bytes, one at least."""
-    taken: list[int] = []
-    size = 0
-    while queue and (not taken or size + parts[queue[0]].size <= most):
-        taken.append(queue.pop(0))
-        size += parts[taken[-1]].size
-    return taken
+def _in_turn(numbers: Iterable[int], parts: Sequence[Part], most: int) -> Iterator[list[int]]:
+    """Parts, by number, so many bytes at a time, one at least."""
+    taken, size = list[int](), 0
+    for number in numbers:
+        if taken and size + parts[number].size > most:
+            yield taken
+            taken, size = [], 0
+        taken.append(number)
+        size += parts[number].size
+    if taken:
+        yield taken

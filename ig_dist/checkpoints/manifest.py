@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ig_dist.checkpoints.snapshot import DTYPE_NAMES, PART_BYTES
 from ig_dist.errors import ConfigError, DamagedError, first_line
-from ig_dist.storage.faults import Patience, intact
+from ig_dist.storage.faults import intact
 from ig_dist.storage.files import list_sizes, read_file
 from ig_dist.storage.urls import is_local
 
@@ -143,11 +143,7 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
 
 
 def check_tensor(name: str, entry: Mapping[str, Any]) -> None:
-    """Refuse a tensor of which a part would be whatever was in memory.
-
-    Raises:
-        DamagedError: its pieces do not make it whole, each element once, or its dtype is none.
-    """
+    """Refuse a tensor that its pieces do not make whole, each element once."""
     if entry["dtype"] not in DTYPE_NAMES:
         raise DamagedError(f"tensor {name!r} has an unknown dtype {entry['dtype']!r}")
     if math.prod(max(side, 1) for side in entry["shape"]) >= MOST_ELEMENTS:
@@ -163,7 +159,7 @@ def check_tensor(name: str, entry: Mapping[str, Any]) -> None:
         raise DamagedError(f"{what} is not whole: element {end} is in no piece")
 
 
-def inspect(fs: Any, folder: str, step: int, patience: Patience) -> dict[str, Any]:
+def inspect(fs: Any, folder: str, step: int) -> dict[str, Any]:
     """The manifest in a folder, which is whole; files of its sizes are there.
 
     Raises:
@@ -172,16 +168,16 @@ def inspect(fs: Any, folder: str, step: int, patience: Patience) -> dict[str, An
         DataError: the storage fails beyond the deadline.
     """
     try:
-        return intact(fs, folder, lambda: _inspect_once(fs, folder, step, patience), patience)
+        return intact(fs, folder, lambda: _inspect_once(fs, folder, step))
     except OSError as error:
         raise DamagedError(f"{type(error).__name__}: {first_line(error)}") from None
 
 
-def _inspect_once(fs: Any, folder: str, step: int, patience: Patience) -> dict[str, Any]:
-    sizes = list_sizes(fs, folder, patience)
+def _inspect_once(fs: Any, folder: str, step: int) -> dict[str, Any]:
+    sizes = list_sizes(fs, folder)
     if MANIFEST not in sizes or sizes[MANIFEST] > MOST_BYTES:
         raise DamagedError(f"{MANIFEST} is no file of less than {MOST_BYTES >> 20} MiB")
-    manifest = unsealed(read_file(fs, f"{folder}/{MANIFEST}", patience))
+    manifest = unsealed(read_file(fs, f"{folder}/{MANIFEST}"))
     if manifest is None:
         raise DamagedError(f"{MANIFEST} has changed")
     family, _, number = str(manifest.get("format")).partition("/")

@@ -82,15 +82,16 @@ def requests(parts: Sequence[Part], numbers: Sequence[int]) -> list[list[int]]:
     runs: list[list[int]] = []
     for _, piece in groupby(numbers, lambda number: (parts[number].file, parts[number].tensor)):
         whole = list(piece)
-        fits = parts[whole[-1]].end - parts[whole[0]].begin <= REQUEST_BYTES
-        for more in [whole] if fits else [[number] for number in whole]:
-            begin, end, file = parts[more[0]].begin, parts[more[-1]].end, parts[more[0]].file
-            first, last = (parts[runs[-1][0]], parts[runs[-1][-1]]) if runs else (parts[more[0]],) * 2
-            if runs and (last.file, last.end) == (file, begin) and end - first.begin <= REQUEST_BYTES:
-                runs[-1] += more
-            else:
-                runs.append(more)
+        for more in [whole] if _fit(parts[whole[0]], parts[whole[-1]]) else [[number] for number in whole]:
+            if not runs or more[0] != runs[-1][-1] + 1 or not _fit(parts[runs[-1][0]], parts[more[-1]]):
+                runs.append([])
+            runs[-1] += more
     return runs
+
+
+def _fit(first: Part, last: Part) -> bool:
+    """Whether one request may read from the first part to the last."""
+    return first.file == last.file and last.end - first.begin <= REQUEST_BYTES
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,7 @@ class Checkpoint:
         return [n.removeprefix(f"{group}/") for n in self.manifest["tensors"] if n.startswith(f"{group}/")]
 
     def entry(self, name: str) -> dict[str, Any]:
-        """Shape, dtype and pieces of a tensor.
-
-        Raises:
-            DataError: the checkpoint has no such tensor.
-        """
+        """Shape, dtype and pieces of a tensor, which must be there."""
         entry: dict[str, Any] | None = self.manifest["tensors"].get(name)
         if entry is None:
             raise DataError(f"{self.url} holds no tensor {name!r}: it was saved by a run with other settings")
@@ -183,25 +180,25 @@ class Checkpoint:
 
     def _read(self, numbers: Sequence[int], take: Callable[[Share], object]) -> None:
         """Read and check parts, with several requests at a time; ``take`` is given the parts of each."""
-        parts, patience = self.parts, self.patience
+        parts = self.parts
 
         def read(run: list[int]) -> None:
             first, last = parts[run[0]], parts[run[-1]]
             name = self.manifest["files"][first.file]["name"]
-            fs, path = open_url(f"{self.url}/{name}", "checkpoint.url", patience)
+            fs, path = open_url(f"{self.url}/{name}", "checkpoint.url", self.patience)
             # numpy asks for huge pages: the kernel clears and maps new memory several times faster
             memory = torch.from_numpy(np.empty(last.end - first.begin + ALIGNMENT, dtype=np.uint8))
             memory = memory[-memory.data_ptr() % ALIGNMENT :][: last.end - first.begin]
 
             def checked() -> None:
-                data = read_range(fs, path, first.begin, last.end, patience, into=memory.numpy().data)
+                data = read_range(fs, path, first.begin, last.end, into=memory.numpy().data)
                 for part in (parts[number] for number in run):
                     if zlib_ng.crc32(data[part.begin - first.begin : part.end - first.begin]) != part.crc32:
                         what = f"tensor {part.tensor!r}" if part.tensor else "its header"
                         raise DamagedError(f"{name}: {what} is damaged (its CRC differs)")
 
             try:
-                intact(fs, path, checked, patience)
+                intact(fs, path, checked)
             except OSError as error:
                 raise DamagedError(f"{name}: {error.strerror or error}") from None
             take({number: (memory, parts[number].begin - first.begin) for number in run})

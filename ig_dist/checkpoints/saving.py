@@ -94,11 +94,7 @@ class Saver:
         return self._under_way is not None and not self._under_way.done()
 
     def wait(self) -> None:
-        """Return when the last save is done, what follows it included. COLLECTIVE.
-
-        Raises:
-            DataError: it failed.
-        """
+        """Return when the last save is done, what follows it included; a DataError says why it failed. COLLECTIVE."""
         problem: DataError | None = from_main(self._settle(), self._dist)
         if problem is not None:
             raise type(problem)(f"{problem}; run the same command again to go on from the one before")
@@ -141,24 +137,18 @@ class Saver:
         return None
 
     def _write_part(self, save: _Save) -> None:
-        """This rank's file, then the record of it; also when there is no file, for rank 0 to say why."""
-        store, patience = self._store, self._store.patience
-        record: dict[str, Any]
-        failure: Exception | None = None
+        """This rank's file, then the record of it; where there is no file, the record tells rank 0 why."""
+        fs, patience, path = self._store.fs, self._store.patience, self._record_path(save, self._dist.rank)
         try:
-            record = self._write_file(save)
+            write_whole(fs, path, json.dumps(sealed(self._write_file(save))).encode())
         except (OSError, IgDistError) as error:
-            failure = error
-            record = {"problem": self._explained(error), "away": isinstance(error, StorageError)}
-            patience = Patience(patience.stall_s, min(patience.deadline_s, _LAST_WORD_S), patience.stop)
-        try:
-            packed = json.dumps(sealed(record)).encode()
-            write_whole(store.fs, self._record_path(save, self._dist.rank), packed, patience)
-        except (OSError, IgDistError) as error:
-            console.print(f"rank {self._dist.rank}: {self._explained(failure or error)}")
+            problem = {"problem": self._explained(error), "away": isinstance(error, StorageError)}
+            soon = Patience(patience.stall_s, min(patience.deadline_s, _LAST_WORD_S), patience.stop)
+            try:
+                write_whole(fs, path, json.dumps(sealed(problem)).encode(), soon)
+            except (OSError, IgDistError):
+                console.print(f"rank {self._dist.rank}: {problem['problem']}")
             raise
-        if failure is not None:
-            raise failure
 
     def _write_main(self, save: _Save) -> tuple[Checkpoint, dict[int, bool]]:
         """Rank 0's file, and the manifest of all; the folders that there are now."""
@@ -173,12 +163,12 @@ class Saver:
         patience = store.patience
         patience_s = time.monotonic() - began + patience.deadline_s + patience.stall_s + _LAST_WORD_S
         manifest = make_manifest(save.step, [own, *self._records(save, patience_s)], save.meta)
-        sizes = list_sizes(store.fs, folder, store.patience)
+        sizes = list_sizes(store.fs, folder)
         for file in manifest["files"]:
             if sizes.get(file["name"]) != file["bytes"]:
                 raise DataError(f"{store.url}/{folder_name(save.step)}/{file['name']} has disappeared or is cut short")
         data = json.dumps(manifest).encode()
-        if not create_file(store.fs, f"{folder}/{MANIFEST}", data, store.patience):
+        if not create_file(store.fs, f"{folder}/{MANIFEST}", data):
             self._attempt("what is left of it was not deleted", partial(self._undo, save))
             raise DataError(
                 f"{store.url}/{folder_name(save.step)} was saved by another run meanwhile: give each run its own"
@@ -199,22 +189,18 @@ class Saver:
             store.fs.makedirs(folder, exist_ok=True)
         described = in_background(self._snapshot.described)
         chunks = self._snapshot.chunks()
-        file = write_hashed(store.fs, folder, f"rank_{self._dist.rank:05d}", chunks, store.patience)
+        file = write_hashed(store.fs, folder, f"rank_{self._dist.rank:05d}", chunks)
         return {"file": {**file, "header": self._snapshot.header()}, "tensors": described.result()}
 
     def _records(self, save: _Save, patience_s: float) -> list[dict[str, Any]]:
-        """What the other ranks say of their files, in rank order.
-
-        Raises:
-            DataError: one of them failed, or said nothing for too long.
-        """
+        """What the other ranks say of their files, in rank order; a DataError, where one failed or says nothing."""
         store = self._store
         records: dict[int, dict[str, Any]] = {}
         missing = set(range(1, self._dist.world_size))
         give_up, pause = time.monotonic() + patience_s, _POLL_S[0]
         while missing:
             store.fs.invalidate_cache()
-            names = list_sizes(store.fs, store.folder(save.step), store.patience)
+            names = list_sizes(store.fs, store.folder(save.step))
             come = [rank for rank in sorted(missing) if self._record_path(save, rank).rpartition("/")[2] in names]
             for rank, record in zip(come, in_parallel(partial(self._record, save), come, _AT_ONCE), strict=True):
                 if record is not None:  # else it suffered on the way: the next look reads it again
@@ -229,7 +215,7 @@ class Saver:
     def _record(self, save: _Save, rank: int) -> dict[str, Any] | None:
         """What a rank says of its file; None when that is not as it was written."""
         store = self._store
-        record = unsealed(read_file(store.fs, self._record_path(save, rank), store.patience))
+        record = unsealed(read_file(store.fs, self._record_path(save, rank)))
         if record is not None and "problem" in record:
             kind = StorageError if record.get("away") else DataError
             raise kind(f"rank {rank}: {record['problem']}")
@@ -241,10 +227,10 @@ class Saver:
     def _undo(self, save: _Save) -> None:
         """Delete what a failed save left; not what another run saved there."""
         store, folder = self._store, self._store.folder(save.step)
-        names = list_sizes(store.fs, folder, store.patience)
+        names = list_sizes(store.fs, folder)
         kept: set[str] = set()
         if MANIFEST in names:
-            manifest = unsealed(read_file(store.fs, f"{folder}/{MANIFEST}", store.patience))
+            manifest = unsealed(read_file(store.fs, f"{folder}/{MANIFEST}"))
             if manifest is None:
                 raise DataError(f"{folder}/{MANIFEST} cannot be trusted: see which of the files there are needed")
             kept = {MANIFEST, *(file["name"] for file in manifest["files"])}

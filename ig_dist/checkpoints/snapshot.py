@@ -11,7 +11,7 @@ background is the only copy there is: host memory holds this rank's share of the
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -90,19 +90,25 @@ class Snapshot:
 
     def chunks(self) -> list[memoryview]:
         """The bytes of the file, without a copy; the next ``take`` overwrites them."""
-        used = -(-self._bytes // CHUNK_BYTES)
-        return [buffer[: self._bytes - n * CHUNK_BYTES].numpy().data for n, buffer in enumerate(self._buffers[:used])]
+        return [span.numpy().data for span in self._spans(0, self._bytes)]
 
     def header(self) -> list[int]:
         """Bytes of the header, and their CRC-32."""
         size = min((begin for _, begin, _ in self._places.values()), default=self._bytes)
         return [size, self._crc(0, size)]
 
+    def _spans(self, begin: int, end: int) -> Iterator[Tensor]:
+        """These bytes of the file, where they lie."""
+        while begin < end:
+            number, first = divmod(begin, CHUNK_BYTES)
+            span = self._buffers[number][first : first + end - begin]
+            yield span
+            begin += len(span)
+
     def _crc(self, begin: int, end: int) -> int:
-        value, chunks = 0, self.chunks()
-        for number in range(begin // CHUNK_BYTES, -(-end // CHUNK_BYTES)):
-            first = number * CHUNK_BYTES
-            value = zlib_ng.crc32(chunks[number][max(begin - first, 0) : end - first], value)
+        value = 0
+        for span in self._spans(begin, end):
+            value = zlib_ng.crc32(span.numpy().data, value)
         return value
 
     def described(self) -> dict[str, list[Any]]:
@@ -113,12 +119,9 @@ class Snapshot:
         return {name: described(piece, begin, end, self._crc) for name, (piece, begin, end) in self._places.items()}
 
     def _put(self, at: int, data: Tensor) -> None:
-        done = 0
-        while done < len(data):
-            number, begin = divmod(at + done, CHUNK_BYTES)
-            count = min(CHUNK_BYTES - begin, len(data) - done)
-            self._buffers[number][begin : begin + count].copy_(data[done : done + count], non_blocking=True)
-            done += count
+        for span in self._spans(at, at + len(data)):
+            span.copy_(data[: len(span)], non_blocking=True)
+            data = data[len(span) :]
 
 
 def described(piece: Piece, begin: int, end: int, crc: Callable[[int, int], int]) -> list[Any]:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ig_dist.checkpoints.manifest import MANIFEST, folder_name, inspect
 from ig_dist.checkpoints.reading import Checkpoint
@@ -29,10 +29,10 @@ from ig_dist.errors import ConfigError, DamagedError, DataError, IgDistError
 from ig_dist.parallel.agreement import meet
 from ig_dist.parallel.dist import Dist, from_main, gather_objects
 from ig_dist.storage.background import in_background
-from ig_dist.storage.faults import Patience, retried
+from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import list_sizes, open_url
 from ig_dist.storage.s3 import abort_orphaned_uploads
-from ig_dist.storage.urls import is_local, once
+from ig_dist.storage.urls import is_local
 
 _TIDYING_S = 30.0  # how long is tried what need not succeed
 log = logging.getLogger(__name__)
@@ -52,84 +52,49 @@ class CheckpointStore:
 
     def __init__(self, url: str, *, keep_last: int = 2, keep_every: int = 0, patience: Patience | None = None) -> None:
         self.patience = patience or Patience()
-        fs, self.path = open_url(url, "checkpoint.url", self.patience)
-        self.fs = once(fs)  # each call says what it is worth retrying
+        self.fs, self.path = open_url(url, "checkpoint.url", self.patience)
         self.url, self._keep_last, self._keep_every = url.rstrip("/"), keep_last, keep_every
         self.damaged: set[int] = set()
-        """Steps whose checkpoints were found damaged: they may be written over."""
+        """Steps whose checkpoints ``find`` found damaged: they may be written over."""
 
-    def latest(
+    def find(
         self,
         dist: Dist,
+        step: int | None = None,
         *,
         keep: bool = False,
         fits: Callable[[Checkpoint], None] = lambda checkpoint: None,
         beat: Callable[[], None] = lambda: None,
     ) -> Checkpoint | None:
-        """The newest whole checkpoint; damaged ones are reported and passed over. COLLECTIVE.
+        """The checkpoint of a step, or the newest whole one, if there is any. COLLECTIVE.
 
         All processes share the reading, and ``keep`` what they read, for ``Loaded``. ``fits`` is called before that; it
         raises on all ranks alike if the checkpoint is not for this run (``DamagedError`` is a damage like others).
-        ``beat`` is called now and then meanwhile.
+        ``beat`` is called now and then meanwhile. Damaged ones are passed over, and reported, unless the step is given.
 
         Raises:
-            ConfigError: the newest is of a later format than this version knows.
+            ConfigError: there is none of that step, it is damaged, or of a later format than this version knows.
             DataError: there are checkpoints and none of them is whole, or the storage fails beyond the deadline.
         """
-        passed: set[int] = set()
-        while (manifest := self._on_main(partial(self._newest, passed), dist)) is not None:
+        self.damaged.clear()
+        while (chosen := step if step is not None else self._on_main(self._newest, dist)) is not None:
+            url = f"{self.url}/{folder_name(chosen)}"
             try:
-                checkpoint = self._open(manifest, dist, keep, fits, beat)
+                look = partial(inspect, self.fs, self.folder(chosen), chosen)
+                checkpoint = Checkpoint(url, self._on_main(look, dist), self.patience)
+                fits(checkpoint)
+                read = partial(checkpoint.read_share, dist.rank, dist.world_size, keep=keep)
+                return replace(checkpoint, share=self._on_all(read, dist, beat))
             except DamagedError as error:
+                if step is not None:
+                    there = ", ".join(map(str, self.agreed_steps(dist))) or "none"
+                    raise ConfigError(
+                        f"{self.url} has no whole checkpoint of step {step} ({error}); there are: {there}"
+                    ) from None
+                self.damaged.add(chosen)
                 if dist.is_main:
-                    self._pass_over(manifest["step"], error, passed)
-            else:
-                self.damaged.discard(checkpoint.step)
-                return checkpoint
+                    log.warning("checkpoint %s is damaged (%s): trying the one before", url, error)
         return None
-
-    def at(
-        self,
-        step: int,
-        dist: Dist,
-        *,
-        keep: bool = False,
-        fits: Callable[[Checkpoint], None] = lambda checkpoint: None,
-        beat: Callable[[], None] = lambda: None,
-    ) -> Checkpoint:
-        """The checkpoint of one step. COLLECTIVE. Arguments as for ``latest``.
-
-        Raises:
-            ConfigError: there is none, or it is damaged, or of a later format.
-            DataError: the storage fails beyond the deadline.
-        """
-        try:
-            manifest = self._on_main(partial(inspect, self.fs, self.folder(step), step, self.patience), dist)
-            return self._open(manifest, dist, keep, fits, beat)
-        except DamagedError as error:
-            there = ", ".join(map(str, self.agreed_steps(dist))) or "none"
-            raise ConfigError(
-                f"{self.url} has no whole checkpoint of step {step} ({error}); there are: {there}"
-            ) from None
-
-    def _open(
-        self,
-        manifest: dict[str, Any],
-        dist: Dist,
-        keep: bool,
-        fits: Callable[[Checkpoint], None],
-        beat: Callable[[], None],
-    ) -> Checkpoint:
-        """The checkpoint of a manifest, once all ranks have read it. COLLECTIVE.
-
-        Raises:
-            DamagedError: some rank, or ``fits``, found it so.
-            DataError: the storage fails beyond the deadline.
-        """
-        checkpoint = Checkpoint(f"{self.url}/{folder_name(manifest['step'])}", manifest, self.patience)
-        fits(checkpoint)
-        share = self._on_all(partial(checkpoint.read_share, dist.rank, dist.world_size, keep=keep), dist, beat)
-        return replace(checkpoint, share=share)
 
     def agreed_steps(self, dist: Dist) -> list[int]:
         """``steps``, as rank 0 sees them. COLLECTIVE."""
@@ -143,13 +108,13 @@ class CheckpointStore:
         """Step of each checkpoint folder, and whether it has a manifest."""
         self.fs.invalidate_cache()
         try:
-            paths = retried(self.fs, self.path, lambda: self.fs.ls(self.path, detail=False), self.patience)
+            paths = self.fs.ls(self.path, detail=False)
         except (FileNotFoundError, NotADirectoryError):  # what is in the way is said when the run directory is claimed
             return {}
         steps = [int(match[1]) for p in paths if (match := re.fullmatch(r"step_(\d{10})", PurePosixPath(p).name))]
         if is_local(self.fs):  # it may be anything
             return {step: os.path.lexists(f"{self.folder(step)}/{MANIFEST}") for step in steps}
-        return {step: MANIFEST in list_sizes(self.fs, self.folder(step), self.patience) for step in steps}
+        return {step: MANIFEST in list_sizes(self.fs, self.folder(step)) for step in steps}
 
     def folder(self, step: int) -> str:
         """Path of a step's folder within the file system."""
@@ -186,14 +151,14 @@ class CheckpointStore:
         with contextlib.suppress(FileNotFoundError):
             if is_local(self.fs) and Path(path).is_dir() and not Path(path).is_symlink():
                 shutil.rmtree(path)
-            retried(self.fs, path, lambda: self.fs.rm_file(path), self.patience)
+            self.fs.rm_file(path)
 
     def _delete(self, step: int, has_manifest: bool) -> None:
         folder = self.folder(step)
         if has_manifest:
             self.remove(f"{folder}/{MANIFEST}")  # first: what is half deleted must not exist
         with contextlib.suppress(FileNotFoundError):
-            retried(self.fs, folder, lambda: self.fs.rm(folder, recursive=True), self.patience)
+            self.fs.rm(folder, recursive=True)
         self.abort_orphans(folder)
 
     def _on_main(self, function: Callable[[], T], dist: Dist) -> T:
@@ -223,25 +188,15 @@ class CheckpointStore:
             raise first
         return work.result()
 
-    def _newest(self, passed: set[int]) -> dict[str, Any] | None:
-        """The newest manifest that may be of a whole checkpoint, but those that were passed over."""
-        for step in reversed([step for step in self.steps() if step not in passed]):
-            try:
-                return inspect(self.fs, self.folder(step), step, self.patience)
-            except DamagedError as error:
-                self._pass_over(step, error, passed)
-        if passed:
+    def _newest(self) -> int | None:
+        """The newest step that has a manifest, but those that were found damaged."""
+        left = [step for step in self.steps() if step not in self.damaged]
+        if self.damaged and not left:
             raise DataError(
-                f"none of the {len(passed)} checkpoints in {self.url} is whole: restore one,"
+                f"none of the {len(self.damaged)} checkpoints in {self.url} is whole: restore one,"
                 " or delete that folder to start from the beginning"
             )
-        return None
-
-    def _pass_over(self, step: int, problem: DamagedError, passed: set[int]) -> None:
-        self.damaged.add(step)
-        passed.add(step)
-        where = f"{self.url}/{folder_name(step)}"
-        log.warning("checkpoint %s is damaged (%s): trying the one before", where, problem)
+        return max(left, default=None)
 
 
 def checkpoint_store(config: Config) -> CheckpointStore:

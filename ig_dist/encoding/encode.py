@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
@@ -48,11 +47,7 @@ class Job:
 
 
 def existing_settings(dest: Dest) -> Settings | None:
-    """The settings of the shards that are there; None: there are none.
-
-    Raises:
-        ConfigError: an index that does not match its shards.
-    """
+    """The settings of the shards that are there; None: there are none."""
     if dest.has_index():
         return settings_of(read_index(dest.url).info)
     for name in sorted(dest.sizes(PARTS)):
@@ -64,11 +59,7 @@ def existing_settings(dest: Dest) -> Settings | None:
 
 
 def finished_index(dest: Dest, settings: Settings) -> ShardIndex | None:
-    """The index, if everything is finished; what a killed worker left beside it is removed.
-
-    Raises:
-        ConfigError: it is of other settings, or does not match its shards.
-    """
+    """The index, if everything is finished; what a killed worker left beside it is removed."""
     if not dest.has_index():
         return None
     index = read_index(dest.url)
@@ -140,13 +131,11 @@ def _make_missing(job: Job, ledger: Ledger, order: list[int]) -> None:
 
 def _requests(job: Job, ledger: Ledger, order: list[int]) -> Iterator[Request]:
     """The batches of the shards to make. A shard that another worker has finished meanwhile is left in the middle."""
-    looked, size = time.monotonic(), job.settings.samples_per_shard
+    size = job.settings.samples_per_shard
     for shard in shards_to_make(ledger, shard_count(len(order), size), job.worker):
         places = shard_places(shard, len(order), size)
         for start in range(places.start, places.stop, job.batch_size):
-            if time.monotonic() - looked > LOOK_AGAIN_S:
-                ledger.look()
-                looked = time.monotonic()
+            ledger.look(LOOK_AGAIN_S)
             if ledger.ended or shard in ledger.finished:
                 break
             stop = min(start + job.batch_size, places.stop)
@@ -159,18 +148,15 @@ def shards_to_make(ledger: Ledger, shards: int, worker: Process) -> Iterator[int
 
     The others come in an order of its own, so that two workers that help a third seldom make the same shard. What
     another worker is making now counts as missing: that worker may be dead. Within its own part, which others seldom
-    help with, it looks every ``LOOK_AGAIN_S``: each look lists all that is finished.
+    help with, it looks every ``LOOK_AGAIN_S``.
     """
-    looked = -math.inf
     begin, end = (i * shards // worker.world_size for i in (worker.rank, worker.rank + 1))
     others = [number for number in range(shards) if not begin <= number < end]
     Random(worker.rank).shuffle(others)
     for number in [*range(begin, end), *others]:
         if number in ledger.finished:
             continue
-        if not begin <= number < end or time.monotonic() - looked > LOOK_AGAIN_S:
-            ledger.look()
-            looked = time.monotonic()
+        ledger.look(LOOK_AGAIN_S if begin <= number < end else 0.0)
         if ledger.ended:
             return
         if number not in ledger.finished:

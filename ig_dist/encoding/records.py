@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import math
 import re
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Any, NamedTuple
@@ -90,20 +92,12 @@ class Dest:
         self.fs, self.path = open_url(self.url, "--dest", self.patience)
 
     def sizes(self, folder: str = "") -> dict[str, int]:
-        """Names and bytes of the files in the folder or in a folder of it.
-
-        Raises:
-            ConfigError: it cannot be listed.
-        """
+        """Names and bytes of the files in the folder or in a folder of it."""
         self.fs.invalidate_cache()
         try:
-            return list_sizes(self.fs, f"{self.path}/{folder}".rstrip("/"), self.patience)
-        except NotADirectoryError:
-            raise ConfigError(f"--dest {self.url} is a file: choose a folder") from None
+            return list_sizes(self.fs, f"{self.path}/{folder}".rstrip("/"))
         except OSError as error:
-            raise ConfigError(
-                f"--dest {self.url} cannot be used ({_reason(error)}): choose a folder, or make it accessible"
-            ) from None
+            raise self._unusable(error) from None
 
     def exists(self, name: str) -> bool:
         """Whether a file is there."""
@@ -123,36 +117,33 @@ class Dest:
         """The record of a shard; None: it is gone, or no record (the shard is then made again)."""
         name = record_name(number)
         try:
-            return ShardRecord.model_validate_json(read_file(self.fs, f"{self.path}/{name}", self.patience))
+            return ShardRecord.model_validate_json(read_file(self.fs, f"{self.path}/{name}"))
         except (FileNotFoundError, ValidationError):
             return None
         except OSError as error:
             raise unreadable(self.fs, f"{self.path}/{name}", error) from None
 
     def make(self) -> None:
-        """Make the folder.
-
-        Raises:
-            ConfigError: it cannot be made.
-        """
-        if not is_local(self.fs):
-            return  # an object needs no folder
+        """Make the folder."""
         try:
-            self.fs.makedirs(self.path, exist_ok=True)
+            if is_local(self.fs):  # an object needs no folder
+                self.fs.makedirs(self.path, exist_ok=True)
         except OSError as error:
-            raise ConfigError(
-                f"--dest {self.url} cannot be made ({_reason(error)}): choose another, or mend that"
-            ) from None
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: OSError) -> ConfigError:
+        what = "is a file" if isinstance(error, NotADirectoryError) else f"cannot be used ({_reason(error)})"
+        return ConfigError(f"--dest {self.url} {what}: choose a folder, or make it accessible")
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file whole; raises as ``writing``."""
         with self.writing(name) as path:
-            write_whole(self.fs, path, data, self.patience)
+            write_whole(self.fs, path, data)
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a file whole where there is none; whether it holds ``data`` now. Raises as ``writing``."""
         with self.writing(name) as path:
-            return create_file(self.fs, path, data, self.patience)
+            return create_file(self.fs, path, data)
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[str]:
@@ -199,15 +190,12 @@ class Dest:
         for name in self.sizes(PARTS):
             if _RECORD.match(name):
                 self.remove(f"{PARTS}/{name}")
-        numbers = {_SHARD.fullmatch(name)[1] for name in known if _SHARD.fullmatch(name)}  # type: ignore[index]
+        numbers = {match[1] for name in known if (match := _SHARD.fullmatch(name))}
         for name in self.sizes().keys() - known:
             match = _SHARD.fullmatch(name)
-            if match and match[1] in numbers:
+            if match[1] in numbers if match else _TEMPORARY.search(name):
                 self.remove(name)
         if is_local(self.fs):
-            for name in self.sizes():
-                if _TEMPORARY.search(name):
-                    self.remove(name)
             with contextlib.suppress(OSError):  # another worker is here too
                 self.fs.rmdir(f"{self.path}/{PARTS}")
 
@@ -249,13 +237,13 @@ class Ledger:
         self.finished: set[int] = set()
         self._known: dict[int, tuple[str | None, list[Rejected]]] = {}  # the tar, if any, and what was rejected
         self._dest, self._settings, self._shards = dest, settings, shards
+        self._looked = -math.inf
 
-    def look(self) -> None:
-        """See what is there now.
-
-        Raises:
-            ConfigError: a record of other settings.
-        """
+    def look(self, every_s: float = 0.0) -> None:
+        """See what is there now, unless that was done less than so long ago: each look lists all that is finished."""
+        if time.monotonic() - self._looked < every_s:
+            return
+        self._looked = time.monotonic()
         tars, records = self._dest.sizes(), self._dest.sizes(PARTS)
         present = [number for number in range(self._shards) if PurePosixPath(record_name(number)).name in records]
         self._known = {number: self._known[number] for number in present if number in self._known}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
-import sys
+import math
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 
 from ig_dist.errors import ConfigError, DamagedError, DataError, StorageError, first_line
 from ig_dist.storage.background import in_background
-from ig_dist.storage.urls import full_url, is_local
+from ig_dist.storage.urls import full_url, is_local, once
 from ig_dist.terminal import console
 
 T = TypeVar("T")
 
 _LOG_EVERY_S = 5.0
 _LOOK_S = 0.2  # between looks for a stop
+_LONGEST_PAUSE_S = 10.0
 _READS = 4  # of the same bytes, before they are damaged and did not suffer on the way
 
 _TRANSIENT_CODES = {
@@ -31,12 +32,20 @@ _TRANSIENT_CODES = {
     "XAmzContentSHA256Mismatch",
 }
 
+# of the clients that are in use: a connection that fails before or in the answer is no OSError there
+_CLIENT_FAULTS = {
+    "aiohttp.client_exceptions.ClientError",
+    "botocore.exceptions.ConnectionError",
+    "botocore.exceptions.HTTPClientError",
+    "botocore.exceptions.IncompleteReadError",
+}
+
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError"}
 
 _LASTING = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 
 
-@dataclass
+@dataclass(eq=False)
 class Patience:
     """How long faults of a storage are borne, and how many were. Safe to share between threads."""
 
@@ -68,7 +77,13 @@ PATIENCE = Patience()
 """For whoever has no reason for another."""
 
 
-def retried(fs: Any, path: str, operation: Callable[[], T], patience: Patience = PATIENCE) -> T:
+def patience_of(fs: Any) -> Patience:
+    """What a file system was opened with."""
+    found: Patience = getattr(fs, "patience", PATIENCE)
+    return found
+
+
+def retried(fs: Any, path: str, operation: Callable[[], T]) -> T:
     """Do an operation on a file, again after a transient fault: with back-off and jitter, under the deadline.
 
     A local file system is tried once.
@@ -80,50 +95,73 @@ def retried(fs: Any, path: str, operation: Callable[[], T], patience: Patience =
     """
     if is_local(fs):
         return operation()
-    import tenacity
+    patience = patience_of(fs)
+    failing_since, pause_s = math.inf, 0.1  # a long operation is not late because it once fails
+    while True:
+        try:
+            return _unless_stopped(operation, patience)
+        except Exception as error:
+            failing_since = min(failing_since, time.monotonic())
+            late = time.monotonic() - failing_since >= patience.deadline_s
+            if late or patience.stop.is_set() or not _is_transient(error):
+                said = _explained(error, full_url(fs, path), patience)
+                if said is error:
+                    raise
+                raise said from None
+            wait_s = min(pause_s + random.uniform(0.0, 0.5), _LONGEST_PAUSE_S)
+            patience.count(full_url(fs, path), error, wait_s)
+        patience.stop.wait(wait_s)
+        pause_s *= 2
 
-    url = full_url(fs, path)
-    failing_since: list[float] = []  # a long operation is not late because it once fails
 
-    def too_late(state: tenacity.RetryCallState) -> bool:
-        failing_since.append(time.monotonic())
-        return patience.stop.is_set() or failing_since[-1] - failing_since[0] >= patience.deadline_s
+class _Persistent:
+    """A remote file system whose calls on a path are ``retried``; all else is the file system's own."""
 
-    retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(_is_transient),
-        wait=tenacity.wait_exponential_jitter(multiplier=0.1, max=10.0, jitter=0.5),
-        stop=too_late,
-        sleep=tenacity.sleep_using_event(patience.stop),
-        before_sleep=lambda state: patience.count(
-            url,
-            state.outcome.exception(),  # type: ignore[union-attr, arg-type]  # it has failed
-            state.upcoming_sleep,
-        ),
-        reraise=True,
-    )
-    try:
-        return retrying(lambda: _unless_stopped(operation, patience))
-    except PermissionError as error:
-        raise DataError(
-            f"{url}: access denied ({first_line(error)}): check the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID,"
-            " instance role) and what the bucket allows them"
-        ) from None
-    except Exception as error:
-        if patience.stop.is_set() and _is_transient(error):
-            raise DataError(f"{url}: given up, because the command ends") from None
-        if type(error).__name__ in _NO_CREDENTIALS:
-            raise DataError(
-                f"{url}: {first_line(error)}: set AWS_PROFILE or AWS_ACCESS_KEY_ID, or run `aws login`"
-            ) from None
-        if not _is_transient(error):
-            if isinstance(error, ValueError) or type(error).__module__.startswith(("botocore", "aiohttp")):
-                remedy = "check the URL, AWS_ENDPOINT_URL, AWS_PROFILE and ~/.aws (with SSO, log in again), or ~/.netrc"
-                raise ConfigError(f"{url}: {first_line(error)}: {remedy}") from None
-            raise
-        raise StorageError(
-            f"{url}: the storage has failed for {patience.deadline_s:g} s, last with: {first_line(error)}: see that"
-            " it is up and reachable, then run the same command again"
-        ) from None
+    _READS = ("cat_file", "exists", "find", "glob", "info", "isdir", "isfile", "ls", "size")
+    _CALLS = frozenset((*_READS, "makedirs", "mv", "pipe_file", "rm", "rm_file", "rmdir"))
+
+    def __init__(self, fs: Any, patience: Patience) -> None:
+        self.wrapped, self.patience = fs, patience
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("wrapped", "patience"):  # while it is copied
+            raise AttributeError(name)
+        call = getattr(self.wrapped, name)
+        if name not in self._CALLS:
+            return call
+
+        def persistent(path: Any, *arguments: Any, **options: Any) -> Any:
+            return retried(self, path, lambda: call(path, *arguments, **options))
+
+        return persistent
+
+
+def under(fs: Any, patience: Patience | None) -> Any:
+    """The same file system with another patience; None: its own."""
+    return fs if patience is None else _Persistent(once(fs), patience)
+
+
+def _explained(error: Exception, url: str, patience: Patience) -> Exception:
+    """What is said of a fault that is not borne any longer; what the caller knows better stays as it is."""
+    what = first_line(error)
+    if isinstance(error, PermissionError):
+        return DataError(
+            f"{url}: access denied ({what}): check the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID, instance role) and"
+            " what the bucket allows them"
+        )
+    if type(error).__name__ in _NO_CREDENTIALS:
+        return DataError(f"{url}: {what}: set AWS_PROFILE or AWS_ACCESS_KEY_ID, or run `aws login`")
+    if _is_transient(error):
+        if patience.stop.is_set():
+            return DataError(f"{url}: given up, because the command ends")
+        return StorageError(
+            f"{url}: the storage has failed for {patience.deadline_s:g} s, last with: {what}: see that it is up and"
+            " reachable, then run the same command again"
+        )
+    if isinstance(error, ValueError) or type(error).__module__.startswith(("botocore", "aiohttp")):
+        remedy = "check the URL, AWS_ENDPOINT_URL, AWS_PROFILE and ~/.aws (with SSO, log in again), or ~/.netrc"
+        return ConfigError(f"{url}: {what}: {remedy}")
+    return error
 
 
 def _unless_stopped(operation: Callable[[], T], patience: Patience) -> T:
@@ -139,7 +177,7 @@ def _unless_stopped(operation: Callable[[], T], patience: Patience) -> T:
     return work.result()
 
 
-def intact(fs: Any, path: str, read: Callable[[], T], patience: Patience = PATIENCE) -> T:
+def intact(fs: Any, path: str, read: Callable[[], T]) -> T:
     """What a read gives that checks what came: again, some times, for the bytes may have suffered on the way.
 
     A local file is read once.
@@ -155,7 +193,7 @@ def intact(fs: Any, path: str, read: Callable[[], T], patience: Patience = PATIE
             left -= 1
             if not left:
                 raise
-            patience.count(full_url(fs, path), error, 0.0)
+            patience_of(fs).count(full_url(fs, path), error, 0.0)
 
 
 def unreadable(fs: Any, path: str, error: OSError) -> DataError:
@@ -177,10 +215,5 @@ def _is_transient(error: BaseException) -> bool:
         return status >= 500 or status in (408, 429)
     if type(error).__name__ in _NO_CREDENTIALS or isinstance(error, _LASTING):
         return False
-    types: list[type[BaseException]] = [OSError, asyncio.TimeoutError]
-    # of the clients that are in use: a connection that fails before or in the answer is no OSError there
-    clients = (("botocore.exceptions", "HTTPClientError"), ("botocore.exceptions", "ConnectionError"))
-    for module, name in (*clients, ("botocore.exceptions", "IncompleteReadError"), ("aiohttp", "ClientError")):
-        if module in sys.modules:
-            types.append(getattr(sys.modules[module], name))
-    return isinstance(error, tuple(types))
+    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
+    return isinstance(error, OSError) or not kinds.isdisjoint(_CLIENT_FAULTS)

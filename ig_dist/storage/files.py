@@ -20,7 +20,7 @@ import numpy as np
 
 from ig_dist.errors import ConfigError, DataError, first_line
 from ig_dist.storage import s3
-from ig_dist.storage.faults import PATIENCE, Patience, retried
+from ig_dist.storage.faults import PATIENCE, Patience, patience_of, retried, under
 from ig_dist.storage.urls import WEB, full_url, is_file, is_local, once, refuse_credentials
 from ig_dist.terminal.extras import missing
 
@@ -61,29 +61,7 @@ def open_url(url: str, what: str, patience: Patience = PATIENCE, *, web: bool = 
         raise ConfigError(f"{what} {url!r}: {first_line(error)}") from None
     if on_s3:
         fs.retries = 1
-    return fs if is_local(fs) else _Persistent(fs, patience), str(path)
-
-
-class _Persistent:
-    """A remote file system whose calls on a path are ``retried``; all else is the file system's own."""
-
-    _READS = ("cat_file", "exists", "find", "glob", "info", "isdir", "isfile", "ls", "size")
-    _CALLS = frozenset((*_READS, "makedirs", "mv", "pipe_file", "rm", "rm_file", "rmdir"))
-
-    def __init__(self, fs: Any, patience: Patience) -> None:
-        self.wrapped, self._patience = fs, patience
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("wrapped", "_patience"):  # while it is copied
-            raise AttributeError(name)
-        call = getattr(self.wrapped, name)
-        if name not in self._CALLS:
-            return call
-
-        def persistent(path: Any, *arguments: Any, **options: Any) -> Any:
-            return retried(self.wrapped, path, lambda: call(path, *arguments, **options), self._patience)
-
-        return persistent
+    return fs if is_local(fs) else under(fs, patience), str(path)
 
 
 def read_range(
@@ -91,7 +69,7 @@ def read_range(
     path: str,
     start: int,
     stop: int,
-    patience: Patience = PATIENCE,
+    patience: Patience | None = None,
     *,
     into: memoryview | None = None,
     taken: Callable[[memoryview], None] | None = None,
@@ -105,6 +83,7 @@ def read_range(
         DataError: as ``retried``, or the file is shorter.
         FileNotFoundError: there is no such file.
     """
+    fs = under(fs, patience)
     size, done = stop - start, 0  # a try goes on where the one before broke off
     # numpy asks for huge pages: the kernel then clears and maps new memory several times faster
     buffer = np.empty(size, dtype=np.uint8).data if into is None else into
@@ -114,7 +93,7 @@ def read_range(
 
     def read() -> None:
         nonlocal done
-        for part in _parts(fs, path, start + done, size - done, room, patience):
+        for part in _parts(fs, path, start + done, size - done, room):
             if taken:
                 taken(part)
             done += len(part)
@@ -122,7 +101,7 @@ def read_range(
             raise ShortReadError(f"got {done} of {size} bytes at {start}")
 
     try:
-        retried(fs, path, read, patience)
+        retried(fs, path, read)
     except ShortReadError as error:
         raise DataError(f"{full_url(fs, path)} is too short ({error}): restore it") from None
     return buffer[:size]
@@ -132,21 +111,20 @@ class ShortReadError(OSError):
     """Fewer bytes than were asked for."""
 
 
-def read_file(fs: Any, path: str, patience: Patience = PATIENCE) -> bytes:
+def read_file(fs: Any, path: str, patience: Patience | None = None) -> bytes:
     """A whole small file.
 
     Raises:
         FileNotFoundError: there is no such file, or something else in its place; others as ``retried``.
     """
-    fs = once(fs)
-    place = Path(path)
+    fs, place = under(fs, patience), Path(path)
     if is_local(fs) and place.exists() and not (place.is_file() or place.is_dir()):  # a pipe would be waited for
         raise FileNotFoundError(errno.ENOENT, "it is not a file", path)
-    data: bytes = retried(fs, path, lambda: fs.cat_file(path, **request_timeout(fs, 0, patience)), patience)
+    data: bytes = fs.cat_file(path, **request_timeout(fs, 0))
     return data
 
 
-def list_sizes(fs: Any, path: str, patience: Patience = PATIENCE) -> dict[str, int]:
+def list_sizes(fs: Any, path: str) -> dict[str, int]:
     """Name and size of every file of a folder; empty when there is none."""
     if is_local(fs) and Path(path).is_dir():  # several times as fast as fsspec, of tens of thousands of files
         sizes = {}
@@ -156,23 +134,22 @@ def list_sizes(fs: Any, path: str, patience: Patience = PATIENCE) -> dict[str, i
                     if file.is_file():
                         sizes[file.name] = file.stat().st_size
         return sizes
-    fs = once(fs)
     try:
-        entries = retried(fs, path, lambda: fs.ls(path, detail=True), patience)
+        entries = fs.ls(path, detail=True)
     except FileNotFoundError:
         return {}
     return {PurePosixPath(entry["name"]).name: entry["size"] for entry in entries if is_file(entry)}
 
 
-def write_whole(fs: Any, path: str, data: bytes | memoryview, patience: Patience = PATIENCE) -> None:
+def write_whole(fs: Any, path: str, data: bytes | memoryview, patience: Patience | None = None) -> None:
     """Write a file that is whole or not there, also when several processes write the same one."""
     if is_local(fs):
         with beside(Path(path)) as temporary:
             temporary.write_bytes(data)
             temporary.replace(path)
         return
-    fs, options = once(fs), upload_options(fs, data, patience)
-    retried(fs, path, lambda: fs.pipe_file(path, data, **options), patience)
+    fs = under(fs, patience)
+    fs.pipe_file(path, data, **upload_options(fs, data))
 
 
 @contextmanager
@@ -185,15 +162,13 @@ def beside(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def upload_options(fs: Any, data: bytes | memoryview, patience: Patience) -> dict[str, Any]:
+def upload_options(fs: Any, data: bytes | memoryview) -> dict[str, Any]:
     """For ``pipe_file``: one request, with a bound on its time; the store refuses what changed on the way."""
     checked = {"chunksize": s3.SINGLE_PUT_BYTES, "ContentMD5": s3.md5(data)} if "s3" in fs.protocol else {}
-    return request_timeout(fs, len(data), patience) | checked
+    return request_timeout(fs, len(data)) | checked
 
 
-def _parts(
-    fs: Any, path: str, start: int, size: int, room: Callable[[], memoryview], patience: Patience
-) -> Iterator[memoryview]:
+def _parts(fs: Any, path: str, start: int, size: int, room: Callable[[], memoryview]) -> Iterator[memoryview]:
     """Read from byte ``start`` on, at most ``size`` bytes, into the room that there is; each part as it came."""
     if is_local(fs):
         with Path(path).open("rb", buffering=0) as file:
@@ -201,10 +176,9 @@ def _parts(
             while (here := room()) and (count := file.readinto(here)):
                 yield here[:count]
     elif "s3" in fs.protocol:
-        yield from s3.get_parts(once(fs), path, start, size, room, patience)
+        yield from s3.get_parts(once(fs), path, start, size, room, patience_of(fs))
     else:
-        fs = once(fs)
-        bound = request_timeout(fs, size, patience)
+        bound, fs = request_timeout(fs, size), once(fs)
         if "http" in fs.protocol:
             data = _get_from_web(fs, path, start, size, bound["timeout"])
         else:
@@ -239,6 +213,6 @@ def _get_from_web(fs: Any, url: str, start: int, size: int, timeout_s: float) ->
     return memoryview(fsspec.asyn.sync(fs.loop, get, timeout=timeout_s))
 
 
-def request_timeout(fs: Any, size: int, patience: Patience) -> dict[str, Any]:
+def request_timeout(fs: Any, size: int) -> dict[str, Any]:
     """The bound on one request, for file systems that know one: their synchronous calls wait on an event loop."""
-    return {"timeout": patience.stall_s * max(1.0, size / REQUEST_BYTES)} if fs.async_impl else {}
+    return {"timeout": patience_of(fs).stall_s * max(1.0, size / REQUEST_BYTES)} if fs.async_impl else {}

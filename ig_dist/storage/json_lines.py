@@ -55,11 +55,7 @@ class LineFile:
         self._file, self._waiting = file, b""
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Add a line, whole or not at all.
-
-        Raises:
-            DataError: the folder is gone.
-        """
+        """Add a line, whole or not at all."""
         told = bool(self._waiting)
         self._waiting += _encoded(line)
         try:

@@ -11,7 +11,7 @@ from contextlib import closing
 from http import HTTPStatus
 from typing import Any
 
-from ig_dist.storage.faults import PATIENCE, Patience, retried
+from ig_dist.storage.faults import Patience, retried, under
 
 SINGLE_PUT_BYTES = 5 * 2**30  # S3's limit. One PUT is atomic and leaves no half upload behind.
 
@@ -117,7 +117,7 @@ def md5(data: bytes | memoryview) -> str:
     return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
 
 
-def abort_orphaned_uploads(fs: Any, path: str, patience: Patience = PATIENCE) -> int:
+def abort_orphaned_uploads(fs: Any, path: str, patience: Patience | None = None) -> int:
     """Abort the multipart uploads of a path, and below it, that nobody will finish; the number of them.
 
     A process that is killed while it uploads leaves parts that cost storage and are listed nowhere. Call it only
@@ -125,10 +125,11 @@ def abort_orphaned_uploads(fs: Any, path: str, patience: Patience = PATIENCE) ->
     """
     if "s3" not in fs.protocol:
         return 0
+    fs = under(fs, patience)
     bucket, prefix, _ = fs.split_path(path)
 
     def call(method: str, **arguments: Any) -> Any:
-        return retried(fs, path, lambda: fs.call_s3(method, Bucket=bucket, **arguments), patience)
+        return retried(fs, path, lambda: fs.call_s3(method, Bucket=bucket, **arguments))
 
     count, page = 0, {"IsTruncated": True}
     markers: dict[str, str] = {}

@@ -17,11 +17,7 @@ _SHARED = 4  # times that a number may stand in tensors: as a weight, in its ave
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        ConfigError: it is not there, cannot be read, or is damaged.
-    """
+    """The tensors of a safetensors file; a ConfigError says why it cannot be read."""
     _refuse_pipes(path)
     try:
         return safetensors.torch.load_file(path)

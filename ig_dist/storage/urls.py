@@ -16,11 +16,7 @@ WEB = ("http", "https")
 
 
 def refuse_credentials(url: str, what: str) -> None:
-    """URLs are stored and shown: none may hold a password.
-
-    Raises:
-        ConfigError: this one does; ``what`` names the setting.
-    """
+    """URLs are stored and shown: refuse one that holds a password; ``what`` names the setting."""
     for match in re.finditer(r"(\w+)://([^/?#\s]*)@", url):
         if ":" in match[2] or match[1] in WEB:
             hidden = url.replace(match[0], f"{match[1]}://***@")
@@ -31,7 +27,7 @@ def refuse_credentials(url: str, what: str) -> None:
 
 
 def once(fs: Any) -> Any:
-    """The file system that tries once, for who retries with a patience of their own."""
+    """The file system that tries once."""
     return getattr(fs, "wrapped", fs)
 
 

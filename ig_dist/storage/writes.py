@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ig_dist.storage.background import in_background
-from ig_dist.storage.faults import Patience, retried
+from ig_dist.storage.faults import Patience, retried, under
 from ig_dist.storage.files import REQUEST_BYTES, beside, read_range, request_timeout, upload_options, write_whole
 from ig_dist.storage.s3 import md5
-from ig_dist.storage.urls import is_local, once
+from ig_dist.storage.urls import is_local
 
 PART_BYTES = REQUEST_BYTES
 """What is larger is uploaded in parts of this size."""
@@ -25,7 +25,7 @@ _PARALLEL_PARTS = 4
 _SYNC_BYTES = 32 * 2**20
 
 
-def write_hashed(fs: Any, folder: str, prefix: str, chunks: Sequence[memoryview], patience: Patience) -> dict[str, Any]:
+def write_hashed(fs: Any, folder: str, prefix: str, chunks: Sequence[memoryview]) -> dict[str, Any]:
     """Write a file named after its content, ``<prefix>.<hash>.safetensors``.
 
     The name makes it the same file whoever writes it: two writers of one folder with other contents do not touch
@@ -50,7 +50,7 @@ def write_hashed(fs: Any, folder: str, prefix: str, chunks: Sequence[memoryview]
         write_durably(Path(folder, prefix), chunks, name)
     else:
         path = f"{folder}/{name()}"
-        retried(fs, path, lambda: write_stream(fs, path, chunks, patience, size=size), patience)
+        retried(fs, path, lambda: write_stream(fs, path, chunks, size=size))
     return {"name": name(), "bytes": size, "sha256": hashing.result()}
 
 
@@ -60,35 +60,41 @@ def write_durably(path: Path, pieces: Iterable[memoryview], name: Callable[[], s
     With ``name`` it is called so in the folder of ``path``, for what is known only once it is written.
     """
     with beside(path) as temporary:
-        with temporary.open("wb") as file:
-            reaching, unsynced = in_background(lambda: None), 0  # the disk writes what it has while more comes
-            for piece in pieces:
-                unsynced += file.write(piece)
-                if unsynced >= _SYNC_BYTES and reaching.done():
-                    reaching.result()
-                    file.flush()
-                    reaching, unsynced = in_background(partial(os.fdatasync, file.fileno())), 0
-            reaching.result()
-            file.flush()
-            os.fsync(file.fileno())
+        _write_synced(temporary, pieces)
         temporary.replace(path.with_name(name()) if name else path)
     _sync_folder(path.parent)
 
 
-def write_stream(fs: Any, path: str, pieces: Iterable[memoryview], patience: Patience, *, size: int) -> None:
+def _write_synced(path: Path, pieces: Iterable[memoryview]) -> None:
+    with path.open("wb") as file:
+        reaching, unsynced = in_background(lambda: None), 0  # the disk writes what it has while more comes
+        for piece in pieces:
+            unsynced += file.write(piece)
+            if unsynced >= _SYNC_BYTES and reaching.done():
+                reaching.result()
+                file.flush()
+                reaching, unsynced = in_background(partial(os.fdatasync, file.fileno())), 0
+        reaching.result()
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_stream(
+    fs: Any, path: str, pieces: Iterable[memoryview], patience: Patience | None = None, *, size: int
+) -> None:
     """Write a file of so many bytes that is whole or not there; only some parts of it are in memory at a time.
 
     Raises:
         OSError: what is there afterwards is another writer's, or the upload was lost.
     """
-    part_bytes = max(PART_BYTES, -(-size // _MOST_PARTS))
+    fs, part_bytes = under(fs, patience), max(PART_BYTES, -(-size // _MOST_PARTS))
     if is_local(fs):
         write_durably(Path(path), pieces)
     elif size <= part_bytes:
-        write_whole(fs, path, b"".join(pieces), patience)
+        write_whole(fs, path, b"".join(pieces))
     elif "s3" in fs.protocol:
-        written = _upload_parts(fs, path, _cut(pieces, part_bytes), patience)
-        if (there := retried(fs, path, lambda: fs.size(path), patience)) != written:
+        written = _upload_parts(fs, path, _cut(pieces, part_bytes))
+        if (there := fs.size(path)) != written:
             raise OSError(f"{there} of {written} bytes are there")
     else:  # not tried again
         temporary = f"{path}.{uuid.uuid4().hex}.tmp"
@@ -115,7 +121,7 @@ def _cut(pieces: Iterable[memoryview], size: int) -> Iterator[bytes]:
         yield bytes(held)
 
 
-def create_file(fs: Any, path: str, data: bytes, patience: Patience) -> bool:
+def create_file(fs: Any, path: str, data: bytes) -> bool:
     """Write a file where there is none, durably; of several writers one wins.
 
     Returns:
@@ -123,13 +129,11 @@ def create_file(fs: Any, path: str, data: bytes, patience: Patience) -> bool:
     """
     if is_local(fs):
         return _create_local(Path(path), data)
-    fs, options = once(fs), upload_options(fs, data, patience)
     try:
-        retried(fs, path, lambda: fs.pipe_file(path, data, mode="create", **options), patience)
+        fs.pipe_file(path, data, mode="create", **upload_options(fs, data))
     except OSError:  # of s3fs EINVAL when there is one; what is there decides
         try:
-            size = retried(fs, path, lambda: fs.size(path), patience)
-            return size == len(data) and bytes(read_range(fs, path, 0, size, patience)) == data
+            return fs.size(path) == len(data) and bytes(read_range(fs, path, 0, len(data))) == data
         except FileNotFoundError:
             pass
         raise
@@ -138,10 +142,7 @@ def create_file(fs: Any, path: str, data: bytes, patience: Patience) -> bool:
 
 def _create_local(path: Path, data: bytes) -> bool:
     with beside(path) as temporary:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_synced(temporary, [memoryview(data)])
         try:
             os.link(temporary, path)
         except OSError as error:  # also of a file system without hard links
@@ -162,19 +163,16 @@ def _sync_folder(folder: Path) -> None:
         os.close(number)
 
 
-def _upload_parts(fs: Any, path: str, bodies: Iterable[bytes], patience: Patience) -> int:
-    """An upload to S3 in parts that are sent again one by one, some of them at a time; S3's single PUT ends at 5 GiB.
+def _upload_parts(fs: Any, path: str, bodies: Iterable[bytes]) -> int:
+    """An upload to S3 in parts that are sent again one by one, some of them at a time; the bytes of all.
 
-    All but the last have 5 MiB at least, they are 10,000 at most, and are taken one by one as they are sent.
-
-    Returns:
-        Bytes of all.
+    S3's single PUT ends at 5 GiB. All parts but the last must have 5 MiB at least.
     """
     bucket, key, _ = fs.split_path(path)
 
     def call(method: str, size: int = 0, **arguments: Any) -> Any:
-        options = {"Bucket": bucket, "Key": key, **arguments, **request_timeout(fs, size, patience)}
-        return retried(fs, path, lambda: fs.call_s3(method, **options), patience)
+        options = {"Bucket": bucket, "Key": key, **arguments, **request_timeout(fs, size)}
+        return retried(fs, path, lambda: fs.call_s3(method, **options))
 
     upload = call("create_multipart_upload")["UploadId"]
 

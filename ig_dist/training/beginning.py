@@ -71,7 +71,7 @@ def find_checkpoint(
             )
         _check_same_model(checkpoint, config)
 
-    checkpoint = store.latest(dist, keep=True, fits=fits, beat=beat)
+    checkpoint = store.find(dist, keep=True, fits=fits, beat=beat)
     if checkpoint is not None:
         return Loaded(checkpoint, dist), own if own.id else _run_of(checkpoint) if _run_of(checkpoint).id else new
     if config.run.fork_from:
@@ -107,9 +107,7 @@ def _fork(config: Config, dist: Dist, beat: Callable[[], None]) -> Checkpoint:
                 " raise train.steps, or fork from an earlier step with RUN@STEP"
             )
 
-    if step:
-        return other.at(int(step), dist, keep=True, fits=fits, beat=beat)
-    checkpoint = other.latest(dist, keep=True, fits=fits, beat=beat)
+    checkpoint = other.find(dist, int(step) if step else None, keep=True, fits=fits, beat=beat)
     if checkpoint is None:
         raise ConfigError(f"run.fork_from: {run} has no checkpoint yet")
     return checkpoint

@@ -41,7 +41,7 @@ def reload(job: dict[str, Any], dist: Dist) -> None:
     config = load_config(job["config"], job["overrides"])
     index = read_index(config.data.index)
     config = config.with_data(index.info.latent.shape, len(index.info.classes))
-    checkpoint = CheckpointStore(job["source"]).at(job["step"], dist, keep=True)
+    checkpoint = CheckpointStore(job["source"]).find(dist, job["step"], keep=True)
     with torch.device("meta"):  # everything must come from the checkpoint
         model = DiT(config.model.to_dit())
     learner = build_learner(config, index, model, Loaded(checkpoint, dist), dist, Phases())

@@ -87,7 +87,7 @@ def main() -> None:
         pieces = {f"ema/{n}": Piece(SHAPES[n], first, tensor(n)[first:last]) for n, (first, last) in cut.items()}
         saver.save(1, pieces, {"optimizer_steps": 1})
         saver.wait()
-        checkpoint = store.latest(dist, keep=True)
+        checkpoint = store.find(dist, keep=True)
         assert checkpoint is not None
         loaded = exchange.Loaded(checkpoint, dist)
         for wanted, way in WAYS.items():

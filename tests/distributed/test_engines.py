@@ -294,7 +294,7 @@ def test_ranks_that_were_dealt_out_over_machines_in_turn_are_refused_on_all_alik
 
 
 def test_groups_share_the_writing_of_what_they_all_hold(runs: Path) -> None:
-    manifest = CheckpointStore(str(runs / "hsdp" / "checkpoints")).at(SAVED, ALONE).manifest
+    manifest = CheckpointStore(str(runs / "hsdp" / "checkpoints")).find(ALONE, SAVED).manifest
     for name, entry in manifest["tensors"].items():
         assert sum(stop - start for _, start, stop, *_ in entry["pieces"]) == math.prod(entry["shape"]), name
     sizes = [file["bytes"] for file in manifest["files"]]
@@ -303,7 +303,7 @@ def test_groups_share_the_writing_of_what_they_all_hold(runs: Path) -> None:
 
 def saved(run: Path, step: int) -> dict[str, torch.Tensor]:
     """Weights, averages and moments of a checkpoint."""
-    checkpoint = CheckpointStore(str(run / "checkpoints")).at(step, ALONE)
+    checkpoint = CheckpointStore(str(run / "checkpoints")).find(ALONE, step)
     return {name: checkpoint.read(name) for name in checkpoint.manifest["tensors"]}
 
 
@@ -403,7 +403,7 @@ def test_sigkill_at_any_moment_leaves_no_trace_in_the_weights(runs: Path, count:
             for rank in ranks:
                 rank.kill()
         store = CheckpointStore(str(runs / kill.run / "checkpoints"))
-        checkpoint = store.latest(ALONE)
+        checkpoint = store.find(ALONE)
         step = checkpoint.step if checkpoint else 0
         assert not store.damaged and step >= resumed[kill.run], kill  # nothing that was whole is lost
         assert step >= kill.step - 2 * 7, kill  # nor more than the save that was under way and what followed it
@@ -430,7 +430,7 @@ def assert_went_on(folder: Path, source: str, target: str, processes: int) -> No
     name = f"{source}-{target}{processes}"
     assert_equal(saved(folder / f"{name}-reload", SAVED), saved(folder / source, SAVED))
     checkpoints = [CheckpointStore(str(folder / n / "checkpoints")) for n in (f"{name}-reload", source)]
-    metas = [{**store.at(SAVED, ALONE).meta, "config": None, "run": None} for store in checkpoints]
+    metas = [{**store.find(ALONE, SAVED).meta, "config": None, "run": None} for store in checkpoints]
     assert metas[0] == metas[1] and metas[0]["optimizer_steps"] == SAVED
     assert_curve(folder / name, folder / source, rel=1e-4)
 

@@ -71,7 +71,7 @@ def test_ranks_without_their_launcher_save_and_stop(tiny_config: Write, tmp_path
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     wait_until(lambda: not any(alive(rank) for rank in ranks))
-    checkpoint = CheckpointStore(str(run / "checkpoints")).latest(ALONE)
+    checkpoint = CheckpointStore(str(run / "checkpoints")).find(ALONE)
     assert checkpoint is not None and checkpoint.step == last_step(run) >= 5
 
 

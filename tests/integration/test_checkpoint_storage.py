@@ -60,7 +60,7 @@ def save(store: CheckpointStore, *steps: int, count: int = 1000) -> Saver:
 
 
 def check(store: CheckpointStore, step: int, count: int = 1000) -> None:
-    checkpoint = store.latest(ALONE)
+    checkpoint = store.find(ALONE)
     assert checkpoint is not None and checkpoint.step == step
     assert torch.equal(checkpoint.read("model/w"), pieces(step, count)["model/w"].data)
 
@@ -128,7 +128,7 @@ def test_what_suffers_on_the_way_is_read_again(url: str, fault_proxy: FaultProxy
 def test_a_bit_that_flips_while_a_tensor_is_read_is_noticed(url: str, fault_proxy: FaultProxy, count: int) -> None:
     store = open_store(url)
     save(store, 1, count=count)
-    checkpoint = store.latest(ALONE)
+    checkpoint = store.find(ALONE)
     assert checkpoint is not None
     fault_proxy.add(Fault("flip", next=2, method="GET", path=r"\.safetensors", after_bytes=3000))
     assert torch.equal(checkpoint.read("model/w"), pieces(1, count)["model/w"].data)
@@ -173,7 +173,7 @@ def test_an_outage_costs_the_saves_within_it(
     )
     assert said[0].endswith(": see that it is up and reachable; what was saved before is untouched")
     with pytest.raises(DataError, match=rf"{url}.*: the storage has failed for 1 s"):
-        store.latest(ALONE)
+        store.find(ALONE)
     fault_proxy.clear()
     check(store, 1)
     saver.save(3, pieces(3), META)
@@ -235,7 +235,7 @@ def test_what_killed_processes_left_is_cleaned_up(url: str) -> None:
     fs.pipe_file(f"{bucket}/{torn}", b"half of it")
     fs.call_s3("create_multipart_upload", Bucket=bucket, Key=torn)
     fs.call_s3("create_multipart_upload", Bucket=bucket, Key="run/elsewhere")
-    assert store.latest(ALONE) is None
+    assert store.find(ALONE) is None
     save(store, 2)
     assert all(key.startswith("step_0000000002/") for key in keys(url))
     assert [u["Key"] for u in fs.list_multipart_uploads(bucket)] == ["run/elsewhere"]
@@ -269,7 +269,7 @@ def test_a_run_goes_on_through_an_outage_and_a_lost_end_is_an_error(
     assert lines[-1]["checkpoint_stall_s"] > 0 and lines[-1]["checkpoint_write_s"] > 0
     assert [p.name for p in (tmp_path / "runs/outage/export").iterdir()] == ["step_0000000010_ema_0.99"]
     fault_proxy.clear()
-    checkpoint = CheckpointStore(url).latest(ALONE)
+    checkpoint = CheckpointStore(url).find(ALONE)
     assert checkpoint is not None and checkpoint.step == 15
     assert sum(event.kind == "flip" for event in fault_proxy.log) == 2
     for name in checkpoint.manifest["tensors"]:
@@ -304,7 +304,7 @@ def test_sigkill_within_a_save_leaves_no_trace(
     moments, store, resumed = random.Random(kills), open_store(url), []
     for _ in range(kills):
         kill_at_write(local(killed, 2), fault_proxy, moments.randrange(1, 9), extra_s=moments.uniform(0, 0.02))
-        checkpoint = store.latest(ALONE)
+        checkpoint = store.find(ALONE)
         assert not store.damaged
         resumed.append(checkpoint.step if checkpoint else 0)
     assert resumed == sorted(resumed) and resumed[-1] > 0  # nothing that was whole was lost
@@ -312,8 +312,8 @@ def test_sigkill_within_a_save_leaves_no_trace(
     assert done.returncode == 0 and f"resume at step {resumed[-1]} of" in done.stdout, done.stderr
     assert "damaged" not in done.stderr
 
-    expected = CheckpointStore(str(tmp_path / "runs/whole/checkpoints")).latest(ALONE)
-    found = store.latest(ALONE)
+    expected = CheckpointStore(str(tmp_path / "runs/whole/checkpoints")).find(ALONE)
+    found = store.find(ALONE)
     assert expected is not None and found is not None and found.step == expected.step == train["steps"]
     assert found.manifest["tensors"].keys() == expected.manifest["tensors"].keys()
     for name in expected.manifest["tensors"]:

@@ -50,7 +50,7 @@ def data_file(folder: Path) -> Path:
 
 def test_what_is_saved_is_read(store: CheckpointStore) -> None:
     save(store, 7)
-    checkpoint = store.latest(ALONE)
+    checkpoint = store.find(ALONE)
     assert checkpoint is not None and checkpoint.step == 7 and checkpoint.optimizer_steps == 7
     for name, tensor in TENSORS.items():
         assert torch.equal(checkpoint.read(name), tensor + 7)
@@ -99,7 +99,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     save(store, 1)
     save(store, 2)
     harm(next(folder(tmp_path, 2).glob(name)))  # type: ignore[operator]
-    checkpoint = store.latest(ALONE)
+    checkpoint = store.find(ALONE)
     assert checkpoint is not None and checkpoint.step == 1
     if not (name == "manifest.json" and harm is remove):  # what has no manifest was never there
         assert "step_0000000002 is damaged" in caplog.text
@@ -110,7 +110,7 @@ def test_damage_that_comes_after_the_look_at_all_files_is_noticed_too(
     store: CheckpointStore, tmp_path: Path, harm: Callable[[Path], None]
 ) -> None:
     save(store, 1)
-    checkpoint = store.latest(ALONE)
+    checkpoint = store.find(ALONE)
     assert checkpoint is not None
     harm(data_file(folder(tmp_path, 1)))
     problems = []
@@ -135,7 +135,7 @@ def test_an_edited_manifest_is_damage(store: CheckpointStore, tmp_path: Path) ->
     manifest = json.loads(file.read_text())
     manifest["meta"]["images_seen"] += 1
     file.write_text(json.dumps(manifest))
-    checkpoint = store.latest(ALONE)
+    checkpoint = store.find(ALONE)
     assert checkpoint is not None and checkpoint.step == 1
 
 
@@ -144,18 +144,18 @@ def test_a_checkpoint_of_a_later_format_is_refused_and_stays(store: CheckpointSt
     save(store, 2)
     file = folder(tmp_path, 2) / "manifest.json"
     file.write_text(json.dumps(sealed(json.loads(file.read_text()) | {"format": "ig-dist-checkpoint/4"})))
-    for look in (lambda: store.latest(ALONE), lambda: store.at(2, ALONE)):
+    for look in (lambda: store.find(ALONE), lambda: store.find(ALONE, 2)):
         with pytest.raises(ConfigError, match=r"step_0000000002 is of format ig-dist-checkpoint/4, .* use the version"):
             look()
-    assert not store.damaged and store.at(1, ALONE).step == 1
+    assert not store.damaged and store.find(ALONE, 1).step == 1
 
 
 def test_none_whole_is_said(store: CheckpointStore, tmp_path: Path) -> None:
-    assert store.latest(ALONE) is None
+    assert store.find(ALONE) is None
     save(store, 1)
     truncate(data_file(folder(tmp_path, 1)))
     with pytest.raises(DataError, match="none of the 1 checkpoints .* is whole"):
-        store.latest(ALONE)
+        store.find(ALONE)
 
 
 def test_a_save_that_was_cut_off_is_not_there_and_is_written_over(store: CheckpointStore, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_save_that_was_cut_off_is_not_there_and_is_written_over(store: Checkpo
     (folder(tmp_path, 2) / "rank_00007.safetensors").write_bytes(b"of a run with more ranks")
     assert store.steps() == [1]
     save(store, 2)
-    checkpoint = store.latest(ALONE)
+    checkpoint = store.find(ALONE)
     assert checkpoint is not None and checkpoint.step == 2
     assert not (folder(tmp_path, 2) / "rank_00007.safetensors").exists()
 
@@ -186,7 +186,7 @@ def test_a_damaged_newer_checkpoint_never_costs_a_whole_one(tmp_path: Path, keep
     save(store, 200)
     truncate(data_file(folder(tmp_path, 200)))
     save(store, 150)  # the run went on from 100 and was stopped before it came to 200 again
-    checkpoint = store.latest(ALONE)
+    checkpoint = store.find(ALONE)
     assert checkpoint is not None and checkpoint.step == 150
     assert folder(tmp_path, 100).exists()
 
@@ -201,7 +201,7 @@ def test_an_object_store_is_read_by_few_requests(monkeypatch: pytest.MonkeyPatch
     saver = Saver(store, ALONE)
     saver.save(3, {name: Piece(tuple(t.shape), 0, t) for name, t in tensors.items()}, {"optimizer_steps": 3})
     saver.wait()
-    checkpoint = store.latest(ALONE)
+    checkpoint = store.find(ALONE)
     assert checkpoint is not None
     read = MemoryFileSystem.cat_file
     lengths = []
@@ -233,7 +233,7 @@ def test_a_hostile_pickle_is_never_executed(store: CheckpointStore, tmp_path: Pa
     save(store, 2)
     hostile = next(folder(tmp_path, 2).glob(name), folder(tmp_path, 2) / name)
     hostile.write_bytes(pickle.dumps(Hostile(proof)))
-    checkpoint = store.latest(ALONE)
+    checkpoint = store.find(ALONE)
     assert checkpoint is not None
     for tensor in TENSORS:
         checkpoint.read(tensor)

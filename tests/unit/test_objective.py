@@ -260,6 +260,6 @@ def test_a_restart_of_an_accelerated_run_is_exact(
     whole, restarted = (str(tmp_path / name) for name in ("whole", "restarted"))
     trainer.train(load_config(tiny_config(), [*options, f"run.dir={whole}"]))
     trainer.train(load_config(tiny_config(), [*options, f"run.dir={restarted}", f"run.fork_from={whole}@6"]))
-    first, second = (CheckpointStore(f"{run}/checkpoints").at(12, ALONE) for run in (whole, restarted))
+    first, second = (CheckpointStore(f"{run}/checkpoints").find(ALONE, 12) for run in (whole, restarted))
     for name in first.manifest["tensors"]:
         assert torch.equal(first.read(name), second.read(name)), name

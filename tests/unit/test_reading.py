@@ -43,7 +43,7 @@ def saved(url: str) -> CheckpointStore:
 
 
 def test_each_byte_is_read_once_by_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = saved("memory://reading/checkpoints").latest(ALONE)
+    checkpoint = saved("memory://reading/checkpoints").find(ALONE)
     assert checkpoint is not None
     read, seen = MemoryFileSystem.cat_file, Counter[int]()
     sizes: list[int] = []
@@ -107,7 +107,7 @@ def test_shares_are_even_and_requests_few(engine: str, saved_by: int, world: int
 
 
 def test_a_rank_gets_its_ranges(tmp_path: Path) -> None:
-    checkpoint = saved(str(tmp_path)).latest(ALONE, keep=True)
+    checkpoint = saved(str(tmp_path)).find(ALONE, keep=True)
     assert checkpoint is not None
     loaded = Loaded(checkpoint, ALONE)
     assert loaded.optimizer_steps == 3
@@ -127,7 +127,7 @@ def test_a_rank_gets_its_ranges(tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["header", "small", "large"])
 def test_damage_anywhere_is_found(tmp_path: Path, where: str) -> None:
     store = saved(str(tmp_path))
-    checkpoint = store.latest(ALONE)
+    checkpoint = store.find(ALONE)
     assert checkpoint is not None
     (file,) = tmp_path.glob("step_*/rank_*")
     data = bytearray(file.read_bytes())

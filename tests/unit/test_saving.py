@@ -40,7 +40,7 @@ def store(tmp_path: Path) -> CheckpointStore:
 
 
 def newest(store: CheckpointStore) -> tuple[int, float]:
-    checkpoint = store.latest(ALONE)
+    checkpoint = store.find(ALONE)
     assert checkpoint is not None
     (value,) = checkpoint.read("model/w").unique().tolist()
     return checkpoint.step, value
@@ -61,7 +61,7 @@ def test_what_all_ranks_say_is_read_and_deleted_at_once(tmp_path: Path, monkeypa
             began = time.monotonic()
         assert saver._run(save) is None
     assert time.monotonic() - began < ranks * latency_s
-    checkpoint = store.at(1, ALONE)
+    checkpoint = store.find(ALONE, 1)
     assert torch.equal(checkpoint.read("model/w"), torch.arange(float(ranks)))
     assert len(list(folder(tmp_path, 1).iterdir())) == ranks + 1
 

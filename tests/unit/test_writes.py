@@ -34,8 +34,8 @@ def test_a_stream_is_whole_or_not_there(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(("local", "tries"), [(False, 4), (True, 1)])
 def test_what_is_damaged_is_read_again_a_few_times(local: bool, tries: int) -> None:
-    fs = LOCAL if local else open_url("memory://writes", "test")[0]
     patience, reads = Patience(), list[int]()
+    fs = LOCAL if local else open_url("memory://writes", "test", patience)[0]
 
     def read(whole_at: int) -> str:
         reads.append(whole_at)
@@ -43,9 +43,9 @@ def test_what_is_damaged_is_read_again_a_few_times(local: bool, tries: int) -> N
             raise DamagedError("its CRC differs")
         return "whole"
 
-    assert intact(fs, "/file", lambda: read(tries), patience) == "whole"
+    assert intact(fs, "/file", lambda: read(tries)) == "whole"
     assert len(reads) == tries and patience.faults == tries - 1
     reads.clear()
     with pytest.raises(DamagedError, match="its CRC differs"):
-        intact(fs, "/file", lambda: read(9), patience)
+        intact(fs, "/file", lambda: read(9))
     assert len(reads) == tries
