@@ -33,14 +33,7 @@ def measure(job: Job, order: list[int]) -> tuple[int, float, float]:
 
 
 def estimate(job: Job, share: float, sample_bytes: int, processes: int) -> list[str]:
-    """Lines that say what an encoding will take.
-
-    Args:
-        job: of the source, or of a part of it.
-        share: that part.
-        sample_bytes: of a sample in its tar.
-        processes: that will share the work.
-    """
+    """Lines that say what an encoding by so many processes will take; ``job`` has a ``share`` of the source."""
     order = permutation(job.settings.seed, Purpose.ENCODE_ORDER, 0, len(job.source.labels)).tolist()
     measured, decoding, encoding = measure(job, order)
     # processes that one device, and two, never wait for

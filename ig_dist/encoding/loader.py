@@ -6,10 +6,10 @@ import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from multiprocessing import parent_process
-from multiprocessing.context import ForkServerContext, ForkServerProcess
-from multiprocessing.process import BaseProcess
+from multiprocessing import get_context, parent_process
+from multiprocessing.context import BaseContext
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -63,19 +63,21 @@ def image_batches(
     Raises:
         DataError: an image cannot be read, or a process died.
     """
-    loader: DataLoader[Any] = DataLoader(  # of requests, which it gives decoded
-        _Requests(),
-        sampler=requests,
-        batch_size=None,  # a request is a batch already
-        collate_fn=partial(decode, size=size, channels=channels),
-        num_workers=workers,
-        prefetch_factor=PREFETCH if workers else None,
-        pin_memory=pin,
-        multiprocessing_context=helpers() if workers else None,
-        worker_init_fn=end_with_parent,
-    )
     try:
-        for batch in loader:
+        with helpers() as context:
+            loader: DataLoader[Any] = DataLoader(  # of requests, which it gives decoded
+                _Requests(),
+                sampler=requests,
+                batch_size=None,  # a request is a batch already
+                collate_fn=partial(decode, size=size, channels=channels),
+                num_workers=workers,
+                prefetch_factor=PREFETCH if workers else None,
+                pin_memory=pin,
+                multiprocessing_context=context if workers else None,
+                worker_init_fn=end_with_parent,
+            )
+            batches = iter(loader)
+        for batch in batches:
             if batch.error is not None:
                 raise DataError(batch.error)
             yield batch
@@ -123,32 +125,21 @@ def decode(request: Request, size: int, channels: int) -> ImageBatch:
     )
 
 
-class _Helper(ForkServerProcess):
-    """Does not import the script that was started, and so run it again, as multiprocessing has its processes do."""
-
-    @staticmethod
-    def _Popen(process_obj: BaseProcess) -> Any:  # noqa: N802
-        main = sys.modules["__main__"]
-        sys.modules["__main__"] = ModuleType("__main__")
-        try:
-            return ForkServerProcess._Popen(process_obj)
-        finally:
-            sys.modules["__main__"] = main
-
-
-class _Helpers(ForkServerContext):
-    Process = _Helper
-
-
-def helpers() -> ForkServerContext:
-    """How to start helper processes.
+@contextmanager
+def helpers() -> Iterator[BaseContext]:
+    """For who starts helper processes.
 
     They are not forked from this process: torch's threads, and a GPU's context, do not survive that. The server that
-    forks them has imported torch and nothing else; there is one for all.
+    forks them has imported torch and nothing else; there is one for all. Nor do they import the script that was
+    started, and so run it again, as multiprocessing has its processes do.
     """
-    context = _Helpers()
+    context = get_context("forkserver")
     context.set_forkserver_preload(["ig_dist.encoding.loader"])
-    return context
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield context
+    finally:
+        sys.modules["__main__"] = main
 
 
 def end_with_parent(*_: object) -> None:

@@ -158,11 +158,7 @@ def choose_precision(precision: str | None, tokenizer: str, device: torch.device
 
 
 def choose_store(store: str | None, tokenizer: Tokenizer) -> Store:
-    """What is stored: the moments of a posterior where there is one.
-
-    Raises:
-        ConfigError: unknown, or moments of a tokenizer that has none.
-    """
+    """What is stored: the moments of a posterior where there is one."""
     if store is None:
         return "moments" if tokenizer.stochastic else "sample"
     if store not in get_args(Store):
@@ -173,11 +169,7 @@ def choose_store(store: str | None, tokenizer: Tokenizer) -> Store:
 
 
 def choose_image_size(source: str, native: Native | None, image_size: int | None, tokenizer: Tokenizer) -> int:
-    """The side of the square images: of a source of pixels its own, else as the user gives it.
-
-    Raises:
-        ConfigError: missing, or not one that the tokenizer takes.
-    """
+    """The side of the square images: of a source of pixels its own, else as the user gives it."""
     if native is not None:
         size = native.size
         if image_size is not None:

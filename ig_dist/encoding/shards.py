@@ -135,11 +135,7 @@ def rejected_of(batch: ImageBatch, source: Source) -> list[Rejected]:
 
 
 def finish_shard(shard: OpenShard, dest: Dest, settings: Settings) -> None:
-    """Write the tar and the record of a shard that has all its batches, unless another worker has.
-
-    Raises:
-        DataError: latents that are not finite.
-    """
+    """Write the tar and the record of a shard that has all its batches, unless another worker has."""
     sums = shard.sums or ChannelSums(settings.store, 0)
     sums.close()
     if sums.not_finite:

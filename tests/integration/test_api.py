@@ -203,7 +203,7 @@ def test_helper_processes_do_not_run_the_users_script_again(tmp_path: Path, monk
     script.write_text("raise SystemExit('run again')")
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
-    with ProcessPoolExecutor(1, mp_context=helpers()) as pool:
+    with helpers() as context, ProcessPoolExecutor(1, mp_context=context) as pool:
         assert pool.submit(abs, -1).result() == 1
 
 
