@@ -4,8 +4,6 @@ PyTorch keeps the switches per process: a thread that wants others goes without 
 such blocks at once would restore each other's.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,8 +14,7 @@ import torch.utils.deterministic
 
 from ig_dist.arithmetic.compile_cache import keep_compiled, shared
 
-GRAPHS = 64
-"""Of one function in a process."""
+GRAPHS = 64  # of one function in a process
 F = TypeVar("F", bound=Callable[..., Any])
 Precision = Literal["fp32", "tf32", "bf16"]
 """Of matrix products and convolutions. fp32 is fp32; tf32 rounds their factors to 10 bits on NVIDIA GPUs, as PyTorch's

@@ -4,8 +4,6 @@ They are in ``$IG_DIST_COMPILED``, by default ``~/.cache/ig_dist/compiled``, and
 code. PyTorch finds them by the graph, the settings, its version and the device, and writes each file whole.
 """
 
-from __future__ import annotations
-
 import fcntl
 import getpass
 import os

@@ -4,9 +4,8 @@ A flag on the device says where a step is void, and nobody reads it but the kern
 pass of its own, and nothing that is not finite reaches what is updated. Foreach kernels take no flag.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +23,17 @@ for _method in (Optimizer.add_param_group, Optimizer.zero_grad):
         _plain.__dict__.setdefault("__dynamo_disable", _plain)
 
 
+_fused_sgd = partial(
+    torch._fused_sgd_,
+    momentum_buffer_list=[],
+    momentum=0.0,
+    dampening=0.0,
+    nesterov=False,
+    maximize=False,
+    is_first_step=False,
+)
+
+
 def move(
     tensors: Sequence[Tensor],
     targets: Sequence[Tensor],
@@ -36,33 +46,9 @@ def move(
     ``void`` and ``divisor`` are () fp32 on the device: where ``void`` is 1 nothing is done; without a divisor
     ``targets`` are only read.
     """
-    _fused(tensors, targets, -weight, -1.0, void, divisor)
+    _fused_sgd(list(tensors), list(targets), lr=-weight, weight_decay=-1.0, grad_scale=divisor, found_inf=void)
 
 
 def subtract(tensors: Sequence[Tensor], steps: Sequence[Tensor], times: float, void: Tensor | None) -> None:
     """Do tensors <- tensors - times steps, in place; ``void`` as for ``move``."""
-    _fused(tensors, steps, times, 0.0, void, None)
-
-
-def _fused(
-    tensors: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    lr: float,
-    decay: float,
-    void: Tensor | None,
-    divisor: Tensor | None,
-) -> None:
-    torch._fused_sgd_(
-        list(tensors),
-        list(steps),
-        [],
-        weight_decay=decay,
-        momentum=0.0,
-        lr=lr,
-        dampening=0.0,
-        nesterov=False,
-        maximize=False,
-        is_first_step=False,
-        grad_scale=divisor,
-        found_inf=void,
-    )
+    _fused_sgd(list(tensors), list(steps), lr=times, weight_decay=0.0, found_inf=void)

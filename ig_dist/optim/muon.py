@@ -10,8 +10,6 @@ shape), in the form that the published weights of IG (arXiv 2512.24176) were tra
 ``torch.optim.Muon`` equals it: its steps are 1.0 to 6.4 times as long.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 
@@ -26,8 +24,7 @@ WEIGHT_DECAY = 0.01
 SCALE = 0.2
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: the quintic that lifts small singular values fastest
 NEWTON_SCHULZ_STEPS = 5
-AT_ONCE = 2**25
-"""Elements of the matrices that are iterated on together on a GPU: a workspace of about 400 MB."""
+AT_ONCE = 2**25  # elements of the matrices that are iterated on together on a GPU: a workspace of about 400 MB
 IN_CACHE = 2**18
 """The same on a CPU, which gains nothing by fewer operations: as many as stay in a core's cache between them."""
 
@@ -51,16 +48,10 @@ class Muon(Optimizer):
     Like the fused optimizers of torch, it takes ``found_inf`` and ``grad_scale`` on the device: where the first is 1, a
     step changes nothing; by the second the gradient is divided. A step turns the gradients of matrices into the update.
 
-    Args:
-        parameters: all of the model's, or this rank's parts of them.
-        lr: learning rate of both.
-        betas: of Adam, as ``eps``.
-        eps: see ``betas``.
-        weight_decay: of matrices.
-        shapes: of the whole parameters, where these are parts; None: they are whole.
-        orthogonalise: replaces the directions of all matrices by orthogonal ones; engines share its work out.
-        decayed: tensors that no gradient moves and that decay as matrices do: the published run has its table of
-            positions among the optimizer's matrices, where only the decay reaches it.
+    ``betas`` and ``eps`` are Adam's, ``weight_decay`` is that of matrices. Where ``parameters`` are this rank's parts
+    of the model's, ``shapes`` are those of the whole. ``orthogonalise`` replaces the directions of all matrices by
+    orthogonal ones; engines share its work out. ``decayed`` are tensors that no gradient moves and that decay as
+    matrices do: the published run has its table of positions among them, where only the decay reaches it.
     """
 
     found_inf: Tensor | None = None

@@ -1,7 +1,5 @@
 """What ranks wait for together, each in its own time: they ask each other, so that nobody waits in a collective."""
 
-from __future__ import annotations
-
 import concurrent.futures
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -15,8 +13,13 @@ T = TypeVar("T")
 MEET_S = 0.5  # far below any train.timeout_s
 
 
-def meet(work: Future[Any] | None, dist: Dist, beat: Callable[[], None] = lambda: None) -> None:
-    """Return when every rank's work is done, well or not; ``beat`` is called while it is not. COLLECTIVE.
+def meet(
+    work: Future[Any] | None,
+    dist: Dist,
+    beat: Callable[[], None] = lambda: None,
+    given_up: Callable[[], bool] = lambda: False,
+) -> None:
+    """Return when every rank's work is done, well or not, or given up; ``beat`` is called until then. COLLECTIVE.
 
     The ranks ask each other every half second. One collective at the end would take a rank that is still at work,
     or waits for a storage to come back, for one that hangs.
@@ -26,7 +29,7 @@ def meet(work: Future[Any] | None, dist: Dist, beat: Callable[[], None] = lambda
         if work is None:
             return True
         concurrent.futures.wait([work], timeout=MEET_S)
-        return work.done()
+        return work.done() or given_up()
 
     while not all(gather_objects(done(), dist)):
         beat()

@@ -1,14 +1,11 @@
 """Whose fault it was: what a job tells its launcher when some of its ranks are to blame for its end."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
-VARIABLE = "IG_DIST_BLAME"
-"""A launcher that wants to know names a file here: ranks are appended to it, one a line."""
+VARIABLE = "IG_DIST_BLAME"  # a launcher that wants to know names a file here: ranks are appended to it, one a line
 
 _FAILURE_NAME = "failure"
 

@@ -4,12 +4,8 @@ Blocks that are compiled or computed again get another ``forward``, below their 
 weights in hooks of the block, which must neither be compiled nor run again.
 """
 
-from __future__ import annotations
-
 import importlib.util
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +15,7 @@ from ig_dist.arithmetic import compiled
 from ig_dist.config import Config
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT
-from ig_dist.optim.apex_adam import check_apex
+from ig_dist.optim.optimizer import check_apex
 from ig_dist.parallel.ddp import DDPEngine
 from ig_dist.parallel.dist import Dist, align_timeouts, gather_objects
 from ig_dist.parallel.engine import Engine, LoadedState
@@ -34,22 +30,17 @@ def check_engine(config: Config) -> None:
         check_apex()
 
 
-def check_places(config: Config, dist: Dist) -> None:
-    """Raise ConfigError unless neighbours share a machine, where the engine counts on it. COLLECTIVE."""
-    if config.engine.replicate > 1 and any(gather_objects(dist.rank % dist.local_world_size != dist.local_rank, dist)):
-        raise ConfigError(
-            "engine.replicate needs ranks that follow each other on the same machine, and these were dealt out over the"
-            " machines in turn: start them with srun --distribution=block, or set engine.replicate=1"
-        )
-
-
 def build_engine(model: DiT, config: Config, state: LoadedState | None, dist: Dist) -> Engine:
     """Apply precision, compilation and checkpointing, then hand the model to the configured engine. COLLECTIVE.
 
     The model is initialised on the CPU, the same on every rank; or without memory, to be given the weights of
     ``state``, which goes in here because not every engine can take it later.
     """
-    check_places(config, dist)
+    if config.engine.replicate > 1 and any(gather_objects(dist.rank % dist.local_world_size != dist.local_rank, dist)):
+        raise ConfigError(
+            "engine.replicate needs ranks that follow each other on the same machine, and these were dealt out over the"
+            " machines in turn: start them with srun --distribution=block, or set engine.replicate=1"
+        )
     if state is not None and config.engine.kind != "fsdp2":  # which takes its part by itself
         model.load_state_dict(state.whole("model"), assign=True)
     apply(model, config, dist.device)
@@ -60,9 +51,12 @@ def build_engine(model: DiT, config: Config, state: LoadedState | None, dist: Di
     elif config.engine.kind == "deepspeed":
         from ig_dist.parallel.deepspeed import DeepSpeedEngine
 
-        engine = DeepSpeedEngine(model, config, state, dist)
+        engine = DeepSpeedEngine(model, config, dist)
     else:
-        engine = DDPEngine(model, config, state, dist)
+        engine = DDPEngine(model, config, dist)
+    if state is not None and state.optimizer_steps:
+        engine.load_moments(state)
+    if config.engine.kind == "ddp":
         warm_up(engine, model, config, dist)
     align_timeouts(dist)
     return engine
@@ -77,13 +71,12 @@ def apply(model: DiT, config: Config, device: torch.device) -> None:
     if config.train.precision == "bf16":
         model.residual = torch.bfloat16 if config.train.residual == "bf16" else None
         model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
-    wraps: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [compiled] if config.train.compile else []
-    if config.train.activation_checkpointing:  # nothing in a block is random: no state is kept
-        wraps.append(lambda forward: partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False))
     for block in model.blocks:
         assert isinstance(block, nn.Module)
-        for wrap in wraps:
-            block.forward = wrap(block.forward)
+        if config.train.compile:
+            block.forward = compiled(block.forward)
+        if config.train.activation_checkpointing:  # nothing in a block is random: no state is kept
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def warm_up(engine: Engine, model: DiT, config: Config, dist: Dist) -> None:

@@ -1,7 +1,5 @@
 """The collectives of this process, from PyTorch's flight recorder: which one it waits in, and which ones it came to."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import math
@@ -139,8 +137,7 @@ class Recorder:
     """Reads the records in a thread of its own: while a device hangs, its driver may not answer."""
 
     def __init__(self) -> None:
-        self.records: dict[str, Any] = {}
-        """Of each backend, as read last."""
+        self.records: dict[str, Any] = {}  # of each backend, as read last
         self.standing = Standing({}, None)
         self._reading: threading.Thread | None = None
         self._handlers: Handlers | None = None  # not before one is wanted: its server says that it listens

@@ -1,7 +1,5 @@
 """DDP: every rank holds the whole model; gradients are averaged over ranks while backward runs."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +14,7 @@ from ig_dist.config import Config
 from ig_dist.models.dit import DiT
 from ig_dist.optim.optimizer import build_optimizer
 from ig_dist.parallel.dist import Dist
-from ig_dist.parallel.engine import Engine, LoadedState, StepResult, decayed_buffers, total_norm, update, whole
+from ig_dist.parallel.engine import Engine, StepResult, decayed_buffers, total_norm, update, whole
 from ig_dist.parallel.orthogonalise import orthogonalise_replicas
 
 
@@ -25,7 +23,7 @@ class DDPEngine(Engine):
 
     forward_alone = True
 
-    def __init__(self, model: DiT, config: Config, state: LoadedState | None, dist: Dist) -> None:
+    def __init__(self, model: DiT, config: Config, dist: Dist) -> None:
         self._grad_clip = config.optimizer.grad_clip
         self.module = model.to(dist.device)
         self.parameters = dict(model.named_parameters())
@@ -44,8 +42,6 @@ class DDPEngine(Engine):
         self.optimizer = build_optimizer(
             list(self.parameters.values()), config.optimizer, None, orthogonalise, list(decayed.values())
         )
-        if state is not None and state.optimizer_steps:
-            self.load_moments(state)
 
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:

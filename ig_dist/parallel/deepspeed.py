@@ -4,8 +4,6 @@ DeepSpeed is told nothing of bf16: its own bf16 would round the t and the residu
 The forward runs under the same autocast as DDP's (``apply_precision``), and all that is communicated is fp32.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings
@@ -31,11 +29,9 @@ class DeepSpeedEngine(Engine):
 
     Clipping and gate are not DeepSpeed's but those of the other engines, in a hook before Adam's step: DeepSpeed's
     would wait for the device, and stages 1 and 2 would take a non-finite step.
-
-    The weights of a state to start from are in the model already.
     """
 
-    def __init__(self, model: DiT, config: Config, state: LoadedState | None, dist: Dist) -> None:
+    def __init__(self, model: DiT, config: Config, dist: Dist) -> None:
         self._dist, self._grad_clip, self._stage = dist, config.optimizer.grad_clip, config.engine.zero_stage or 2
         self.optimizer = build_optimizer(list(model.to(dist.device).parameters()), config.optimizer)
         self._engine = initialize(model, self.optimizer, self._stage, config.micro_batch(dist.world_size), dist)
@@ -52,8 +48,6 @@ class DeepSpeedEngine(Engine):
             self._flat = zero.single_partition_of_fp32_groups[0]
             self.held = stage12_shards(model)
         self.optimizer.state.clear()
-        if state is not None and state.optimizer_steps:
-            self.load_moments(state)
 
     def load_moments(self, state: LoadedState) -> None:
         flat = {moment: torch.zeros_like(self._flat, requires_grad=False) for moment in MOMENTS}

@@ -1,7 +1,5 @@
 """Processes: who am I, agreement between ranks, and the few collectives outside the engines."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
@@ -54,14 +52,9 @@ class Dist:
 
 
 def init_distributed(join_s: float, collective_s: float) -> Dist:
-    """Join the job that this process is part of, within ``join_s``, or stand alone.
+    """Join the job that this process is part of, within ``join_s``, or stand alone. Raises as ``meet_all``.
 
     Collectives go over gloo for CPU tensors and NCCL for GPU tensors, and give up after ``collective_s``.
-
-    Raises:
-        ConfigError: who this process is contradicts itself, it has no GPU of its own, or the ranks do not fit together.
-        NodeError: a GPU is broken.
-        HangError: the other processes did not come.
     """
     process = this_process()
     device = this_device(process, shared=False)
@@ -208,8 +201,7 @@ class StopFlag:
     """
 
     def __init__(self) -> None:
-        self.asked = False
-        """Whether this process was asked to stop."""
+        self.asked = False  # whether this process was asked to stop
         self._asked_at = 0.0
         self._former: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere there are no signals

@@ -1,7 +1,5 @@
 """What an engine is: all that the trainer knows of DDP, FSDP2 and DeepSpeed, and what their steps share."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -38,24 +36,19 @@ class LoadedState(Protocol):
     @property
     def optimizer_steps(self) -> int:
         """Updates that the optimizer had made."""
-        ...
 
     def whole(self, group: str) -> dict[str, Tensor]:
         """All tensors of a group, e.g. ``model``, whole, on this rank's device. COLLECTIVE."""
-        ...
 
     def parts(self, group: str, shards: Mapping[str, Piece]) -> dict[str, Tensor]:
         """This rank's parts of a group's tensors, each like the ``data`` of its shard. COLLECTIVE."""
-        ...
 
 
 class Engine(ABC):
     """A model spread over the ranks. Methods marked COLLECTIVE must be called by every rank."""
 
-    module: nn.Module
-    """Called for the forward pass."""
-    forward_alone: bool
-    """Whether the forward pass has no collective in it."""
+    module: nn.Module  # called for the forward pass
+    forward_alone: bool  # whether the forward pass has no collective in it
     held: dict[str, Piece]
     """This rank's fp32 shards of what training changes by canonical name, in stable order; no empty ones.
 
@@ -64,8 +57,7 @@ class Engine(ABC):
     copy: tuple[int, int] = (0, 1)
     """Which of how many ranks this is that hold the same shards: they share out who writes them."""
     optimizer: Optimizer
-    parameters: dict[str, nn.Parameter]
-    """What the optimizer works on, each of the shape of its shard."""
+    parameters: dict[str, nn.Parameter]  # what the optimizer works on, each of the shape of its shard
 
     @abstractmethod
     def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
@@ -88,11 +80,8 @@ class Engine(ABC):
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         """The optimizer's moments by name (``exp_avg``), each like ``masters()`` for the weights that have it."""
-        moments: dict[str, dict[str, Tensor]] = {}
-        for name, parameter in self.parameters.items():
-            for moment, tensor in moments_of(self.optimizer, parameter).items():
-                moments.setdefault(moment, {})[name] = tensor
-        return moments
+        of = {name: moments_of(self.optimizer, parameter) for name, parameter in self.parameters.items()}
+        return {moment: {name: of[name][moment] for name in of if moment in of[name]} for moment in MOMENTS}
 
     def load_moments(self, state: LoadedState) -> None:
         """Give the optimizer this rank's shards of the moments that a checkpoint has. COLLECTIVE."""
@@ -112,12 +101,11 @@ class Engine(ABC):
     def canonical(self, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Piece]:
         """The pieces that this rank writes of tensors like ``masters()``, as ``group/name``."""
         pieces = {
-            f"{group}/{name}": Piece(self.held[name].shape, self.held[name].start, tensor.detach())
+            f"{group}/{name}": self.held[name]._replace(data=tensor.detach())
             for group, members in groups.items()
             for name, tensor in members.items()
         }
-        number, count = self.copy
-        return {name: pieces[name] for name in shared_out({n: p.data for n, p in pieces.items()}, number, count)}
+        return {name: pieces[name] for name in shared_out({n: p.data for n, p in pieces.items()}, *self.copy)}
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
@@ -152,14 +140,11 @@ def update(optimizer: Optimizer, grad_norm: Tensor, grad_clip: float | None, lr:
 
 
 def clip_and_gate(optimizer: Optimizer, grad_norm: Tensor, grad_clip: float | None) -> Tensor:
-    """Have the optimizer clip in its next step, and make that step void if the norm, () fp32, is not finite.
+    """Have the optimizer clip in its next step, and make that step void if the norm, () fp32, is not finite (then 0).
 
     The fused kernels read both on the device, as they do for a ``GradScaler``: they divide the gradient by
     ``grad_scale`` as they go, and where ``found_inf`` is 1 change nothing, Adam's step count included. So neither costs
     a pass over the gradient or a synchronisation. The norm is the same on all ranks, so all ranks decide alike.
-
-    Returns:
-        () fp32: 1 when the norm is finite, else 0.
     """
     finite = grad_norm.isfinite().float()
     scale = None if grad_clip is None else ((grad_norm + 1e-6) / grad_clip).clamp(min=1.0)

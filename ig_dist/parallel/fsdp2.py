@@ -4,8 +4,6 @@ With ``engine.replicate`` (HSDP) they are cut over the ranks of a group, neighbo
 holds them once more: weights are gathered within a group, and only gradients, 1/size of them a rank, cross the network.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -73,8 +71,6 @@ class FSDP2Engine(Engine):
             wanted = shards | whole(dict(model.named_buffers()))
             for name, part in state.parts("model", wanted).items():
                 wanted[name].data.copy_(part)
-            if state.optimizer_steps:
-                self.load_moments(state)
 
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:

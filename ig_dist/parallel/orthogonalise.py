@@ -1,7 +1,5 @@
 """Muon's orthogonalisation shared out: each matrix is one rank's work, which all of them would else do again."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
