@@ -30,15 +30,13 @@ from ig_dist.data.stream import Batch, BatchStream
 from ig_dist.diffusion.loss import ig_loss
 from ig_dist.errors import ConfigError
 from ig_dist.models.dit import DiT, initialize
-from ig_dist.optim.apex_adam import check_apex
-from ig_dist.optim.optimizer import build_optimizer, moments_of, set_state, steps_of
+from ig_dist.optim.optimizer import build_optimizer, check_apex, moments_of, set_state, steps_of
 from ig_dist.parallel.build import build_engine
 from ig_dist.parallel.dist import ensure_process_group, shut_down, sum_over_ranks
 from ig_dist.parallel.engine import update
 from ig_dist.rng import Purpose, integers, normal, uniform
 from ig_dist.training import trainer
-from ig_dist.training.ema import EMA
-from ig_dist.training.learner import Learner, train_step
+from ig_dist.training.learner import EMA, Learner, train_step
 from ig_dist.training.meter import Meter
 from ig_dist.training.objective import TaskMaker, open_reader
 from ig_dist.training.phases import Phases

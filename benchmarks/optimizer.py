@@ -28,7 +28,7 @@ from ig_dist.optim.optimizer import build_optimizer
 from ig_dist.parallel.dist import init_distributed
 from ig_dist.parallel.engine import total_norm, update
 from ig_dist.terminal import run_app
-from ig_dist.training.ema import EMA
+from ig_dist.training.learner import EMA
 from tests.counting import Operations
 
 CLIP, LR, DECAY = 1.0, 1e-4, 0.9999

@@ -176,13 +176,13 @@ def plan(config: Config, mfu: float, peak_tflops: float) -> list[Row]:
         images = batch // gpus // config.train.accumulation or 1
         compute = batch * flops / (gpus * peak_tflops * 1e12 * mfu)
         for engine in [name for name in engines_of(config, gpus) if not name.startswith("zero")]:
-            memory = memory_per_gpu(engine, model, parameters, moments, config, gpus, images).total / GIB
-            sent = sent_per_gpu(engine, parameters, moments, config, gpus)
-            wire = max((sent.total - sent.between) / NVLINK, sent.between / NETWORK)
+            memory = memory_per_gpu(engine, model, parameters, moments, config, gpus, images)["total_bytes"] / GIB
+            total, between = sent_per_gpu(engine, parameters, moments, config, gpus).values()
+            wire = max((total - between) / NVLINK, between / NETWORK)
             sending = wire + waiting(engine, parameters, model.depth, config, gpus)
             # what does not fit beside the backward pass (two thirds of the compute) is waited for
             step = compute + max(0.0, sending - 2 / 3 * compute)
-            told = sent.total / GIB, sent.between / GIB
+            told = total / GIB, between / GIB
             rows.append(Row(gpus, images, engine, memory, compute, *told, wire, sending, step))
     return rows
 

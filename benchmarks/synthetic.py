@@ -14,7 +14,7 @@ from ig_dist.export import ExportInfo
 from ig_dist.models.dit import DiT, DiTConfig, initialize
 from ig_dist.parallel.build import build_engine
 from ig_dist.parallel.dist import Dist
-from ig_dist.training.ema import EMA
+from ig_dist.training.learner import EMA
 from ig_dist.training.objective import Task, TaskMaker, training_loss
 
 

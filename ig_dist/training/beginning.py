@@ -1,47 +1,28 @@
 """Where a run begins: its own newest checkpoint, another run's, given weights, or the initial weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from ig_dist.checkpoints.exchange import Loaded
-from ig_dist.checkpoints.manifest import Count
 from ig_dist.checkpoints.reading import Checkpoint
 from ig_dist.checkpoints.store import CheckpointStore, checkpoint_store
 from ig_dist.config import Config
 from ig_dist.config.file import load_run, saved_config
 from ig_dist.data.index import ShardIndex
 from ig_dist.errors import ConfigError, DamagedError
+from ig_dist.export import Meta
 from ig_dist.models.dit import DiT
 from ig_dist.parallel.dist import Dist, from_main
 from ig_dist.run_dir import Identity, differences, new_identity, read_identity, refuse_other_config
 
 
-class _Meta(BaseModel):
-    """What a training stores beside its tensors."""
-
-    images_seen: Count
-    optimizer_steps: Count
-    config: dict[str, Any]
-    index_sha256: str
-    run: Identity = Identity("")
-
-
 def find_checkpoint(
-    store: CheckpointStore,
-    config: Config,
-    index: ShardIndex,
-    dist: Dist,
-    beat: Callable[[], None],
-    *,
-    force: bool = False,
+    store: CheckpointStore, config: Config, index: ShardIndex, dist: Dist, beat: Callable[[], None], *, force: bool
 ) -> tuple[Loaded | None, Identity]:
     """What to go on from: the run's own newest whole checkpoint, else that of ``run.fork_from``. COLLECTIVE.
 
@@ -49,8 +30,7 @@ def find_checkpoint(
         It, and which run this is.
 
     Raises:
-        ConfigError: no such checkpoint, or one of another model, of other averages or (the run's own) of another run
-            or index.
+        ConfigError: no such checkpoint, or one that this run cannot go on from.
         DataError: the run has checkpoints and none is whole.
     """
     own, new = from_main((read_identity(Path(config.run.dir)), new_identity()) if dist.is_main else None, dist)
@@ -72,12 +52,12 @@ def find_checkpoint(
         _check_same_model(checkpoint, config)
 
     checkpoint = store.find(dist, keep=True, fits=fits, beat=beat)
-    if checkpoint is not None:
-        return Loaded(checkpoint, dist), own if own.id else _run_of(checkpoint) if _run_of(checkpoint).id else new
-    if config.run.fork_from:
+    theirs = Identity("") if checkpoint is None else _run_of(checkpoint)
+    if checkpoint is None and config.run.fork_from:
         checkpoint = _fork(config, dist, beat)
-        return Loaded(checkpoint, dist), own if own.id else Identity(new.id, _run_of(checkpoint).id)
-    return None, own if own.id else new
+        new = Identity(new.id, _run_of(checkpoint).id)
+    identity = next(one for one in (own, theirs, new) if one.id)
+    return None if checkpoint is None else Loaded(checkpoint, dist), identity
 
 
 def _run_of(checkpoint: Checkpoint) -> Identity:
@@ -87,7 +67,7 @@ def _run_of(checkpoint: Checkpoint) -> Identity:
         DamagedError: what a training stores beside its tensors is not there.
     """
     try:
-        return _Meta.model_validate(checkpoint.meta).run
+        return Meta.model_validate(checkpoint.meta).run
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise DamagedError(f"meta.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None

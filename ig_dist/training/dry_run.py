@@ -4,10 +4,8 @@ Nothing is allocated: shapes are traced on fake tensors. The state is counted ex
 keeps of one image; what the allocator, kernels and libraries need beside it (some 2 GiB on a GPU) is not in here.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -28,26 +26,6 @@ PER_NODE = 8  # GPUs
 ENGINES = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 
 
-class Memory(NamedTuple):
-    """Bytes on each GPU."""
-
-    state: int  # weights, gradients, moments and averages, between a backward pass and its step
-    working: int  # copies of weights that a pass makes, and buffers
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.state + self.working + self.activations
-
-
-class Sent(NamedTuple):
-    """Bytes that each GPU sends in a step: all of them, and of these from node to node."""
-
-    total: int
-    between: int
-
-
 def dry_run(config: Config, *, gpus: int, mfu: float, peak_tflops: float) -> dict[str, Any]:
     """What the run will take on ``gpus`` GPUs.
 
@@ -56,13 +34,11 @@ def dry_run(config: Config, *, gpus: int, mfu: float, peak_tflops: float) -> dic
     """
     try:
         index = read_index(config.data.index)
+        shape, classes, images = index.info.latent.shape, len(index.info.classes), index.num_samples
     except ConfigError:  # there may be no data yet
-        channels, side, _ = SD_LATENT
+        index, (channels, side, _) = None, SD_LATENT
         shape = (config.model.in_channels or channels, *2 * (config.model.input_size or side,))
-        classes, images, assumed = config.model.num_classes or IMAGENET_CLASSES, IMAGENET_IMAGES, True
-    else:
-        shape, classes, images, assumed = index.info.latent.shape, len(index.info.classes), index.num_samples, False
-    where = config.data.index
+        classes, images = config.model.num_classes or IMAGENET_CLASSES, IMAGENET_IMAGES
     config = config.with_data(shape, classes)
     config.check_world_size(gpus, min(PER_NODE, gpus))
     model, batch = config.model.to_dit(), config.train.global_batch_size
@@ -70,23 +46,10 @@ def dry_run(config: Config, *, gpus: int, mfu: float, peak_tflops: float) -> dic
     acceleration = config.loss.acceleration
     passes = 3  # backward costs twice the forward
     passes += bool(acceleration.weight and acceleration.source == "ema") + config.train.activation_checkpointing
-    flops, steps = passes * forward_flops(model), config.total_steps(images)
-    micro = config.micro_batch(gpus)
-    engines = {}
-    for engine in engines_of(config, gpus):
-        memory = memory_per_gpu(engine, model, parameters, moments, config, gpus, micro)
-        sent = sent_per_gpu(engine, parameters, moments, config, gpus)
-        engines[engine] = {
-            "state_bytes": memory.state,
-            "working_bytes": memory.working,
-            "activation_bytes": memory.activations,
-            "total_bytes": memory.total,
-            "sent_bytes_per_step": sent.total,
-            "sent_between_nodes_bytes_per_step": sent.between,
-        }
+    flops, steps, micro = passes * forward_flops(model), config.total_steps(images), config.micro_batch(gpus)
     return {
-        "index": where,
-        "assumed_imagenet": assumed,
+        "index": config.data.index,
+        "assumed_imagenet": index is None,
         "samples": images,
         "latent_shape": list(shape),
         "classes": classes,
@@ -103,7 +66,11 @@ def dry_run(config: Config, *, gpus: int, mfu: float, peak_tflops: float) -> dic
         "mfu": mfu,
         "peak_tflops": peak_tflops,
         "seconds": steps * batch * flops / (gpus * peak_tflops * 1e12 * mfu),
-        "engines": engines,
+        "engines": {
+            engine: memory_per_gpu(engine, model, parameters, moments, config, gpus, micro)
+            | sent_per_gpu(engine, parameters, moments, config, gpus)
+            for engine in engines_of(config, gpus)
+        },
     }
 
 
@@ -156,11 +123,12 @@ def count_state(model: DiTConfig, config: Config) -> tuple[int, int]:
 
 def memory_per_gpu(
     engine: str, model: DiTConfig, parameters: int, moments: int, config: Config, gpus: int, micro: int
-) -> Memory:
+) -> dict[str, int]:
     """Bytes on each GPU under one of ``ENGINES``, of ``micro`` images in a pass.
 
-    Weights, gradients, moments and averages are fp32 under every engine, ours of ZeRO too. What they share is held
-    against memory measured under each engine by a test.
+    The state, between a backward pass and its step: weights, gradients, moments and averages, fp32 under every engine,
+    ours of ZeRO too; a test holds it against memory measured under each. Working: copies of weights that a pass makes,
+    and buffers.
     """
     bf16 = config.train.precision == "bf16"
     cast = 2 * parameters if bf16 else 0  # autocast's copies, for the backward pass
@@ -190,11 +158,13 @@ def memory_per_gpu(
     if config.train.activation_checkpointing:  # the input of each block, and what is kept of the one computed again
         tokens = (model.input_size // model.patch_size) ** 2
         kept_of_image = kept_of_image // model.depth + 4 * model.depth * tokens * model.hidden_size
-    return Memory(state, working, micro * kept_of_image)
+    activations = micro * kept_of_image
+    memory = {"state_bytes": state, "working_bytes": working, "activation_bytes": activations}
+    return {**memory, "total_bytes": sum(memory.values())}
 
 
-def sent_per_gpu(engine: str, parameters: int, moments: int, config: Config, gpus: int) -> Sent:
-    """What each GPU sends in a step (rings: an all-reduce is a reduce-scatter and an all-gather).
+def sent_per_gpu(engine: str, parameters: int, moments: int, config: Config, gpus: int) -> dict[str, int]:
+    """Bytes that each GPU sends in a step (rings: an all-reduce is a reduce-scatter and an all-gather).
 
     Gradients are reduced in fp32: by DDP, FSDP2 and ZeRO-1 once a step, by ZeRO-2 and 3 after each micro-batch, by HSDP
     within a group after each micro-batch and between groups once. FSDP2 gathers weights in the precision of the forward
@@ -207,23 +177,22 @@ def sent_per_gpu(engine: str, parameters: int, moments: int, config: Config, gpu
         groups = groups_of(config, gpus)
         size = gpus // groups
         inside = parameters * (4 + low * gathers) * micro + 8 * matrices // gpus
-        between = (8 * parameters + 4 * matrices) // size
-        both = _ring(inside, size, PER_NODE), _ring(between, groups, max(1, PER_NODE // size))
-        return Sent(*map(sum, zip(*both, strict=True)))
-    payload = {
-        "ddp": (4 + 4) * parameters + 4 * matrices,
-        "fsdp2": (4 + low * gathers * micro) * parameters + 8 * matrices // gpus,
-        "zero1": (4 + 4) * parameters,
-        "zero2": (4 * micro + 4) * parameters,
-        "zero3": (4 * micro + 2 * 4 * micro) * parameters,
-    }[engine]
-    return _ring(payload, gpus, PER_NODE)
-
-
-def _ring(payload: int, ranks: int, neighbours: int) -> Sent:
-    """What each rank of a ring sends; of ``neighbours`` in a node one sends to the next node, and they take turns."""
-    total = payload * (ranks - 1) // ranks
-    return Sent(total, total // neighbours if ranks > neighbours else 0)
+        outside = (8 * parameters + 4 * matrices) // size
+        rings = [(inside, size, PER_NODE), (outside, groups, max(1, PER_NODE // size))]
+    else:
+        payload = {
+            "ddp": (4 + 4) * parameters + 4 * matrices,
+            "fsdp2": (4 + low * gathers * micro) * parameters + 8 * matrices // gpus,
+            "zero1": (4 + 4) * parameters,
+            "zero2": (4 * micro + 4) * parameters,
+            "zero3": (4 * micro + 2 * 4 * micro) * parameters,
+        }[engine]
+        rings = [(payload, gpus, PER_NODE)]
+    total = between = 0
+    for payload, ranks, neighbours in rings:  # of neighbours one sends to the next node, and they take turns
+        total += (sent := payload * (ranks - 1) // ranks)
+        between += sent // neighbours if ranks > neighbours else 0
+    return {"sent_bytes_per_step": total, "sent_between_nodes_bytes_per_step": between}
 
 
 @lru_cache

@@ -4,8 +4,6 @@ What is closed while an exception goes up may wait for peers or a storage (NCCL'
 wait for this rank: without this, an error of one rank looks like a hang of all.
 """
 
-from __future__ import annotations
-
 import sys
 import traceback
 from collections.abc import Iterator
@@ -49,10 +47,7 @@ def failures_told(config: Config, dist: Dist, phases: Phases, watchdog: Watchdog
     """Say and tell the error that leaves this block, unless all ranks have it, or it is a peer's.
 
     Raises:
-        LostPeerError: a collective failed because another rank is gone: that rank's story.
-        HangError: a collective timed out.
-        OutOfMemoryError: memory was wanting.
-        RankError: one of several ranks failed; its traceback has been printed.
+        IgDistError: what the error means to a user; of a process alone an unknown one stays what it is.
     """
     try:
         yield

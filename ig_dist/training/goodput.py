@@ -4,8 +4,6 @@
 in it, and is its lost work.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass

@@ -1,8 +1,7 @@
 """One optimizer step of a run, and what it changes. It knows engines by their protocol only."""
 
-from __future__ import annotations
-
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,14 +10,58 @@ from torch import Tensor
 from ig_dist.config import Config
 from ig_dist.data.index import ShardIndex
 from ig_dist.data.stream import Batch
+from ig_dist.diffusion.loss import head_difference
 from ig_dist.models.dit import DiT
+from ig_dist.optim.fused import move
 from ig_dist.parallel.build import build_engine
 from ig_dist.parallel.dist import Dist
 from ig_dist.parallel.engine import Engine, LoadedState, Piece, StepResult
-from ig_dist.training.ema import EMA
 from ig_dist.training.meter import Meter
-from ig_dist.training.objective import TaskMaker, ema_differences, training_loss
+from ig_dist.training.objective import Model, Task, TaskMaker, accelerates, training_loss
 from ig_dist.training.phases import Phases
+
+
+class EMA:
+    """One average per decay: average <- average + (1 - decay) (weights - average); it starts as a copy of them.
+
+    ``masters_written`` is called after an average was written into the weights, and after they were put back.
+    """
+
+    def __init__(
+        self, masters: Mapping[str, Tensor], decays: Sequence[float], masters_written: Callable[[], None] = lambda: None
+    ) -> None:
+        self._masters = dict(masters)
+        self._masters_written = masters_written
+        self.averages = {decay: {name: w.clone() for name, w in masters.items()} for decay in decays}
+
+    def load(self, decay: float, shards: Mapping[str, Tensor]) -> None:
+        """Replace one average."""
+        for name, tensor in shards.items():
+            self.averages[decay][name].copy_(tensor)
+
+    @contextmanager
+    def swapped_in(self, decay: float) -> Iterator[None]:
+        """The weights are those of an average inside the context, and bitwise their own again after it."""
+        self._swap(decay)
+        try:
+            yield
+        finally:
+            self._swap(decay)
+
+    @torch.no_grad()
+    def _swap(self, decay: float) -> None:
+        for name, average in self.averages[decay].items():
+            kept = self._masters[name].clone()
+            self._masters[name].copy_(average)
+            average.copy_(kept)
+        self._masters_written()
+
+    @torch.no_grad()
+    def update(self, finite: Tensor) -> None:
+        """Move every average towards the weights; not at all when ``finite`` (a device scalar) is 0."""
+        weights, void = list(self._masters.values()), 1 - finite
+        for decay, average in self.averages.items():
+            move([average[name] for name in self._masters], weights, 1 - decay, void)
 
 
 class Learner(NamedTuple):
@@ -72,6 +115,19 @@ def train_step(learner: Learner, batch: Batch, step: int, lr: float) -> tuple[Te
         learner.ema.update(result.finite)
     meter.count(result, batch, rows, step)
     return rows, result
+
+
+@torch.no_grad()
+def ema_differences(model: Model, ema: EMA, tasks: Sequence[Task], config: Config, *, step: int) -> list[Tensor | None]:
+    """v_final - v_aux of the first EMA for each micro-batch; None where the step needs no such thing. COLLECTIVE.
+
+    Before any forward pass of the step: the weights may not change between a forward and its backward. ``model`` is
+    called past the engine's own forward, which would wait for a backward pass.
+    """
+    if not accelerates(config, step) or config.loss.acceleration.source != "ema":
+        return [None] * len(tasks)
+    with ema.swapped_in(config.ema.decays[0]):
+        return [head_difference(model(task.x_t, task.t, task.labels)) for task in tasks]
 
 
 def state_pieces(learner: Learner, index: ShardIndex, step: int, dist: Dist) -> tuple[dict[str, Piece], dict[str, Any]]:

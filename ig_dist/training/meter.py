@@ -4,8 +4,6 @@ The steps of all ranks take the same time, since they wait for each other in the
 time of what it does alone.
 """
 
-from __future__ import annotations
-
 import resource
 import statistics
 import sys
@@ -45,8 +43,7 @@ class Meter:
         self._train_flops = 3 * forward_flops(model.config) if peak else 0
         self._streak = torch.zeros((), device=dist.device)
         self._skipped = torch.zeros((), device=dist.device)
-        self._told = 0
-        """Of ``_skipped``: what has been said."""
+        self._told = 0  # of ``_skipped``: what has been said
         self._suspects: list[tuple[int, Tensor, Tensor]] = []
         """Of each step since the last line: its number, its samples, and their losses."""
         self._stall: float | None = None
@@ -187,30 +184,30 @@ class OwnWork:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._spans: list[tuple[Any, Any]] = []
 
     @contextmanager
     def timed(self) -> Iterator[None]:
         """Counts what is done inside; no collective may be among it."""
-        if not self._on_gpu:
-            began = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - began
-            return
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
+        begin = self._mark()
         yield
-        end.record()
-        self._events.append((begin, end))
+        self._spans.append((begin, self._mark()))
+
+    def _mark(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
 
     def take(self) -> float:
         """Seconds since the last call. Waits for the device."""
-        if self._events:
-            self._events[-1][1].synchronize()
-        seconds = self._seconds + sum(float(begin.elapsed_time(end)) for begin, end in self._events) / 1e3
-        self._seconds, self._events = 0.0, []
-        return seconds
+        spans, self._spans = self._spans, []
+        if not self._on_gpu:
+            return float(sum(end - begin for begin, end in spans))
+        if spans:
+            spans[-1][1].synchronize()
+        return sum(float(begin.elapsed_time(end)) for begin, end in spans) / 1e3
 
 
 class Slowest(NamedTuple):
@@ -231,14 +228,11 @@ def slowest(own: Sequence[float], elapsed: float) -> Slowest:
 class Watch:
     """Says once of a rank that it is slow: when it was in two lines of metrics in a row, and matters."""
 
-    def __init__(self) -> None:
-        self._rank, self._times = -1, 0
+    _rank, _times = -1, 0
 
     def sees(self, found: Slowest) -> bool:
         """Whether to say it now."""
-        if found.ratio < SLOW or found.cost < COSTLY:
-            self._times = 0
-        else:
-            self._times = self._times + 1 if found.rank == self._rank else 1
+        before = self._times if found.rank == self._rank else 0
         self._rank = found.rank
+        self._times = before + 1 if found.ratio >= SLOW and found.cost >= COSTLY else 0
         return self._times == IN_A_ROW

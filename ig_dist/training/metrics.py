@@ -1,15 +1,12 @@
 """What a run reports: ``metrics.jsonl``, TensorBoard and the progress bar, and what throughput means."""
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +18,6 @@ from ig_dist.run_dir import replace_text
 from ig_dist.storage.json_lines import LineFile, read_lines
 from ig_dist.terminal import console
 from ig_dist.terminal.progress import bar
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 # Dense bf16 peaks in TFLOP/s, from the vendors' data sheets, by a part of the device's name.
 PEAK_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0}
@@ -46,35 +40,31 @@ def model_flops_utilisation(
 
 
 class RunLog:
-    """Writes the metrics of rank 0. Used as a context; on other ranks build it with ``path=None``: it does nothing.
+    """Writes the metrics of rank 0, until ``close``; on other ranks, whose ``path`` is None, it does nothing.
 
     Lines of an earlier start after ``start``, the step that the run goes on from, are cut off.
     """
 
     def __init__(self, path: Path | None, *, start: int, total: int, name: str) -> None:
-        self._path, self._start, self._total = path, start, total
-        self._board: SummaryWriter | None = None
+        self._path, self._total = path, total
+        self._board: Any = None  # a SummaryWriter
         self._hook = threading.excepthook
         self._progress = bar(name, total, start, hidden=path is None)
-
-    def __enter__(self) -> Self:
-        if self._path is not None:
+        if path is not None:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             try:
-                cut_back(self._path / "metrics.jsonl", self._start)
+                cut_back(path / "metrics.jsonl", start)
             except OSError as error:
-                raise ConfigError(f"{self._path}/metrics.jsonl: {error.strerror}: see that it has space") from None
-            self._lines = LineFile(self._path / "metrics.jsonl")
+                raise ConfigError(f"{path}/metrics.jsonl: {error.strerror}: see that it has space") from None
+            self._lines = LineFile(path / "metrics.jsonl")
             threading.excepthook = self._thread_failed
             with self._board_may_fail():
-                self._board = SummaryWriter(str(self._path / "tensorboard"), purge_step=self._start + 1)
+                self._board = SummaryWriter(str(path / "tensorboard"), purge_step=start + 1)
         self._progress.start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Take the bar away, and write out what TensorBoard still holds."""
         self._progress.stop()
         threading.excepthook = self._hook
         if self._board is not None:

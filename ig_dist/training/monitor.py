@@ -4,8 +4,6 @@ None of it touches the weights, the data order or any other random number. Every
 this works however the model is spread over them. Autoguidance is left out: its second model is not here.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -34,7 +32,7 @@ from ig_dist.parallel.dist import Dist, StopFlag, begin_any, gather_rows, on_mai
 from ig_dist.plans.plan import Plan, image_numbers, make_plan
 from ig_dist.sampling.run import config_extractor
 from ig_dist.sampling.solving import Models, Sampler, decoder
-from ig_dist.training.ema import EMA
+from ig_dist.training.learner import EMA
 from ig_dist.training.objective import validation_loss
 
 COLUMNS = 10
@@ -46,8 +44,8 @@ def validate(
     """The validation losses, by name. COLLECTIVE; raises as ``validation_loss``."""
     with ema.swapped_in(config.ema.decays[0]):
         losses = validation_loss(model, index, config, reader, config.micro_batch(dist.world_size), dist, stop)
-    named = dict(zip(("val_loss", "val_loss_final", "val_loss_aux", "val_loss_cosine"), losses, strict=True))
-    return {name: value for name, value in named.items() if name != "val_loss_cosine" or config.loss.cosine_weight}
+    names = ("val_loss", "val_loss_final", "val_loss_aux", "val_loss_cosine")
+    return dict(zip(names if config.loss.cosine_weight else names[:-1], losses, strict=False))
 
 
 def sample_grid(model: DiT, ema: EMA, index: ShardIndex, config: Config, device: torch.device) -> NDArray[np.uint8]:
@@ -56,13 +54,12 @@ def sample_grid(model: DiT, ema: EMA, index: ShardIndex, config: Config, device:
     The same noise in each column and at every step of the run.
     """
     info, guidance = model_info(config, index), _guidance(config)
-    plans = [
-        _plan(config, info, terms, num=COLUMNS, labels="balanced") for terms in ([[], guidance] if guidance else [[]])
-    ]
+    rows = [[], guidance] if guidance else [[]]
+    plans = [_plan(config, info, terms, num=COLUMNS, labels="balanced") for terms in rows]
     numbers, models = torch.arange(COLUMNS), Models(model, info, grid_tokenizer(index, config, device))
     with ema.swapped_in(config.ema.decays[0]):
-        rows = [Sampler(models, plan).generate(numbers).cpu().numpy() for plan in plans]
-    return np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
+        images = [Sampler(models, plan).generate(numbers).cpu().numpy() for plan in plans]
+    return np.concatenate([np.concatenate(list(row), axis=1) for row in images], axis=0)
 
 
 def grid_tokenizer(index: ShardIndex, config: Config, device: torch.device) -> Tokenizer:
@@ -73,11 +70,8 @@ def grid_tokenizer(index: ShardIndex, config: Config, device: torch.device) -> T
 class TrainingScores:
     """Scores of ``evaluate.training_num`` images, by Heun with ``evaluate.training_steps`` and the config's guidance.
 
-    What is missing, weights of an extractor or a reference, ends the run now, not at the first scores. COLLECTIVE, as
-    is ``score``.
-
-    Raises:
-        ConfigError: an extractor or the reference is missing, or lacks what a score needs.
+    COLLECTIVE, as is ``score``. Raises ConfigError where an extractor or the reference is missing, or lacks what a
+    score needs: now, not at the first scores.
     """
 
     def __init__(self, config: Config, index: ShardIndex, dist: Dist, stop: StopFlag, beat: Callable[[], None]) -> None:
@@ -108,13 +102,9 @@ class TrainingScores:
         )
 
     def score(self, model: DiT, ema: EMA, step: int, run: Path | None) -> dict[str, float]:
-        """The scores, by name; ``score_num`` is the number of images.
+        """The scores, by name; ``score_num`` is the number of images. Ending, where the run is asked to stop.
 
         The first rank holds the features to the reference, and writes scores and protocol into the run directory.
-
-        Raises:
-            Ending: asked to stop.
-            IgDistError: the reference does not fit.
         """
         with ema.swapped_in(self._config.ema.decays[0]):
             tensors = self._features(Models(model, self._info, self._tokenizer))

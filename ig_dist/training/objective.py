@@ -1,7 +1,5 @@
 """The training objective on a batch of stored latents, and the validation loss at fixed times and noise."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -32,7 +30,6 @@ from ig_dist.storage.background import in_turn
 from ig_dist.storage.faults import Patience
 from ig_dist.storage.files import REQUEST_BYTES
 from ig_dist.this_process import host
-from ig_dist.training.ema import EMA
 
 VALIDATION_SAMPLES = 4096
 VALIDATION_SEED = 0  # not the run's: the loss must be comparable over runs
@@ -121,19 +118,6 @@ def accelerates(config: Config, step: int) -> bool:
     return acceleration.weight > 0 and step >= acceleration.start_step
 
 
-@torch.no_grad()
-def ema_differences(model: Model, ema: EMA, tasks: Sequence[Task], config: Config, *, step: int) -> list[Tensor | None]:
-    """v_final - v_aux of the first EMA for each micro-batch; None where the step needs no such thing. COLLECTIVE.
-
-    Before any forward pass of the step: the weights may not change between a forward and its backward. ``model`` is
-    called past the engine's own forward, which would wait for a backward pass.
-    """
-    if not accelerates(config, step) or config.loss.acceleration.source != "ema":
-        return [None] * len(tasks)
-    with ema.swapped_in(config.ema.decays[0]):
-        return [head_difference(model(task.x_t, task.t, task.labels)) for task in tasks]
-
-
 def open_reader(index: ShardIndex, config: Config) -> ShardReader:
     """The run's way to read samples: what damage, faults and hangs get, and the node's cache."""
     data = config.data
@@ -152,10 +136,7 @@ def validation_loss(
 
     Sample i of n has time (i + 0.5) / n, noise keyed by i and the plain velocity as its target, whatever the run, so
     the numbers of two runs with the same held-out shards differ by their weights only. Every rank reads its own
-    samples, a request's worth at a time, and makes the same number of forward passes.
-
-    Raises:
-        Ending: a rank cannot read its samples, or is asked to stop while it waits for them.
+    samples, a request's worth at a time, and makes the same number of forward passes. Raises as ``Awaited.next``.
     """
     info = index.info.latent
     first = index.num_samples - sum(index.shard_sizes[-config.data.validation_shards :])
@@ -182,8 +163,8 @@ def validation_loss(
             x = model_latents(stored, info, posterior="mean", seed=VALIDATION_SEED, positions=numbers)
             t = (numbers.float() + 0.5) / count
             noise = normal(VALIDATION_SEED, Purpose.VALIDATION_NOISE, numbers, info.shape)
-            x_t, velocity = Path(config.loss.path).interpolate(x, noise, t)
             loss = config.loss
+            x_t, velocity = Path(loss.path).interpolate(x, noise, t)
             losses = ig_loss(model(x_t, t, labels), velocity, loss.aux_weight, cosine_weight=loss.cosine_weight)
             counted = torch.from_numpy(good[at]) & (part < count)
             total += torch.cat([torch.stack(losses).cpu().double() * counted, counted[None]]).sum(dim=1)

@@ -3,8 +3,6 @@
 The host of a GPU runs ahead of it, and a device that hangs stops all hosts alike: marks in its queue say how far it is.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 import time
@@ -16,8 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-STEP = ("forward", "backward", "optimizer", "log")
-"""Phases that are the training itself; the others stand beside it."""
+STEP = ("forward", "backward", "optimizer", "log")  # phases that are the training itself; the others stand beside it
 
 
 class Now(NamedTuple):
@@ -38,12 +35,10 @@ class Phases:
     def __init__(self, age_s: float | None = None) -> None:
         age_s = process_age_s() if age_s is None else age_s
         self.now = Now(0, "start-up", 0, time.monotonic() - age_s)  # replaced whole: other threads read it
-        self.began_at = time.time() - age_s
-        """When the start began, on the wall clock."""
+        self.began_at = time.time() - age_s  # when the start began, on the wall clock
         self.seconds: defaultdict[str, float] = defaultdict(float)
         """Time in phases that have ended, of the ledger's kinds."""
-        self.last_warm_up = 0
-        """The step until which compilation and first-time costs are expected."""
+        self.last_warm_up = 0  # the step until which compilation and first-time costs are expected
         self.on_change: Callable[[Now], None] | None = None
         """Called with each phase that is another than the one before."""
 
@@ -97,7 +92,6 @@ class Marks:
         self, event: Callable[[], Any], every_s: float, stop: threading.Event, begin: Callable[[], None] = lambda: None
     ) -> None:
         self._event, self._every_s, self._stop, self._begin = event, every_s, stop, begin
-        self._free: deque[Any] = deque()
         self._ahead: deque[tuple[Now, Any]] = deque()
         self._reached: Now | None = None
         self._failed = False
@@ -106,7 +100,7 @@ class Marks:
     def put(self, now: Now) -> None:
         """Leave a mark: the host begins this. Costs some microseconds; waits for nothing."""
         if not self._failed:  # the loop meets the error at its next call
-            event = self._free.popleft() if self._free else self._event()
+            event = self._event()
             event.record()
             self._ahead.append((now, event))
 
@@ -123,7 +117,7 @@ class Marks:
                     now, event = self._ahead[0]
                     event.synchronize()
                     self._reached = now
-                    self._free.append(self._ahead.popleft()[1])
+                    self._ahead.popleft()
         except RuntimeError:  # the device has failed
             self._failed = True
             self._ahead.clear()

@@ -3,9 +3,6 @@
 One bad machine makes a whole job slow, wrong or stuck. Here it is named before it costs anything.
 """
 
-from __future__ import annotations
-
-import concurrent.futures
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +15,7 @@ import torch.distributed as torch_dist
 from ig_dist.config import Config
 from ig_dist.data.index import ShardIndex
 from ig_dist.data.reader import ShardReader
-from ig_dist.errors import ConfigError, DataError, IgDistError, LostPeerError, NodeError
+from ig_dist.errors import ConfigError, IgDistError, LostPeerError, NodeError
 from ig_dist.parallel.agreement import meet
 from ig_dist.parallel.blame import blame
 from ig_dist.parallel.dist import Dist, StopFlag, gather_objects, sum_over_ranks
@@ -31,8 +28,7 @@ T = TypeVar("T")
 ROUNDS = 3  # the best one counts: of a short work the others tell more of what else the machine does
 READ_S = 60.0
 SLOW = 0.5
-WORKS = {"matmul": 5e-3, "link": 1e-3, "read": 0.5}
-"""What is timed, and seconds below which it is never called slow."""
+WORKS = {"matmul": 5e-3, "link": 1e-3, "read": 0.5}  # what is timed, and seconds below which it is never called slow
 
 
 class Findings(NamedTuple):
@@ -51,10 +47,8 @@ def preflight(index: ShardIndex, config: Config, dist: Dist, stop_flag: StopFlag
     """Try each rank; say what was found, and who is slow. COLLECTIVE.
 
     Takes well under a second, unless a storage is away. A stop that is asked for meanwhile is left to the caller.
-
-    Raises:
-        NodeError: a rank computes wrong numbers, does not get what others send, or cannot read what others can, or is
-            slower than ``train.preflight_min_speed`` allows.
+    Raises NodeError where a rank computes wrong numbers, does not get what others send, cannot read what others can, or
+    is slower than ``train.preflight_min_speed`` allows.
     """
     if dist.world_size == 1 or not config.train.preflight:
         return
@@ -202,32 +196,32 @@ def _storage(
     deadline_s = min(READ_S, config.data.retry_s)
     patience = Patience(deadline_s=deadline_s, stall_s=min(config.data.stall_s, deadline_s))
     reader = ShardReader(index, on_corrupt="skip", patience=patience)  # a sample that is damaged is so everywhere
-    seconds = 0.0
+    began, ended = time.perf_counter(), 0.0
 
-    def read() -> None:
-        nonlocal seconds
-        began = time.perf_counter()
-        reading = in_background(lambda: reader.read_ids(0, 1))
-        while not concurrent.futures.wait([reading], timeout=0.2).done:
-            seconds = time.perf_counter() - began
-            if patience.stop.is_set() or seconds > 2 * deadline_s:  # a mount that hangs knows no deadline
-                raise DataError(f"a read does not return within {seconds:.0f} s")
-        reading.result()
-        seconds = time.perf_counter() - began
+    def read() -> str:
+        nonlocal ended
+        try:
+            reader.read_ids(0, 1)
+        except (IgDistError, OSError) as error:
+            return f"cannot read the data ({error})"
+        finally:
+            ended = time.perf_counter()
+        return ""
 
     def wait() -> None:
         beat()
         if stop_flag.asked:
             patience.stop.set()
 
-    work = in_background(read)
-    meet(work, dist, wait)
-    error = work.exception()
-    if error is None:
-        return seconds, ""
-    if not isinstance(error, IgDistError | OSError):
-        raise error
-    return seconds, f"cannot read the data ({error})"
+    def given_up() -> bool:  # a mount that hangs knows no deadline
+        return patience.stop.is_set() or time.perf_counter() - began > 2 * deadline_s
+
+    reading = in_background(read)
+    meet(reading, dist, wait, given_up)
+    if not reading.done():
+        seconds = time.perf_counter() - began
+        return seconds, f"cannot read the data (a read does not return within {seconds:.0f} s)"
+    return ended - began, reading.result()
 
 
 def _best(work: Callable[[], None], device: torch.device, before: Callable[[], None] = lambda: None) -> float:

@@ -4,8 +4,6 @@ Run the same command again to resume: the step of the newest whole checkpoint is
 randomness depend on.
 """
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -58,13 +56,7 @@ def train(config: Config, *, force: bool = False, lives_on: bool = False) -> Non
             where it has no peers, and its age is not the run's.
 
     Raises:
-        ConfigError: the config does not fit the data, the run directory or the number of processes.
-        NonFiniteError: too many non-finite steps in a row.
-        HangError: the other processes do not come (one that hangs later ends the process at once, by the watchdog).
-        DataError: damaged data, or no whole checkpoint.
-        Preempted: asked to stop by a signal, after a save.
-        OutOfMemoryError: too little memory.
-        RankError: another error, of one of several processes.
+        IgDistError: why the run ends before its last step, as the table of exit codes in docs/running.md has it.
     """
     phases = Phases(0.0 if lives_on else None)
     with ExitStack() as cleanup:
@@ -75,13 +67,10 @@ def train(config: Config, *, force: bool = False, lives_on: bool = False) -> Non
         # After an error the groups stay as they are: NCCL's end of one waits for peers that may never come.
         cleanup.push(lambda kind, *_: shut_down() if kind is None or dist.world_size == 1 else None)
         cleanup.enter_context(failures_told(config, dist, phases, watchdog))
-        run = _begin(config, dist, phases, cleanup, force=force, lives_on=lives_on)
-        if run is None:
-            return
-        # Once more: an error of the loop is said before what _begin has opened is closed, which may take long.
-        cleanup.enter_context(failures_told(config, dist, phases, watchdog))
-        cleanup.enter_context(watchdog.has_the_last_word())
-        _go_on(run)
+        # Once more: an error is said before what was opened until then is closed, which may take long.
+        with failures_told(config, dist, phases, watchdog), watchdog.has_the_last_word():
+            if run := _begin(config, dist, phases, cleanup, force=force, lives_on=lives_on):
+                _go_on(run)
 
 
 @dataclass
@@ -127,7 +116,7 @@ def _begin(
     path = claimed if dist.is_main else None
     identity = from_main(path and read_identity(path), dist)  # whoever held it until now may have begun it
     if store.agreed_steps(dist) != seen:  # whoever held the run until now has saved once more
-        state, _ = find_checkpoint(store, config, index, dist, phases.beat)
+        state, _ = find_checkpoint(store, config, index, dist, phases.beat, force=force)
         model = _first_model(config, state is not None)
     start, total = state.checkpoint.step if state else 0, config.total_steps(order.num_samples)
     if dist.is_main:
@@ -162,7 +151,8 @@ def _begin(
         flip=config.data.flip,
     )
     cleanup.callback(stream.close)
-    log = cleanup.enter_context(RunLog(path, start=start, total=total, name="train"))
+    log = RunLog(path, start=start, total=total, name="train")
+    cleanup.callback(log.close)
     ledger = Ledger(path, phases, start)
     cleanup.callback(ledger.close)
     phases.last_warm_up = start + 1
@@ -230,11 +220,18 @@ def _look(run: _Run, step: int, last: bool) -> None:
 
 def _save(run: _Run, step: int, *, exported: bool) -> None:
     """Begin a save, which goes on beside the steps. COLLECTIVE."""
+    config = run.config  # a thread that is left behind may not hold the run, and with it the model
+
+    def saved(checkpoint: Checkpoint) -> None:  # on rank 0
+        console.print(f"saved step {checkpoint.step}")
+        if exported:
+            export_checkpoint(checkpoint, config=config)
+
     run.phases.enter("checkpoint")
     with run.learner.meter.saving():
         pieces, meta = state_pieces(run.learner, run.index, step, run.dist)
         meta["run"] = run.identity._asdict()
-        run.saver.save(step, pieces, meta, partial(_saved, export=run.config if exported else None))
+        run.saver.save(step, pieces, meta, saved)
     run.ledger.note(step)
 
 
@@ -267,13 +264,6 @@ def _end(ending: Ending, saver: Saver, done: int, total: int) -> NoReturn:
     error = type(ending.error)(f"{ending.error} ({where})")
     error.everywhere = True
     raise error from None
-
-
-def _saved(checkpoint: Checkpoint, *, export: Config | None) -> None:
-    """What follows a save, on rank 0."""
-    console.print(f"saved step {checkpoint.step}")
-    if export is not None:
-        export_checkpoint(checkpoint, config=export)
 
 
 def _due(step: int, every: int, last: bool) -> bool:

@@ -5,8 +5,6 @@ where this rank is, and reads where the others are once this one stands still. N
 while the main thread is in a call that does not return.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import json
 import math
@@ -18,7 +16,6 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -65,7 +62,7 @@ def longest_wait_s(config: Config) -> float:
 
 
 @contextmanager
-def watched(phases: Phases, config: Config, dist: Dist, *, lives_on: bool = False) -> Iterator[Watchdog]:
+def watched(phases: Phases, config: Config, dist: Dist, *, lives_on: bool = False) -> Iterator["Watchdog"]:
     """End the process with exit code 5 when it hangs, or when another rank does. COLLECTIVE.
 
     One that ``lives_on`` after the training and has no peers is told of the hang, and left to its user.
@@ -97,14 +94,13 @@ class Watchdog:
             phases.on_change = self._marks.put
         self._recorder = Recorder()
         self._word = Word()
-        unheard = replace(self._word, ticks=-1), time.monotonic()
+        unheard = self._word._replace(ticks=-1), time.monotonic()
         self._heard = {rank: unheard for rank in range(dist.world_size) if rank != dist.rank}
         """The others' last words, and when they came."""
         self.ending = self._asking = self._told = False
         self._failure = self._others_failure = ""
         self._failure_told = threading.Event()
-        self._answered = self._read = time.monotonic()
-        """When the store did, and when the others' words were read."""
+        self._answered = self._read = time.monotonic()  # when the store did, and when the others' words were read
         self._patience_s = max(1.0, _SILENT_POLLS * self._turns * self._poll_s)
         self._launcher = os.getppid() if "RANK" in os.environ else None
         self._prefix = f"watchdog/{from_main(uuid.uuid4().hex, dist)}"  # a store may outlive a start: torchrun's does
@@ -147,7 +143,7 @@ class Watchdog:
             self._asking, told = idle > min(limit, self._timeout_s) / 2, self._told
             standing = self._recorder.read(self._poll_s / 2) if self._asking or told else Standing({}, None)
             beside = "" if now is host else place(host.step, host.phase)
-            self._word = Word(now.entered, now.phase, now.step, idle, limit - idle, ticks, beside, *standing)
+            self._word = Word(now.entered, now.phase, now.step, idle, limit - idle, ticks, beside, standing)
             # whatever this rank waits for, it will not come from one that does not even answer
             lost = idle > self._timeout_s and (self._silent() or self._store_is_silent())
             if told or lost or (idle > limit and not self._excused()):
@@ -169,7 +165,7 @@ class Watchdog:
                         wait_for_workers=False,
                         timeout=timedelta(seconds=max(1.0, self._poll_s)),
                     )
-                store.set(self._key(self._dist.rank), self._word.dumps())
+                store.set(self._key(self._dist.rank), json.dumps(self._word))
                 if self.ending:
                     store.set(ended, "")
                 if self._failure and not self._failure_told.is_set():
@@ -214,8 +210,8 @@ class Watchdog:
 
     def _excused(self) -> bool:
         """Whether this rank waits for one that is behind, runs, and is within its own time."""
-        mine, silent = self._word.count, self._silent()
-        late = [rank for rank, (word, _) in self._heard.items() if word.count < mine and word.left_s > 0]
+        mine, silent = self._word.entered, self._silent()
+        late = [rank for rank, (word, _) in self._heard.items() if word.entered < mine and word.left_s > 0]
         return not self._store_is_silent() and any(rank not in silent for rank in late)
 
     def _behind(self) -> tuple[str, list[int]]:

@@ -1,20 +1,17 @@
 """What the ranks say of themselves to each other, and what follows from it: who is behind, who is to blame."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from typing import NamedTuple, Self
 
 from ig_dist.errors import listed
-from ig_dist.parallel.collectives import Collective
+from ig_dist.parallel.collectives import Collective, Standing
 
 
-@dataclass(frozen=True)
-class Word:
+class Word(NamedTuple):
     """What a rank says of itself."""
 
-    count: int = 0
+    entered: int = 0
     """Phases that it has come to, as all ranks in one order; where the device is behind the host, that it has."""
     phase: str = "start-up"
     step: int = 0
@@ -22,24 +19,18 @@ class Word:
     left_s: float = 1.0  # until it would end the run
     ticks: int = 0  # grows while the process runs
     host: str = ""  # where its host is, which waits for the device; empty: the two are at the same place
-    came: dict[str, int] = field(default_factory=dict)  # see ``Standing``; empty while all is well, as is the next
-    waits: Collective | None = None
+    standing: Standing = Standing({}, None)  # empty while all is well
 
     @property
     def place(self) -> str:
         """Where it is, in words."""
         return place(self.step, self.phase) + (" on its device" if self.host else "")
 
-    def dumps(self) -> str:
-        """As text."""
-        return json.dumps(asdict(self))
-
     @classmethod
-    def loads(cls, text: str | bytes) -> Word:
-        """From text."""
-        fields = json.loads(text)
-        waits = fields.pop("waits")
-        return cls(**fields, waits=Collective(*waits) if waits else None)
+    def loads(cls, text: str | bytes) -> Self:
+        """From JSON."""
+        *said, (came, waits) = json.loads(text)
+        return cls(*said, Standing(came, waits and Collective(*waits)))
 
 
 def place(step: int, phase: str) -> str:
@@ -55,7 +46,7 @@ def judge(words: Mapping[int, Word], silent: Collection[int], rank: int, machine
     """
     if len(words) == 1:
         return "", []
-    counts = {number: word.count for number, word in words.items() if number not in silent}
+    counts = {number: word.entered for number, word in words.items() if number not in silent}
     least = min(counts.values())
     late = [number for number, count in counts.items() if least == count < max(counts.values())]
     collective, absent = _waited_for(words, silent, rank)
@@ -71,11 +62,13 @@ def judge(words: Mapping[int, Word], silent: Collection[int], rank: int, machine
 
 def _waited_for(words: Mapping[int, Word], silent: Collection[int], rank: int) -> tuple[str, list[int]]:
     """The collective that this rank waits in, or else another one, in words; and who did not come to it."""
-    waiting = [number for number in sorted(words, key=lambda number: number != rank) if words[number].waits]
-    if not waiting or (waits := words[waiting[0]].waits) is None:
+    waiting = {number: waits for number, word in words.items() if (waits := word.standing.waits)}
+    if not waiting:
         return "", []
-    came = {number: word.came[waits.group] for number, word in words.items() if waits.group in word.came}
+    first = rank if rank in waiting else min(waiting)
+    waits = waiting[first]
+    came = {number: word.standing.came.get(waits.group, waits.number) for number, word in words.items()}
     absent = [number for number, newest in came.items() if newest < waits.number and number not in silent]
-    who = "waits" if waiting[0] == rank else f"rank {waiting[0]} waits"
+    who = "waits" if first == rank else f"rank {first} waits"
     without = f", to which {listed([f'rank {number}' for number in absent])} did not come" if absent else ""
     return f"; {who} for {waits.waited_s:.0f} s in {waits.text}{without}", absent

@@ -32,8 +32,7 @@ from ig_dist.parallel.build import build_engine
 from ig_dist.parallel.dist import Dist, init_distributed, patience_of, shut_down
 from ig_dist.terminal import leave
 from ig_dist.training import trainer
-from ig_dist.training.ema import EMA
-from ig_dist.training.learner import build_learner, state_pieces
+from ig_dist.training.learner import EMA, build_learner, state_pieces
 from ig_dist.training.phases import Phases
 
 

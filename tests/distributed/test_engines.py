@@ -163,12 +163,12 @@ def test_memory_is_as_the_dry_run_tells(measured: Path, runs: Path, name: str) -
     counts = count_state(model, config)
     told = memory_per_gpu(name, model, *counts, config, gpus=gpus, micro=2)
     found = int((runs / f"{name}-1.bytes").read_text()) - 4 * BUCKET_ELEMENTS * (name == "zero3")
-    assert found == pytest.approx(told.state, rel=0.02)
+    assert found == pytest.approx(told["state_bytes"], rel=0.02)
     if ENGINES[name][0] == "engine.kind=fsdp2":  # only HSDP shares out the gradients of each micro-batch
         config.train.accumulation = 2
         between = int((runs / f"{name}-2.bytes").read_text())
-        more = memory_per_gpu(name, model, *counts, config, gpus=gpus, micro=2).working - told.working
-        assert between == pytest.approx(told.state + more, rel=0.02) and (more > 0) == (name == "fsdp2")
+        more = memory_per_gpu(name, model, *counts, config, gpus=gpus, micro=2)["working_bytes"] - told["working_bytes"]
+        assert between == pytest.approx(told["state_bytes"] + more, rel=0.02) and (more > 0) == (name == "fsdp2")
 
 
 LIGHTNING = ["model.norm=rmsnorm", "model.mlp=swiglu", "model.rope=true", "model.qk_norm=true", "train.steps=12"]
@@ -285,7 +285,7 @@ def test_the_state_of_another_optimizer_is_refused(muon: Path) -> None:
         index = read_index(config.data.index)
         config = config.with_data(index.info.latent.shape, len(index.info.classes))
         with pytest.raises(ConfigError, match=message):
-            find_checkpoint(checkpoint_store(config), config, index, ALONE, lambda: None)
+            find_checkpoint(checkpoint_store(config), config, index, ALONE, lambda: None, force=False)
 
 
 def test_ranks_that_were_dealt_out_over_machines_in_turn_are_refused_on_all_alike(runs: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ig_dist.training.ema import EMA
+from ig_dist.training.learner import EMA
 
 
 def test_the_average_follows_the_formula_and_leaves_out_void_steps() -> None:

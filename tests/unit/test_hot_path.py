@@ -19,8 +19,7 @@ from ig_dist.models.dit import DiT, initialize
 from ig_dist.parallel.build import build_engine
 from ig_dist.parallel.dist import Dist, shut_down
 from ig_dist.parallel.engine import StepResult, total_norm
-from ig_dist.training.ema import EMA
-from ig_dist.training.learner import Learner, train_step
+from ig_dist.training.learner import EMA, Learner, train_step
 from ig_dist.training.meter import Meter
 from ig_dist.training.objective import TaskMaker, training_loss
 from ig_dist.training.phases import Phases

@@ -26,10 +26,9 @@ from ig_dist.optim.fused import move
 from ig_dist.parallel.build import build_engine
 from ig_dist.rng import Draws, Purpose, normal, uniform
 from ig_dist.training import trainer
-from ig_dist.training.ema import EMA
-from ig_dist.training.learner import Learner, train_step
+from ig_dist.training.learner import EMA, Learner, ema_differences, train_step
 from ig_dist.training.meter import Meter
-from ig_dist.training.objective import TaskMaker, ema_differences, training_loss, training_times
+from ig_dist.training.objective import TaskMaker, training_loss, training_times
 from ig_dist.training.phases import Phases
 
 POSITIONS = torch.arange(20_000)

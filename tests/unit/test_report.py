@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections import Counter
+from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -239,7 +240,7 @@ def test_sweeps_are_shown_each_the_newest_first(tmp_path: Path) -> None:
 
 def test_pictures_of_a_run_in_progress_are_shown(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    with RunLog(run, start=400, total=800, name="train") as log:
+    with closing(RunLog(run, start=400, total=800, name="train")) as log:
         for step in range(410, 530, 10):
             log.add_picture(step, np.full((8, 80, 1), 99, np.uint8))
     page = read(run)

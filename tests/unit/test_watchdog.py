@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import threading
@@ -15,7 +16,15 @@ import torch.distributed as torch_dist
 from torch._C._distributed_c10d import HashStore
 
 from ig_dist.parallel import collectives
-from ig_dist.parallel.collectives import Collective, Handlers, Recorder, communication_error, set_defaults, standing
+from ig_dist.parallel.collectives import (
+    Collective,
+    Handlers,
+    Recorder,
+    Standing,
+    communication_error,
+    set_defaults,
+    standing,
+)
 from ig_dist.training.phases import Marks, Now, Phases
 from ig_dist.training.words import Word, judge
 from tests.waiting import wait_until
@@ -130,14 +139,14 @@ def test_blame_needs_evidence_against_one_machine(
 
 
 def test_who_did_not_come_to_a_collective_is_named_where_all_are_in_one_phase() -> None:
-    here = words([5, 5, 5, 5], came={"nccl 0": 9}, waits=REDUCE)
-    here[2] = Word(5, "backward", 7, 600.0, came={"nccl 0": 8})
+    here = words([5, 5, 5, 5], standing=Standing({"nccl 0": 9}, REDUCE))
+    here[2] = Word(5, "backward", 7, 600.0, standing=Standing({"nccl 0": 8}, None))
     waits = "waits for 61 s in all_reduce 9 of group 0 on nccl (Float [8]: 32 bytes), to which rank 2 did not come"
     assert judge(here, [], rank=3, machine=1) == (f"; {waits}", [2])
     assert judge(here, [], rank=2, machine=1) == (f"; rank 0 {waits}", [2])
-    assert Word.loads(here[3].dumps()) == here[3]
+    assert Word.loads(json.dumps(here[3])) == here[3]
     # one that knows of no such group is not of it
-    here[2] = Word(5, "backward", 7, 600.0, came={"nccl 1": 3})
+    here[2] = Word(5, "backward", 7, 600.0, standing=Standing({"nccl 1": 3}, None))
     text, guilty = judge(here, [], rank=3, machine=1)
     assert not guilty and "no rank is behind another; waits for 61 s in all_reduce 9" in text
 
