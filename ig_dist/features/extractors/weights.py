@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from ig_dist.errors import ConfigError, first_line
+from ig_dist.storage.files import beside
 from ig_dist.storage.hub import HubWeights, weights_root
 from ig_dist.terminal import console
 from ig_dist.terminal.extras import missing
@@ -33,11 +34,6 @@ class Published:
     source: str  # URL, package or repository on the Hugging Face hub
     obtain: Callable[[Published], Path]  # gets them from there, when they are nowhere else
 
-    @property
-    def is_folder(self) -> bool:
-        """Whether a folder is meant where one of them is looked for."""
-        return len(self.files) > 1
-
 
 def find_weights(known: Published, given: str = "") -> Path:
     """The file with the weights.
@@ -47,14 +43,13 @@ def find_weights(known: Published, given: str = "") -> Path:
     """
     if (file := _placed(known, given)) is not None:
         return file
-    root = weights_root("extractor")
-    if given:
-        raise ConfigError(
-            f"no weights of extractor {known.name}: {given} is neither a path nor in {root}"
-            f" (looked for {'a folder with' if known.is_folder else 'a file, or a folder with'}"
-            f" {' and '.join(known.files)}); correct it, or leave it out to have them looked for"
-        )
-    return known.obtain(known)
+    if not given:
+        return known.obtain(known)
+    raise ConfigError(
+        f"no weights of extractor {known.name}: {given} is neither a path nor in {weights_root('extractor')}"
+        f" (looked for {'a file, or ' if len(known.files) == 1 else ''}a folder with {' and '.join(known.files)});"
+        " correct it, or leave it out to have them looked for"
+    )
 
 
 def at_hand(known: Published) -> bool:
@@ -68,7 +63,7 @@ def _placed(known: Published, given: str) -> Path | None:
     places = [Path(given).expanduser(), root / given] if given else [root / known.name, root / known.files[-1]]
     for place in places:
         file = place / known.files[-1] if os.path.isdir(place) else place  # noqa: PTH112  (raises nothing, also of a name too long)
-        if os.path.isfile(file) and not (known.is_folder and file == place):  # noqa: PTH113  (alone it lacks others)
+        if os.path.isfile(file) and (len(known.files) == 1 or file != place):  # noqa: PTH113  (alone it lacks others)
             return file
     return None
 
@@ -96,22 +91,17 @@ def _sha256(file: Path) -> str:
 def _download(known: Published) -> Path:
     """The published file in the extractors' folder, downloaded by the first process of this machine that needs it."""
     target = weights_root("extractor") / known.files[-1]
-    partial = target.with_name(f"{target.name}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):  # what a killed process has left is written over
+        with FileLock(f"{target}.lock"), beside(target) as partial:
             if target.is_file():
                 return target
             console.print(f"downloads the weights of {known.name} to {target}")
-            try:
-                with urllib.request.urlopen(known.source, timeout=TIMEOUT_S) as answer, partial.open("wb") as file:
-                    shutil.copyfileobj(answer, file, 2**20)
-                came = _sha256(partial)
-                if came != known.sha256:
-                    raise OSError(f"a file with sha256 {came} came, it should be {known.sha256}")
-                partial.replace(target)
-            finally:
-                partial.unlink(missing_ok=True)
+            with urllib.request.urlopen(known.source, timeout=TIMEOUT_S) as answer, partial.open("wb") as file:
+                shutil.copyfileobj(answer, file, 2**20)
+            if (came := _sha256(partial)) != known.sha256:
+                raise OSError(f"a file with sha256 {came} came, it should be {known.sha256}")
+            partial.replace(target)
     except (OSError, http.client.HTTPException) as error:  # of the network or of the disk
         command = shlex.join(["curl", "-L", "--create-dirs", "-o", str(target), known.source])
         raise ConfigError(
