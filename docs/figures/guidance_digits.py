@@ -33,7 +33,7 @@ from ig_dist.evaluation.references import Reference, open_reference
 from ig_dist.evaluation.scores import Scores, score_plan
 from ig_dist.export import find_weights
 from ig_dist.features.extractors.extractor import get_extractor
-from ig_dist.features.moments import streamed_moments
+from ig_dist.features.features import streamed_moments
 from ig_dist.sampling.run import sample_run
 from ig_dist.terminal import console
 from ig_dist.training.trainer import train

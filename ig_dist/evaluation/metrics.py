@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ig_dist.arithmetic import switches
 from ig_dist.errors import ConfigError
-from ig_dist.features.moments import Moments
+from ig_dist.features.features import Moments
 
 if TYPE_CHECKING:
     from sklearn.svm import SVC

@@ -19,9 +19,8 @@ from ig_dist.config.catalogue import METRICS, extractors_of
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.metrics import train_classifier
 from ig_dist.features.extractors.extractor import EXTRACTORS, Extractor, get_extractor
-from ig_dist.features.features import FeatureFiles, make_features
+from ig_dist.features.features import FeatureFiles, Moments, make_features, streamed_moments
 from ig_dist.features.images import find_images, npz_images
-from ig_dist.features.moments import Moments, streamed_moments
 from ig_dist.features.npz import NpzFile, Streamed, open_npz, write_npz
 from ig_dist.run_dir import replace_text
 from ig_dist.storage.files import open_url, read_file

@@ -16,8 +16,7 @@ from ig_dist.errors import ConfigError
 from ig_dist.evaluation import metrics as scored
 from ig_dist.evaluation.references import KERNEL_IMAGES, MANIFOLD_IMAGES, Feature, Reference
 from ig_dist.export import ExportInfo, ModelInfo
-from ig_dist.features.features import Features
-from ig_dist.features.moments import streamed_moments
+from ig_dist.features.features import Features, streamed_moments
 from ig_dist.plans.plan import Plan
 from ig_dist.plans.samples import Samples
 from ig_dist.run_dir import replace_text

@@ -2,7 +2,8 @@
 
 No locks, as with units: a feature file is a function of (images, extractor), written whole, so two workers that make
 the same one write the same bytes. Its header says which images and which extractor it belongs to, with a hash of each
-tensor and one of all that it says: what is stale or damaged is made again and counted.
+tensor and one of all that it says: what is stale or damaged is made again and counted. ``streamed_moments`` sums up
+features of any number of images.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ig_dist.errors import DataError
+from ig_dist.errors import ConfigError, DataError
 from ig_dist.features.extractors.extractor import Extractor
 from ig_dist.features.images import UNIT_SIZE, ImageSet
 from ig_dist.plans.samples import Pictures, write_file
@@ -212,15 +213,12 @@ class _Header(NamedTuple):
 Features = FeatureFiles | HeldFeatures  # what scores read
 
 
-def make_features(
-    files: FeatureFiles, share: tuple[int, int] | None = None, *, num: int | None = None, what: str = "features"
-) -> None:
-    """Make the features of every unit that lacks them, from this worker's own place on; any number may be at work.
+def make_features(files: FeatureFiles, *, num: int | None = None, what: str = "features") -> None:
+    """Make the features of every unit that lacks them, from this process's own place on; any number may be at work.
 
-    ``share``: this worker's number, and how many there are; None: this process's. ``num``: only the units of the first
-    so many images. ``what`` names it in the progress.
+    ``num``: only the units of the first so many images. ``what`` names it in the progress.
     """
-    images, (worker, workers) = files.images, share or this_process()[:2]
+    images, (worker, workers) = files.images, this_process()[:2]
     units = -(-min(num or images.num, images.num) // images.unit_size)
     sizes = [len(images.unit(number)) for number in range(units)]
     lacking = [number for number in range(units) if files.missing(number)]
@@ -231,3 +229,46 @@ def make_features(
         for number in sorted(lacking, key=lambda number: (number - first) % units):
             files.make(number)  # unless another worker has made it meanwhile
             advance(sizes[number])
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Number, mean and covariance of features; covariance with N - 1, as the published FID code has it."""
+
+    count: int
+    mean: NDArray[np.float64]  # (D,)
+    covariance: NDArray[np.float64]  # (D, D)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the three."""
+        return hashlib.sha256(b"%d" % self.count + self.mean.tobytes() + self.covariance.tobytes()).hexdigest()
+
+
+def streamed_moments(batches: Iterable[NDArray[Any]]) -> Moments:
+    """Moments of all features (n, D), batch by batch (Chan, Golub and LeVeque 1979: no cancellation).
+
+    It needs the memory of two covariances and of one batch. The result is a function of the batches in their order,
+    to the bit; batches that are cut otherwise change its rounding.
+    """
+    count, mean, scatter, product = 0, np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0))
+    for batch in batches:
+        if not (size := len(batch)):
+            continue
+        if not count:
+            dimensions = batch.shape[1]
+            mean, scatter, product = np.zeros(dimensions), *np.zeros((2, dimensions, dimensions))
+        # the rows about their own mean; and one more, whose square is what the two means' difference adds
+        centred = np.empty((size + 1, len(mean)))
+        centred[:size] = batch
+        batch_mean = centred[:size].mean(axis=0)
+        centred[:size] -= batch_mean
+        total = count + size
+        centred[size] = (batch_mean - mean) * (count * size / total) ** 0.5
+        scatter += np.matmul(centred.T, centred, out=product)  # of a matrix and itself: half the work, and symmetric
+        mean += (batch_mean - mean) * (size / total)
+        count = total
+    if count < 2:
+        raise ConfigError(f"a Frechet distance needs at least two images, there are {count}: use a larger sample.num")
+    scatter /= count - 1
+    return Moments(count, mean, scatter)

@@ -24,6 +24,7 @@ from ig_dist.plans.samples import Pictures, Samples, existing, read_unit, unit_n
 from ig_dist.sampling.solving import Models, Sampler
 from ig_dist.storage.background import in_background
 from ig_dist.storage.files import open_url
+from ig_dist.this_process import this_process
 
 R = TypeVar("R")
 
@@ -35,19 +36,17 @@ def generate_units(
     *,
     num: int | None = None,
     keep_images: bool = True,
-    worker: int = 0,
-    workers: int = 1,
     on_progress: Callable[[int], None] = lambda images: None,
 ) -> FeatureFiles:
     """Make every unit of a plan that does not exist yet, and the features of each; gives the feature files.
 
-    Without ``keep_images`` the features stand for the images, and only unit 0 keeps its own. A worker begins at unit
-    worker * units / workers. ``num``: only the units of the first so many images. ``on_progress`` is told the number of
-    finished images of the unit in hand, 0 between units.
+    Without ``keep_images`` the features stand for the images, and only unit 0 keeps its own. This process, as one of
+    several workers, begins at its own place. ``num``: only the units of the first so many images. ``on_progress`` is
+    told the number of finished images of the unit in hand, 0 between units.
     """
     plan, (fs, path) = samples.plan, open_url(samples.url, "sample.url")
     sampler, files = Sampler(models, plan), FeatureFiles(plan_images(samples), extractors)
-    beside = _Beside(sampler.device)
+    beside, (worker, workers) = _Beside(sampler.device), this_process()[:2]
 
     def write(
         number: int,

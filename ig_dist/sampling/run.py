@@ -30,7 +30,7 @@ from ig_dist.storage.urls import is_local
 from ig_dist.storage.writable import why_unwritable
 from ig_dist.terminal import console, is_first_process, is_main_process
 from ig_dist.terminal.progress import progress
-from ig_dist.this_process import this_device, this_process
+from ig_dist.this_process import this_device
 
 LIST_EVERY_S = 1.0  # the folder, for the units of other workers
 NPZ_NAME = "samples.npz"
@@ -79,12 +79,9 @@ def sample_run(
     if out:
         _claim(samples)
     counted_by = unit_name if keep_images else lambda number: feature_name(number, extractors[-1].name)
-    rank, world = this_process()[:2]
     models = Models(model, info, tokenizer, weak_model)
     with _plan_progress(samples, counted_by, num) as told:
-        files = generate_units(
-            models, samples, extractors, num=num, keep_images=keep_images, worker=rank, workers=world, on_progress=told
-        )
+        files = generate_units(models, samples, extractors, num=num, keep_images=keep_images, on_progress=told)
     write_plan(samples, config)  # every worker: all units are there, and who scores now may be faster than the first
     if collected and is_main_process():
         _collect(samples, config)

@@ -252,8 +252,12 @@ def test_what_is_there_is_not_solved_again(made: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("worker", "workers", "order"), [(0, 3, "012"), (1, 3, "120"), (2, 3, "201"), (5, 6, "201")])
-def test_each_worker_begins_at_its_own_place(worker: int, workers: int, order: str, tmp_path: Path) -> None:
-    generate_units(MODELS, samples_in(tmp_path), worker=worker, workers=workers)
+def test_each_worker_begins_at_its_own_place(
+    worker: int, workers: int, order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", str(worker))
+    monkeypatch.setenv("WORLD_SIZE", str(workers))
+    generate_units(MODELS, samples_in(tmp_path))
     files = sorted(tmp_path.iterdir(), key=lambda file: file.stat().st_mtime_ns)
     assert [file.name for file in files] == [UNITS[int(number)] for number in order]
 

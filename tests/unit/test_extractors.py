@@ -14,7 +14,7 @@ from torch import Tensor
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.metrics import frechet_distance
 from ig_dist.features.extractors.extractor import EXTRACTORS, Extractor, get_extractor
-from ig_dist.features.moments import streamed_moments
+from ig_dist.features.features import streamed_moments
 
 RANDOM = np.random.RandomState(0)
 

@@ -103,12 +103,16 @@ def test_its_bytes_are_a_function_of_images_and_extractor(tmp_path: Path) -> Non
         assert whole != content(tmp_path / "a")[name]
 
 
-def test_real_features_are_the_same_bytes_from_whichever_worker(tmp_path: Path) -> None:
+def test_real_features_are_the_same_bytes_from_whichever_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     require_efficientnet()
     extractor, images = get_extractor(EFFICIENTNET), noise(6, side=9, channels=3)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for worker in range(2):
+        monkeypatch.setenv("RANK", str(worker))
         files = FeatureFiles(in_memory(images, tmp_path / str(worker), unit_size=3), [extractor])
-        make_features(files, (worker, 2))
+        make_features(files)
     assert content(tmp_path / "0") == content(tmp_path / "1")
     assert [values.shape for values in files.rows(EFFICIENTNET, "pool", 6)] == [(3, 1280)] * 2
 
@@ -229,7 +233,7 @@ def test_two_that_find_the_same_damage_mend_it(tmp_path: Path) -> None:
         assert not failed and content(tmp_path) == whole
 
 
-def test_a_worker_goes_on_where_another_was_killed(tmp_path: Path) -> None:
+def test_a_worker_goes_on_where_another_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     images = images_in(tmp_path / "worked")
 
@@ -244,7 +248,9 @@ def test_a_worker_goes_on_where_another_was_killed(tmp_path: Path) -> None:
         (tmp_path / "worked" / name).write_bytes(whole[name])
     (tmp_path / "worked" / f"{feature_name(1, 'pixel')}.{'0' * 32}.tmp").write_bytes(b"torn")  # what it left behind
     files = FeatureFiles(replace(images, read=counted), [pixel(), quadrants()])
-    make_features(files, (1, 2))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    make_features(files)
     assert read == [1, 0] and not files.unfit  # its own place first, each unit read once
     assert {name: data for name, data in content(tmp_path / "worked").items() if name in whole} == whole  # type: ignore[misc]
     make_features(files)

@@ -25,7 +25,7 @@ from ig_dist.evaluation.metrics import (
     precision_recall,
     train_classifier,
 )
-from ig_dist.features.moments import Moments, streamed_moments
+from ig_dist.features.features import Moments, streamed_moments
 
 Array = np.ndarray[Any, Any]
 

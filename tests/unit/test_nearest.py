@@ -15,8 +15,7 @@ from ig_dist.evaluation.evaluate import evaluate
 from ig_dist.evaluation.nearest import NEIGHBOURS, nearest_pictures, picture_of
 from ig_dist.evaluation.references import Reference, open_reference
 from ig_dist.features.extractors.extractor import Extractor
-from ig_dist.features.features import FeatureFiles
-from ig_dist.features.moments import Moments
+from ig_dist.features.features import FeatureFiles, Moments
 from tests.scoring import in_memory, noise, pixel, quadrants
 
 REAL = noise(90, seed=1)

@@ -30,8 +30,7 @@ from ig_dist.evaluation.references import Reference, make_reference, open_refere
 from ig_dist.evaluation.scores import Scores, write_result
 from ig_dist.features.extractors.extractor import Extractor, get_extractor
 from ig_dist.features.extractors.inception import Inception
-from ig_dist.features.features import FeatureFiles, HeldFeatures, make_features
-from ig_dist.features.moments import Moments, streamed_moments
+from ig_dist.features.features import FeatureFiles, HeldFeatures, Moments, make_features, streamed_moments
 from ig_dist.features.npz import open_npz
 from tests.scoring import EFFICIENTNET, extract, in_memory, noise, pixel, quadrants, require_efficientnet
 
