@@ -1,7 +1,5 @@
 """Scoring what lies somewhere: a plan's samples, an npz of any origin, a folder of pictures, against a reference."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,17 +83,10 @@ def evaluate(
         return get_extractor(name, weights=places.get(name, ""), device=device)
 
     files = FeatureFiles(images, [extractor(name) for name in extractors_of(names)])
-    real = Reference("none")
+    real, place = Reference("none"), samples.tokenizer if samples else ""
     if against:
-        real = open_reference(
-            against,
-            names,
-            extractor,
-            tokenizer=samples.tokenizer if samples else "",
-            image_size=image_size,
-            side=side,
-            pictures=nearest is not None,
-        )
+        shown: dict[str, Any] = {"image_size": image_size, "side": side, "pictures": nearest is not None}
+        real = open_reference(against, names, extractor, tokenizer=place, **shown)
     make_features(files, num=num)  # last: what is wrong with the reference is said before
     if not is_main_process():
         return None
@@ -107,12 +98,13 @@ def evaluate(
         result = scores.score(names)
         told = {"images": src, "images_sha256": files.images_sha256(result["protocol"]["num"])}
         result["protocol"] = {**told, **result["protocol"]}
-        name, tag, folders = Path(src).stem, repr((src, *options)), _evaluations_above(src)
+        name, tag, above = Path(src).stem, repr((src, *options)), Path(src).absolute().parents
+        folders = [at / "evaluations" for at in above if "://" not in src and (at / "config.yaml").is_file()][:1]
     else:
         result = score_plan(samples, scores, names)
-        name, tag, folders = samples.plan.digest, repr(options), _evaluations_of(samples.url, run)
-        if options == (None, [], None, None):
-            tag = ""  # as the plan says
+        name, tag = samples.plan.digest, "" if options == (None, [], None, None) else repr(options)  # as the plan says
+        folders = [run / "evaluations"] if is_run(run) else []
+        folders += [Path(samples.url)] if "://" not in samples.url else []
     folder = next((folder for folder in folders if not why_unwritable(folder)), None)
     if folder is None:
         return Evaluation(result, None)
@@ -121,17 +113,6 @@ def evaluate(
     out = folder / f"{name}.json"
     write_result(result, out)
     return Evaluation(result, out)
-
-
-def _evaluations_of(url: str, run: Path) -> list[Path]:
-    """Where scores of a plan go: into its run, or beside the samples where that is not here or cannot be written."""
-    return [*([run / "evaluations"] if is_run(run) else []), *([Path(url)] if "://" not in url else [])]
-
-
-def _evaluations_above(src: str) -> list[Path]:
-    """Where scores of other images go: into the run that they lie in, if any."""
-    above = [] if "://" in src else Path(src).absolute().parents
-    return [folder / "evaluations" for folder in above if (folder / "config.yaml").is_file()][:1]
 
 
 def refuse_unfit(config: Config, export: Path, metrics: Sequence[str]) -> None:
@@ -161,29 +142,16 @@ def refuse_unfit(config: Config, export: Path, metrics: Sequence[str]) -> None:
 _URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
 
 
-class Case(NamedTuple):
-    """Samples, their reference, and what ADM's evaluator prints for them."""
-
-    size: int
-    samples: str
-    reference: str
-    scores: dict[str, float]
-
-
-CASES = [
-    Case(
-        256,
+CASES = {  # side -> ADM's samples, and what its evaluator prints for them
+    256: (
         "admnet_guided_upsampled_imagenet256.npz",
-        "VIRTUAL_imagenet256_labeled.npz",
         {"inception_score": 215.8370, "fid": 3.94256, "sfid": 6.14043, "precision": 0.8265, "recall": 0.5309},
     ),
-    Case(
-        128,
+    128: (
         "admnet_guided_imagenet128.npz",
-        "VIRTUAL_imagenet128_labeled.npz",
         {"inception_score": 141.477, "fid": 2.973289, "sfid": 5.0946, "precision": 0.78138, "recall": 0.5929},
     ),
-]
+}
 TOLERANCES = {"inception_score": 0.2, "fid": 0.003, "sfid": 0.002, "precision": 0.001, "recall": 0.001}
 
 
@@ -199,25 +167,19 @@ class Verdict(NamedTuple):
 
 def check_against_adm(folder: Path, weights: dict[str, str] | None = None) -> list[Verdict]:
     """Score what lies in a folder of ADM's files; none on processes but the first."""
-    at_hand = [case for case in CASES if (folder / case.samples).is_file() and (folder / case.reference).is_file()]
+    pairs = {side: (f"VIRTUAL_imagenet{side}_labeled.npz", samples) for side, (samples, _) in CASES.items()}
+    at_hand = [side for side, pair in pairs.items() if all((folder / file).is_file() for file in pair)]
     if not at_hand:
-        wanted = "; or ".join(
-            " and ".join(f"{_URL}/{case.size}/{file}" for file in (case.reference, case.samples)) for case in CASES
-        )
-        raise ConfigError(f"{folder} holds neither of ADM's pairs of files: download {wanted}")
+        wanted = (" and ".join(f"{_URL}/{side}/{file}" for file in pair) for side, pair in pairs.items())
+        raise ConfigError(f"{folder} holds neither of ADM's pairs of files: download {'; or '.join(wanted)}")
     verdicts = []
-    for case in at_hand:
-        done = evaluate(
-            folder / case.samples,
-            reference=str(folder / case.reference),
-            metrics=list(case.scores),
-            protocol="adm",
-            weights=weights,
-        )
-        if done is None:
-            continue
-        for name, published in case.scores.items():
-            found = done.result["scores"].get(name, float("nan"))
-            passed = abs(found - published) <= TOLERANCES[name]
-            verdicts.append(Verdict(f"{case.size} x {case.size}", name, published, found, passed))
+    for side in at_hand:
+        (reference, samples), scores = pairs[side], CASES[side][1]
+        held = str(folder / reference)
+        done = evaluate(folder / samples, reference=held, metrics=list(scores), protocol="adm", weights=weights)
+        if done is not None:
+            for name, published in scores.items():
+                found = done.result["scores"].get(name, float("nan"))
+                passed = abs(found - published) <= TOLERANCES[name]
+                verdicts.append(Verdict(f"{side} x {side}", name, published, found, passed))
     return verdicts

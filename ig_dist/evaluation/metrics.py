@@ -108,9 +108,20 @@ def inception_score(logits: Iterable[Features], block: int = 5000) -> float:
     class probabilities from the block's mean ones; then the mean over blocks. Images that are sorted by class ruin it.
     ADM has the probabilities and all sums in float32.
     """
-    scores = [_exp_mean_divergence(parts) for parts in _blocks(logits, block)]
-    if not scores:
+    blocks = list[tuple[int, float, NDArray[np.float64]]]()  # images, sum of p log p, sum of p
+    for batch in logits:
+        while len(batch):
+            full = not blocks or blocks[-1][0] == block
+            count, entropy, total = (0, 0.0, np.zeros(())) if full else blocks.pop()
+            rows, batch = batch[: block - count], batch[block - count :]
+            negative_entropies, probabilities = _entropies(rows)
+            blocks.append((count + len(rows), entropy + negative_entropies, total + probabilities))
+    if not blocks:
         raise ConfigError("an inception score needs images, there are none")
+    scores = []
+    for count, entropy, total in blocks:  # sum p (log p - log q), q the mean of p: q's part depends on the mean alone
+        mean = total[total > 0] / count
+        scores.append(np.exp(entropy / count - mean @ np.log(mean)))
     return float(np.mean(scores))
 
 
@@ -125,19 +136,6 @@ def inception_score_torch_fidelity(logits: Features, splits: int = 10, seed: int
     return MeanStd(float(np.mean(scores)), float(np.std(scores)))
 
 
-def _blocks(batches: Iterable[Features], size: int) -> Iterator[list[Features]]:
-    """The rows of all batches, as they come, in lists of ``size`` rows; the last list has fewer."""
-    parts, missing = list[Features](), size
-    for batch in batches:
-        for rows in (batch[:missing], *(batch[k : k + size] for k in range(missing, len(batch), size))):
-            parts, missing = [*parts, rows], missing - len(rows)
-            if not missing:
-                yield parts
-                parts, missing = [], size
-    if missing < size:
-        yield parts
-
-
 def _entropies(logits: Features) -> tuple[float, NDArray[np.float64]]:
     """Of class probabilities p (n, classes): sum of p log p, and sum over images of p."""
     scaled = logits.astype(np.float64)
@@ -147,16 +145,6 @@ def _entropies(logits: Features) -> tuple[float, NDArray[np.float64]]:
     probabilities /= norms
     scaled -= np.log(norms)  # log p, also where p is 0
     return float(np.vdot(probabilities, scaled)), probabilities.sum(axis=0)
-
-
-def _exp_mean_divergence(parts: Iterable[Features]) -> float:
-    """Exp of the mean over images of sum p (log p - log q), q the mean of p: q's part depends on the mean alone."""
-    entropy, total, count = 0.0, np.zeros(()), 0
-    for logits in parts:
-        negative_entropies, probabilities = _entropies(logits)
-        entropy, total, count = entropy + negative_entropies, total + probabilities, count + len(logits)
-    mean = total[total > 0] / count
-    return float(np.exp(entropy / count - mean @ np.log(mean)))
 
 
 def precision_recall(
@@ -280,11 +268,8 @@ def _squared_mmd(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     number, dimensions = x.shape
 
     def kernel(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-        base: NDArray[np.float64] = a @ b.T
-        base /= dimensions
-        base += 1
-        cube: NDArray[np.float64] = base * base * base
-        return cube
+        base: NDArray[np.float64] = a @ b.T / dimensions + 1
+        return base * base * base
 
     own = sum(k.sum() - np.trace(k) for k in (kernel(x, x), kernel(y, y)))
     return float(own / (number * (number - 1)) - 2 * kernel(x, y).mean())

@@ -1,12 +1,11 @@
 """The nearest reference pictures of samples, to look at: a check against memorisation."""
 
-from __future__ import annotations
-
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.references import Reference, evenly_taken, without_pictures
@@ -42,28 +41,27 @@ def nearest_pictures(
     """
     if reference.files is None:
         raise without_pictures(reference.name)
-    real, num = reference.files, min(num or files.images.num, files.images.num)
-    if real.images.num <= NEIGHBOURS:
-        raise ConfigError(
-            f"--nearest needs more than {NEIGHBOURS} real pictures, {reference.name} has {real.images.num}"
-        )
-    name = _shared_extractor(files, real)
+    real, num = reference.files, min(num or files.num, files.num)
+    if real.num <= NEIGHBOURS:
+        raise ConfigError(f"--nearest needs more than {NEIGHBOURS} real pictures, {real.name} has {real.num}")
+    shared = [name for name in files.extractors if name in real.extractors]
+    if not shared:
+        raise ConfigError(f"--nearest: {real.name} has no features of {', '.join(files.extractors)}")
+    name = max(shared, key=lambda name: "logits" in files.extractors[name].dimensions)
     chosen = _most_sure(files, name, min(columns, num), num)
-    evenly = evenly_taken(real.images.num, REAL_QUERIES)
-    ours, theirs = (
-        features.chosen(name, "pool", rows).astype(np.float64) for features, rows in ((files, chosen), (real, evenly))
-    )
+    ours = files.chosen(name, "pool", chosen)
+    theirs = real.chosen(name, "pool", evenly_taken(real.num, REAL_QUERIES))
     if ours.shape[1] != theirs.shape[1]:
         raise ConfigError(
             f"--nearest: pictures of {reference.name} have {theirs.shape[1]} {name} values, the samples"
             f" {ours.shape[1]}: give a reference of pictures like those that the model was trained on"
         )
-    queries = np.concatenate([ours, theirs])
-    owners = np.concatenate([np.full(len(chosen), -1), evenly])
-    squared, numbers = _search(queries, owners, real, name)
-    scale = float(np.median(np.sqrt(squared[len(chosen) :, 0]))) or 1.0  # 0: every real picture is there twice
+    squared, numbers = _search(np.concatenate([ours, theirs]).astype(np.float64), real, name)
+    between = np.sqrt(squared[len(chosen) :, 1])  # the nearest one is the real picture itself, or a copy of it
+    scale = float(np.median(between)) or 1.0  # 0: every real picture is there twice
     found = Nearest(chosen, numbers[: len(chosen)], np.sqrt(squared[: len(chosen)]) / scale)
-    _draw(found, files, real, name, file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _draw(found, files, real, name).save(file)
     console.print(
         f"nearest real pictures of {len(chosen)} samples: {file} (the nearest one: {found.distances.min():.2f} of the"
         " median between real pictures; far below 1 smells of memorisation)"
@@ -79,43 +77,29 @@ def picture_of(src: str, plan: str | None = None, run: Path | None = None) -> Pa
     return Path(name) if "://" in src else Path(src).absolute().parent / name
 
 
-def _shared_extractor(files: FeatureFiles, real: FeatureFiles) -> str:
-    """One that both have, rather with logits than without."""
-    shared = [name for name in files.extractors if name in real.extractors]
-    if not shared:
-        raise ConfigError(f"--nearest: {real.images.name} has no features of {', '.join(files.extractors)}")
-    return max(shared, key=lambda name: "logits" in files.extractors[name].dimensions)
-
-
 def _most_sure(files: FeatureFiles, name: str, columns: int, num: int) -> Numbers:
     """Numbers of the samples with the highest probability of any class; without logits of the first of each class."""
     if "logits" in files.extractors[name].dimensions:
         parts = (logits.astype(np.float64) for logits in files.rows(name, "logits", num))
         sure = np.concatenate([1 / np.exp(p - p.max(axis=1, keepdims=True)).sum(axis=1) for p in parts])
         return np.argsort(-sure, kind="stable")[:columns]
-    if files.read(0, name, "labels") is None:
+    if not files.has(name, "labels"):
         return np.arange(columns)
     labels = np.concatenate(list(files.rows(name, "labels", num)))
     by_class = np.argsort(labels, kind="stable")
-    starts = np.searchsorted(labels[by_class], labels[by_class])
-    turn = np.empty(num, np.int64)
-    turn[by_class] = np.arange(num) - starts  # how many of its class come before it
+    turn = np.empty(num, np.int64)  # how many of its class come before it
+    turn[by_class] = np.arange(num) - np.searchsorted(labels[by_class], labels[by_class])
     return np.lexsort((labels, turn))[:columns]
 
 
-def _search(queries: Floats, owners: Numbers, real: FeatureFiles, name: str) -> tuple[Floats, Numbers]:
-    """Squared distances and numbers of the reference pictures nearest to features (Q, D), each (Q, NEIGHBOURS).
-
-    ``owners``: of each query the reference picture that it is of, which is not its own neighbour; -1: none.
-    """
+def _search(queries: Floats, real: FeatureFiles, name: str) -> tuple[Floats, Numbers]:
+    """Squared distances and numbers of the reference pictures nearest to features (Q, D), each (Q, NEIGHBOURS)."""
     best = np.full((len(queries), NEIGHBOURS), np.inf)
     where = np.full((len(queries), NEIGHBOURS), -1)
     norms, start = (queries**2).sum(axis=1), 0
-    for values in real.rows(name, "pool", real.images.num):
+    for values in real.rows(name, "pool", real.num):
         rows = values.astype(np.float64)
         squared = norms[:, None] + (rows**2).sum(axis=1)[None] - 2.0 * queries @ rows.T
-        own = np.flatnonzero((owners >= start) & (owners < start + len(rows)))
-        squared[own, owners[own] - start] = np.inf
         numbers = np.broadcast_to(np.arange(start, start + len(rows)), squared.shape)
         squared, numbers = np.concatenate([best, squared], axis=1), np.concatenate([where, numbers], axis=1)
         order = np.argsort(squared, axis=1, kind="stable")[:, :NEIGHBOURS]
@@ -125,14 +109,13 @@ def _search(queries: Floats, owners: Numbers, real: FeatureFiles, name: str) -> 
     return np.where(best <= rounding, 0.0, best), where
 
 
-def _draw(found: Nearest, files: FeatureFiles, real: FeatureFiles, name: str, file: Path) -> None:
-    distances = [[f"{distance:.2f}" for distance in row] for row in found.distances.T]
+def _draw(found: Nearest, files: FeatureFiles, real: FeatureFiles, name: str) -> Image.Image:
     rows = [("sample", files.images.chosen(found.samples), [str(sample) for sample in found.samples])]
-    for k, told in enumerate(distances):
-        rows.append(("" if k else "nearest", real.images.chosen(found.neighbours[:, k]), told))
+    for k, distances in enumerate(found.distances.T):
+        pictures = real.images.chosen(found.neighbours[:, k])
+        rows.append(("" if k else "nearest", pictures, [f"{distance:.2f}" for distance in distances]))
     red = {f"{distance:.2f}" for distance in found.distances.flat if distance < SUSPICIOUS}
     title = (
         f"samples above the nearest real pictures in {name} features; 1 = as far as a real picture's nearest other one"
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pictures_in_rows(rows, title, red).save(file)
+    return pictures_in_rows(rows, title, red)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
 
 from ig_dist import __version__
 from ig_dist.config.catalogue import METRICS, extractors_of
@@ -39,6 +41,12 @@ KERNEL_IMAGES = CLASSIFIED_IMAGES = 50_000  # likewise of KID, and of label agre
 _DESCRIBED = ("pool", "spatial")  # features whose statistics a reference file holds
 
 Feature = tuple[str, str]  # extractor and name of a feature
+
+
+class _MadeBy(BaseModel):
+    """Of what stands beside a reference file: the extractors with the hashes of their weights."""
+
+    extractors: dict[str, str] = {}
 
 
 def statistics_keys(feature: Feature) -> tuple[str, str]:
@@ -179,14 +187,16 @@ def without_pictures(src: str) -> ConfigError:
 def _statistics(file: NpzFile, metrics: Sequence[str], extractor: Callable[[str], Extractor]) -> dict[Feature, Moments]:
     """What a file says of the features of these scores."""
     found: dict[Feature, Moments] = {}
-    made_by = _provenance(file.url)
+    made_by = _MadeBy()
+    with contextlib.suppress(OSError, ValidationError):  # ADM's files have none
+        made_by = _MadeBy.model_validate_json(read_file(LOCAL, str(Path(file.url).with_suffix(".json"))))
     for name in metrics:
         metric, feature = METRICS[name], METRICS[name][1:]
         mean, covariance = statistics_keys(feature)
         if metric.kind != "frechet" or not {mean, covariance} <= file.members.keys():
             continue
         ours = extractor(metric.extractor).sha256
-        if (theirs := made_by.get(metric.extractor, ours)) != ours:
+        if (theirs := made_by.extractors.get(metric.extractor, ours)) != ours:
             raise ConfigError(
                 f"{file.url}: its {metric.extractor} features are of weights {theirs[:16]}, those here are {ours[:16]}:"
                 f" use the same weights (evaluate.weights.{metric.extractor}), or make it again"
@@ -220,16 +230,6 @@ def _count(file: NpzFile) -> int:
     if told.dtype.kind not in "iu" or told.shape not in ((), (1,)):
         raise ConfigError(f"{file.url}: num is {told.dtype} of shape {told.shape}, it is to be a number of images")
     return int(file.array("num").item())
-
-
-def _provenance(src: str) -> dict[str, str]:
-    """The extractors, by name with their hash, that `ig-dist reference` wrote beside an npz; empty: nothing."""
-    file = Path(src).with_suffix(".json")
-    try:
-        found = json.loads(read_file(LOCAL, str(file)))["extractors"]
-        return {str(name): str(sha256) for name, sha256 in found.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return {}
 
 
 def make_reference(

@@ -1,9 +1,7 @@
 """Scores of a set of images against a reference, each with its protocol: features in, numbers out."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +13,7 @@ from ig_dist.config.catalogue import METRICS, extractors_of
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation import metrics as scored
 from ig_dist.evaluation.references import KERNEL_IMAGES, MANIFOLD_IMAGES, Feature, Reference
-from ig_dist.export import ExportInfo, ModelInfo
+from ig_dist.export import ModelInfo
 from ig_dist.features.features import Features, streamed_moments
 from ig_dist.plans.plan import Plan
 from ig_dist.plans.samples import Samples
@@ -49,7 +47,7 @@ class Scores:
 
     def score(self, metrics: Sequence[str]) -> dict[str, Any]:
         """``scores`` by name, ``spread`` of those that are means over subsets, and ``protocol``."""
-        kinds = {
+        kinds: dict[str, Callable[[Feature], Any]] = {
             "frechet": self._frechet,
             "inception_score": self._inception_score,
             "precision": lambda feature: self._precision_recall(feature).precision,
@@ -57,19 +55,19 @@ class Scores:
             "kernel": self._kernel,
             "agreement": self._agreement,
         }
-        found = {self._called(name): kinds[METRICS[name].kind](METRICS[name][1:]) for name in metrics}
-        spread = {name: value.std for name, value in found.items() if isinstance(value, scored.MeanStd)}
-        scores = {name: value.mean if isinstance(value, scored.MeanStd) else value for name, value in found.items()}
+        scores, spread = dict[str, float](), dict[str, float]()
+        for name in metrics:
+            metric = METRICS[name]
+            value, extractor = kinds[metric.kind](metric[1:]), self.features.extractors[metric.extractor]
+            if extractor.name != metric.extractor:  # made with other weights, it does not bear the published name
+                name = f"{name}@{extractor.name}"
+            if isinstance(value, scored.MeanStd):
+                value, spread[name] = value
+            scores[name] = value
         protocol = {"num": self._num, **self._described(metrics), **self._reference.protocol(metrics)}
         return {"scores": scores, **({"spread": spread} if spread else {}), "protocol": protocol}
 
-    def _called(self, name: str) -> str:
-        """A score made with other weights than the published ones does not bear the published name."""
-        extractor = self.features.extractors[METRICS[name].extractor]
-        return name if extractor.name == METRICS[name].extractor else f"{name}@{extractor.name}"
-
     def _described(self, metrics: Sequence[str]) -> dict[str, Any]:
-        extractors = [self.features.extractors[name] for name in extractors_of(metrics)]
         adm = self._protocol == "adm"
         half = adm and any(METRICS[name].extractor == "inception" for name in metrics)
         rules = {
@@ -80,11 +78,14 @@ class Scores:
             "agreement": scored.CLASSIFIER,
         }
         kinds = dict.fromkeys(METRICS[name].kind.replace("recall", "precision") for name in metrics)
-        told: dict[str, Any] = {"evaluator": self._protocol}
-        told |= {f"{kind}_rule": rules[kind] for kind in kinds}
-        told["extractor"] = ", ".join(extractor.name for extractor in extractors)
-        told["extractor_sha256"] = ", ".join(extractor.sha256 for extractor in extractors)
-        told["preprocessing"] = "; ".join(extractor.preprocessing for extractor in extractors)
+        extractors = [self.features.extractors[name] for name in extractors_of(metrics)]
+        told: dict[str, Any] = {
+            "evaluator": self._protocol,
+            **{f"{kind}_rule": rules[kind] for kind in kinds},
+            "extractor": ", ".join(extractor.name for extractor in extractors),
+            "extractor_sha256": ", ".join(extractor.sha256 for extractor in extractors),
+            "preprocessing": "; ".join(extractor.preprocessing for extractor in extractors),
+        }
         if self.features.unfit:
             told["features_made_again"] = len(self.features.unfit)
         return told
@@ -126,7 +127,7 @@ class Scores:
         classifier, num_classes = self._reference.classifier(feature)
         if not self.features.has(feature[0], "labels"):
             raise ConfigError(f"label_agreement: {self.features.name} does not say which classes were asked for")
-        asked = np.concatenate(list(self.features.rows(feature[0], "labels", self._num)))
+        asked = self._rows((feature[0], "labels"))
         outside = asked[(asked < 0) | (asked >= num_classes)]
         if len(outside):
             raise ConfigError(
@@ -151,27 +152,28 @@ def check_dimensions(reference: Reference, feature: Feature, ours: int, theirs: 
 
 def score_plan(samples: Samples, scores: Scores, metrics: Sequence[str], out: Path | None = None) -> dict[str, Any]:
     """Score a plan's samples: ``scores`` and the whole ``protocol``, also written to ``out``."""
-    result = scores.score(metrics)
+    result, files, weak = scores.score(metrics), scores.features, samples.weak
     protocol = result.pop("protocol")
     num = protocol.pop("num")
+    # as it was counted: the mean, where dopri5 took another number of steps for another batch
+    work = np.concatenate(list(files.rows(next(iter(files.extractors)), "work", num))).mean(axis=0).tolist()
     result["protocol"] = {
         "num": num,
         **plan_protocol(samples.plan, samples.info, samples.uint8_rule),
-        **_work(samples.plan, scores.features, num),
+        "evaluations": work[0],
+        "forwards": work[1],
+        **({"weak_forwards": work[2]} if samples.plan.weak_sha256 else {}),
         **protocol,
         **{key: getattr(samples.info, key) for key in OF_WEIGHTS},
-        **({} if samples.weak is None else _of_the_weak_model(samples.weak)),
-        "plan": samples.plan.digest,
     }
+    if weak is not None:
+        size = {"weak_depth": weak.model.depth, "weak_hidden_size": weak.model.hidden_size}
+        told = {f"weak_{key}": getattr(weak, key) for key in OF_WEIGHTS if key != "images_seen"}
+        result["protocol"] |= {**size, **told}
+    result["protocol"]["plan"] = samples.plan.digest
     if out is not None:
         write_result(result, out)
     return result
-
-
-def write_result(result: dict[str, Any], out: Path) -> None:
-    """Scores and protocol as JSON."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(out, json.dumps(result, indent=1) + "\n")
 
 
 def plan_protocol(plan: Plan, info: ModelInfo, uint8_rule: str) -> dict[str, Any]:
@@ -189,14 +191,7 @@ def plan_protocol(plan: Plan, info: ModelInfo, uint8_rule: str) -> dict[str, Any
     }
 
 
-def _work(plan: Plan, features: Features, num: int) -> dict[str, float]:
-    """What an image took, as it was counted: the mean, where dopri5 took another number of steps for another batch."""
-    work = np.concatenate(list(features.rows(next(iter(features.extractors)), "work", num))).mean(axis=0)
-    names = ["evaluations", "forwards", "weak_forwards"][: 3 if plan.weak_sha256 else 2]
-    return {name: float(mean) for name, mean in zip(names, work, strict=False)}
-
-
-def _of_the_weak_model(weak: ExportInfo) -> dict[str, Any]:
-    told = {"depth": weak.model.depth, "hidden_size": weak.model.hidden_size}
-    told |= {key: getattr(weak, key) for key in OF_WEIGHTS if key != "images_seen"}
-    return {f"weak_{key}": value for key, value in told.items()}
+def write_result(result: dict[str, Any], out: Path) -> None:
+    """Scores and protocol as JSON."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(out, json.dumps(result, indent=1) + "\n")
