@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from ig_dist.api import sample as sample
     from ig_dist.api import sweep as sweep
     from ig_dist.api import train as train
-    from ig_dist.api import write_report as write_report
     from ig_dist.config import Config as Config
     from ig_dist.encoding.run import encode as encode
     from ig_dist.errors import IgDistError as IgDistError
     from ig_dist.evaluation.evaluate import evaluate as evaluate
     from ig_dist.pipeline import Pipeline as Pipeline
+    from ig_dist.report.page import write_report as write_report
     from ig_dist.sampling.pictures import grid as grid
 
 __version__ = "0.1.0"
@@ -36,7 +36,7 @@ _PLACES = {
     "sample": "api",
     "sweep": "api",
     "train": "api",
-    "write_report": "api",
+    "write_report": "report.page",
 }
 __all__ = list(_PLACES)
 

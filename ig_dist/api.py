@@ -1,7 +1,5 @@
 """What ``import ig_dist`` offers: the verbs of the command line as functions with the same defaults, and ``load``."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -166,32 +164,21 @@ def sweep(
     Raises:
         ConfigError: what is asked for does not fit.
     """
-    from ig_dist.report.plots import save_sweep  # slow to import
+    from ig_dist.report.sweeps import save_sweep  # slow to import
 
     config = find_run(source, overrides)[0]
     scales = {"ig_scale": ig_scale, "cfg_scale": cfg_scale, "auto_scale": auto_scale}
-    intervals = {"ig_interval": ig_interval, "cfg_interval": cfg_interval}
+    grid = grid_points(**scales, ig_interval=ig_interval, cfg_interval=cfg_interval, ema=ema, step=checkpoint)
     found = sweep_run(
         config,
-        grid_points(**scales, **intervals, ema=ema, step=checkpoint),
+        grid,
+        source=source,
         auto_interval=auto_interval,
         seeds=seeds,
         target=target,
         halving=halving,
-        weights=lambda decay, step: find_weights(source, ema=decay, step=step, config=config).export,
-        out=None if out is None else str(out),
+        out=out,
     )
     if found:  # empty where another process has the result
         save_sweep(found, Path(out or config.run.dir, "sweeps", found["name"]))
     return found
-
-
-def write_report(run: str | Path, out: str | Path | None = None) -> Path:
-    """Write one HTML file of a run, as `ig-dist report` does; ``report.html`` in the run, if not said otherwise.
-
-    Raises:
-        ConfigError: no run there, or the file cannot be written.
-    """
-    from ig_dist.report.page import write_report as write
-
-    return write(Path(run), None if out is None else Path(out))

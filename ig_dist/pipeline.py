@@ -3,8 +3,6 @@
 The same functions as `ig-dist sample` make the images, in the same batches: they are bitwise the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any, Literal, Unpack, overload

@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 from ig_dist.errors import ConfigError, nearest
 
+Row = Mapping[str, Any]
 Kind = Literal["frechet", "inception_score", "precision", "recall", "kernel", "agreement"]
 
 
@@ -32,23 +33,31 @@ METRICS: dict[str, Metric] = {
     "fd_pixel": Metric("frechet", "pixel", "pool"),
     "label_agreement": Metric("agreement", "pixel", "pool"),
 }
-LOWER_IS_BETTER: frozenset[Kind] = frozenset({"frechet", "kernel"})
 
 
-def lower_is_better(name: str) -> bool:
-    """Whether a smaller value of this score is a better one."""
-    return METRICS[name].kind in LOWER_IS_BETTER
+def better(name: str) -> int:
+    """-1: a lower score of this name is a better one, 1: a higher one is, 0: not known.
+
+    ``fid@inception-0123abcd`` is one by other weights than the published ones.
+    """
+    metric = METRICS.get(name.partition("@")[0])
+    return 0 if metric is None else -1 if metric.kind in ("frechet", "kernel") else 1
 
 
-def order(row: Mapping[str, Any], target: str) -> float:
+def comparable(rows: Sequence[Row]) -> list[Row]:
+    """The rows with the most images: their scores are not held against those of fewer."""
+    most = max((row.get("num") or 0 for row in rows), default=0)
+    return [row for row in rows if (row.get("num") or 0) == most]
+
+
+def order(row: Row, metric: str) -> float:
     """A key that sorts rows with ``scores`` from the best to the worst."""
-    return float(row["scores"][target]) * (1 if lower_is_better(target) else -1)
+    return -better(metric) * float(row["scores"][metric])
 
 
-def best_row(rows: Sequence[Mapping[str, Any]], target: str) -> Mapping[str, Any]:
-    """The best of the rows with the most images: scores of fewer images are not comparable."""
-    most = max(row["num"] for row in rows)
-    return min((row for row in rows if row["num"] == most), key=lambda row: order(row, target))
+def best_row(rows: Sequence[Row], metric: str) -> Row | None:
+    """The best of the comparable rows; None where there is none, or it is not known which way is better."""
+    return min(comparable(rows), key=lambda row: order(row, metric), default=None) if better(metric) else None
 
 
 def extractors_of(metrics: Iterable[str]) -> list[str]:

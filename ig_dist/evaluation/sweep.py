@@ -1,11 +1,9 @@
 """Searching guidance: a grid of points with common noise, scored, tabled and drawn; or halved until one is left."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
@@ -16,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from ig_dist.config import Config
-from ig_dist.config.catalogue import best_row, order
+from ig_dist.config.catalogue import best_row, comparable, order
 from ig_dist.config.file import with_guidance
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.references import Reference, open_reference
@@ -62,12 +60,12 @@ def sweep_run(
     config: Config,
     grid: Sequence[Point],
     *,
+    source: str | Path | None = None,
     auto_interval: Interval | None = None,
     seeds: int = 1,
     target: str | None = None,
     halving: bool = False,
-    weights: Callable[[float | None, int | None], Path] | None = None,
-    out: str | None = None,
+    out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Score points of a grid; ``sweep.json`` and ``grid.png`` in ``RUN/sweeps/NAME``.
 
@@ -75,15 +73,8 @@ def sweep_run(
     means, with standard deviations beside them. What exists of an earlier sweep is not made again. Under several
     processes each makes its share of every plan; those but the first return an empty result.
 
-    Args:
-        config: the run's.
-        grid: what is swept, see ``grid_points``.
-        auto_interval: times at which autoguidance is on.
-        seeds: of each point.
-        target: the score that the best point has; None: the first of ``evaluate.metrics``.
-        halving: all points on few images, then the better half on twice as many, and so on: the best has all images.
-        weights: gives the export of an average and a step; None: ``find_weights`` of the run.
-        out: folder of samples, scores and the sweep; None: the run.
+    ``grid``: what is swept, see ``grid_points``. ``source``: of the weights, see ``find_weights``; None: the run. The
+    others are those of ``ig_dist.sweep``.
 
     Raises:
         ConfigError: a target that is not scored, or a folder that cannot be written.
@@ -97,19 +88,23 @@ def sweep_run(
     if reason := why_unwritable(place):
         raise ConfigError(f"{place} cannot be written ({reason}): give --out FOLDER, one that can")
     # once: a run that goes on meanwhile must not change the weights between points
-    export = weights or (lambda ema, step: find_weights(config.run.dir, ema=ema, step=step, config=config).export)
     emas, steps = (dict.fromkeys(values) for values in zip(*((point.ema, point.step) for point in grid), strict=True))
-    exports = {key: export(*key) for key in product(emas, steps)}
-    config = config if out is None else config.model_copy(update={"run": config.run.model_copy(update={"dir": out})})
+    exports = {
+        (ema, step): find_weights(source or config.run.dir, ema=ema, step=step, config=config).export
+        for ema, step in product(emas, steps)
+    }
+    if out is not None:
+        config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(out)})})
     check_places(config)
     if not reference_of(config):
         raise ConfigError(f"{place} does not say what to hold samples against: set evaluate.reference")
+    infos = [read_info(folder) for folder in exports.values()]
     reference = open_reference(
         reference_of(config),
         metrics,
         lambda name: config_extractor(config, name, this_device()),
         tokenizer=config.sample.tokenizer,
-        side=read_info(next(iter(exports.values()))).tokenizer.image_size,
+        side=infos[0].tokenizer.image_size,
     )
     points, first, whole = list(grid), config.sample.seed, config.sample.num
     rounds = _rounds(len(points), whole, config.sample.unit_size) if halving else [whole]
@@ -124,13 +119,13 @@ def sweep_run(
             export_of, seeded = exports[point.ema, point.step], range(first, first + seeds)
             results = [_score(asked, seed, num, export_of, reference, every_process=halving) for seed in seeded]
             if results[0]:
-                rows[point] = _row(config, point, results)
+                rows[point] = _row(asked, point, results)
                 protocols += [result["protocol"] for result in results]
         if number + 1 < len(rounds):  # every process comes to the same: it reads the same features
             points = sorted(points, key=lambda point: order(rows[point], target))[: -(-len(points) // 2)]
     if not is_main_process():
         return {}
-    found, models = list(rows.values()), [read_info(export).weights_sha256 for export in exports.values()]
+    found, models = list(rows.values()), [info.weights_sha256 for info in infos]
     name = _name(grid, [auto_interval, seeds, target, halving, models], config)
     folder = place / "sweeps" / name
     common = {key: value for key, value in protocols[0].items() if all(p.get(key) == value for p in protocols)}
@@ -190,13 +185,9 @@ def _score(
     return score_plan(samples, scores, metrics, out)
 
 
-def _row(config: Config, point: Point, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _row(asked: Config, point: Point, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A point with its scores; means with standard deviations, where it has several seeds."""
-    used = {term["kind"]: term["interval"] for term in results[0]["protocol"]["guidance"]}
-    configured = {str(term.kind): term.interval for term in config.guidance}
-    row: dict[str, Any] = {key: value for key, value in point._asdict().items() if not key.endswith("interval")}
-    for kind, given in {"ig": point.ig_interval, "cfg": point.cfg_interval, "auto": None}.items():
-        row[f"{kind}_interval"] = list(used.get(kind) or given or configured.get(kind) or (0.0, 1.0))
+    row = {**point._asdict(), **{f"{term.kind}_interval": list(term.interval) for term in asked.guidance}}
     row["num"] = results[0]["protocol"]["num"]
     values = {name: [result["scores"][name] for result in results] for name in results[0]["scores"]}
     row["scores"] = {name: float(np.mean(v)) for name, v in values.items()}
@@ -207,10 +198,9 @@ def _row(config: Config, point: Point, results: Sequence[Mapping[str, Any]]) -> 
 
 def flat_rows(rows: Sequence[Mapping[str, Any]], target: str) -> list[int] | None:
     """Numbers of the rows that are as good as the best within the noise over seeds; None: the noise is not known."""
-    best = best_row(rows, target)
-    if "std" not in best:
+    best, alike = best_row(rows, target), comparable(rows)
+    if best is None or "std" not in best:
         return None
-    alike = [row for row in rows if row["num"] == best["num"]]
     pooled = float(np.sqrt(np.mean([row["std"][target] ** 2 for row in alike]) / len(best["plans"]) * 2))
     return [
         i for i, row in enumerate(rows) if row in alike and order(row, target) <= order(best, target) + NOISE * pooled

@@ -1,15 +1,13 @@
 """Scores, sweeps and plans as tables on the terminal: nothing is cut, at 80 columns either."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ig_dist.config.catalogue import best_row, lower_is_better
-from ig_dist.config.describe import guidance_name
+from ig_dist.config.catalogue import best_row, better
+from ig_dist.config.describe import KINDS, guidance_name
 from ig_dist.evaluation.evaluate import Verdict
 from ig_dist.plans.samples import Listed
 from ig_dist.terminal import console
@@ -21,17 +19,9 @@ SHORT = {
     "label_agreement": "agree",
     "efficientnet": "effnet",
 }
-AXES = {
-    "ig_scale": "IG scale",
-    "cfg_scale": "CFG scale",
-    "auto_scale": "autoguidance scale",
-    "ig_interval": "IG times",
-    "cfg_interval": "CFG times",
-    "auto_interval": "autoguidance times",
-    "ema": "EMA",
-    "step": "step",
-    "num": "images",
-}
+AXES = {f"{kind}_scale": f"{name} scale" for kind, name in KINDS.items()}
+AXES |= {f"{kind}_interval": f"{name} times" for kind, name in KINDS.items()}
+AXES |= {"ema": "EMA", "step": "step", "num": "images"}
 
 
 def print_result(result: dict[str, Any]) -> None:
@@ -49,8 +39,8 @@ def print_result(result: dict[str, Any]) -> None:
 
 def print_sweep(result: dict[str, Any]) -> None:
     """A row per point, a column for what varies; the best one stands out, and what is as good within the noise."""
-    rows, target = result["rows"], result["target"]
-    names = list(rows[0]["scores"])
+    rows, target, flat = result["rows"], result["target"], result["flat"]
+    names, first = list(rows[0]["scores"]), rows[0]
     varied = [key for key in AXES if key == "ig_scale" or len({str(row.get(key)) for row in rows}) > 1]
     heads = {name: name for name in names}
     for long, short in SHORT.items() if len(names) > 2 else ():
@@ -61,24 +51,26 @@ def print_sweep(result: dict[str, Any]) -> None:
         scores, deviations = row["scores"], row.get("std", {})
         cells = [_cell(row[key]) for key in varied]
         cells += [_score(scores[name], deviations.get(name), narrow=len(names) > 3) for name in names]
-        alike = row["num"] == rows[0]["num"]  # scores of other numbers of images cannot be compared
-        first = rows[0]["scores"][target]
-        ratio = f"{scores[target] / first:.2f}" if alike and first else ""
+        alike = row["num"] == first["num"]  # scores of other numbers of images cannot be compared
+        ratio = f"{scores[target] / first['scores'][target]:.2f}" if alike and first["scores"][target] else ""
         table.add_row(*cells, ratio, style="bold green" if row is best else None)
     console.print(table)
     if legend := [f"{head}: {name}" for name, head in heads.items() if head != name]:
         console.print("; ".join(legend))
-    scale_of = {key: key.replace("_interval", "_scale") for key in AXES if key.endswith("interval")}
-    fixed = [key for key in AXES if key not in varied and rows[0].get(key) is not None]
-    fixed = [key for key in fixed if any(row[scale_of.get(key, key)] != 1 for row in rows)]
+    fixed = [
+        key
+        for key in AXES
+        if key not in varied
+        and first.get(key) is not None
+        and any(row[key.replace("_interval", "_scale")] != 1 for row in rows)  # what is off is not told
+    ]
     if fixed:
-        console.print("in every row: " + ", ".join(f"{AXES[key]} {_cell(rows[0][key])}" for key in fixed))
-    better = "lower" if lower_is_better(target) else "higher"
-    alike = [rows[i] for i in result["flat"] or []]
-    if result["flat"] is None:
-        console.print(f"{target}: {better} is better; --seeds 3 would tell differences from noise")
-    elif len(alike) > 1:
-        where = ", ".join(f"IG {row['ig_scale']:g} CFG {row['cfg_scale']:g}" for row in alike)
+        console.print("in every row: " + ", ".join(f"{AXES[key]} {_cell(first[key])}" for key in fixed))
+    if flat is None:
+        way = "lower" if better(target) < 0 else "higher"
+        console.print(f"{target}: {way} is better; --seeds 3 would tell differences from noise")
+    elif len(flat) > 1:
+        where = ", ".join(f"IG {rows[i]['ig_scale']:g} CFG {rows[i]['cfg_scale']:g}" for i in flat)
         console.print(f"{target} is flat within its noise over: {where}")
 
 

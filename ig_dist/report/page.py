@@ -4,8 +4,6 @@ It is read from the run directory alone, needs no network and no JavaScript. Wha
 steps, with the command that makes it. The template escapes everything that it is given.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from datetime import datetime
@@ -16,31 +14,39 @@ import jinja2
 
 from ig_dist import __version__
 from ig_dist.config import Config
+from ig_dist.config.catalogue import Row, best_row
 from ig_dist.config.file import load_run
 from ig_dist.config.provenance import FILE_NAME
 from ig_dist.convert.published import read_conversion
 from ig_dist.errors import ConfigError
 from ig_dist.report.evaluations import evaluation_sections, step_charts
-from ig_dist.report.facts import newest_manifest, provenance_facts, read_index, run_facts
 from ig_dist.report.pictures import embedded, nearest_pictures, plan_pictures, training_grids
-from ig_dist.report.results import PAPER_IMAGES, Row, best_row, read_result, read_results, read_sweeps
+from ig_dist.report.results import PAPER_IMAGES, Result, read_results, read_scores, read_sweeps, scored
 from ig_dist.report.sweeps import sweep_section, tiles
 from ig_dist.report.text import compact, folded, images_text, number, protocol_parts, score
-from ig_dist.report.training import goodput_section, training_charts
+from ig_dist.report.training import (
+    goodput_section,
+    newest_manifest,
+    provenance_facts,
+    read_index,
+    run_facts,
+    training_charts,
+)
 from ig_dist.run_dir import CONFIG_NAME, replace_text
 from ig_dist.storage.json_lines import read_lines
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write_report(run: Path, out: Path | None = None) -> Path:
-    """Write the report of a run, by default as ``report.html`` in it.
+def write_report(run: str | Path, out: str | Path | None = None) -> Path:
+    """Write one HTML file of a run, as `ig-dist report` does; ``report.html`` in the run, if not said otherwise.
 
     Raises:
         ConfigError: not a run directory, nothing trained or converted yet, a damaged result, or ``out`` cannot be
             written.
     """
-    out, quoted = out or run / "report.html", shlex.quote(str(run))
+    run, quoted = Path(run), shlex.quote(str(run))
+    out = Path(out or run / "report.html")
     config, conversion = load_run(run), read_conversion(run)
     lines = [line for line in map(_numbers, read_lines(run / "metrics.jsonl")) if isinstance(line.get("step"), int)]
     metrics = [line for line in lines if {"images_seen", "loss", "images_per_s"} <= line.keys()]
@@ -48,15 +54,14 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         command = f"ig-dist train {shlex.quote(str(run / CONFIG_NAME))}"
         raise ConfigError(f"{run} has no metrics in metrics.jsonl: train it first with `{command}`")
     sweeps = read_sweeps(run, f"ig-dist sweep {quoted}")
-    results = read_results(
-        run,
-        {plan for _, sweep in sweeps for row in sweep["rows"] for plan in row["plans"]},
-        f"ig-dist sample {quoted} --evaluate",
-    )
+    swept = {plan for _, sweep in sweeps for row in sweep["rows"] for plan in row["plans"]}
+    results = read_results(run, swept, f"ig-dist sample {quoted} --evaluate")
     index, manifest = read_index(config.data.index), newest_manifest(config, run)
     newest = int(manifest["step"]) if manifest else int(metrics[-1]["step"]) if metrics else None
     samples, older = plan_pictures(run)
-    nearest, grids = nearest_pictures(run), training_grids(run, config, index)
+    grids, grids_note = training_grids(run, config, index)
+    files = sorted((run / "evaluations" / "training").glob("step_*.json"))
+    newest_scores = read_scores(Result, files[-1], "log.score_every_steps") if files else None
     context: dict[str, Any] = {
         "run": str(run),
         "name": run.resolve().name or str(run),
@@ -66,12 +71,12 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         "sweeps": [_sweep(folder, sweep, results, newest) for folder, sweep in sweeps],
         "evaluations": evaluation_sections(results),
         "over_steps": step_charts(lines, results),
-        "training_protocol": _training_protocol(run),
+        "training_protocol": protocol_parts(newest_scores["protocol"]) if newest_scores else None,
         "samples": samples,
         "older_samples": older,
-        "grids": grids[0],
-        "grids_note": grids[1],
-        "nearest": nearest,
+        "grids": grids,
+        "grids_note": grids_note,
+        "nearest": nearest_pictures(run),
         "curves": training_charts(run, lines),
         "goodput": goodput_section(run),
         "facts": run_facts(run, config, metrics, index, manifest, conversion),
@@ -79,10 +84,9 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         "config": (run / CONFIG_NAME).read_text(encoding="utf-8"),
     }
     context["next_steps"] = _next_steps(quoted, config, newest if metrics else None, context, results)
-    loader = jinja2.FileSystemLoader(TEMPLATES)
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    options: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined}
+    options |= {"trim_blocks": True, "lstrip_blocks": True}
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), **options)
     environment.filters["folded"] = folded
     html = environment.get_template("report.html.jinja").render(context)
     try:
@@ -126,19 +130,14 @@ def _headline(
 
 def _sweep(folder: Path, sweep: Row, results: Sequence[Row], newest: int | None) -> dict[str, Any]:
     """A sweep with its grid of pictures; the seeds of its first point are those of all."""
-    plans = set(sweep["rows"][0]["plans"])
-    found = [result["protocol"] for result in results if result["protocol"].get("plan") in plans]
+    first = sweep["rows"][0]
+    found = [result["protocol"] for result in results if result["protocol"].get("plan") in first["plans"]]
     seeds = sorted({protocol["seed"] for protocol in found if isinstance(protocol.get("seed"), int)})
     alt = "rows of pictures: real ones, then generated ones at each scale of Internal Guidance"
     grid = embedded(folder / "grid.png", "Real, and generated at several guidance scales", alt)
-    best = best_row(sweep["rows"], sweep["target"]) if sweep["target"] else None
-    return {**sweep_section(sweep, newest, seeds), "grid": grid, "plans": (best or sweep["rows"][0])["plans"]}
-
-
-def _training_protocol(run: Path) -> dict[str, Any] | None:
-    """Of the newest scores that were taken while training; None: there are none."""
-    files = sorted((run / "evaluations" / "training").glob("step_*.json"))
-    return protocol_parts(read_result(files[-1], "log.score_every_steps")["protocol"]) if files else None
+    target = sweep["target"]
+    best = best_row(scored(sweep["rows"], target), target) if target else None
+    return {**sweep_section(sweep, newest, seeds), "grid": grid, "plans": (best or first)["plans"]}
 
 
 def _next_steps(

@@ -1,12 +1,10 @@
 """Pictures of a run in the report: samples of plans, grids of the training, nearest real pictures."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,22 +62,20 @@ def plan_pictures(run: Path) -> tuple[list[Picture], int]:
 
 def nearest_pictures(run: Path) -> list[Picture]:
     """Samples of plans above the nearest real pictures, the newest first."""
-    found = []
-    for file in _newest(list((run / "samples").glob(f"*{NEAREST}.png"))):
-        name = _plan_order(run, file.stem.removesuffix(NEAREST))[1]
-        found.append(embedded(file, name, f"samples above the nearest training pictures, {name}"))
+    files = _newest((run / "samples").glob(f"*{NEAREST}.png"))
+    names = [_plan_order(run, file.stem.removesuffix(NEAREST))[1] for file in files]
+    said = "samples above the nearest training pictures"
+    found = [embedded(file, name, f"{said}, {name}") for file, name in zip(files, names, strict=True)]
     return [picture for picture in found if picture]
 
 
 def training_grids(run: Path, config: Config, index: IndexFile | None) -> tuple[list[Picture], str]:
     """Grids that were drawn while training, spread over its steps, and what stands in their rows and columns."""
-    files = sorted(
-        file for file in (run / "samples" / "training").glob("step_*.png") if re.fullmatch(r"\d{1,18}", file.stem[5:])
-    )
+    found = (run / "samples" / "training").glob("step_*.png")
+    files = sorted(file for file in found if re.fullmatch(r"step_\d{1,18}", file.stem))
     kept = np.linspace(0, len(files) - 1, min(len(files), MOST_PICTURES)).round().astype(int)
-    grids = [
-        embedded(files[i], f"step {(step := int(files[i].stem[5:])):,}", f"samples at step {step:,}") for i in kept
-    ]
+    steps = [f"step {int(files[i].stem[5:]):,}" for i in kept]
+    grids = [embedded(files[i], step, f"samples at {step}") for i, step in zip(kept, steps, strict=True)]
     guidance = [term.model_dump() for term in config.guidance if term.kind != "auto"]
     rows = f"Above unguided, below {guidance_name(guidance)}." if guidance else "Unguided."
     names = columns_of(index, 10)
@@ -92,7 +88,7 @@ def columns_of(index: IndexFile | None, most: int) -> str:
     return "" if not names or all(name.isdecimal() for name in names) else f"Columns: {', '.join(names[:most])}."
 
 
-def _newest(files: Sequence[Path]) -> list[Path]:
+def _newest(files: Iterable[Path]) -> list[Path]:
     return sorted(files, key=lambda file: (-file.stat().st_mtime, file.name))[:MOST_PICTURES]
 
 

@@ -1,7 +1,5 @@
 """Numbers and protocol values as the report's reader wants them."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

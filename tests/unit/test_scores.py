@@ -15,7 +15,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from ig_dist.config.catalogue import METRICS, best_row, check_metrics, check_weights, lower_is_better
+from ig_dist.config.catalogue import METRICS, best_row, better, check_metrics, check_weights
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation import references
 from ig_dist.evaluation.metrics import (
@@ -396,7 +396,7 @@ def test_names_and_which_way_is_better() -> None:
         check_metrics(["fdi"], "--metrics")
     with pytest.raises(ConfigError, match="evaluate.metrics is empty: name at least one of fid, sfid"):
         check_metrics([], "evaluate.metrics")
-    assert [name for name in METRICS if lower_is_better(name)] == [
+    assert [name for name in METRICS if better(name) < 0] == [
         "fid", "sfid", "kid", "fd_dinov2", "fd_efficientnet", "fd_pixel"
     ]  # fmt: skip
     for name, metric in METRICS.items():  # a distance on other features than Inception's is never called FID

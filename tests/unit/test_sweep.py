@@ -19,7 +19,7 @@ from ig_dist.evaluation import sweep as sweeps
 from ig_dist.evaluation.sweep import Point, _real_by_class, _rounds, flat_rows, grid_points, sweep_run
 from ig_dist.evaluation.tables import print_plans, print_result, print_sweep
 from ig_dist.plans.samples import Listed
-from ig_dist.report.plots import save_sweep
+from ig_dist.report.sweeps import save_sweep
 from ig_dist.sampling import generate
 from ig_dist.terminal import console
 from ig_dist.training.trainer import train
