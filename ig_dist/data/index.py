@@ -11,18 +11,18 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, PositiveInt, ValidationError
 
 from ig_dist.data import table as side_file
 from ig_dist.data.shards import SampleRow
-from ig_dist.data.table import Blocks, Column, StoredColumn, Sums
+from ig_dist.data.table import Blocks, Column, StoredColumn
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.storage.faults import PATIENCE, Patience, unreadable
 from ig_dist.storage.files import list_sizes, open_url, read_file
@@ -46,8 +46,8 @@ _KINDS: dict[str, type[np.generic]] = {
 _OF_FLIPS = {"flip_offset", "flip_crc32"}
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _Record(BaseModel, extra="forbid"):
+    pass
 
 
 class TokenizerInfo(_Record):
@@ -147,11 +147,9 @@ class SampleTable:
     @classmethod
     def from_rows(cls, rows: Sequence[SampleRow | Sequence[int]]) -> SampleTable:
         """Columns from rows, in index order."""
-        columns = np.array(rows, np.int64).reshape(-1, len(SampleRow._fields)).T
-        flips = bool((columns[3] >= 0).any())
-        kinds = enumerate(_KINDS.items())
-        made = {name: columns[n].astype(kind) for n, (name, kind) in kinds if flips or name not in _OF_FLIPS}
-        return cls(**made)
+        columns = np.array(rows, np.int64).reshape(-1, len(_KINDS)).T
+        flips, named = (columns[3] >= 0).any(), zip(_KINDS.items(), columns, strict=True)
+        return cls(**{name: column.astype(kind) for (name, kind), column in named if flips or name not in _OF_FLIPS})
 
     @classmethod
     def from_columns(cls, columns: Mapping[str, Column]) -> SampleTable:
@@ -181,8 +179,8 @@ class SampleTable:
 
     def under(self, patience: Patience) -> SampleTable:
         """The same table, whose file is read under another patience."""
-        under = {name: c.under(patience) for name, c in self.columns.items() if isinstance(c, StoredColumn)}
-        return SampleTable(**{**self.columns, **under})
+        stored = {name: column for name, column in self.columns.items() if isinstance(column, StoredColumn)}
+        return replace(self, **{name: replace(column, patience=patience) for name, column in stored.items()})
 
     def labels(self) -> Iterator[NDArray[np.int32]]:
         """All labels, some at a time."""
@@ -224,13 +222,21 @@ class ShardIndex:
 def write_index(folder: str, info: dict[str, Any], table: SampleTable, patience: Patience = PATIENCE) -> None:
     """Write the side file, then ``index.json`` (last: what has no index does not exist)."""
     fs, path = open_url(folder, "--dest", patience)
-    sums = Sums()
-    pieces = sums.passing(side_file.pack(table.columns))
+    digest, crcs, written = hashlib.sha256(), list[str](), 0
+
+    def passing() -> Iterator[memoryview]:
+        nonlocal written
+        for piece in side_file.pack(table.columns):
+            digest.update(piece)
+            crcs.append(side_file.block_crcs(piece))
+            written += len(piece)
+            yield piece
+
     size = sum(len(column) * column.dtype.itemsize for column in table.columns.values())
-    write_stream(fs, f"{path}/{TABLE_NAME}", pieces, patience, size=size)
+    write_stream(fs, f"{path}/{TABLE_NAME}", passing(), patience, size=size)
     # an index that needs no CRCs stays, byte for byte, what it was before there were any
-    crcs = {"table_crc32": sums.crcs} if sums.size > side_file.HELD_BYTES else {}
-    file = IndexFile(**{**info, "format": FORMAT, "table_sha256": sums.sha256, "table_crc32": None, **crcs})
+    table_crc32 = "".join(crcs) if written > side_file.HELD_BYTES else None
+    file = IndexFile(**{**info, "format": FORMAT, "table_sha256": digest.hexdigest(), "table_crc32": table_crc32})
     write_index_file(folder, file, patience)
     with suppress(OSError, DataError):  # parts that killed writers of it left cost money, but not the index
         abort_orphaned_uploads(fs, f"{path}/{TABLE_NAME}", Patience(deadline_s=_TIDYING_S))

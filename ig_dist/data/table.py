@@ -11,10 +11,9 @@ import hashlib
 import json
 import os
 import tempfile
-import threading
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import IO, Any, Protocol
 
 import numpy as np
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from zlib_ng import zlib_ng
 
 from ig_dist.errors import ConfigError, DamagedError, DataError
-from ig_dist.storage.faults import PATIENCE, Patience, unreadable
+from ig_dist.storage.faults import PATIENCE, Patience, intact, unreadable
 from ig_dist.storage.files import REQUEST_BYTES, read_range
 from ig_dist.storage.urls import full_url
 
@@ -30,7 +29,7 @@ BLOCK = 2**17  # bytes under one CRC: some shards' worth of a column; no row str
 HELD_BYTES = REQUEST_BYTES  # of blocks that a process holds; a file of no more is read whole
 PIECE = 2**23  # bytes that are written, or looked through, at once
 
-_READ_AGAIN = 3
+_FEW = 8  # blocks that are held when they are read
 _ROWS = 2**16  # that are written at once
 _DTYPES: dict[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "U32": np.dtype("<u4")}
 
@@ -60,8 +59,7 @@ class Blocks:
             raise ConfigError(
                 f"{full_url(fs, path)} does not match index.json (it has {size} bytes): copy both again or {remedy}"
             )
-        self._held: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
-        self._lock = threading.Lock()
+        self.block = lru_cache(HELD_BYTES // BLOCK)(self._fetch)
 
     def read(self, start: int, stop: int, patience: Patience = PATIENCE) -> NDArray[np.uint8]:
         """Bytes ``start`` to ``stop`` (exclusive), in new memory.
@@ -70,21 +68,14 @@ class Blocks:
             DamagedError: they are not what index.json says.
             DataError: the storage fails.
         """
-        out, after = np.empty(stop - start, np.uint8), -(-stop // BLOCK)
-        with self._lock:
-            ready = {number: self._held[number] for number in range(start // BLOCK, after) if number in self._held}
-            for number in ready:
-                self._held.move_to_end(number)
-        for number in range(start // BLOCK, after):
-            if number not in ready:
-                most = min(after, number + PIECE // BLOCK)
-                ready |= self._fetch(
-                    number, next((other for other in range(number, most) if other in ready), most), patience
-                )
-            block, begin = ready.pop(number), number * BLOCK
-            first, last = max(start, begin), min(stop, begin + BLOCK)
-            out[first - start : last - start] = block[first - begin : last - begin]
-        return out
+        if stop <= start:
+            return np.empty(0, np.uint8)
+        first, after = start // BLOCK, -(-stop // BLOCK)
+        if after - first > _FEW:  # whoever reads so much goes through the file once
+            data = self._fetch(first, patience, after)
+        else:
+            data = np.concatenate([self.block(number, patience) for number in range(first, after)])
+        return data[start - first * BLOCK : stop - first * BLOCK]
 
     def sha256(self) -> str:
         """Hash of the whole file, all of whose blocks are checked on the way."""
@@ -93,36 +84,34 @@ class Blocks:
             digest.update(self.read(start, min(start + PIECE, self.size)).data)
         return digest.hexdigest()
 
-    def _fetch(self, first: int, after: int, patience: Patience) -> dict[int, NDArray[np.uint8]]:
-        """Blocks ``first`` to ``after`` (exclusive), read in one request; they are held from now on."""
-        for _ in range(1 + _READ_AGAIN):  # they may have suffered on the way
-            try:
-                data = read_range(self._fs, self._path, first * BLOCK, min(after * BLOCK, self.size), patience)
-            except OSError as error:
-                raise unreadable(self._fs, self._path, error) from None
-            # copies: a block that is held must not hold the others of its request
-            blocks = {n: np.array(data[(n - first) * BLOCK :][:BLOCK], np.uint8) for n in range(first, after)}
-            bad = [number for number, block in blocks.items() if zlib_ng.crc32(block) != self._crcs[number]]
-            if not bad:
-                break
-        else:
-            where = f"from byte {bad[0] * BLOCK} on (its CRC differs)"
-            raise DamagedError(
-                f"{full_url(self._fs, self._path)} is damaged {where}: copy it again with index.json, or {self._remedy}"
-            )
-        with self._lock:
-            self._held |= blocks
-            while len(self._held) * BLOCK > max(HELD_BYTES, BLOCK):
-                self._held.popitem(last=False)
-        return blocks
+    def _fetch(self, first: int, patience: Patience, after: int = 0) -> NDArray[np.uint8]:
+        """Blocks ``first`` to ``after`` (exclusive), or that one, read in one request."""
+        after = after or first + 1
+
+        def read() -> NDArray[np.uint8]:
+            data = read_range(self._fs, self._path, first * BLOCK, min(after * BLOCK, self.size), patience)
+            for number, crc in enumerate(self._crcs[first:after]):
+                if zlib_ng.crc32(data[number * BLOCK :][:BLOCK]) != crc:
+                    where = f"from byte {(first + number) * BLOCK} on (its CRC differs)"
+                    raise DamagedError(
+                        f"{full_url(self._fs, self._path)} is damaged {where}: copy it again with index.json,"
+                        f" or {self._remedy}"
+                    )
+            return np.frombuffer(data, np.uint8)
+
+        try:
+            return intact(self._fs, self._path, read)
+        except OSError as error:
+            raise unreadable(self._fs, self._path, error) from None
 
 
 @dataclass(frozen=True)
 class StoredColumn:
-    """A column in the side file, of which only what is asked for is read."""
+    """A column in a file, of which only what is asked for is read."""
 
-    blocks: Blocks
-    begin: int  # of its first byte in the file
+    read: Callable[[int, int, Patience], NDArray[np.uint8]]
+    """Bytes of the file, from the first to the second (exclusive)."""
+    begin: int  # of the column's first byte in the file
     count: int
     dtype: np.dtype[Any]
     patience: Patience
@@ -139,11 +128,7 @@ class StoredColumn:
         if step != 1:
             raise IndexError("a stored column has no slices with steps")
         first, after = (self.begin + row * self.dtype.itemsize for row in (start, max(start, stop)))
-        return self.blocks.read(first, after, self.patience).view(self.dtype)
-
-    def under(self, patience: Patience) -> StoredColumn:
-        """The same column, read under another patience."""
-        return replace(self, patience=patience)
+        return self.read(first, after, self.patience).view(self.dtype)
 
 
 def stored_columns(blocks: Blocks) -> dict[str, StoredColumn]:
@@ -157,13 +142,11 @@ def stored_columns(blocks: Blocks) -> dict[str, StoredColumn]:
         raise ValueError("its header is longer than the file")
     columns = {}
     try:
-        header = json.loads(blocks.read(8, 8 + length).tobytes())
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                (count,), (begin, end), dtype = tensor["shape"], tensor["data_offsets"], _DTYPES[tensor["dtype"]]
-                if not 0 <= begin <= end <= blocks.size - 8 - length or count != (end - begin) / dtype.itemsize:
-                    raise ValueError(f"column {name} is not in it")
-                columns[name] = StoredColumn(blocks, 8 + length + int(begin), int(count), dtype, PATIENCE)
+        for name, tensor in json.loads(blocks.read(8, 8 + length).tobytes()).items():
+            (count,), (begin, end), dtype = tensor["shape"], tensor["data_offsets"], _DTYPES[tensor["dtype"]]
+            if not 0 <= begin <= end <= blocks.size - 8 - length or count != (end - begin) / dtype.itemsize:
+                raise ValueError(f"column {name} is not in it")
+            columns[name] = StoredColumn(blocks.read, 8 + length + int(begin), int(count), dtype, PATIENCE)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"its header is none ({type(error).__name__})") from None
     return columns
@@ -194,27 +177,9 @@ def pack(columns: Mapping[str, Column]) -> Iterator[memoryview]:
         yield memoryview(piece)
 
 
-class Sums:
-    """The hash of a file that passes by in pieces, and the CRCs of its blocks."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self.crcs = ""
-        self._digest = hashlib.sha256()
-
-    def passing(self, pieces: Iterable[memoryview]) -> Iterator[memoryview]:
-        """The pieces (of whole blocks, but the last), unchanged."""
-        for piece in pieces:
-            self.size += len(piece)
-            self._digest.update(piece)
-            crcs = (zlib_ng.crc32(piece[start : start + BLOCK]) for start in range(0, len(piece), BLOCK))
-            self.crcs += "".join(f"{crc:08x}" for crc in crcs)
-            yield piece
-
-    @property
-    def sha256(self) -> str:
-        """Of what has passed."""
-        return self._digest.hexdigest()
+def block_crcs(piece: memoryview) -> str:
+    """The CRCs of the blocks of a piece, as ``index.json`` holds them."""
+    return "".join(f"{zlib_ng.crc32(piece[start : start + BLOCK]):08x}" for start in range(0, len(piece), BLOCK))
 
 
 class Spool:
@@ -225,8 +190,8 @@ class Spool:
     """
 
     def __init__(self, folder: str | None) -> None:
-        self._folder = folder
-        self.columns: dict[str, SpooledColumn] = {}  # what was added so far
+        self._folder, self._files = folder, dict[str, IO[bytes]]()
+        self.columns: dict[str, StoredColumn] = {}  # what was added so far
 
     def add(self, columns: Mapping[str, Column]) -> None:
         """Append rows.
@@ -237,10 +202,12 @@ class Spool:
         count = len(self.columns.get("label", ())) + len(columns["label"])
         try:
             for name, column in columns.items():
-                if name not in self.columns:
-                    file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
-                    self.columns[name] = SpooledColumn(file, column.dtype)
-                self.columns[name].append(column)
+                if name not in self._files:
+                    self._files[name] = tempfile.TemporaryFile("a+b", dir=self._folder)  # noqa: SIM115
+                file = self._files[name]
+                file.write(column[:].tobytes())
+                file.flush()  # a full disk is found here
+                self.columns[name] = StoredColumn(partial(_read, file), 0, count, column.dtype, PATIENCE)
         except OSError as error:
             remedy = "free space there" if self._folder else "free space there, or set TMPDIR"
             raise DataError(
@@ -249,25 +216,5 @@ class Spool:
             ) from None
 
 
-@dataclass
-class SpooledColumn:
-    """A column of a spool."""
-
-    file: IO[bytes]
-    dtype: np.dtype[Any]
-    count: int = 0
-
-    def append(self, column: Column) -> None:
-        """Write more of it."""
-        self.file.seek(0, os.SEEK_END)
-        self.file.write(column[:].tobytes())
-        self.file.flush()  # a full disk is found here
-        self.count += len(column)
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, rows: slice) -> NDArray[Any]:
-        start, stop, _ = rows.indices(self.count)
-        self.file.seek(start * self.dtype.itemsize)
-        return np.frombuffer(self.file.read(max(0, stop - start) * self.dtype.itemsize), self.dtype)
+def _read(file: IO[bytes], start: int, stop: int, _patience: Patience) -> NDArray[np.uint8]:
+    return np.frombuffer(os.pread(file.fileno(), stop - start, start), np.uint8)
