@@ -112,19 +112,15 @@ class SampleOrder:
 
     def batch(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Ids and epochs of global batch ``number``, each (B,): row c B/C + j is sample j of stream c."""
-        ids = np.empty(self.global_batch_size, dtype=np.int64)
-        epochs = np.empty_like(ids)
-        per_stream = self.samples_per_stream
+        ids, epochs = list[NDArray[np.int64]](), list[NDArray[np.int64]]()
         for stream in range(self.streams):
-            n, stop = number * per_stream, (number + 1) * per_stream
-            row = stream * per_stream
+            n, stop = number * self.samples_per_stream, (number + 1) * self.samples_per_stream
             while n < stop:
                 window = self.window(stream, n)
-                take = min(window.stop, stop) - n
-                ids[row : row + take] = self.ids(window)[n - window.first :][:take]
-                epochs[row : row + take] = window.epoch
-                n, row = n + take, row + take
-        return ids, epochs
+                ids.append(self.ids(window)[n - window.first :][: stop - n])
+                epochs.append(np.full(len(ids[-1]), window.epoch))
+                n += len(ids[-1])
+        return np.concatenate(ids), np.concatenate(epochs)
 
     def _samples_before(self, stream: int, epoch: int) -> int:
         """Samples that a stream has had before an epoch begins."""
