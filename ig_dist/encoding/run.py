@@ -16,8 +16,7 @@ from ig_dist.autoencoders import tokenizers
 from ig_dist.autoencoders.tokenizers import Precision, Tokenizer
 from ig_dist.data.index import ShardIndex
 from ig_dist.data.sources import Native, find_source, is_name, native_format, refuse_missing
-from ig_dist.encoding.dry_run import estimate
-from ig_dist.encoding.encode import Job, existing_settings, finished_index
+from ig_dist.encoding.encode import Job, estimate, existing_settings, finished_index
 from ig_dist.encoding.encode import encode as make_shards
 from ig_dist.encoding.records import Dest, refuse_others
 from ig_dist.encoding.settings import Settings, Store, default_samples_per_shard, sample_tar_bytes
