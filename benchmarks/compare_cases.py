@@ -85,10 +85,9 @@ def plan_of(case: Case) -> Plan:
     config = case.config(compiled=False)
     given = {"num": case.batch, "steps": case.steps, "precision": case.precision, "unit_size": case.batch}
     kept = {name: getattr(config.sample, name) for name in ("labels", "solver", "seed", "time_shift")}
-    guidance = [term.model_dump() for term in config.guidance]
     rest = {
         "num_classes": 1000,
-        "guidance": guidance,
+        "guidance": config.guidance,
         "batch_size": case.batch,
         "weights_sha256": "",
         "compile": False,

@@ -139,8 +139,7 @@ def sampled(case: Case, name: str, steps: int, batch_size: int, **given: Any) ->
     """The published way of sampling, of few steps."""
     config = step_config(case, name, 2, compiled=False)
     kept = {key: getattr(config.sample, key) for key in ("labels", "solver", "seed", "time_shift", "precision")}
-    guidance = [term.model_dump() for term in config.guidance]
-    rest = {"num": batch_size, "num_classes": 1000, "guidance": guidance, "weights_sha256": "", "steps": steps}
+    rest = {"num": batch_size, "num_classes": 1000, "guidance": config.guidance, "weights_sha256": "", "steps": steps}
     return config, Plan.model_validate({**kept, **rest, "unit_size": batch_size, "batch_size": batch_size, **given})
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from pydantic_core import PydanticUndefined
 
 from ig_dist.config import Config
@@ -49,10 +49,10 @@ def one_line(text: str) -> str:
     return " ".join(text.replace("``", "`").replace("|", "\\|").split())
 
 
-def table(group: type[BaseModel], prefix: str) -> Iterator[str]:
+def table(group: Any, prefix: str) -> Iterator[str]:
     """Rows of a group's fields; a group within a group follows under its own prefix."""
-    schema = group.model_json_schema()["properties"]
-    for name, field in group.model_fields.items():
+    schema = TypeAdapter(group).json_schema()["properties"]
+    for name, field in group.__pydantic_fields__.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from table(field.annotation, f"{prefix}{name}.")
             continue

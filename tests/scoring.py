@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ig_dist.autoencoders.tokenizers import PIXEL
-from ig_dist.config.sampling import GuidanceConfig
+from ig_dist.diffusion.guidance import GuidanceTerm
 from ig_dist.export import ExportInfo
 from ig_dist.features.extractors.extractor import Extractor, get_extractor
 from ig_dist.features.images import ImageSet
@@ -92,7 +92,7 @@ def make_plan(**changes: Any) -> Plan:
         "seed": 0,
         "solver": "heun",
         "steps": 3,
-        "guidance": (GuidanceConfig(kind="ig", scale=1.5),),
+        "guidance": (GuidanceTerm(kind="ig", scale=1.5),),
         "precision": "fp32",
         "unit_size": 16,
         "batch_size": 8,

@@ -9,7 +9,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from ig_dist.config.model import ModelConfig
-from ig_dist.config.sampling import EvaluateConfig, GuidanceConfig, SampleConfig
+from ig_dist.config.sampling import EvaluateConfig, SampleConfig
 from ig_dist.config.training import (
     CheckpointConfig,
     DataConfig,
@@ -38,7 +38,7 @@ class Config(Group):
     ema: EMAConfig = EMAConfig()
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    guidance: list[GuidanceConfig] = Field(default_factory=list)
+    guidance: list[GuidanceTerm] = Field(default_factory=list)
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     log: LogConfig = LogConfig()
@@ -54,7 +54,7 @@ class Config(Group):
                 f" use data.streams={math.gcd(batch, streams)}"
                 f" or train.global_batch_size={math.ceil(batch / streams) * streams}"
             )
-        check_overlap(self.guidance_terms())
+        check_overlap(self.guidance)
         active = {term.kind for term in self.guidance if term.scale != 1}
         if "cfg" in active and not self.loss.label_drop:
             raise ValueError("guidance asks for cfg, but no label is ever dropped: set loss.label_drop=0.1")
@@ -97,10 +97,6 @@ class Config(Group):
             f"model.aux_depth {aux} is beyond half of the {depth} blocks, where the paper found the auxiliary head"
             f" harmful (SiT-B/2 after block 8 of 12: FID 38.05 instead of 30.60): use {max(1, depth // 3)} or so"
         ]
-
-    def guidance_terms(self) -> list[GuidanceTerm]:
-        """The terms as the samplers take them."""
-        return [term.to_term() for term in self.guidance]
 
     def with_data(self, latent_shape: tuple[int, int, int], num_classes: int) -> Self:
         """A copy whose model has the shapes of the data.

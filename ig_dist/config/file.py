@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from ig_dist.config import Config
 from ig_dist.config.paths import moved_paths
@@ -220,12 +220,13 @@ def _explain(error: ValidationError) -> str:
     """The first problem in one line, with the nearest key for an unknown one."""
     problems = error.errors()
     # A missing group is often the echo of a misspelt one: report the misspelling first.
-    problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
+    unknown = ("extra_forbidden", "unexpected_keyword_argument")
+    problems.sort(key=lambda problem: problem["type"] not in unknown)
     first, more = problems[0], len(problems) - 1
     where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
+    if first["type"] in unknown:
         *group, name = map(str, first["loc"])
-        names = list(_group_at(first["loc"][:-1]).model_fields)
+        names = list(_fields_at(first["loc"][:-1]))
         near = nearest(name, names, least=0.75)
         elsewhere = None if near else nearest_key(name)  # as `steps=5` means train.steps
         near = near or nearest(name, names)
@@ -238,11 +239,12 @@ def _explain(error: ValidationError) -> str:
     return text + (f" (and {more} more)" if more else "")
 
 
-def _group_at(location: typing.Sequence[str | int]) -> type[BaseModel]:
-    group: type[BaseModel] = Config
+def _fields_at(location: typing.Sequence[str | int]) -> Mapping[str, Any]:
+    """The fields of the group at a place, each with its ``annotation``."""
+    fields: Mapping[str, Any] = Config.model_fields
     for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = group.model_fields[part].annotation
-        group = next((a for a in typing.get_args(annotation) if isinstance(a, type)), annotation)  # type: ignore[assignment]
-    return group
+        if isinstance(part, str):
+            kinds = (fields[part].annotation, *typing.get_args(fields[part].annotation))  # of a list too
+            group = next(kind for kind in kinds if isinstance(kind, type) and typing.get_origin(kind) is None)
+            fields = group.__pydantic_fields__  # type: ignore[attr-defined]
+    return fields

@@ -1,48 +1,12 @@
 """Groups that say how is sampled and scored."""
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import (
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-)
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from ig_dist.config.catalogue import check_metrics, check_weights
-from ig_dist.config.types import Fraction, Group, Seed, Url
-from ig_dist.diffusion.guidance import GuidanceTerm
+from ig_dist.config.types import Group, Seed, Url
 from ig_dist.diffusion.samplers import SOLVERS, SolverName
-
-
-class GuidanceConfig(Group):
-    """One guidance term."""
-
-    kind: Literal["ig", "cfg", "auto"]
-    """ig: Internal Guidance (weak head to final head). cfg: classifier-free guidance (null label to label). auto:
-    autoguidance (the second model ``sample.weak_model`` to the model)."""
-    scale: float
-    """Extrapolation scale; 1 is no guidance."""
-    interval: tuple[Fraction, Fraction] = (0.0, 1.0)
-    """Times t at which the term is on, both ends included (t = 1 is noise)."""
-    branches: Literal["both", "conditional", "null"] = "both"
-    """Of ig and auto: guide the prediction for the label, the one for the null label that cfg needs, or both."""
-    channels: PositiveInt | None = None
-    """Guide so many leading channels of the latents, and leave the others as they are: the original SiT guides 3 of 4,
-    the original LightningDiT 3 of 32. null: all."""
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_new(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Plans from before there was a choice of channels keep their hash."""
-        told: dict[str, Any] = fields(self)
-        return told if self.channels else {key: value for key, value in told.items() if key != "channels"}
-
-    def to_term(self) -> GuidanceTerm:
-        """The term as the samplers take it."""
-        return GuidanceTerm(self.kind, self.scale, self.interval, self.branches, self.channels)
 
 
 class SampleConfig(Group):

@@ -5,46 +5,53 @@ to the model (arXiv 2406.02507), and CFG from the null label to the label (arXiv
 that the other two have guided already. Each acts in an interval of times (arXiv 2404.07724).
 """
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, Self
 
 import torch
+from pydantic import ConfigDict, Field, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from ig_dist.models.dit import DiTOutput
 
 Kind = Literal["ig", "cfg", "auto"]
 Branch = Literal["conditional", "null"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 BRANCHES: tuple[Branch, ...] = ("conditional", "null")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True))
 class GuidanceTerm:
-    """One guidance: weak + scale * (strong - weak) for times in `interval`."""
+    """One guidance term: weak + scale * (strong - weak)."""
 
-    kind: Kind  # "ig" (weak: auxiliary head), "auto" (weak: second model) or "cfg" (weak: null label)
-    scale: float  # 1 switches the term off
-    interval: tuple[float, float] = (0.0, 1.0)  # in time, both ends included; t = 0 is data, t = 1 is noise
-    branches: Literal["both", "conditional", "null"] = "both"  # of "ig" and "auto": which predictions they guide
-    channels: int | None = None  # so many leading ones; None: all. The original SiT and LightningDiT guide three
+    kind: Kind
+    """ig: Internal Guidance (weak head to final head). cfg: classifier-free guidance (null label to label). auto:
+    autoguidance (the second model ``sample.weak_model`` to the model)."""
+    scale: float
+    """Extrapolation scale; 1 is no guidance."""
+    interval: tuple[Fraction, Fraction] = (0.0, 1.0)
+    """Times t at which the term is on, both ends included (t = 1 is noise)."""
+    branches: Literal["both", "conditional", "null"] = "both"
+    """Of ig and auto: guide the prediction for the label, the one for the null label that cfg needs, or both."""
+    channels: PositiveInt | None = None
+    """Guide so many leading channels of the latents, and leave the others as they are: the original SiT guides 3 of 4,
+    the original LightningDiT 3 of 32. null: all."""
 
-    def __post_init__(self) -> None:
-        if self.kind not in ("ig", "cfg", "auto"):
-            raise ValueError(f"guidance kind is {self.kind!r}; write 'ig', 'cfg' or 'auto'")
-        if not math.isfinite(self.scale):
-            raise ValueError(f"{self.kind} scale is {self.scale}; write a finite number (1 switches it off)")
-        low, high = self.interval
-        if not 0.0 <= low <= high <= 1.0:
-            raise ValueError(f"{self.kind} interval is [{low}, {high}]; write 0 <= low <= high <= 1")
-        if self.branches not in ("both", *BRANCHES):
-            raise ValueError(f"{self.kind} branches is {self.branches!r}; write 'both', 'conditional' or 'null'")
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.interval[0] > self.interval[1]:
+            raise ValueError(f"{self.kind} interval is {list(self.interval)}; write low <= high")
         if self.kind == "cfg" and self.branches != "both":
             raise ValueError("cfg leads from one branch to the other: leave its branches out")
-        if self.channels is not None and self.channels < 1:
-            raise ValueError(f"{self.kind} channels is {self.channels}; write how many it guides, or null for all")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_new(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Plans from before there was a choice of channels keep their hash."""
+        told: dict[str, Any] = fields(self)
+        return told if self.channels else {key: value for key, value in told.items() if key != "channels"}
 
     def acts(self, kind: Kind, branch: Branch, t: float) -> bool:
         """Whether this is a term of that kind which is on at t in that branch."""

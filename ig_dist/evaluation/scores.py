@@ -183,7 +183,7 @@ def plan_protocol(plan: Plan, info: ModelInfo, uint8_rule: str) -> dict[str, Any
         "seed": plan.seed,
         "solver": plan.solver,
         **plan.solver_settings,
-        "guidance": [term.model_dump(mode="json") for term in plan.guidance],
+        "guidance": plan.model_dump(mode="json")["guidance"],
         **{key: getattr(plan, key) for key in HOW},
         "uint8_rule": uint8_rule,
         "tokenizer": info.tokenizer.name,

@@ -140,7 +140,7 @@ def _name(points: Sequence[Point], asked: Sequence[Any], config: Config) -> str:
     """What is swept, and a hash of all that the scores depend on: the same command has the same name."""
     swept = [key for key in Point._fields if len({getattr(point, key) for point in points}) > 1] or ["ig_scale"]
     apart = {"url", "tokenizer", "keep_images", "png"}  # they say where, not what
-    groups = [config.sample.model_dump(mode="json", exclude=apart), [term.model_dump() for term in config.guidance]]
+    groups = [config.sample.model_dump(mode="json", exclude=apart), config.model_dump()["guidance"]]
     scores = config.evaluate.model_dump(mode="json", include={"metrics", "protocol"})
     told = json.dumps([points, *asked, *groups, scores, Path(reference_of(config)).name])
     return f"{'-'.join(swept)}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"

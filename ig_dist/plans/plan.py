@@ -14,9 +14,9 @@ from torch import Tensor
 from ig_dist.arithmetic import Precision
 from ig_dist.config import Config
 from ig_dist.config.describe import plan_name
-from ig_dist.config.sampling import GuidanceConfig
 from ig_dist.data.classes import class_words, find_classes
 from ig_dist.data.index import read_index_file
+from ig_dist.diffusion.guidance import GuidanceTerm
 from ig_dist.diffusion.path import resolve_shift
 from ig_dist.diffusion.samplers import SOLVERS, SolverName
 from ig_dist.errors import ConfigError, IgDistError
@@ -46,7 +46,7 @@ class Plan(BaseModel):
     correct_last_step: bool = True
     rtol: float = 1e-3
     atol: float = 1e-6
-    guidance: tuple[GuidanceConfig, ...]
+    guidance: tuple[GuidanceTerm, ...]
     precision: Precision
     unit_size: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=1)]

@@ -76,7 +76,7 @@ def training_grids(run: Path, config: Config, index: IndexFile | None) -> tuple[
     kept = np.linspace(0, len(files) - 1, min(len(files), MOST_PICTURES)).round().astype(int)
     steps = [f"step {int(files[i].stem[5:]):,}" for i in kept]
     grids = [embedded(files[i], step, f"samples at {step}") for i, step in zip(kept, steps, strict=True)]
-    guidance = [term.model_dump() for term in config.guidance if term.kind != "auto"]
+    guidance = [term for term in config.model_dump()["guidance"] if term["kind"] != "auto"]
     rows = f"Above unguided, below {guidance_name(guidance)}." if guidance else "Unguided."
     names = columns_of(index, 10)
     return [grid for grid in grids if grid], f"{rows} The same noise in each column. {names}".strip()

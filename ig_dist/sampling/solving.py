@@ -83,7 +83,7 @@ class Sampler:
         plan = self.plan
         ids, labels = (column.to(self.device, non_blocking=True) for column in (numbers, plan.image_labels(numbers)))
         counted, weak = _Counted(self._model), None if self._weak is None else _Counted(self._weak)
-        velocity = guided_velocity(counted, labels, [term.to_term() for term in plan.guidance], weak)
+        velocity = guided_velocity(counted, labels, plan.guidance, weak)
 
         def noise(step: int, x: Tensor) -> Tensor:
             return self._noise(ids, torch.full((), step, device=self.device))

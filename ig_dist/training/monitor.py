@@ -18,9 +18,9 @@ from torch import Tensor
 from ig_dist.autoencoders.tokenizers import Tokenizer
 from ig_dist.config import Config
 from ig_dist.config.catalogue import METRICS, extractors_of
-from ig_dist.config.sampling import GuidanceConfig
 from ig_dist.data.index import ShardIndex
 from ig_dist.data.reader import ShardReader
+from ig_dist.diffusion.guidance import GuidanceTerm
 from ig_dist.errors import Ending
 from ig_dist.evaluation.references import open_reference
 from ig_dist.evaluation.scores import Scores, plan_protocol, write_result
@@ -143,11 +143,11 @@ class TrainingScores:
         return result
 
 
-def _guidance(config: Config) -> list[GuidanceConfig]:
+def _guidance(config: Config) -> list[GuidanceTerm]:
     return [term for term in config.guidance if term.kind != "auto"]
 
 
-def _plan(config: Config, info: ModelInfo, guidance: list[GuidanceConfig], **sample: Any) -> Plan:
+def _plan(config: Config, info: ModelInfo, guidance: list[GuidanceTerm], **sample: Any) -> Plan:
     sample["precision"] = config.train.precision  # as the blocks compute
     update = {"sample": config.sample.model_copy(update=sample), "guidance": guidance}
     return make_plan(config.model_copy(update=update), info, weights_sha256="of a run in progress")

@@ -68,7 +68,7 @@ def test_epochs_become_steps(file: Path) -> None:
 
 def test_scales_keep_the_interval(file: Path) -> None:
     file.write_text(yaml.safe_dump({**MINIMAL, "guidance": [{"kind": "cfg", "scale": 1.3, "interval": [0, 0.7]}]}))
-    terms = with_guidance(load_config(file), ig_scale=1.5, cfg_scale=2).guidance_terms()
+    terms = with_guidance(load_config(file), ig_scale=1.5, cfg_scale=2).guidance
     assert [(t.kind, t.scale, t.interval) for t in terms] == [("cfg", 2, (0, 0.7)), ("ig", 1.5, (0, 1))]
 
 

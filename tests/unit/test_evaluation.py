@@ -16,7 +16,7 @@ from PIL import Image
 
 from ig_dist.config.describe import guidance_name
 from ig_dist.config.file import load_config
-from ig_dist.config.sampling import GuidanceConfig
+from ig_dist.diffusion.guidance import GuidanceTerm
 from ig_dist.diffusion.samplers import SOLVERS
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.evaluation.metrics import inception_score
@@ -47,7 +47,7 @@ def test_the_plans_hash_names_everything() -> None:
             {"solver": "euler"},
             {"steps": 4},
             {"guidance": ()},
-            {"guidance": (GuidanceConfig(kind="ig", scale=1.5, interval=(0.1, 1)),)},
+            {"guidance": (GuidanceTerm(kind="ig", scale=1.5, interval=(0.1, 1)),)},
             {"unit_size": 8},
             {"batch_size": 4},
             {"precision": "bf16"},
@@ -57,8 +57,8 @@ def test_the_plans_hash_names_everything() -> None:
             {"correct_last_step": False},
             {"rtol": 1e-4},
             {"atol": 1e-4},
-            {"guidance": (GuidanceConfig(kind="ig", scale=1.5, branches="null"),)},
-            {"guidance": (GuidanceConfig(kind="ig", scale=1.5, channels=1),)},
+            {"guidance": (GuidanceTerm(kind="ig", scale=1.5, branches="null"),)},
+            {"guidance": (GuidanceTerm(kind="ig", scale=1.5, channels=1),)},
             {"classes": (3, 1)},
             {"state": "fp32"},
             {"decode_precision": "tf32"},
@@ -93,11 +93,11 @@ def test_chosen_classes_come_in_turn() -> None:
 
 
 def test_a_plan_is_told_in_words() -> None:
-    cfg = GuidanceConfig(kind="cfg", scale=1.35, interval=(0, 0.7))
-    plan = make_plan(guidance=(GuidanceConfig(kind="auto", scale=2, branches="null"), cfg), time_shift=10 / 3)
+    cfg = GuidanceTerm(kind="cfg", scale=1.35, interval=(0, 0.7))
+    plan = make_plan(guidance=(GuidanceTerm(kind="auto", scale=2, branches="null"), cfg), time_shift=10 / 3)
     said = "autoguidance 2 on the null branch, CFG 1.35 for t in [0, 0.7], heun 3, time shift 3.33, seed 0"
     assert plan.describe() == f"{said}; plan {plan.digest[:8]}"
-    plan = make_plan(guidance=(GuidanceConfig(kind="cfg", scale=1.5, channels=3),))
+    plan = make_plan(guidance=(GuidanceTerm(kind="cfg", scale=1.5, channels=3),))
     told = json.loads(plan.model_dump_json())  # as it stands in a score's protocol
     assert plan.describe().startswith("CFG 1.5 on the first 3 channels, heun 3")
     assert told["guidance"][0]["channels"] == 3 and guidance_name(told["guidance"]) == "CFG 1.5 on the first 3 channels"
@@ -153,7 +153,7 @@ def test_an_image_depends_on_seed_and_number_only(solver: str) -> None:
     assert (other != images).mean() > 0.5
 
 
-IG = GuidanceConfig(kind="ig", scale=1.4)
+IG = GuidanceTerm(kind="ig", scale=1.4)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ IG = GuidanceConfig(kind="ig", scale=1.4)
             {
                 "solver": "euler_maruyama",
                 "steps": 250,
-                "guidance": (IG, GuidanceConfig(kind="cfg", scale=1.35, interval=(0.0, 0.7))),
+                "guidance": (IG, GuidanceTerm(kind="cfg", scale=1.35, interval=(0.0, 0.7))),
             },
             [250, 422, 0],  # SiT as published, of 500
         ),
@@ -172,7 +172,7 @@ IG = GuidanceConfig(kind="ig", scale=1.4)
                 "solver": "heun",
                 "steps": 124,
                 "time_shift": 1 / 0.3,
-                "guidance": (IG, GuidanceConfig(kind="cfg", scale=1.45, interval=(0.0, 0.81))),
+                "guidance": (IG, GuidanceTerm(kind="cfg", scale=1.45, interval=(0.0, 0.81))),
             },
             [248, 387, 0],  # LightningDiT as published, of 496
         ),

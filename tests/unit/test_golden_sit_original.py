@@ -52,4 +52,4 @@ def test_the_config_and_the_recipe_guide_as_the_original_does() -> None:
     written = load_config(ROOT / "configs/sit_xl2.yaml")
     asked = load_config(ROOT / "configs/sit_xl2.yaml", ["guidance=[]", *recipe("paper", written.model)])
     for config in (written, asked):
-        assert config.guidance_terms() == [GuidanceTerm("cfg", 1.5, channels=3)]
+        assert config.guidance == [GuidanceTerm("cfg", 1.5, channels=3)]
