@@ -29,8 +29,9 @@ class Word(NamedTuple):
     @classmethod
     def loads(cls, text: str | bytes) -> Self:
         """From JSON."""
-        *said, (came, waits) = json.loads(text)
-        return cls(*said, Standing(came, waits and Collective(*waits)))
+        word = cls(*json.loads(text))
+        came, waits = word.standing
+        return word._replace(standing=Standing(came, waits and Collective(*waits)))
 
 
 def place(step: int, phase: str) -> str:
