@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -116,11 +116,11 @@ class FeatureFiles:
         file = self._file(number, chosen.name)
         for _ in range(_TRIES):
             with contextlib.suppress(FileNotFoundError):  # another process found it damaged
-                if header := self._header(number, chosen):
-                    if tensor not in header.tensors:
+                if told := self._header(number, chosen):
+                    if tensor not in told["tensors"]:
                         return None
-                    dtype, shape, sha256 = header.told["tensors"][tensor]
-                    data = read_range(self._fs, file, *header.tensors[tensor])
+                    dtype, shape, sha256, first, last = told["tensors"][tensor]
+                    data = read_range(self._fs, file, first, last)
                     if hashlib.sha256(data).hexdigest() == sha256:
                         return np.frombuffer(data, _DTYPES[dtype]).reshape(shape)
                     self.unfit.add((number, chosen.name))
@@ -155,9 +155,9 @@ class FeatureFiles:
         """Hash over the hashes of the units of the first ``num`` images."""
         extractor, digest = next(iter(self.extractors.values())), hashlib.sha256()
         for number in range(-(-num // self.images.unit_size)):
-            header = self._header(number, extractor)
-            assert header is not None
-            digest.update(bytes.fromhex(header.told["images_sha256"]))
+            told = self._header(number, extractor)
+            assert told is not None
+            digest.update(bytes.fromhex(told["images_sha256"]))
         return digest.hexdigest()
 
     def _file(self, number: int, extractor: str) -> str:
@@ -172,8 +172,11 @@ class FeatureFiles:
             "extractor_sha256": extractor.sha256,
         }
 
-    def _header(self, number: int, extractor: Extractor) -> _Header | None:
-        """What a unit's file says of itself; None: it is not there, or is unfit and counted as such."""
+    def _header(self, number: int, extractor: Extractor) -> dict[str, Any] | None:
+        """What a unit's file says of itself, with each tensor's place in it (type, shape, hash, first and last byte).
+
+        None: it is not there, or is unfit and counted as such.
+        """
         path = self._file(number, extractor.name)
         try:
             size = self._fs.size(path)
@@ -200,14 +203,9 @@ class FeatureFiles:
         if not fits:
             self.unfit.add((number, extractor.name))
             return None
-        return _Header(told, {name: (begin + first, begin + last) for name, (first, last) in offsets.items()})
-
-
-class _Header(NamedTuple):
-    """Of a feature file."""
-
-    told: dict[str, Any]
-    tensors: dict[str, tuple[int, int]]  # where each lies in the file
+        for name, (first, last) in offsets.items():
+            told["tensors"][name] += begin + first, begin + last
+        return told
 
 
 Features = FeatureFiles | HeldFeatures  # what scores read
@@ -220,13 +218,12 @@ def make_features(files: FeatureFiles, *, num: int | None = None, what: str = "f
     """
     images, (worker, workers) = files.images, this_process()[:2]
     units = -(-min(num or images.num, images.num) // images.unit_size)
-    sizes = [len(images.unit(number)) for number in range(units)]
-    lacking = [number for number in range(units) if files.missing(number)]
+    first, sizes = worker * units // workers, [len(images.unit(number)) for number in range(units)]
+    lacking = [number for number in (*range(first, units), *range(first)) if files.missing(number)]
     if not lacking:
         return
     with progress(what, sum(sizes), "images", sum(sizes) - sum(sizes[number] for number in lacking)) as advance:
-        first = worker * units // workers
-        for number in sorted(lacking, key=lambda number: (number - first) % units):
+        for number in lacking:
             files.make(number)  # unless another worker has made it meanwhile
             advance(sizes[number])
 
