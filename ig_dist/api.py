@@ -8,7 +8,7 @@ from typing import Any, Unpack
 import torch
 
 from ig_dist.config import Config
-from ig_dist.config.file import apply_overrides, config_from_tree, flat, load_config
+from ig_dist.config.file import config_from_tree, flat, load_config
 from ig_dist.errors import ConfigError
 from ig_dist.evaluation.sweep import grid_points, sweep_run
 from ig_dist.export import find_run, find_weights
@@ -74,7 +74,7 @@ def train(config: str | Path | Mapping[str, Any] | Config, *overrides: str, forc
         loaded = load_config(config, options)
     else:
         tree = config.model_dump(mode="json") if isinstance(config, Config) else dict(config)
-        loaded = config_from_tree(apply_overrides(tree, options), source="config")
+        loaded = config_from_tree(tree, "config", options)
         if not loaded.run.dir:
             raise ConfigError('run.dir is empty: say where the run goes, e.g. run={"dir": "runs/mine"}')
     if is_main_process():

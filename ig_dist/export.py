@@ -18,7 +18,7 @@ from ig_dist.checkpoints.manifest import MANIFEST, Count
 from ig_dist.checkpoints.reading import Checkpoint
 from ig_dist.checkpoints.store import CheckpointStore, checkpoint_store
 from ig_dist.config import Config
-from ig_dist.config.file import apply_overrides, config_from_tree, load_run, saved_config
+from ig_dist.config.file import config_from_tree, load_run, saved_config
 from ig_dist.data.index import LatentInfo, ShardIndex, TokenizerInfo, read_index
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.models.dit import DiT, DiTConfig, load_model
@@ -272,7 +272,7 @@ def find_run(source: str | Path, overrides: Sequence[str] = ()) -> tuple[Config,
         assert checkpoint is not None  # it would have been said
         tree = _saved(checkpoint)[1].model_dump(mode="json")
         tree = {**tree, "run": {**tree["run"], "dir": url}, "checkpoint": {**tree["checkpoint"], "url": url}}
-        return config_from_tree(apply_overrides(tree, overrides), source=str(folder)), None, step
+        return config_from_tree(tree, str(folder), overrides), None, step
     run, at, step_text = str(source).rpartition("@")
     if at and (Path(run) / "config.yaml").is_file():
         if not step_text.isdecimal():
@@ -290,4 +290,4 @@ def config_of(info: ExportInfo, folder: str, index: str, overrides: Sequence[str
     tree: dict[str, Any] = {"run": {"dir": folder}, "model": model, "data": {"index": index}}
     tree |= {"loss": {"path": info.path, "label_drop": 0.1 if info.trained_with_null_label else 0.0}}
     tree |= {"train": {"steps": max(1, info.step)}}
-    return config_from_tree(apply_overrides(tree, overrides), source=folder)
+    return config_from_tree(tree, folder, overrides)

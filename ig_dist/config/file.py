@@ -4,6 +4,7 @@ Precedence: the defaults < the YAML file < ``a.b=c`` on the command line. Unknow
 name.
 """
 
+import re
 import shlex
 import types
 import typing
@@ -39,7 +40,7 @@ def _load(path: Path, overrides: typing.Sequence[str], run: Path | None) -> Conf
     """``run``: the run directory whose config it is, wherever that was when the run began."""
     tree = read_groups(path)
     tree = tree if run is None else moved_paths(tree, run)
-    config = config_from_tree(apply_overrides(tree, overrides), source=str(path))
+    config = config_from_tree(tree, str(path), overrides)
     return config if config.run.dir else _in_run_dir(config, f"runs/{path.stem}")
 
 
@@ -136,13 +137,16 @@ def with_guidance(
     return config_from_tree(tree, source="guidance")
 
 
-def config_from_tree(tree: dict[str, Any], source: str) -> Config:
-    """Validate a parsed config; ``source`` names it in the error."""
-    _refuse_credentials(tree, [])
+def config_from_tree(tree: dict[str, Any], source: str, overrides: typing.Sequence[str] = ()) -> Config:
+    """Validate a parsed config; ``source`` names it in the error, unless the overrides are what is wrong."""
+    whole = apply_overrides(tree, overrides)
+    _refuse_credentials(whole, [])
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(whole)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_explain(error)}") from None
+        if overrides:
+            config_from_tree(tree, source)  # it may be wrong by itself
+        raise ConfigError(f"{'overrides' if overrides else source}: {_explain(error)}") from None
 
 
 def saved_config(tree: dict[str, Any], where: str) -> Config:
@@ -235,6 +239,8 @@ def _explain(error: ValidationError) -> str:
         message = _one_line(ValueError(first["msg"].removeprefix("Value error, ")))
         given = first.get("input")
         shown = f" (got {given!r})" if where and isinstance(given, (str, int, float, bool, types.NoneType)) else ""
+        allowed = re.findall(r"'(\w+)'", message) if first["type"] == "literal_error" else []
+        shown += "".join(f"; did you mean {name!r}?" for name in nearest(str(given), allowed))
         text = f"{where}: {message}{shown}" if where and not message.startswith(f"{where}.") else message
     return text + (f" (and {more} more)" if more else "")
 

@@ -60,7 +60,7 @@ class SampleConfig(Group):
     """Write the first so many images as single PNG files too."""
     keys_of: ClassVar = {
         key: ("solver", *(name for name, solver in SOLVERS.items() if key in solver.settings))
-        for key in ("time_shift", "correct_last_step")
+        for key in ("time_shift", "correct_last_step", "rtol", "atol")
     }
 
 

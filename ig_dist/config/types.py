@@ -49,7 +49,7 @@ class Group(BaseModel):
             default = type(self).model_fields[key].default
             if getattr(self, key) != default and getattr(self, choice) not in values:
                 raise ValueError(
-                    f"{group}.{key}={_plain(getattr(self, key))} is of {group}.{choice}={' or '.join(values)}, which is"
+                    f"{group}.{key}={_plain(getattr(self, key))} needs {group}.{choice}={' or '.join(values)}, it is"
                     f" {getattr(self, choice)}: set {group}.{choice}={values[0]} or {group}.{key}={_plain(default)}"
                 )
         return self

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict
 
 from ig_dist.arithmetic import Precision
 from ig_dist.config import Config
-from ig_dist.config.file import apply_overrides, config_from_tree, with_guidance
+from ig_dist.config.file import config_from_tree, with_guidance
 from ig_dist.config.model import ModelConfig
 from ig_dist.errors import ConfigError, nearest
 from ig_dist.models.presets import PRESETS
@@ -90,8 +90,8 @@ def sample_config(
     guidance = {key: asked.pop(key, None) for key in _GUIDANCE}
     sample = {**asked, "weak_model": None if weak is None else str(weak)}
     options = [f"sample.{key}={json.dumps(value)}" for key, value in sample.items() if value is not None]
-    tree = apply_overrides(config.model_dump(mode="json"), [*published, *overrides, *options])
-    told = with_guidance(config_from_tree(tree, source="sample"), **guidance)
+    whole = config_from_tree(config.model_dump(mode="json"), "sample", [*published, *overrides, *options])
+    told = with_guidance(whole, **guidance)
     if weak is not None and all(term.kind != "auto" for term in told.guidance):
         raise ConfigError(f"--weak {weak} guides nothing without a scale: give --auto-scale too, e.g. 2 (1 is off)")
     return told

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ig_dist.config import Config
 from ig_dist.config.catalogue import check_metrics
-from ig_dist.config.file import apply_overrides, config_from_tree
+from ig_dist.config.file import config_from_tree
 from ig_dist.errors import ConfigError
 from ig_dist.launching.jobs import Job, job_folder, parsed, program
 from ig_dist.plans.samples import samples_url
@@ -121,9 +121,7 @@ def _following(texts: Sequence[str], config: Config, folder: str) -> list[tuple[
             given = parsed(*found[-1])
         except ConfigError as error:
             raise ConfigError(str(error).replace("--job", "--then", 1)) from None
-        config_from_tree(
-            apply_overrides(config.model_dump(mode="json"), given.get("overrides") or []), f"--then {name}"
-        )
+        config_from_tree(config.model_dump(mode="json"), f"--then {name}", given.get("overrides") or [])
         check_metrics((given.get("metrics") or "fid").split(","), "--metrics")
     return found
 

@@ -126,6 +126,22 @@ def test_no_override_gives_a_traceback(overrides: list[str]) -> None:
         assert error.exit_code == 2 and "\n" not in str(error)
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optimiser.lr=1e-3", "overrides: unknown key 'optimiser'; did you mean 'optimizer'?"),
+        ("engine.kind=fdsp2", "overrides: engine.kind: .*did you mean 'fsdp2'?"),
+        ("sample.rtol=0.5", "overrides: sample.rtol=0.5 needs sample.solver=dopri5, it is heun"),
+    ],
+)
+def test_what_is_wrong_is_told_of_the_overrides_or_of_the_file(file: Path, override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config(file, [override])
+    file.write_text(yaml.safe_dump({**MINIMAL, "optimiser": {}}))
+    with pytest.raises(ConfigError, match=f"{file.name}: unknown key 'optimiser'"):
+        load_config(file, [override])
+
+
 def test_keys_of_another_engine_are_refused(file: Path) -> None:
     with pytest.raises(ConfigError, match=r"set engine\.kind=fsdp2 or engine\.reshard_after_forward=null"):
         load_config(file, ["engine.reshard_after_forward=false"])

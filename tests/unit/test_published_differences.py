@@ -35,7 +35,7 @@ def test_each_config_says_what_differs(name: str) -> None:
 
 
 def test_the_table_of_positions_decays_under_muon_only() -> None:
-    with pytest.raises(ConfigError, match=r"decay_pos_embed=true is of optimizer\.kind=muon, which is adamw: set"):
+    with pytest.raises(ConfigError, match=r"decay_pos_embed=true needs optimizer\.kind=muon, it is adamw: set"):
         load_config(ROOT / "configs/digits.yaml", ["optimizer.decay_pos_embed=true"])
     assert not load_config(ROOT / "configs/digits.yaml", ["optimizer.kind=muon"]).optimizer.decay_pos_embed
     left = (1 - 2e-4 * 0.01) ** (680 * IMAGES / BATCH)
