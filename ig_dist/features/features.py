@@ -185,7 +185,7 @@ class FeatureFiles:
             if len(head) < begin <= size:
                 head = bytes(read_range(self._fs, path, 0, begin))
             entries = json.loads(head[8:begin])
-            told = json.loads(entries.pop("__metadata__")[_KEY])
+            told: dict[str, Any] = json.loads(entries.pop("__metadata__")[_KEY])
             sha256 = told.pop("sha256")
             listed = {name: [entry["dtype"], entry["shape"]] for name, entry in entries.items()}
             offsets = {name: entry["data_offsets"] for name, entry in entries.items()}
