@@ -23,7 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ig_dist.checkpoints.manifest import make_manifest
-from ig_dist.checkpoints.reading import owners, parts_of, requests
+from ig_dist.checkpoints.reading import Part, owners, parts_of, requests
 from ig_dist.checkpoints.snapshot import described, layout
 from ig_dist.config.file import load_config
 from ig_dist.models.dit import DiT
@@ -92,14 +92,14 @@ def main(
             parts = parts_of(manifest(engine, saved, tensors))
             total = sum(part.end - part.begin for part in parts)
             for world in worlds:
-                mine: list[list[int]] = [[] for _ in range(world)]
-                for number, owner in enumerate(owners(parts, world)):
-                    mine[owner].append(number)
-                read = [sum(parts[n].end - parts[n].begin for n in numbers) for numbers in mine]
-                counts = [len(requests(parts, numbers)) for numbers in mine]
+                mine: list[list[Part]] = [[] for _ in range(world)]
+                for part, owner in zip(parts, owners(parts, world), strict=True):
+                    mine[owner].append(part)
+                read = [sum(part.size for part in share) for share in mine]
+                counts = [len(requests(share)) for share in mine]
                 allowed = [
-                    size / (REQUEST_MIB * MIB) + len({parts[n].file for n in numbers})
-                    for size, numbers in zip(read, mine, strict=True)
+                    size / (REQUEST_MIB * MIB) + len({part.file for part in share})
+                    for size, share in zip(read, mine, strict=True)
                 ]
                 worst = max(range(world), key=lambda rank: counts[rank] - allowed[rank])
                 row = (f"{engine}, {saved}", f"{world}", f"{total / world / 1e6:.1f}", f"{max(read) / 1e6:.1f}")

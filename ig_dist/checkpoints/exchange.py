@@ -70,77 +70,76 @@ class Loaded:
                     flat[part.tensor][at : at + len(cut)].copy_(data[cut.start : cut.stop] if alike else data)
         return {n: found[f"{group}/{n}"].view(dtypes[n]).view(shard.data.shape) for n, shard in shards.items()}
 
-    def _rounds(self, group: str) -> Iterable[Sequence[list[int]]]:
-        """The parts of a group, by number, that each rank sends at a time; the same on all ranks."""
+    def _rounds(self, group: str) -> Iterable[Sequence[list[Part]]]:
+        """The parts of a group that each rank sends at a time; the same on all ranks."""
         parts, world = self.checkpoint.parts, self.dist.world_size
-        queues: list[list[int]] = [[] for _ in range(world)]
-        for number, owner in enumerate(owners(parts, world)):
-            if parts[number].tensor.startswith(f"{group}/"):
-                queues[owner].append(number)
+        queues: list[list[Part]] = [[] for _ in range(world)]
+        for part, owner in zip(parts, owners(parts, world), strict=True):
+            if part.tensor.startswith(f"{group}/"):
+                queues[owner].append(part)
         # each rank begins elsewhere: else all might send to the same one first
         starts = [len(queue) * owner // world for owner, queue in enumerate(queues)]
         queues = [queue[start:] + queue[:start] for queue, start in zip(queues, starts, strict=True)]
         most = max(PART_BYTES, _ROUND_BYTES // world)
-        return zip_longest(*(_in_turn(queue, parts, most) for queue in queues), fillvalue=[])
+        return zip_longest(*(_in_turn(queue, most) for queue in queues), fillvalue=[])
 
     @cached_property
-    def _own(self) -> dict[str, list[int]]:
+    def _own(self) -> dict[str, list[Part]]:
         """Parts that this rank holds, by tensor."""
-        own: dict[str, list[int]] = {}
-        for number in sorted(self.checkpoint.share):
-            own.setdefault(self.checkpoint.parts[number].tensor, []).append(number)
+        own: dict[str, list[Part]] = {}
+        for part in sorted(self.checkpoint.share):
+            own.setdefault(part.tensor, []).append(part)
         return own
 
     def _as_read(self, tensor: str, begin: int, end: int) -> Tensor | None:
         """These bytes where they were read to, if they lie there together and a CPU can use them as they lie."""
-        own, parts, share = self._own.get(tensor), self.checkpoint.parts, self.checkpoint.share
+        own, share = self._own.get(tensor), self.checkpoint.share
         if not own or begin == end or self.dist.device.type != "cpu":
             return None
-        first, last = parts[own[0]], parts[own[-1]]
-        (memory, place), (other, last_place) = share[own[0]], share[own[-1]]
+        first, last = own[0], own[-1]
+        (memory, place), (other, last_place) = share[first], share[last]
         together = memory is other and last_place - place == last.at - first.at
         at = place + begin - first.at
         if not together or begin < first.at or end > last.at + last.size or (memory.data_ptr() + at) % ALIGNMENT:
             return None
         return torch.frombuffer(memory.numpy(), dtype=torch.uint8, count=end - begin, offset=at)  # a storage of its own
 
-    def _bytes(self, number: int) -> Tensor:
-        memory, place = self.checkpoint.share[number]
-        return memory[place : place + self.checkpoint.parts[number].size]
+    def _bytes(self, part: Part) -> Tensor:
+        memory, place = self.checkpoint.share[part]
+        return memory[place : place + part.size]
 
-    def _to_all(self, sent: Sequence[Sequence[int]]) -> Iterator[tuple[Part, Tensor]]:
+    def _to_all(self, sent: Sequence[Sequence[Part]]) -> Iterator[tuple[Part, Tensor]]:
         """Each part that the ranks send, with its bytes on this device. COLLECTIVE."""
-        parts = self.checkpoint.parts
-        width = max(sum(parts[number].size for number in numbers) for numbers in sent)
+        width = max(sum(part.size for part in parts) for parts in sent)
         mine = torch.empty(width, dtype=torch.uint8, device=self.dist.device)
         at = 0
-        for number in sent[self.dist.rank]:
-            at += len(mine[at : at + parts[number].size].copy_(self._bytes(number)))
+        for part in sent[self.dist.rank]:
+            at += len(mine[at : at + part.size].copy_(self._bytes(part)))
         gathered = torch.empty(len(sent) * width, dtype=torch.uint8, device=self.dist.device)
         _gather(gathered, mine)  # into a list it would need this memory twice
-        for rank, numbers in enumerate(sent):
+        for rank, parts in enumerate(sent):
             at = rank * width
-            for number in numbers:
-                yield parts[number], gathered[at : at + parts[number].size]
-                at += parts[number].size
+            for part in parts:
+                yield part, gathered[at : at + part.size]
+                at += part.size
 
-    def _to_each(self, sent: Sequence[Sequence[int]], wants: Sequence[Wanted]) -> Iterator[tuple[Part, Tensor]]:
+    def _to_each(self, sent: Sequence[Sequence[Part]], wants: Sequence[Wanted]) -> Iterator[tuple[Part, Tensor]]:
         """Each part of which this rank wants something, with what it wants of its bytes. COLLECTIVE."""
-        parts, me = self.checkpoint.parts, self.dist.rank
+        me = self.dist.rank
         going: list[list[Tensor]] = [[] for _ in wants]
-        for number in sent[me]:
+        for part in sent[me]:
             for rank, wanted in enumerate(wants):
-                if cut := _wanted_of(parts[number], wanted):
-                    data = self._bytes(number)[cut.start : cut.stop]
+                if cut := _wanted_of(part, wanted):
+                    data = self._bytes(part)[cut.start : cut.stop]
                     if rank == me:
-                        yield parts[number], data
+                        yield part, data
                     else:
                         going[rank].append(data)
         if len(wants) == 1:
             return
         coming = [
-            [(parts[number], len(cut)) for number in numbers if (cut := _wanted_of(parts[number], wants[me]))]
-            for numbers in (*sent[:me], (), *sent[me + 1 :])
+            [(part, len(cut)) for part in parts if (cut := _wanted_of(part, wants[me]))]
+            for parts in (*sent[:me], (), *sent[me + 1 :])
         ]
         sizes = [sum(size for _, size in one) for one in coming]
         came = torch.empty(sum(sizes), dtype=torch.uint8)
@@ -158,14 +157,14 @@ def _wanted_of(part: Part, wanted: Wanted) -> range:
     return range(max(begin - part.at, 0), min(end - part.at, part.size))
 
 
-def _in_turn(numbers: Iterable[int], parts: Sequence[Part], most: int) -> Iterator[list[int]]:
-    """Parts, by number, so many bytes at a time, one at least."""
-    taken, size = list[int](), 0
-    for number in numbers:
-        if taken and size + parts[number].size > most:
+def _in_turn(parts: Iterable[Part], most: int) -> Iterator[list[Part]]:
+    """Parts, so many bytes at a time, one at least."""
+    taken, size = list[Part](), 0
+    for part in parts:
+        if taken and size + part.size > most:
             yield taken
             taken, size = [], 0
-        taken.append(number)
-        size += parts[number].size
+        taken.append(part)
+        size += part.size
     if taken:
         yield taken

@@ -26,9 +26,6 @@ from ig_dist.storage.files import REQUEST_BYTES, open_url, read_range
 
 _THREADS = 8
 
-Share = dict[int, tuple[Tensor, int]]
-"""What a rank has read of parts, by their place in ``parts_of``: the bytes of a request, and where among them it is."""
-
 
 class Part(NamedTuple):
     """Bytes of a file that have a CRC of their own."""
@@ -46,6 +43,10 @@ class Part(NamedTuple):
     def size(self) -> int:
         """Number of bytes."""
         return self.end - self.begin
+
+
+Share = dict[Part, tuple[Tensor, int]]
+"""What a rank has read: for each part the bytes of a request, and where among them it is."""
 
 
 def parts_of(manifest: Mapping[str, Any]) -> list[Part]:
@@ -74,16 +75,16 @@ def owners(parts: Sequence[Part], world_size: int) -> list[int]:
     return ranks
 
 
-def requests(parts: Sequence[Part], numbers: Sequence[int]) -> list[list[int]]:
-    """Parts, by number, that one request reads: neighbours in a file, up to ``REQUEST_BYTES``.
+def requests(parts: Iterable[Part]) -> list[list[Part]]:
+    """The parts that one request reads: neighbours in a file, up to ``REQUEST_BYTES``.
 
     A tensor that is no larger is not cut in two.
     """
-    runs: list[list[int]] = []
-    for _, piece in groupby(numbers, lambda number: (parts[number].file, parts[number].tensor)):
+    runs: list[list[Part]] = []
+    for _, piece in groupby(parts, lambda part: (part.file, part.tensor)):
         whole = list(piece)
-        for more in [whole] if _fit(parts[whole[0]], parts[whole[-1]]) else [[number] for number in whole]:
-            if not runs or more[0] != runs[-1][-1] + 1 or not _fit(parts[runs[-1][0]], parts[more[-1]]):
+        for more in [whole] if _fit(whole[0], whole[-1]) else [[part] for part in whole]:
+            if not runs or runs[-1][-1].end != more[0].begin or not _fit(runs[-1][0], more[-1]):
                 runs.append([])
             runs[-1] += more
     return runs
@@ -154,12 +155,12 @@ class Checkpoint:
         whole = {name: torch.empty(e["shape"], dtype=DTYPE_NAMES[e["dtype"]]) for name, e in entries.items()}
 
         def put(found: Share) -> None:
-            for part, (memory, at) in ((self.parts[number], place) for number, place in found.items()):
+            for part, (memory, at) in found.items():
                 into = whole[part.tensor].view(-1).view(torch.uint8)
                 into[part.at : part.at + part.size] = memory[at : at + part.size]
 
         try:
-            self._read([number for number, part in enumerate(self.parts) if part.tensor in whole], put)
+            self._read([part for part in self.parts if part.tensor in whole], put)
         except DamagedError as error:
             raise DataError(
                 f"{self.url}/{error}: restore the file, or delete that checkpoint to go on from the one before"
@@ -174,16 +175,16 @@ class Checkpoint:
             DataError: the storage fails beyond the deadline.
         """
         share: Share = {}
-        mine = [number for number, owner in enumerate(owners(self.parts, world_size)) if owner == rank]
+        shared_out = zip(self.parts, owners(self.parts, world_size), strict=True)
+        mine = [part for part, owner in shared_out if owner == rank]
         self._read(mine, share.update if keep else lambda found: None)
         return share
 
-    def _read(self, numbers: Sequence[int], take: Callable[[Share], object]) -> None:
+    def _read(self, parts: Sequence[Part], take: Callable[[Share], object]) -> None:
         """Read and check parts, with several requests at a time; ``take`` is given the parts of each."""
-        parts = self.parts
 
-        def read(run: list[int]) -> None:
-            first, last = parts[run[0]], parts[run[-1]]
+        def read(run: list[Part]) -> None:
+            first, last = run[0], run[-1]
             name = self.manifest["files"][first.file]["name"]
             fs, path = open_url(f"{self.url}/{name}", "checkpoint.url", self.patience)
             # numpy asks for huge pages: the kernel clears and maps new memory several times faster
@@ -192,7 +193,7 @@ class Checkpoint:
 
             def checked() -> None:
                 data = read_range(fs, path, first.begin, last.end, into=memory.numpy().data)
-                for part in (parts[number] for number in run):
+                for part in run:
                     if zlib_ng.crc32(data[part.begin - first.begin : part.end - first.begin]) != part.crc32:
                         what = f"tensor {part.tensor!r}" if part.tensor else "its header"
                         raise DamagedError(f"{name}: {what} is damaged (its CRC differs)")
@@ -201,6 +202,6 @@ class Checkpoint:
                 intact(fs, path, checked)
             except OSError as error:
                 raise DamagedError(f"{name}: {error.strerror or error}") from None
-            take({number: (memory, parts[number].begin - first.begin) for number in run})
+            take({part: (memory, part.begin - first.begin) for part in run})
 
-        in_parallel(read, requests(parts, numbers), _THREADS)
+        in_parallel(read, requests(parts), _THREADS)

@@ -98,12 +98,12 @@ def test_shares_are_even_and_requests_few(engine: str, saved_by: int, world: int
     ranks, total = owners(parts, world), sum(size for _, size in whole)
     assert ranks == sorted(ranks)
     for rank in range(world):
-        mine = [number for number, owner in enumerate(ranks) if owner == rank]
-        size = sum(parts[n].end - parts[n].begin for n in mine)
+        mine = [part for part, owner in zip(parts, ranks, strict=True) if owner == rank]
+        size = sum(part.size for part in mine)
         assert size <= total / world + PART_BYTES
-        runs = requests(parts, mine)
-        assert [n for run in runs for n in run] == mine
-        assert len(runs) <= size / (REQUEST_BYTES / 2) + len({parts[n].file for n in mine})
+        runs = requests(mine)
+        assert [part for run in runs for part in run] == mine
+        assert len(runs) <= size / (REQUEST_BYTES / 2) + len({part.file for part in mine})
 
 
 def test_a_rank_gets_its_ranges(tmp_path: Path) -> None:
