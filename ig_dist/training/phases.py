@@ -92,6 +92,7 @@ class Marks:
         self, event: Callable[[], Any], every_s: float, stop: threading.Event, begin: Callable[[], None] = lambda: None
     ) -> None:
         self._event, self._every_s, self._stop, self._begin = event, every_s, stop, begin
+        self._free: deque[Any] = deque()  # reached: to destroy one asks the driver, which may not answer
         self._ahead: deque[tuple[Now, Any]] = deque()
         self._reached: Now | None = None
         self._failed = False
@@ -100,7 +101,7 @@ class Marks:
     def put(self, now: Now) -> None:
         """Leave a mark: the host begins this. Costs some microseconds; waits for nothing."""
         if not self._failed:  # the loop meets the error at its next call
-            event = self._event()
+            event = self._free.popleft() if self._free else self._event()
             event.record()
             self._ahead.append((now, event))
 
@@ -117,7 +118,7 @@ class Marks:
                     now, event = self._ahead[0]
                     event.synchronize()
                     self._reached = now
-                    self._ahead.popleft()
+                    self._free.append(self._ahead.popleft()[1])
         except RuntimeError:  # the device has failed
             self._failed = True
             self._ahead.clear()
