@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ig_dist.arithmetic import arithmetic
-from ig_dist.errors import ConfigError, listed, nearest
+from ig_dist.errors import ConfigError, listed, unknown
 from ig_dist.features.extractors.weights import PUBLISHED, Published, check_hash, find_weights
 from ig_dist.storage.tensor_files import read_torch_file
 
@@ -97,8 +97,7 @@ def get_extractor(
         ConfigError: no such extractor, or its weights are not to be had.
     """
     if name not in EXTRACTORS:
-        near = nearest(name, EXTRACTORS)
-        raise ConfigError(f"unknown extractor {name!r}: did you mean {near[0]!r}? There are {', '.join(EXTRACTORS)}")
+        raise unknown("unknown extractor", name, EXTRACTORS)
     known = EXTRACTORS[name]
     if known is None and weights:
         raise ConfigError(f"extractor {name} has no weights: leave out {weights!r}")
