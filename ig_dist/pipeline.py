@@ -193,15 +193,13 @@ class Pipeline:
         head = "no auxiliary head" if dit.aux_depth is None else f"auxiliary head after block {dit.aux_depth}"
         size = count_parameters(self.model)
         guidance = ", ".join(f"{term.kind} {term.scale:g}" for term in self.config.guidance if term.scale != 1)
-        return "\n".join(
-            (
-                f"Pipeline of {self.run or self.export}, step {info.step}, {weights}",
-                f"  model: {dit.depth} blocks x {dit.hidden_size}, {size:,} parameters, {head}",
-                f"  data: {len(self.classes)} classes, latents {'x'.join(map(str, info.latent.shape))},"
-                f" tokenizer {info.tokenizer.name}",
-                f"  by default: {sample.solver}, {sample.steps} steps, {guidance or 'unguided'}, seed {sample.seed},"
-                f" {sample.precision} on {self.device}",
-            )
+        shape = "x".join(map(str, info.latent.shape))
+        return (
+            f"Pipeline of {self.run or self.export}, step {info.step}, {weights}\n"
+            f"  model: {dit.depth} blocks x {dit.hidden_size}, {size:,} parameters, {head}\n"
+            f"  data: {len(self.classes)} classes, latents {shape}, tokenizer {info.tokenizer.name}\n"
+            f"  by default: {sample.solver}, {sample.steps} steps, {guidance or 'unguided'}, seed {sample.seed},"
+            f" {sample.precision} on {self.device}"
         )
 
 

@@ -4,8 +4,6 @@ Two evaluators are followed to the digit: OpenAI's for ADM (guided-diffusion, ev
 torch-fidelity. Features come as float32 arrays (N, D) and are float64 from there on, but for distances between points.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import sys
@@ -229,10 +227,7 @@ def _is_finite(u: _Points, v: _Points) -> bool:
     largest = (float(u.norms.max()) ** 0.5 + float(v.norms.max()) ** 0.5) ** 2  # no distance, nor step to one, is above
     if largest < 0.99 * torch.finfo(torch.float16).max:
         return True
-    if not largest < float("inf"):
-        return False
-    pieces = _slices(len(u.norms), _ROWS_AT_ONCE)
-    return all(bool(_piece(u, v, piece).isfinite().all()) for piece in pieces)
+    return all(bool(_piece(u, v, piece).isfinite().all()) for piece in _slices(len(u.norms), _ROWS_AT_ONCE))
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
@@ -275,7 +270,7 @@ def _squared_mmd(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     return float(own / (number * (number - 1)) - 2 * kernel(x, y).mean())
 
 
-def train_classifier(features: Features, labels: NDArray[np.integer[Any]]) -> SVC:
+def train_classifier(features: Features, labels: NDArray[np.integer[Any]]) -> "SVC":
     """A support vector classifier of real pictures' pixel features (N, D) with labels (N,): see ``CLASSIFIER``."""
     from sklearn.svm import SVC
 
@@ -289,7 +284,7 @@ def train_classifier(features: Features, labels: NDArray[np.integer[Any]]) -> SV
     return SVC(C=10, gamma="scale").fit(features[rows].astype(np.float64), labels[rows])
 
 
-def label_agreement(features: Features, labels: NDArray[np.integer[Any]], classifier: SVC) -> float:
+def label_agreement(features: Features, labels: NDArray[np.integer[Any]], classifier: "SVC") -> float:
     """Share of pictures, pixel features (N, D), that the classifier puts into the class (N,) that was asked for."""
     agree = [
         classifier.predict(features[rows].astype(np.float64)) == labels[rows] for rows in _slices(len(labels), 4096)

@@ -1,7 +1,5 @@
 """What samples are held against: real images, or a file with their statistics; and how such a file is made."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil
@@ -88,7 +86,7 @@ class Reference:
             )
         return np.concatenate(list(files.rows(extractor, "labels", files.num)))
 
-    def _classifier(self, feature: Feature) -> tuple[SVC, int]:
+    def _classifier(self, feature: Feature) -> tuple["SVC", int]:
         """A classifier of its images, and how many classes they have."""
         rows, labels = self.rows(feature, CLASSIFIED_IMAGES), self.labels(feature[0])
         labels = labels[evenly_taken(len(labels), CLASSIFIED_IMAGES)]

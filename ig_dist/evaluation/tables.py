@@ -12,13 +12,8 @@ from ig_dist.evaluation.evaluate import Verdict
 from ig_dist.plans.samples import Listed
 from ig_dist.terminal import console
 
-SHORT = {
-    "inception_score": "IS",
-    "precision": "prec",
-    "recall": "rec",
-    "label_agreement": "agree",
-    "efficientnet": "effnet",
-}
+SHORT = {"inception_score": "IS", "precision": "prec", "recall": "rec"}
+SHORT |= {"label_agreement": "agree", "efficientnet": "effnet"}
 AXES = {f"{kind}_scale": f"{name} scale" for kind, name in KINDS.items()}
 AXES |= {f"{kind}_interval": f"{name} times" for kind, name in KINDS.items()}
 AXES |= {"ema": "EMA", "step": "step", "num": "images"}
