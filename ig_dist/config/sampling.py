@@ -1,4 +1,4 @@
-"""Groups that say how is sampled and scored."""
+"""The groups `sample` and `evaluate`: how images are made, and how they are scored."""
 
 from typing import ClassVar, Literal
 

@@ -1,8 +1,9 @@
 """Samplers: flat functions that carry a state from noise (t = 1) to data (t = 0).
 
 Each takes a velocity function (x, t) -> velocity, the state x (B, C, H, W) at t = 1, and the times to visit as Python
-floats, the first of them 1; it returns the state at the last one, 0. The state keeps the dtype of `x` (float64 is the
-published choice); noise is given from outside. `SOLVERS`, at the end, is the table of those that a plan can name.
+floats, from 1 to 0 (`dopri5`, which chooses its own, takes tolerances); it returns the state at 0. The state keeps the
+dtype of `x` (float64 is the published choice); noise is given from outside. `SOLVERS`, at the end, is the table of
+those that a plan can name.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO: averages and moments (stage 1), gradients (2) and weights (3) are cut over the ranks.
 
 DeepSpeed is told nothing of bf16: its own bf16 would round the t and the residual stream that autocast keeps in fp32.
-The forward runs under the same autocast as DDP's (``apply_precision``), and all that is communicated is fp32.
+The forward runs under the same autocast as DDP's (`apply` in build.py), and all that is communicated is fp32.
 """
 
 import logging

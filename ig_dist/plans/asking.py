@@ -113,7 +113,7 @@ def recipe(name: str, model: ModelConfig) -> list[str]:
             " give solver, steps and scales instead"
         )
     sampler, guidance = _RECIPES[name][size]
-    plain = {"time_shift": 1.0, "correct_last_step": True, "state": "fp64"}  # a run's config may have others
+    plain = {"time_shift": 1.0, "correct_last_step": True, "rtol": 1e-3, "atol": 1e-6, "state": "fp64"}  # of any run
     arithmetic = {"precision": "bf16" if name == "fast" else "tf32", "decode_precision": "tf32"}
     settings = {"num": 50_000, "labels": "random", **arithmetic, **plain, **sampler}
     return [*(f"sample.{key}={value}" for key, value in settings.items()), f"guidance={guidance}"]
