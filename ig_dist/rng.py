@@ -45,11 +45,7 @@ class Purpose(IntEnum):
 
 
 def philox(counter: Words, key: tuple[int, int]) -> Words:
-    """Return the four 32-bit output words of Philox 4x32-10 for each counter.
-
-    The counter is four int64 tensors of one broadcastable shape, values in [0, 2^32), as are the words; the key two
-    integers in [0, 2^32).
-    """
+    """Philox 4x32-10: four output words for each counter; all are int64 tensors or integers in [0, 2^32)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):

@@ -6,8 +6,6 @@ also what ``ig-dist launch`` and ``ig-dist slurm`` set, and what reaches a proce
 a step of srun, and then srun's.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import re
@@ -189,7 +187,7 @@ def missing_gpus(gpus: int, environment: Mapping[str, str]) -> str:
     return f"CUDA_VISIBLE_DEVICES={named}: {gpus} of these {count} GPUs are there (nvidia-smi -L)" * (count > gpus)
 
 
-def this_device(process: Process | None = None, *, shared: bool = True) -> torch.device:
+def this_device(process: Process | None = None, *, shared: bool = True) -> "torch.device":
     """This process's GPU, tried and made the current one; the CPU where there is none, or IG_DIST_DEVICE says so.
 
     Raises:
@@ -221,7 +219,7 @@ def this_device(process: Process | None = None, *, shared: bool = True) -> torch
     return device
 
 
-def explained(device: torch.device, error: str) -> tuple[str, str]:
+def explained(device: "torch.device", error: str) -> tuple[str, str]:
     """What CUDA said of a device in a user's words, and what it is: taken, unfit or broken."""
     said = f"{device} cannot be used ({error.splitlines()[0]})"
     if any(sign in error for sign in _TAKEN):

@@ -68,11 +68,9 @@ def warn(text: str) -> None:
 
 
 def run_app(app: typer.Typer | Callable[..., Any], name: str | None = None) -> None:
-    """Run a command line: what the user can mend becomes one line on stderr and its exit code, a bug its traceback.
+    """Run verbs, or one command: what the user can mend becomes one line on stderr and its exit code.
 
-    Args:
-        app: the verbs, or one command.
-        name: of the program. Default: as it was started.
+    A bug keeps its traceback. ``name`` is the program's; None: as it was started.
     """
     name = name or Path(sys.argv[0]).name
     if not isinstance(app, typer.Typer):
@@ -81,10 +79,10 @@ def run_app(app: typer.Typer | Callable[..., Any], name: str | None = None) -> N
     try:
         if f"_{name.replace('-', '_').upper()}_COMPLETE" in os.environ:  # a shell asks
             app(prog_name=name)
-        leave(_run(app, name, sys.argv[1:]))
+        code = _run(app, name, sys.argv[1:])
     except IgDistError as error:
         say(error)
-        leave(error.exit_code)
+        code = error.exit_code
     except KeyboardInterrupt:
         if is_first_process():
             print("\nstopped: Ctrl-C; what is finished stays, run the same command again to go on", file=sys.stderr)
@@ -92,9 +90,10 @@ def run_app(app: typer.Typer | Callable[..., Any], name: str | None = None) -> N
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
-        leave(1)
+        code = 1
     except SystemExit as end:  # typer's way to end
-        leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    leave(code)
 
 
 def _run(app: typer.Typer, name: str, typed: list[str]) -> int:
