@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
-from glob import has_magic
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,7 +21,7 @@ from ig_dist.autoencoders.tokenizers import index_tokenizer
 from ig_dist.data.images import RejectedImage, decode_image, is_grey, is_picture, load_rgb
 from ig_dist.data.index import ShardIndex, read_index
 from ig_dist.data.reader import ShardReader
-from ig_dist.data.sources import find_source, is_name
+from ig_dist.data.sources import find_source, is_missing
 from ig_dist.data.sources.source import ByteRange, Source, read_bytes
 from ig_dist.errors import ConfigError, DataError
 from ig_dist.features.npz import NpzFile, open_npz
@@ -132,7 +131,7 @@ def find_images(src: str, *, image_size: int | None = None, tokenizer: str = "")
     if src.endswith(".npz"):
         return npz_images(open_npz(src))
     path = Path(src)
-    if not (is_name(src) or "://" in src or has_magic(src) or "{" in src or path.exists()):
+    if is_missing(src):
         raise ConfigError(f"{src} does not exist: give an npz, an index, a folder of pictures or tars")
     if src.endswith("index.json") or (path / "index.json").is_file() or _is_remote_folder(src):
         return index_images(read_index(src), tokenizer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -148,10 +147,9 @@ def _scored_run(given: dict[str, Any]) -> Path | None:
 
 def refuse_missing(src: str) -> None:
     """Raise ConfigError if real pictures are nowhere, before anything else is looked for."""
-    from ig_dist.data.sources import is_name
+    from ig_dist.data.sources import is_missing
 
-    pattern = "://" in src or glob.has_magic(src) or "{" in src
-    if not is_name(src) and not pattern and not Path(src).exists():
+    if is_missing(src):
         raise ConfigError(f"{src} does not exist: give an index, an npz, tars, or a folder of pictures")
 
 

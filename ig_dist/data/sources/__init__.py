@@ -28,7 +28,7 @@ from ig_dist.storage.faults import PATIENCE, Patience
 from ig_dist.storage.files import open_url
 from ig_dist.storage.urls import is_file, is_local, refuse_credentials
 
-__all__ = ["Found", "Native", "Source", "find_source", "is_name", "native_format", "refuse_missing"]
+__all__ = ["Found", "Native", "Source", "find_source", "is_missing", "is_name", "native_format", "refuse_missing"]
 
 FORMS = (
     "`digits`, `fashion-mnist`, a folder with one sub-folder of pictures per class, ILSVRC2012_img_train.tar,"
@@ -88,11 +88,15 @@ def native_format(src: str) -> Native | None:
     return None if idx is None else idx_native(idx)
 
 
+def is_missing(src: str) -> bool:
+    """Whether a source is a local path where nothing is: no name, no URL and no pattern."""
+    return not (is_name(src) or "://" in src or glob.has_magic(src) or "{" in src or Path(src).exists())
+
+
 def refuse_missing(src: str) -> None:
     """Say at once that a local path is not there, or that a URL holds credentials."""
-    pattern = "://" in src or glob.has_magic(src) or "{" in src
     refuse_credentials(src, "--source")
-    if not is_name(src) and not pattern and not Path(src).exists():
+    if is_missing(src):
         raise ConfigError(f"--source {src!r} does not exist: use {FORMS}")
 
 
