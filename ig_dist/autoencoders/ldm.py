@@ -5,8 +5,6 @@ other names: the decoder's levels are counted from the image instead of the late
 are 1 x 1 convolutions.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from itertools import count

@@ -4,8 +4,6 @@ The weights of these are at a path, in the tokenizers' folder, or in the Hugging
 diffusers (``vae.py``), which is imported when the first of them is asked for.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Autoencoders as tokenizers: diffusers' AutoencoderKL, from a folder that it saved or from an LDM checkpoint."""
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import json

@@ -5,8 +5,6 @@ between the CPUs: the bytes lie in host memory, and links between all pairs of G
 good. A rank that has itself read what it wants, as when as many ranks go on with the same engine, is sent nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -8,8 +8,6 @@ each ``PART_BYTES`` of it. The CRCs cover all bytes of the files, and are looked
 sha256 of a file names it, and is for whoever copies it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

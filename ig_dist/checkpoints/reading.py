@@ -5,8 +5,6 @@ that a start costs a rank 1/W of the checkpoint, whatever engine and number of r
 others' shares comes over the network between them (``exchange.py``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property

@@ -10,8 +10,6 @@
 The threads speak through the storage alone: collectives belong to the training loop.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import errno
 import json

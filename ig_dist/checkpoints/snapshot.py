@@ -8,8 +8,6 @@ The device's tensors are copied straight to their places in the file, so what is
 background is the only copy there is: host memory holds this rank's share of the state once.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any

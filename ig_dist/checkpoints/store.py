@@ -9,8 +9,6 @@ A folder without a manifest does not exist; one whose manifest or files do not m
 Saving is in ``saving.py``, reading by many ranks in ``reading.py``: here is what is found, opened and deleted.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

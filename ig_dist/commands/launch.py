@@ -1,7 +1,5 @@
 """``ig-dist launch``."""
 
-from __future__ import annotations
-
 import os
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """``ig-dist slurm``; time limits, preemption, dead nodes and dead processes requeue the job (docs/slurm.md)."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import re

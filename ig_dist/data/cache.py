@@ -6,8 +6,6 @@ rule of eviction does better.) A block appears whole by a rename, so processes t
 the same bytes. Damage is found by the reader, which checks every sample that it hands out.
 """
 
-from __future__ import annotations
-
 import errno
 import tempfile
 import threading

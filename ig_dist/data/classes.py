@@ -1,7 +1,5 @@
 """Names of classes: the 1,000 of ImageNet in words, and classes by number, name or words."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Pictures from files: decoding into RGB, and the published preprocessing that makes them square."""
 
-from __future__ import annotations
-
 import io
 import re
 import warnings

@@ -1,7 +1,5 @@
 """From a stored latent to the latent that the model sees: posterior draw and normalisation."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -6,8 +6,6 @@ that streams never differ by more than one. Within a segment, samples are permut
 samples to every batch and runs on into its next epoch. Ranks, workers and restarts do not appear here at all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Reading samples of a shard by byte range, checked: from storage or the node's cache, under retries and deadlines."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Whole shards: found by folder, glob or brace expression, and read once, front to back."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import io

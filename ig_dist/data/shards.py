@@ -1,7 +1,5 @@
 """Shards: plain WebDataset tars of latents, and the scan that indexes them."""
 
-from __future__ import annotations
-
 import io
 import math
 import re

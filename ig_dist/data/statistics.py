@@ -1,7 +1,5 @@
 """Per-channel statistics of latents, and what no latent may be: not finite, or of a negative standard deviation."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, Literal
 

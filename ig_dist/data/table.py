@@ -5,8 +5,6 @@ The file is plain safetensors. A large one is never read whole: rows are taken o
 what is looked at, and not on how many samples there are, on a disk and on an object store alike.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -4,8 +4,6 @@ The standard library's reader takes a damaged header for the end of the archive,
 would be lost in silence. It also takes several times as long for the small files that latents are.
 """
 
-from __future__ import annotations
-
 import tarfile
 from collections.abc import Iterator
 from typing import IO, NamedTuple

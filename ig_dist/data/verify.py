@@ -1,7 +1,5 @@
 """Shards held against their index: what is not as it says, shard by shard."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple

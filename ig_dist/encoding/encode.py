@@ -1,7 +1,5 @@
 """Encoding a source: the workers' loop, from images to the index, and what it will take."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The end of an encoding: all records become the index. Any worker may do it, and writes the same bytes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import partial

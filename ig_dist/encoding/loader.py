@@ -1,7 +1,5 @@
 """Images for the tokenizer: read and decoded batch by batch in other processes, ahead of the device."""
 
-from __future__ import annotations
-
 import os
 import sys
 import threading

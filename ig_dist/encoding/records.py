@@ -4,8 +4,6 @@ A shard is complete when its tar and its record exist. Both are written whole an
 last, so any number of workers may look, die and come back without locks.
 """
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import io

@@ -1,7 +1,5 @@
 """The body of ``ig-dist encode`` and of ``ig_dist.encode``: from what is asked for to finished shards."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

@@ -1,7 +1,5 @@
 """From batches of images to a finished shard: latents, the tar, batch by batch, then its record."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 from collections import deque

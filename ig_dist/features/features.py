@@ -6,8 +6,6 @@ tensor and one of all that it says: what is stale or damaged is made again and c
 features of any number of images.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -3,8 +3,6 @@
 A plan's samples, an npz, an index of latents, a folder of pictures, tars: each becomes an ``ImageSet``.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable, Sequence

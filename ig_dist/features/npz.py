@@ -5,8 +5,6 @@
 and a slice of pictures is a range of bytes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

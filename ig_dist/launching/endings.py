@@ -1,7 +1,5 @@
 """What comes after an exit code (docs/running.md): the same for SLURM, `ig-dist launch` and Kubernetes."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterable
 

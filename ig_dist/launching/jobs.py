@@ -1,7 +1,5 @@
 """What a launcher can start, on this machine or on a cluster."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path

@@ -4,8 +4,6 @@ Any cluster has Jobs; JobSet and Kubeflow's TrainJob are controllers to install,
 again when one has failed, the launchers do in place, faster, and with the exit codes of all ranks before them.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

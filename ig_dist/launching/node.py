@@ -1,7 +1,5 @@
 """Which machine of a job is this? From the command line, or from what its platform says in the environment."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import socket

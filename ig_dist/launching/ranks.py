@@ -1,7 +1,5 @@
 """The processes of a machine: started, signalled, waited for, and none of theirs left behind."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

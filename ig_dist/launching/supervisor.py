@@ -1,7 +1,5 @@
 """Starts the ranks of this machine, and starts them again where that may help."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys

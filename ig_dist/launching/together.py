@@ -6,8 +6,6 @@ it. They tell one another at once when a rank has failed, since ranks may not fi
 a GPU waits for a peer that is dead until it times out.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import socket

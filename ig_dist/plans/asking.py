@@ -1,7 +1,5 @@
 """From what is asked of sampling, on the command line or in Python, to the config of a plan; published ways of it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A sampling plan: everything that the images depend on. Its hash names the folder that holds them."""
 
-from __future__ import annotations
-
 import hashlib
 from typing import Annotated, Any, Literal, NamedTuple
 

@@ -4,8 +4,6 @@ No locks: a worker walks the units from its own place on and skips what exists. 
 device's main stream, a unit's latents are decoded and its features extracted on a second stream; a thread writes them.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial

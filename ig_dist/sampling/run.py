@@ -1,7 +1,5 @@
 """From a run to samples: plan, units with their features, one npz as ADM's evaluator reads it, pictures for people."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import time

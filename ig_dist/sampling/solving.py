@@ -3,8 +3,6 @@
 Nothing here waits for the device: a GPU's queue stays full over the steps of a batch, and from one batch to the next.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

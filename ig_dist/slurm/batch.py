@@ -9,8 +9,6 @@ between, the job is requeued, with growing pauses and a bound. A failure that wo
 that is to blame for several failures is avoided.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

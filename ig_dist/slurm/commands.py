@@ -1,7 +1,5 @@
 """SLURM's own commands. Each call gets a limit: they wait for ever, or for a minute, on a controller that is away."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """A run's jobs from outside: their log as it is written until they end, and their end at once."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """One start of a run at a time: a new one waits for the run's lock, and one that is cut off lets go of it."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import re

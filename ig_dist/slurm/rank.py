@@ -4,8 +4,6 @@ It tells the job who it is in torchrun's words, and leaves its exit code for the
 comes next. A rank that was killed leaves none.
 """
 
-from __future__ import annotations
-
 import os
 import runpy
 import signal

@@ -1,7 +1,5 @@
 """What may be asked of SLURM: the options of ``ig-dist slurm``, and what they are where nothing is typed."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Ranks may run in a container: of pyxis, whose options srun has, or of Apptainer, which stands before Python.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import shutil

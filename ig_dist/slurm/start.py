@@ -1,7 +1,5 @@
 """A training or an array as the jobs that are submitted for it, and what the user is told."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """Submitting: what can be known to be wrong is said before; then a snapshot of the source, and sbatch."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import shutil

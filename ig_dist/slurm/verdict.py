@@ -1,7 +1,5 @@
 """What comes after a start: judged from how all its ranks ended, and from what came before it."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What has become of a run's jobs: their state, their history, and how far a training is."""
 
-from __future__ import annotations
-
 import os
 import re
 import time

@@ -1,7 +1,5 @@
 """Work in threads that never keep a process alive."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import threading
 from collections.abc import Callable, Iterable, Sequence

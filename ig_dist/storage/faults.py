@@ -1,7 +1,5 @@
 """Requests that outlast the storage's faults: what is transient, how long it is borne, what is said of the rest."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import math
 import random

@@ -4,8 +4,6 @@ Credentials, endpoint and region come from each protocol's standard chain (for S
 roles) and are never part of a config, a log line or a report.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import uuid

@@ -1,7 +1,5 @@
 """Weights that others have published: the folders where users put them, and the Hugging Face hub."""
 
-from __future__ import annotations
-
 import os
 import shlex
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Files of JSON lines, which are appended to: metrics, the goodput ledger, provenance, the history of a submission."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """What is particular to S3: one streaming GET into memory, one PUT that is checked, uploads that nobody finishes."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import hashlib

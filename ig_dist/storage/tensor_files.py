@@ -1,7 +1,5 @@
 """Tensors in files of other programs: safetensors, and PyTorch's pickles as far as they hold nothing that runs."""
 
-from __future__ import annotations
-
 import argparse
 import warnings
 from pathlib import Path

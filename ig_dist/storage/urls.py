@@ -1,7 +1,5 @@
 """Paths and URLs: what they are called, and what must not be in one."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 That is found out by writing: permissions, mounts and stores each have rules of their own.
 """
 
-from __future__ import annotations
-
 import grp
 import os
 import pwd

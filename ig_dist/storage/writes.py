@@ -1,7 +1,5 @@
 """Files that are there whole or not at all, and stay: synced to disk, or uploaded in pieces that are sent again."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

@@ -8,8 +8,6 @@ FOLDER                          ImageNet as from Kaggle; class folders; tars; pa
 'data/train-*.parquet'          parquet shards as on Hugging Face, local or remote
 """
 
-from __future__ import annotations
-
 import glob
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Folders of pictures: one sub-folder per class, ImageNet as Kaggle packs it among them."""
 
-from __future__ import annotations
-
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -4,8 +4,6 @@ An IDX file is two zero bytes, the type of its numbers (8: uint8), the count of 
 big-endian uint32, and the numbers. It may be compressed by gzip: a source's name is a hash of what is inside.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import math

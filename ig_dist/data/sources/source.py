@@ -1,7 +1,5 @@
 """What every source of images comes down to: labelled byte ranges of local files, read one by one."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import stat

@@ -4,8 +4,6 @@ A file is there when it is whole, and is made by one process at a time: any numb
 folder together. Parquet files are those of Hugging Face's image data sets: columns ``image`` {bytes, path}, ``label``.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

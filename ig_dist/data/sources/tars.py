@@ -3,8 +3,6 @@
 The headers are listed once; a picture is then a range of bytes of its tar.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """DINOv2's class token, for FD-DINOv2 (Oquab et al. 2023; Stein et al. 2023), by transformers' network."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager

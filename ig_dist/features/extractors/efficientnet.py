@@ -4,8 +4,6 @@ Tan and Le 2019; the lite variants leave out squeeze-and-excitation and use ReLU
 torch weights, which were converted from TensorFlow: convolutions pad as its SAME does.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """What an extractor is, the table of those that there are, and what their networks share."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

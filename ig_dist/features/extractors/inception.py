@@ -5,8 +5,6 @@ norms with epsilon 0.001, average pools that do not count their padding, and a m
 the names of the public torch weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
