@@ -34,7 +34,7 @@ GROUPS = 2
 """Groups of all ranks at most: ours, and DeepSpeed's own; FSDP2 makes none, and with replicas two smaller ones."""
 _OTHER_FILES = 512  # shards, their storage, the cache, libraries
 _ENOUGH_FILES = 1 << 16
-_LISTEN_S = 2.0  # the store may end with rank 0, and all others wait for the verdict already
+_LISTEN_S = 4.0  # the store may end with rank 0, and all others wait for the verdict already
 _VERDICT = "ig_dist/verdict"
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 
