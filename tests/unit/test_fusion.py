@@ -42,5 +42,5 @@ def test_tokens_between_blocks_in_bf16() -> None:
     expected, got = wanted(*inputs).velocity.float(), found(*inputs).velocity.float()
     assert kinds == [torch.bfloat16] * 6
     assert 0 < (got - expected).norm() < 0.03 * expected.norm()
-    with pytest.raises(ConfigError, match=r"train.residual=bf16 is of train.precision=bf16"):
+    with pytest.raises(ConfigError, match=r"train.residual=bf16 needs train.precision=bf16"):
         load_config("configs/digits.yaml", ["train.residual=bf16"])

@@ -231,7 +231,7 @@ def test_compiled_tasks_are_bitwise_the_eager_ones(parts: Callable[..., Any]) ->
     ("override", "says"),
     [
         ("loss.time=lognormal", "loss.time"),
-        ("loss.time_std=0.5", "loss.time_std=0.5 is of loss.time=logit_normal"),
+        ("loss.time_std=0.5", "loss.time_std=0.5 needs loss.time=logit_normal"),
         ("loss.time_shift=0", "loss.time_shift"),
         ("loss.time_shift=dimension", "loss.time_shift"),
         ("loss.acceleration.source=average", "loss.acceleration.source"),
