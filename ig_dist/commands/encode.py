@@ -6,11 +6,11 @@ whole or not at all, the index last: after an interruption run the same command 
 """
 
 import signal
-import sys
 from types import FrameType
 from typing import Annotated
 
 from ig_dist.commands.options import flag, option
+from ig_dist.terminal import to_stderr
 
 
 def encode(
@@ -63,6 +63,5 @@ def encode(
 
 def stop(number: int, frame: FrameType | None) -> None:
     """A signal ends this process; the shard that is being written is still finished, where the storage takes it."""
-    said = f"stopped: {signal.Signals(number).name}; finished shards stay, run the same command again"
-    print(said, file=sys.stderr, flush=True)
+    to_stderr(f"stopped: {signal.Signals(number).name}; finished shards stay, run the same command again")
     raise SystemExit(75)

@@ -14,6 +14,7 @@ from types import FrameType
 from ig_dist.errors import DataError, StorageError
 from ig_dist.launching.endings import ASKED, STOPPED, explaining
 from ig_dist.launching.node import Node
+from ig_dist.terminal import to_stderr
 
 GRACE_S = 10.0
 """For the ranks that are left after one has failed: they find out by themselves, as a rule, and say so."""
@@ -173,7 +174,7 @@ def _wait(
     ]
     said += [f"rank {first + place} did not end within {why} and was killed" for place in late]
     if said:
-        print(f"error: {'; '.join(said)}", file=sys.stderr, flush=True)
+        to_stderr(f"error: {'; '.join(said)}")
     # a rank that was signalled before it could say a word had nothing to save, and no other can have begun without it
     saveless = any(code in passed_on for code in codes if code)
     code = explaining([passed_on.get(code, code) for code in codes if code])

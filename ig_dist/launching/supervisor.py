@@ -11,6 +11,7 @@ from ig_dist.launching.endings import ASKED, ELSEWHERE, FINAL, LATER, pause_s
 from ig_dist.launching.node import Node
 from ig_dist.launching.ranks import POLL_S, Asked, rank_environment, run_ranks
 from ig_dist.launching.together import First, Next, Other, StoppedError
+from ig_dist.terminal import to_stderr
 from ig_dist.this_process import LOCK_WAIT_VARIABLE
 
 LONG_S = 3600.0
@@ -44,9 +45,9 @@ def supervise(arguments: Sequence[str], node: Node, asked: Asked, *, restarts: i
             code, again, pause = together.end(code)
             if again:
                 when = f" in {pause:.0f} s" if pause else ""
-                _say(f"exit code {code}: started again{when}, {failures + 1} of {restarts}")
+                to_stderr(f"exit code {code}: started again{when}, {failures + 1} of {restarts}")
             elif restarts and failures >= restarts and code:
-                _say(f"exit code {code}: not started again, {restarts} failures in a row")
+                to_stderr(f"exit code {code}: not started again, {restarts} failures in a row")
             if not again:
                 return code
             failures += 1
@@ -61,10 +62,6 @@ def supervise(arguments: Sequence[str], node: Node, asked: Asked, *, restarts: i
         raise
     finally:
         together.close(code)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def describe(arguments: Sequence[str], node: Node) -> str:

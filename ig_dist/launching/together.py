@@ -10,7 +10,6 @@ import errno
 import json
 import socket
 import struct
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,6 +19,7 @@ from ig_dist.errors import ConfigError, HangError
 from ig_dist.launching.endings import explaining
 from ig_dist.launching.node import Node
 from ig_dist.launching.ranks import POLL_S, Asked
+from ig_dist.terminal import to_stderr
 
 JOIN_S = 1800.0  # a machine may have to be made, and to fetch an image of many gigabytes
 PORT_S = 10.0  # the launcher of another job may be about to let go of it
@@ -237,7 +237,7 @@ class First:
             case _:
                 refused = "node 0 does not understand this one: is its ig_dist of another version?"
         if refused:
-            print(f"warning: refused: {refused}", file=sys.stderr, flush=True)
+            to_stderr(f"warning: refused: {refused}")
             line.say(refused=refused)
             line.close()
 

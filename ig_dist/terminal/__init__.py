@@ -64,7 +64,13 @@ def _me() -> Process:
 
 def warn(text: str) -> None:
     """Say what a command goes on in spite of."""
-    print(f"warning: {visible(text)}", file=sys.stderr, flush=True)
+    to_stderr(f"warning: {visible(text)}")
+
+
+def to_stderr(line: str) -> None:
+    """Write a line in one piece; print takes two, between which another rank may write its own."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def run_app(app: typer.Typer | Callable[..., Any], name: str | None = None) -> None:
@@ -158,7 +164,7 @@ def say(error: IgDistError) -> None:
     if not error.everywhere or me.local_rank == 0:
         where = f"rank {me.rank}: " if me.world_size > 1 and not error.everywhere else ""
         ended = "stopped" if error.exit_code == 75 else "error"
-        print(f"{ended}: {where}{visible(str(error))}", file=sys.stderr, flush=True)
+        to_stderr(f"{ended}: {where}{visible(str(error))}")
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun repeats below its own traceback
         told = {"message": f"{error}", "extraInfo": {"timestamp": f"{time.time():.0f}"}}
         with contextlib.suppress(OSError):

@@ -27,6 +27,7 @@ from ig_dist.parallel.blame import blame
 from ig_dist.parallel.collectives import Recorder, Standing, communication_error
 from ig_dist.parallel.dist import Dist, from_main
 from ig_dist.storage.faults import Patience
+from ig_dist.terminal import to_stderr
 from ig_dist.training.phases import Phases, device_marks
 from ig_dist.training.words import Word, judge, place
 
@@ -224,7 +225,7 @@ class Watchdog:
     def _stop_alone(self) -> None:
         """Whoever started the ranks is gone: nobody would signal them, nor see them end. They save and stop."""
         self._launcher = None
-        print(f"rank {self._dist.rank}: the launcher is gone, the run saves and stops", file=sys.stderr, flush=True)
+        to_stderr(f"rank {self._dist.rank}: the launcher is gone, the run saves and stops")
         os.kill(os.getpid(), signal.SIGUSR2)  # of ig-dist launch a SIGTERM may have come before, and a second one kills
 
     def _leave(self) -> None:
@@ -232,7 +233,7 @@ class Watchdog:
         if self.stop.wait(_GRACE_POLLS * self._poll_s) or self._told:
             return
         end_within(1.0, LostPeerError.exit_code)
-        print(f"error: rank {self._dist.rank} ends: {self._others_failure}", file=sys.stderr, flush=True)
+        to_stderr(f"error: rank {self._dist.rank} ends: {self._others_failure}")
         os._exit(LostPeerError.exit_code)
 
     def _end(self) -> None:
@@ -249,12 +250,10 @@ class Watchdog:
         word, (behind, ranks) = self._word, self._behind()
         where = f"{word.place} (the host is at {word.host})" if word.host else word.place
         file = self._file(".txt")
-        print(
+        to_stderr(
             f"error: rank {self._dist.rank}: no progress for {word.idle_s:.0f} s at {where}"
             f"{behind}. The stacks of all threads are in {file}; run the same command again to go on from the newest"
-            " checkpoint, with a higher train.timeout_s if it was only slow",
-            file=sys.stderr,
-            flush=True,
+            " checkpoint, with a higher train.timeout_s if it was only slow"
         )
         try:
             blame(ranks)

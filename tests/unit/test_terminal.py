@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -45,3 +46,13 @@ def test_the_exit_code_survives_what_would_abort_the_end_of_the_interpreter(body
     assert done.stdout == "written before"
     without = [*command[:2], command[2].replace("terminal.without_teardown()", "")]
     assert subprocess.run(without, capture_output=True, timeout=60, check=False).returncode == -6  # there is something
+
+
+def test_a_line_is_written_in_one_piece() -> None:
+    """Or those of several ranks would mix."""
+    reading, writing = os.pipe2(os.O_DIRECT)  # each read gives what one write has written
+    said = "from ig_dist.terminal import to_stderr; to_stderr('error: rank 1')"
+    subprocess.run([sys.executable, "-c", said], stderr=writing, check=True)
+    assert os.read(reading, 100) == b"error: rank 1\n"
+    for number in (reading, writing):
+        os.close(number)
