@@ -34,8 +34,8 @@ GROUPS = 2
 """Groups of all ranks at most: ours, and DeepSpeed's own; FSDP2 makes none, and with replicas two smaller ones."""
 _OTHER_FILES = 512  # shards, their storage, the cache, libraries
 _ENOUGH_FILES = 1 << 16
-_LISTEN_S = 4.0  # the store may end with rank 0, and all others wait for the verdict already
-_VERDICT = "ig_dist/verdict"
+_LISTEN_S = 5.0
+_VERDICT, _HEARD = "ig_dist/verdict", "ig_dist/heard"
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
@@ -116,13 +116,22 @@ def meet_all(process: Process, device: torch.device, join_s: float) -> tuple[Sto
             f"{missing}: see what the others say, then start the job again ({first_line(error)})"
         ) from None
     if verdict.error:
+        store.add(_HEARD, 1)
         if process.rank == 0:
             blame(verdict.guilty)
-            time.sleep(_LISTEN_S)
+            _wait_for_listeners(store, process.world_size)
         raise NodeError(verdict.error) if verdict.guilty else ConfigError(verdict.error)
     if verdict.address and _INTERFACE not in os.environ:
         choose_interface(verdict.address)
     return store, verdict.local_world_size
+
+
+def _wait_for_listeners(store: Store, world_size: int) -> None:
+    """Until all have heard the verdict, for the store may end with this process; not for those that do not listen."""
+    deadline = time.monotonic() + _LISTEN_S
+    with contextlib.suppress(torch_dist.DistError):
+        while store.add(_HEARD, 0) < world_size and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 def _store(process: Process, deadline: timedelta) -> Store:
