@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -152,6 +153,17 @@ def test_memory_is_that_of_a_chunk(tmp_path: Path) -> None:
             assert npz.rows("arr_0", 16 * number, 16 * number + 16)[3, 4, 5, 1] == number
 
     assert peak_memory(read) < 2 * chunk
+
+    compressed = str(tmp_path / "compressed.npz")
+    with (
+        zipfile.ZipFile(path) as stored,
+        stored.open("arr_0.npy") as source,
+        zipfile.ZipFile(compressed, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("arr_0.npy", "w") as target,
+    ):
+        shutil.copyfileobj(source, target, 2**20)
+    npz = open_npz(compressed)
+    assert not npz.members["arr_0"].stored and peak_memory(read) < 4 * chunk
 
 
 def test_what_a_killed_process_left_is_removed_once_it_is_old(tmp_path: Path) -> None:
