@@ -28,6 +28,7 @@ def explained(error: Any, typed: Sequence[str]) -> ConfigError:
         name = _shown(error.param)
         if hasattr(error, "param_type"):
             return ConfigError(f"{name} is missing{_example(context)}; see `{where} --help`")
+        name = next((option for option in error.param.opts if value_of(option, typed) is not None), name)  # as typed
         return ConfigError(_wrong_value(name, error.message, value_of(name, typed)))
     quoted = re.findall(r"'([^']*)'", error.message)
     if hasattr(context.command, "commands") and quoted:

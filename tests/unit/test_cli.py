@@ -37,6 +37,7 @@ MISTAKES = {
     "train digits --dry-run=3": "--dry-run takes no value",
     "train digits --gpus many": "--gpus 'many' must be a valid integer",
     "train digits --gpus=0": "--gpus '0' must be greater than or equal to 1",
+    "launch --processes 0 digits": "--processes '0' must be greater than or equal to 1",
     "train --steps 5": "unknown option --steps of `ig-dist train`; did you mean train.steps=5?",
     "train digits --batch-size": "did you mean train.global_batch_size=...?",
     "train digits --processes 2": "`ig-dist launch` has it, see `ig-dist launch --help`",
